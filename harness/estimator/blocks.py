@@ -30,7 +30,7 @@ _FUSED = {
     re.compile(r"^(kv|to_kv|wkv|kv_proj)$", re.I): ("key", "value"),
 }
 _ATTENTION = re.compile(r"(^|_)(attn|attention|attend|self_attn|mha|xattn)\d*($|_)", re.I)
-_MLP = re.compile(r"(^|_)(mlp|ffn|feed_forward|feedforward|intermediate|fc\d*|linear\d+)($|_)", re.I)
+_MLP = re.compile(r"(^|_)(mlp|ffn|feed_?forward|intermediate|fc\d*|linear\d+)($|_)", re.I)
 _POSITION = re.compile(r"(^|[._])(pos|position|positional|wpe|relative_position)([._]|$)", re.I)
 _TOKEN = re.compile(r"(^|[._])(cls|class|dist|reg|mask|register)_token", re.I)
 _PATCH = re.compile(r"(^|[._])(patch_embed\w*|conv_proj|patchify|to_patch\w*)|^stem\.proj", re.I)
@@ -190,7 +190,7 @@ def _kind(name: str, attribute: str, module: nn.Module, head: str | None) -> str
         return "norm"
     if isinstance(module, nn.RNNBase):
         return "recurrent" if attribute.startswith("weight") else "bias"
-    if attribute == "bias" or attribute.endswith("_bias") and attribute != "dt_bias":
+    if attribute == "bias" or (attribute.endswith("_bias") and attribute != "dt_bias"):
         return "bias"
     if isinstance(module, nn.MultiheadAttention):
         return next((k for k in _PROJECTIONS if attribute == f"{k[0]}_proj_weight"), "other")

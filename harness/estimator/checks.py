@@ -1,0 +1,188 @@
+"""What must hold before the first step: fixed arithmetic and a deterministic loss."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from harness.errors import UserError
+
+Batch = Any
+LossFn = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+@contextmanager
+def fixed_arithmetic(model: nn.Module, matmul_precision: str = "highest") -> Iterator[None]:
+    """Enforce deterministic kernels, the given matmul precision and twice differentiable attention.
+
+    Fused attention and fused recurrent kernels have no second derivative: the math kernel stands
+    in for the first, the native one for the second. Everything is restored afterwards.
+
+    Args:
+        model: Looked at for recurrent modules.
+        matmul_precision: As in `torch.set_float32_matmul_precision`: highest (float32), high
+            (TF32), medium (bfloat16).
+    """
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn_tf32 = torch.backends.cudnn.allow_tf32
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        torch.set_float32_matmul_precision(matmul_precision)
+        torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.backends.cudnn.allow_tf32 = cudnn_tf32
+            torch.set_float32_matmul_precision(precision)
+
+
+def leading_size(batch: Batch) -> int:
+    """Return the leading dimension that the batch's tensors share (of the first where not)."""
+    sizes = [leaf.shape[0] for leaf in tree_leaves(batch) if _has_rows(leaf)]
+    if not sizes:
+        raise UserError(
+            f"a batch of type {type(batch).__name__} holds no tensor with a leading dimension; "
+            "pass a tensor, or a tuple, list or dict of tensors"
+        )
+    return int(sizes[0])
+
+
+def take(batch: Batch, start: int, stop: int) -> Batch:
+    """Return samples start:stop of every tensor that has the batch's leading dimension."""
+    size = leading_size(batch)
+
+    def rows(t: torch.Tensor) -> torch.Tensor:
+        return t[start:stop] if t.dim() and t.shape[0] == size else t
+
+    return tree_map_only(torch.Tensor, rows, batch)
+
+
+def batch_hash(batches: Sequence[Batch]) -> str:
+    """Return 16 hex digits of the SHA-256 of the batches' samples, independent of the split."""
+    digest = hashlib.sha256()
+    leaves = [[x for x in tree_leaves(b) if isinstance(x, torch.Tensor)] for b in batches]
+    for tensors in zip(*leaves, strict=True):
+        rows = [t.detach().cpu() for t in tensors]
+        digest.update(f"{rows[0].dtype}{tuple(rows[0].shape[1:])}".encode())
+        for t in rows:
+            digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_deterministic(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Batch],
+    num_terms: Callable[[Batch], float] | None,
+    *,
+    batch_mates: bool,
+) -> None:
+    """Raise unless the loss is finite, repeatable and, if asked, a mean over independent samples.
+
+    Two passes over every microbatch must agree, and so must each microbatch and the weighted
+    mean of its halves.
+
+    Args:
+        model: In the mode in which products will be taken.
+        loss_fn: (model, batch) ↦ mean loss.
+        batches: The microbatches.
+        num_terms: Number of terms that the loss of a batch averages; None: not known, halves
+            are not compared.
+        batch_mates: Compare the halves too.
+
+    Raises:
+        UserError: Naming the cause: the module and operation that draw random numbers, the
+            dependence on batch mates, or a loss that is no finite scalar.
+    """
+    for i, batch in enumerate(batches):
+        first, second = _loss(model, loss_fn, batch, i), _loss(model, loss_fn, batch, i)
+        eps = torch.finfo(first.dtype).eps
+        if not math.isclose(float(first), float(second), rel_tol=100 * eps, abs_tol=100 * eps):
+            raise UserError(
+                f"two passes over batch {i} gave the losses {float(first):.9g} and "
+                f"{float(second):.9g}; {_random_source(model, loss_fn, batch)}"
+            )
+        size = leading_size(batch)
+        if not batch_mates or num_terms is None or size < 2:
+            continue
+        halves = [take(batch, 0, size // 2), take(batch, size // 2, size)]
+        terms = [num_terms(half) for half in halves]
+        losses = [
+            float(_loss(model, loss_fn, half, i)) if n else 0.0
+            for half, n in zip(halves, terms, strict=True)
+        ]
+        mean = sum(n * x for n, x in zip(terms, losses, strict=True)) / sum(terms)
+        # The halves sum in another order, and matrix products of another size round differently.
+        if not math.isclose(float(first), mean, rel_tol=math.sqrt(eps), abs_tol=math.sqrt(eps)):
+            raise UserError(
+                f"the loss of batch {i} is {float(first):.9g}, but its halves average to "
+                f"{mean:.9g}: either samples depend on their batch mates (batch statistics: pass "
+                "norm_mode='train'), or the loss averages over something else than samples "
+                "(masked tokens: pass batch_weights as a function that counts them)"
+            )
+
+
+def _loss(model: nn.Module, loss_fn: LossFn, batch: Batch, index: int) -> torch.Tensor:
+    with torch.no_grad():
+        loss = loss_fn(model, batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise UserError(
+            f"loss_fn returned {what} for batch {index}; it must return the mean loss, "
+            "a real scalar tensor"
+        )
+    if not torch.isfinite(loss).all():
+        raise UserError(
+            f"the loss of batch {index} is {float(loss)}; the spectrum needs a finite loss: "
+            "look at the model's outputs and at the batch"
+        )
+    return loss
+
+
+def _random_source(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str:
+    """Name the module and the operation that draw random numbers in a forward pass."""
+    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    stack: list[str] = []
+    found: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                found.append(f"{stack[-1] if stack else 'loss_fn'} ({func.overloadpacket})")
+            return func(*args, **(kwargs or {}))
+
+    hooks = []
+    for module, name in names.items():
+        enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+        leave = module.register_forward_hook(lambda *_: stack.pop() and None)
+        hooks += [enter, leave]
+    try:
+        with torch.no_grad(), Watch():
+            loss_fn(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        where = ", ".join(dict.fromkeys(found))
+        return f"random numbers are drawn in {where}: switch that off, or draw them beforehand"
+    return "the cause is a nondeterministic kernel or state kept between passes: remove it"
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0

@@ -1,0 +1,338 @@
+"""Products of block Hessians with vectors, all blocks and probes in lockstep."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from harness.errors import UserError
+from harness.estimator.blocks import Block
+from harness.estimator.checks import Batch, LossFn, check_deterministic, leading_size, take
+
+Gradients = dict[str, torch.Tensor | None]
+NumTerms = Callable[[Batch], float]
+NORM_MODES = ("eval", "train")
+
+
+class BlockHessian:
+    """The diagonal blocks of the Hessian of the mean loss over a fixed batch.
+
+    For block l with parameters w_l: H_l = ∂²/∂w_l² Σ_b (t_b / Σ t) L_b, where L_b is the mean
+    loss of microbatch b and t_b the number of terms that it averages; so H_l does not depend on
+    the split. A product is the derivative of ⟨∂L/∂w_l, v⟩ (Pearlmutter 1994): one forward and
+    one backward pass per microbatch are shared by all blocks and vectors, and each second
+    backward pass walks only the part of the network after its block.
+
+    Works on a copy of the model; the caller's stays as it is.
+
+    Attributes:
+        blocks: As given.
+        batches: The microbatches on the device, halved if they would not fit.
+        weights: t_b / Σ t per microbatch.
+        num_terms: Σ t.
+        batch_size: Samples in all microbatches.
+        microbatch_size: Samples in the largest microbatch.
+        graph_bytes: Estimate of what one microbatch's graph keeps.
+        keeps_graphs: The graphs of all microbatches are kept between products.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Sequence[Batch],
+        blocks: Sequence[Block],
+        *,
+        batch_weights: Sequence[float] | NumTerms | None = None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        norm_mode: str = "eval",
+        memory_budget: int,
+    ) -> None:
+        """Copy the model, place the batches, check the loss, size the graphs.
+
+        To be used inside `checks.fixed_arithmetic`.
+
+        Raises:
+            UserError: Bad batches, weights or blocks, a loss that is not deterministic, or a
+                graph that does not fit the memory budget even for one sample.
+        """
+        if norm_mode not in NORM_MODES:
+            raise UserError(f"norm_mode is {norm_mode!r}; choose one of {', '.join(NORM_MODES)}")
+        self.blocks = list(blocks)
+        self._model = _working_copy(model, norm_mode).to(device=device, dtype=dtype)
+        self._loss_fn = loss_fn
+        self._parameters = dict(self._model.named_parameters())
+        self._check_blocks()
+        self.batches = [_place(batch, device, dtype) for batch in batches]
+        if not self.batches:
+            raise UserError("batches is empty; pass at least one batch")
+        self.batch_size = sum(leading_size(b) for b in self.batches)
+        count, terms = _terms(self.batches, batch_weights)
+        check_deterministic(
+            self._model, loss_fn, self.batches, count, batch_mates=norm_mode == "eval"
+        )
+        may_split = norm_mode == "eval" and count is not None
+        self.graph_bytes = self._size_graph(memory_budget, may_split)
+        if may_split and count is not None:
+            terms = [count(b) for b in self.batches]
+        self.num_terms = sum(terms)
+        self.weights = [t / self.num_terms for t in terms]
+        self.microbatch_size = max(leading_size(b) for b in self.batches)
+        self.keeps_graphs = len(self.batches) * self.graph_bytes <= memory_budget
+        self._kept: list[Gradients] = []
+
+    def products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+        """Return H_l v for each request (index of the block l, v of shape (n_l,)), in order.
+
+        Raises:
+            UserError: The loss has no second derivative; says where.
+        """
+        results = [torch.zeros_like(v) for _, v in requests]
+        names = {part.parameter for index, _ in requests for part in self.blocks[index].parts}
+        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
+            for result, (index, vector) in zip(results, requests, strict=True):
+                self._add_product(result, gradients, self.blocks[index], vector, weight)
+        return results
+
+    def dense(self, index: int) -> torch.Tensor:
+        """Return the block's Hessian, symmetrised, shape (n, n): n products."""
+        n = self.blocks[index].num_params
+        identity = torch.eye(n, dtype=self.dtype, device=self.device)
+        H = torch.stack(self.products([(index, row) for row in identity]))
+        return (H + H.T) / 2
+
+    def gradient(self) -> Gradients:
+        """Return the gradient of the mean loss with respect to every parameter of the blocks."""
+        names = {part.parameter for block in self.blocks for part in block.parts}
+        total: Gradients = dict.fromkeys(names)
+        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
+            for name, g in gradients.items():
+                if g is not None:
+                    so_far = total[name]
+                    scaled = weight * g.detach()
+                    total[name] = scaled if so_far is None else so_far + scaled
+        return total
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter of the working copy, detached."""
+        return self._parameters[name].detach()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic of the products."""
+        return self._parameters[self.blocks[0].parts[0].parameter].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the products."""
+        return self._parameters[self.blocks[0].parts[0].parameter].device
+
+    def _add_product(
+        self,
+        result: torch.Tensor,
+        gradients: Gradients,
+        block: Block,
+        vector: torch.Tensor,
+        weight: float,
+    ) -> None:
+        """Add weight · H_l v of one microbatch to the result."""
+        outputs, inputs, directions = [], [], []
+        sizes = [part.of(self._parameters[part.parameter]).shape for part in block.parts]
+        pieces = vector.split([s.numel() for s in sizes])
+        for part, shape, piece in zip(block.parts, sizes, pieces, strict=True):
+            g = gradients[part.parameter]
+            inputs.append(self._parameters[part.parameter])
+            if g is not None and g.requires_grad:
+                outputs.append(part.of(g))
+                directions.append(piece.view(shape))
+        if not outputs:
+            return  # the loss is linear in these parameters, or does not use them
+        with _second_derivative_errors():
+            derivatives = torch.autograd.grad(
+                outputs, inputs, directions, retain_graph=True, allow_unused=True
+            )
+        targets = result.split([s.numel() for s in sizes])
+        for part, target, shape, d in zip(block.parts, targets, sizes, derivatives, strict=True):
+            if d is not None:
+                target.view(shape).add_(part.of(d), alpha=weight)
+
+    def _graphs(self, names: set[str]) -> Iterator[Gradients]:
+        """Yield each microbatch's gradients with their graph, kept ones if there are."""
+        if not self.keeps_graphs:
+            for batch in self.batches:
+                yield self._gradients(batch, names)
+            return
+        if not self._kept:
+            every = {part.parameter for block in self.blocks for part in block.parts}
+            self._kept = [self._gradients(batch, every) for batch in self.batches]
+        yield from self._kept
+
+    def _gradients(self, batch: Batch, names: set[str]) -> Gradients:
+        """Run one forward and one differentiable backward pass."""
+        ordered = [name for name in self._parameters if name in names]
+        with _second_derivative_errors():
+            loss = self._loss_fn(self._model, batch)
+            if not loss.requires_grad:
+                raise UserError("the loss does not depend on the parameters of the blocks")
+            gradients = torch.autograd.grad(
+                loss.reshape(()),
+                [self._parameters[name] for name in ordered],
+                create_graph=True,
+                allow_unused=True,
+            )
+        return dict(zip(ordered, gradients, strict=True))
+
+    def _size_graph(self, memory_budget: int, may_split: bool) -> int:
+        """Halve the microbatches until the graph of one fits; return its size in bytes."""
+        sample = max(self.batches, key=leading_size)
+        per_sample = self._saved_bytes(take(sample, 0, 1) if may_split else sample)
+        while True:
+            size = max(leading_size(b) for b in self.batches)
+            graph_bytes = per_sample * size if may_split else per_sample
+            if graph_bytes <= memory_budget:
+                return graph_bytes
+            if not may_split or size == 1:
+                raise UserError(
+                    f"the graph of one microbatch of {size} samples takes about "
+                    f"{graph_bytes / 2**30:.2f} GiB, more than the memory budget of "
+                    f"{memory_budget / 2**30:.2f} GiB; raise the budget or pass smaller batches"
+                )
+            self.batches = [piece for b in self.batches for piece in _halves(b, size)]
+
+    def _saved_bytes(self, batch: Batch) -> int:
+        """Count the bytes of distinct storages that a graph of this batch keeps.
+
+        Looks through that graph for operations without a second derivative, too.
+        """
+        storages: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        own = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
+        names = {part.parameter for block in self.blocks for part in block.parts}
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            gradients = self._gradients(batch, names)
+        _check_twice_differentiable(gradients)
+        return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
+
+    def _check_blocks(self) -> None:
+        """Raise unless the blocks name existing parameters and do not overlap."""
+        if not self.blocks:
+            raise UserError("blocks is empty; pass a partition or a list of Block")
+        taken: dict[str, torch.Tensor] = {}
+        for block in self.blocks:
+            for part in block.parts:
+                if part.parameter not in self._parameters:
+                    raise UserError(
+                        f"block {block.name!r} names the parameter {part.parameter!r}, which "
+                        f"{type(self._model).__name__} does not have"
+                    )
+                shape = self._parameters[part.parameter].shape
+                mask = taken.setdefault(part.parameter, torch.zeros(shape, dtype=torch.bool))
+                if part.of(mask).any():
+                    raise UserError(f"block {block.name!r} overlaps another in {part.parameter!r}")
+                part.of(mask).fill_(True)
+
+
+def _check_twice_differentiable(gradients: Gradients) -> None:
+    """Raise if a custom function marked `once_differentiable` lies in the gradients' graph.
+
+    Autograd cuts the graph there, and a backward pass pruned to a block would not run into the
+    error that torch planted, but go round it: the product would be wrong without a word.
+    """
+    stack = [g.grad_fn for g in gradients.values() if g is not None]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise UserError(
+                "a custom autograd function of the model is marked once_differentiable and has "
+                "no second derivative; write its backward in differentiable operations"
+            )
+        stack += [following for following, _ in node.next_functions]
+
+
+def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
+    """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
+    try:
+        clone = copy.deepcopy(model)
+    except Exception as error:
+        raise UserError(
+            f"the model {type(model).__name__} cannot be copied ({error}); make it deep-copyable: "
+            "keep no generators, files or non-leaf tensors in it"
+        ) from error
+    clone.eval()
+    if norm_mode == "train":
+        for module in clone.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.train()
+    return clone
+
+
+def _place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """Move a batch's tensors to the device, floating ones to the dtype too."""
+
+    def move(t: torch.Tensor) -> torch.Tensor:
+        return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+    return tree_map_only(torch.Tensor, move, batch)
+
+
+def _halves(batch: Batch, largest: int) -> list[Batch]:
+    """Halve a batch of more than half of `largest` samples, leave a smaller one whole."""
+    n = leading_size(batch)
+    if n <= (largest + 1) // 2:
+        return [batch]
+    return [take(batch, 0, (n + 1) // 2), take(batch, (n + 1) // 2, n)]
+
+
+def _terms(
+    batches: Sequence[Batch], batch_weights: Sequence[float] | NumTerms | None
+) -> tuple[NumTerms | None, list[float]]:
+    """Return how terms are counted (None where only totals are known) and the counts."""
+    count = leading_size if batch_weights is None else batch_weights
+    if callable(count):
+        terms = [float(count(b)) for b in batches]
+    else:
+        terms, count = [float(t) for t in count], None
+    if (
+        len(terms) != len(batches)
+        or not all(0 <= t < float("inf") for t in terms)
+        or not sum(terms)
+    ):
+        raise UserError(
+            f"batch_weights gives {terms} for {len(batches)} batches; it must give one number "
+            "≥ 0 per batch, not all zero: the number of terms that its mean loss averages"
+        )
+    return count, terms
+
+
+@contextmanager
+def _second_derivative_errors() -> Iterator[None]:
+    """Turn autograd's errors about missing second derivatives into ones that say what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        causes = {
+            "is not implemented": "an operation of the model has no second derivative; replace it "
+            "by differentiable ones (for attention, torch's scaled_dot_product_attention)",
+            "inplace operation": "an in-place operation overwrote what the second derivative "
+            "needs; use the out-of-place form",
+        }
+        for sign, cause in causes.items():
+            if sign in text:
+                raise UserError(f"{cause}: {text}") from error
+        raise

@@ -1,0 +1,315 @@
+"""The recipe: blocks → block products → Lanczos → quadrature rules → rows of table `spectra`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from spectra_db.schema import PROTOCOL_VERSION, TABLES
+from torch import nn
+
+from harness.errors import UserError
+from harness.estimator import lanczos
+from harness.estimator.blocks import Block, find_blocks
+from harness.estimator.checks import Batch, LossFn, batch_hash, fixed_arithmetic
+from harness.estimator.cost import EXACT_SIZE, num_products
+from harness.estimator.device import choose_device, device_memory, device_name, peak_bytes
+from harness.estimator.hessian import BlockHessian, NumTerms
+from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
+from harness.estimator.quadrature import gauss_rule
+
+PRECISIONS = ("highest", "high", "medium")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Row = dict[str, Any]
+
+
+def estimate_spectra(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Batch],
+    *,
+    blocks: str | Sequence[Block] = "weights",
+    num_probes: int = 10,
+    num_steps: int = 100,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_weights: Sequence[float] | NumTerms | None = None,
+    probe_distribution: str = "gaussian",
+    reorthogonalize: bool = False,
+    norm_mode: str = "eval",
+    matmul_precision: str = "highest",
+    memory_budget: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_block: Callable[[list[Row]], None] | None = None,
+) -> pd.DataFrame:
+    """Estimate the spectra of a model's Hessian blocks by stochastic Lanczos quadrature.
+
+    For each block and each random unit vector v (probe) num_steps of Lanczos give a Gauss rule
+    (θ_i, w_i) with Σ w_i f(θ_i) ≈ vᵀ f(H) v, in expectation tr f(H) / n (Zhang et al. 2024,
+    arXiv 2402.16788, Algorithms 4 and 5; Ubaru, Chen & Saad 2017). Blocks of at most 1,000
+    parameters are diagonalised instead.
+
+    Args:
+        model: Any module; it stays as it was.
+        loss_fn: (model, batch) ↦ the mean loss of the batch, a scalar tensor.
+        batches: The fixed batch, split into microbatches: each a tensor or a tuple, list or
+            dict of tensors whose leading dimension counts samples.
+        blocks: A partition (weights, paper, all, full) or a list of `Block`.
+        num_probes: Probes per block; 10 in the paper. Errors of metrics need at least 3.
+        num_steps: Lanczos steps per probe; 100 in the paper.
+        seed: Seeds the probes, together with the names of model, stage and block.
+        device: Where to compute; None: where the model is.
+        dtype: Arithmetic of the products; alphas and betas are float64 always.
+        batch_weights: Number of terms that each batch's mean averages: one number per batch, or
+            a function of the batch. None: its leading dimension.
+        probe_distribution: gaussian (normalised, as in the paper) or rademacher.
+        reorthogonalize: Full reorthogonalisation; keeps num_steps vectors per probe.
+        norm_mode: eval: batch norms use running statistics. train: those of the microbatch.
+        matmul_precision: highest: float32; high: TF32; medium: bfloat16, where the device can.
+        memory_budget: Bytes for graphs and vectors; None: half of the device's memory. A
+            microbatch whose graph exceeds it is halved.
+        identity: Values of further columns of the rows: model, stage, init_seed, ...
+        on_progress: Called with (products done, products in all).
+        on_block: Called with the rows of each block as soon as it is finished.
+
+    Returns:
+        One row per block and probe with the columns of table `spectra`. `spectra_db.js0` takes it.
+
+    Raises:
+        UserError: An argument is out of range, the loss is not deterministic, not finite or not
+            twice differentiable, or the memory budget is too small.
+        FloatingPointError: A product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> model, batch = torch.nn.Linear(4, 3), (torch.ones(8, 4), torch.zeros(8).long())
+        >>> rows = estimate_spectra(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [batch])
+        >>> rows[["block", "num_params", "method"]].values.tolist()
+        [['weight', 12, 'exact']]
+    """
+    _check_settings(num_probes, num_steps, probe_distribution, matmul_precision, dtype)
+    partition = blocks if isinstance(blocks, str) else "custom"
+    blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
+    target = choose_device(model, device)
+    budget = device_memory(target) // 2 if memory_budget is None else memory_budget
+    with fixed_arithmetic(model, matmul_precision):
+        hessian = BlockHessian(
+            model,
+            loss_fn,
+            batches,
+            blocks,
+            batch_weights=batch_weights,
+            device=target,
+            dtype=dtype,
+            norm_mode=norm_mode,
+            memory_budget=budget,
+        )
+        shared = {
+            "model": type(model).__name__,
+            "stage": "current",
+            "init_seed": seed,
+            "train_run": "",
+            "partition": partition,
+            "operator": "hessian",
+            "norm_mode": norm_mode,
+            "dtype": str(dtype).removeprefix("torch."),
+            "probe_distribution": probe_distribution,
+            "batch_hash": batch_hash(batches),
+            "protocol_version": PROTOCOL_VERSION,
+            "run_id": "",
+            "step": 0,
+            "progress": 0.0,
+            "reorthogonalized": reorthogonalize,
+            "microbatch_size": hessian.microbatch_size,
+            "batch_size": hessian.batch_size,
+            "num_terms": round(hessian.num_terms),
+            "data_source": "",
+            "matmul_precision": matmul_precision,
+            "device": device_name(target),
+            "tolerance": None,
+            "status": "ok",
+            "reason": None,
+            **(identity or {}),
+        }
+        plan = _Plan(hessian, num_probes, num_steps, seed, probe_distribution, reorthogonalize)
+        rows: list[Row] = []
+        for block_rows in _run(plan, shared, budget, on_progress or (lambda done, total: None)):
+            rows += block_rows
+            if on_block is not None:
+                on_block(block_rows)
+    order = {block.name: i for i, block in enumerate(blocks)}
+    rows.sort(key=lambda row: (order[row["block"]], row["probe"]))
+    return pd.DataFrame(rows, columns=TABLES["spectra"].names)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is asked of one Hessian."""
+
+    hessian: BlockHessian
+    num_probes: int
+    num_steps: int
+    seed: int
+    probe_distribution: str
+    reorthogonalize: bool
+
+
+def _run(
+    plan: _Plan, shared: Row, budget: int, on_progress: Callable[[int, int], None]
+) -> Iterator[list[Row]]:
+    """Yield the rows of each block as it is finished."""
+    blocks = plan.hessian.blocks
+    total = sum(num_products(b, plan.num_probes, plan.num_steps) for b in blocks)
+    done = 0
+    finished: dict[int, list[Row]] = {}
+    for index, block in enumerate(blocks):
+        if block.num_params <= EXACT_SIZE:
+            yield [_exact_row(plan, shared, index)]
+            done += block.num_params
+            on_progress(done, total)
+    for pairs in _groups(plan, budget):
+        begin = time.perf_counter()
+        states, seeds = [], []
+        for index, probe in pairs:
+            block = blocks[index]
+            seeds.append(probe_seed(plan.seed, shared["model"], shared["stage"], block.name, probe))
+            v0 = draw_probe(block.num_params, seeds[-1], plan.probe_distribution)
+            v0 = v0.to(plan.hessian.device, plan.hessian.dtype)
+            states.append(lanczos.start(v0, reorthogonalize=plan.reorthogonalize))
+        for _ in range(plan.num_steps):
+            live = [
+                (pair[0], state)
+                for pair, state in zip(pairs, states, strict=True)
+                if not state.breakdown
+            ]
+            products = plan.hessian.products([(index, state.vector) for index, state in live])
+            lanczos.advance([state for _, state in live], products)
+            done += len(pairs)
+            on_progress(done, total)
+        seconds = (time.perf_counter() - begin) / len(pairs)
+        for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
+            rows = finished.setdefault(index, [])
+            rows.append(_slq_row(plan, shared, index, probe, seed, state, seconds))
+            if len(rows) == plan.num_probes:
+                yield _unless_zero(finished.pop(index))
+
+
+def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield (block, probe) pairs that are advanced together.
+
+    With kept graphs a block at a time, since nothing is gained by more; else as many as fit the
+    memory beside a graph, since they share its forward and backward pass.
+    """
+    hessian = plan.hessian
+    free = budget - hessian.graph_bytes
+    vectors = 3 + (plan.num_steps if plan.reorthogonalize else 0)
+    group: list[tuple[int, int]] = []
+    used = 0
+    for index, block in enumerate(hessian.blocks):
+        if block.num_params <= EXACT_SIZE:
+            continue
+        for probe in range(plan.num_probes):
+            size = vectors * block.num_params * hessian.dtype.itemsize
+            full = used + size > free or (hessian.keeps_graphs and group and group[0][0] != index)
+            if group and full:
+                yield group
+                group, used = [], 0
+            group.append((index, probe))
+            used += size
+    if group:
+        yield group
+
+
+def _slq_row(
+    plan: _Plan,
+    shared: Row,
+    index: int,
+    probe: int,
+    seed: int,
+    state: lanczos.Recurrence,
+    seconds: float,
+) -> Row:
+    """Make the row of one block and probe."""
+    nodes, weights = gauss_rule(state.alphas, state.betas)
+    block = plan.hessian.blocks[index]
+    return shared | {
+        "block": block.name,
+        "probe": probe,
+        "block_kind": block.kind,
+        "num_params": block.num_params,
+        "method": "slq",
+        "probe_seed": seed,
+        "num_steps": len(state.alphas),
+        "breakdown": state.breakdown,
+        "alphas": state.alphas,
+        "betas": state.betas,
+        "nodes": nodes.tolist(),
+        "weights": weights.tolist(),
+        "num_products": len(state.alphas),
+        "seconds": seconds,
+        "peak_bytes": peak_bytes(plan.hessian.device),
+    }
+
+
+def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
+    """Diagonalise a small block."""
+    begin = time.perf_counter()
+    block = plan.hessian.blocks[index]
+    n = block.num_params
+    H = plan.hessian.dense(index).double()
+    zero = not H.any()
+    nodes = [0.0] if zero else torch.linalg.eigvalsh(H).tolist()
+    return (
+        shared
+        | {
+            "block": block.name,
+            "probe": 0,
+            "block_kind": block.kind,
+            "num_params": n,
+            "method": "exact",
+            "probe_seed": 0,
+            "num_steps": 0,
+            "breakdown": False,
+            "alphas": [],
+            "betas": [],
+            "nodes": nodes,
+            "weights": [1.0 / len(nodes)] * len(nodes),
+            "num_products": n,
+            "seconds": time.perf_counter() - begin,
+            "peak_bytes": peak_bytes(plan.hessian.device),
+        }
+        | ({"status": "zero", "reason": "the block's Hessian is exactly zero"} if zero else {})
+    )
+
+
+def _unless_zero(rows: list[Row]) -> list[Row]:
+    """Replace the probes of an exactly zero block by its one row of status `zero`."""
+    if any(row["alphas"] != [0.0] or row["betas"] != [0.0] for row in rows):
+        return rows
+    reason = "every product with the block's Hessian is exactly zero"
+    products = sum(row["num_products"] for row in rows)
+    return [rows[0] | {"status": "zero", "reason": reason, "num_products": products}]
+
+
+def _check_settings(
+    num_probes: int, num_steps: int, distribution: str, precision: str, dtype: torch.dtype
+) -> None:
+    """Raise unless the settings are in range."""
+    for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    for name, given, allowed in (
+        ("probe_distribution", distribution, PROBE_DISTRIBUTIONS),
+        ("matmul_precision", precision, PRECISIONS),
+        ("dtype", str(dtype).removeprefix("torch."), tuple(DTYPES)),
+    ):
+        if given not in allowed:
+            raise UserError(f"{name} is {given!r}; choose one of {', '.join(allowed)}")

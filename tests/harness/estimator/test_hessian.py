@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import curvlinops
+import pytest
+import torch
+from hessian_eigenthings import HessianOperator
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harness.errors import UserError
+from harness.estimator.blocks import Block, Part, find_blocks
+from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.hessian import BlockHessian
+
+from .models import cross_entropy, num_terms, problem, split
+
+CPU = torch.device("cpu")
+MODELS = ("cnn", "vit", "gpt", "mlp")
+
+
+def dense_hessian(model, loss_fn, batch, partition):
+    """Return blocks and their dense Hessians by autograd on the whole flat parameter vector."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def loss(vector):
+        pieces = vector.split([s.numel() for s in shapes])
+        values = {n: p.view(s) for n, p, s in zip(names, pieces, shapes, strict=True)}
+        wrapped = lambda x: torch.func.functional_call(model, values, (x,))  # noqa: E731
+        return loss_fn(wrapped, batch)
+
+    model.eval()
+    with sdpa_kernel(SDPBackend.MATH):
+        H = torch.autograd.functional.hessian(loss, flat)
+    numbers, start = {}, 0
+    for name, shape in zip(names, shapes, strict=True):
+        numbers[name] = torch.arange(start, start + shape.numel()).view(shape)
+        start += shape.numel()
+    blocks = find_blocks(model, partition)
+    index = [torch.cat([p.of(numbers[p.parameter]).flatten() for p in b.parts]) for b in blocks]
+    return blocks, [H[i][:, i] for i in index]
+
+
+def block_hessian(model, loss_fn, batches, blocks, **options):
+    settings = {"device": CPU, "dtype": torch.float64, "memory_budget": 2**30} | options
+    with fixed_arithmetic(model):
+        return BlockHessian(model, loss_fn, batches, blocks, **settings)
+
+
+@pytest.mark.parametrize("partition", ["weights", "all", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_block_products_equal_the_dense_autograd_hessian(name, partition):
+    model, batch = problem(name)
+    blocks, expected = dense_hessian(model, cross_entropy, batch, partition)
+    hessian = block_hessian(model, cross_entropy, [batch], blocks, batch_weights=num_terms)
+    with fixed_arithmetic(model):
+        for i, H in enumerate(expected):
+            assert (hessian.dense(i) - H).norm() <= 1e-10 * max(H.norm(), 1e-3)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [1, 5], [4, 1, 1], [1] * 6])
+@pytest.mark.parametrize("name", MODELS)
+def test_products_do_not_depend_on_the_split_ragged_or_not(name, sizes):
+    model, batch = problem(name)
+    blocks = find_blocks(model)
+    whole = block_hessian(model, cross_entropy, [batch], blocks, batch_weights=num_terms)
+    parts = block_hessian(
+        model, cross_entropy, split(batch, sizes), blocks, batch_weights=num_terms
+    )
+    requests = [(i, torch.randn(b.num_params).double()) for i, b in enumerate(blocks)]
+    with fixed_arithmetic(model):
+        pairs = zip(whole.products(requests), parts.products(requests), strict=True)
+        for a, b in pairs:
+            assert (a - b).norm() <= 1e-12 * max(a.norm(), 1e-6)
+
+
+def test_rebuilt_graphs_give_the_same_products_as_kept_ones():
+    model, batch = problem("gpt")
+    blocks = find_blocks(model)
+    batches, options = split(batch, [3, 3]), {"batch_weights": num_terms}
+    kept = block_hessian(model, cross_entropy, batches, blocks, **options)
+    options["memory_budget"] = kept.graph_bytes + 1
+    rebuilt = block_hessian(model, cross_entropy, batches, blocks, **options)
+    assert kept.keeps_graphs
+    assert not rebuilt.keeps_graphs
+    v = torch.ones(blocks[0].num_params, dtype=torch.float64)
+    with fixed_arithmetic(model):
+        assert torch.equal(kept.products([(0, v)])[0], rebuilt.products([(0, v)])[0])
+
+
+def test_a_microbatch_that_does_not_fit_is_halved_and_the_products_stay():
+    model, batch = problem("gpt")
+    blocks = find_blocks(model)
+    whole = block_hessian(model, cross_entropy, [batch], blocks, batch_weights=num_terms)
+    budget = whole.graph_bytes // 2
+    halved = block_hessian(
+        model, cross_entropy, [batch], blocks, batch_weights=num_terms, memory_budget=budget
+    )
+    assert (whole.microbatch_size, halved.microbatch_size) == (6, 3)
+    v = torch.ones(blocks[1].num_params, dtype=torch.float64)
+    with fixed_arithmetic(model):
+        torch.testing.assert_close(whole.products([(1, v)]), halved.products([(1, v)]))
+    with pytest.raises(UserError, match="raise the budget"):
+        block_hessian(
+            model, cross_entropy, [batch], blocks, batch_weights=num_terms, memory_budget=100
+        )
+
+
+def test_linear_regression_has_the_closed_form_hessian():
+    X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = nn.Linear(3, 1, bias=False).double()
+    batches = split((X, torch.zeros(20).double()), [7, 7, 6])
+    loss = lambda m, b: F.mse_loss(m(b[0])[:, 0], b[1])  # noqa: E731
+    hessian = block_hessian(model, loss, batches, find_blocks(model))
+    torch.testing.assert_close(hessian.dense(0), 2 * X.T @ X / 20)
+
+
+def test_softmax_regression_has_the_closed_form_hessian():
+    X = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = nn.Linear(3, 4, bias=False).double()
+    p = torch.softmax(X @ model.weight.detach().T, 1)
+    S = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    H = torch.einsum("bij,bk,bl->ikjl", S, X, X).reshape(12, 12) / 9
+    batch = (X, torch.arange(9) % 4)
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model))
+    torch.testing.assert_close(hessian.dense(0), H)
+
+
+def test_agrees_with_curvlinops():
+    model, batch = problem("cnn")
+    model.eval()
+    reference = curvlinops.HessianLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), split(batch, [4, 2])
+    )
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model, "full"))
+    v = torch.randn(hessian.blocks[0].num_params, dtype=torch.float64)
+    with fixed_arithmetic(model):
+        torch.testing.assert_close(hessian.products([(0, v)])[0], reference @ v)
+
+
+def test_agrees_with_hessian_eigenthings():
+    model, batch = problem("mlp")
+    reference = HessianOperator(model, [batch], cross_entropy)
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model, "full"))
+    v = torch.randn(hessian.blocks[0].num_params, dtype=torch.float64)
+    torch.testing.assert_close(hessian.products([(0, v)])[0], reference.matvec(v))
+
+
+def test_dropout_left_on_by_hand_is_found_and_named():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.noise = nn.Linear(36, 4), nn.Identity()
+            self.noise.forward = lambda x: F.dropout(x, 0.5, training=True)
+
+        def forward(self, x):
+            return self.noise(self.layer(x.flatten(1)))
+
+    model = Noisy().double()
+    _, batch = problem("mlp")
+    with pytest.raises(UserError, match=r"random numbers are drawn in noise \(aten\.\w*"):
+        block_hessian(model, cross_entropy, [batch], find_blocks(model))
+
+
+def test_dependence_on_batch_mates_is_found():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(36, 4)
+
+        def forward(self, x):
+            y = self.layer(x.flatten(1))
+            return y - y.mean(0)
+
+    model = Centred().double()
+    _, batch = problem("mlp")
+    with pytest.raises(UserError, match="batch mates"):
+        block_hessian(model, cross_entropy, [batch], find_blocks(model))
+
+
+def test_batch_statistics_are_used_only_when_asked_and_buffers_stay():
+    model, batch = problem("cnn")
+    model.train()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    evaluated = block_hessian(model, cross_entropy, [batch], find_blocks(model)).dense(0)
+    trained = block_hessian(
+        model, cross_entropy, [batch], find_blocks(model), norm_mode="train"
+    ).dense(0)
+    assert not torch.allclose(evaluated, trained)
+    assert model.training
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_operations_without_a_second_derivative_are_named():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g * 2
+
+    model = nn.Linear(36, 4).double()
+    _, batch = problem("mlp")
+    loss = lambda m, b: F.cross_entropy(Once.apply(m(b[0].flatten(1)).square()), b[1])  # noqa: E731
+    with pytest.raises(UserError, match="once_differentiable"):
+        block_hessian(model, loss, [batch], find_blocks(model)).dense(0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, b: m(b[0]), "must return the mean loss"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1]) * float("nan"), "finite loss"),
+    ],
+)
+def test_a_loss_that_is_no_finite_scalar_is_refused(loss, message):
+    model, batch = problem("mlp")
+    with pytest.raises(UserError, match=message):
+        block_hessian(model, loss, [batch], find_blocks(model))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]])
+def test_bad_batch_weights_are_refused(weights):
+    model, batch = problem("mlp")
+    with pytest.raises(UserError, match="batch_weights"):
+        block_hessian(
+            model, cross_entropy, split(batch, [3, 3]), find_blocks(model), batch_weights=weights
+        )
+
+
+def test_overlapping_and_unknown_blocks_are_refused():
+    model, batch = problem("mlp")
+    block = find_blocks(model)[0]
+    with pytest.raises(UserError, match="overlaps"):
+        block_hessian(model, cross_entropy, [batch], [block, block])
+    unknown = Block("x", "mlp", (Part("x"),), 1, (1,))
+    with pytest.raises(UserError, match="does not have"):
+        block_hessian(model, cross_entropy, [batch], [unknown])

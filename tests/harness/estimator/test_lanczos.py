@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from harness.estimator.lanczos import advance, lanczos, start
+from harness.estimator.quadrature import gauss_rule, residual_bounds
+
+n = 60
+
+
+def matrix(eigenvalues, seed=0):
+    """Return a symmetric matrix of the given spectrum in a random basis, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    size = len(eigenvalues)
+    Q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return Q @ torch.diag(torch.as_tensor(eigenvalues, dtype=torch.float64)) @ Q.T
+
+
+def vector(size=n, seed=1, dtype=torch.float64):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+SPECTRA = {
+    "linear": np.linspace(-1, 3, n),
+    "geometric": np.geomspace(1e-6, 1, n),
+    "outliers": np.r_[np.zeros(n - 3), 5.0, 50.0, -20.0],
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+def test_basis_is_orthonormal_and_satisfies_the_recurrence(spectrum):
+    A = matrix(spectrum)
+    run = lanczos(A.mv, vector(), 20, reorthogonalize=True)
+    m = len(run.alphas)
+    off_diagonal = run.betas[:-1]
+    T = torch.from_numpy(np.diag(run.alphas) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1))
+    Q = torch.stack(run.basis[:m], 1)
+    R = A @ Q - Q @ T
+    scale = np.abs(spectrum).max()
+    torch.testing.assert_close(Q.T @ Q, torch.eye(m, dtype=torch.float64), atol=1e-13, rtol=0)
+    assert R[:, :-1].abs().max() < 1e-13 * scale
+    assert float(R[:, -1].norm()) == pytest.approx(run.betas[-1], abs=1e-13 * scale)
+
+
+@pytest.mark.parametrize("reorthogonalize", [False, True])
+def test_gauss_rule_integrates_polynomials_up_to_degree_2m_minus_1(reorthogonalize):
+    A, v0 = matrix(SPECTRA["linear"]), vector()
+    m = 8
+    run = lanczos(A.mv, v0, m, reorthogonalize=reorthogonalize)
+    nodes, weights = gauss_rule(run.alphas, run.betas)
+    v = v0 / v0.norm()
+    moment = v.clone()
+    for degree in range(2 * m):
+        assert weights @ nodes**degree == pytest.approx(float(v @ moment), rel=1e-10)
+        moment = A @ moment
+    assert weights @ nodes ** (2 * m) != pytest.approx(float(v @ moment), rel=1e-10)
+
+
+def test_rule_is_exact_at_full_order_with_reorthogonalisation():
+    A, v0 = matrix(SPECTRA["linear"]), vector()
+    run = lanczos(A.mv, v0, n + 10, reorthogonalize=True)
+    nodes, weights = gauss_rule(run.alphas, run.betas)
+    eigenvalues, U = torch.linalg.eigh(A)
+    assert run.breakdown
+    np.testing.assert_allclose(nodes, eigenvalues, atol=1e-12)
+    np.testing.assert_allclose(weights, (U.T @ (v0 / v0.norm())).square(), atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+def test_breakdown_is_relative_to_the_scale_of_the_operator(scale, dtype):
+    A = (matrix(np.r_[np.zeros(n - 2), 1.0, 3.0]) * scale).to(dtype)
+    run = lanczos(A.mv, vector(dtype=dtype), 20)
+    nodes, weights = gauss_rule(run.alphas, run.betas)
+    assert run.breakdown
+    assert len(run.alphas) == 3
+    np.testing.assert_allclose(nodes / scale, [0, 1, 3], atol=100 * torch.finfo(dtype).eps)
+    assert weights.sum() == pytest.approx(1, abs=1e-14)
+
+
+def test_rank_one_operator_ends_after_two_steps_with_its_eigenvalue():
+    u = vector(seed=3)
+    u /= u.norm()
+    run = lanczos(lambda v: 7.0 * u * (u @ v), vector(), 10)
+    nodes, _ = gauss_rule(run.alphas, run.betas)
+    np.testing.assert_allclose(nodes, [0, 7], atol=1e-12)
+
+
+def test_zero_operator_ends_after_one_step_with_all_weight_at_zero():
+    run = lanczos(torch.zeros_like, vector(), 10)
+    nodes, weights = gauss_rule(run.alphas, run.betas)
+    assert (run.alphas, run.betas, run.breakdown) == ([0.0], [0.0], True)
+    assert (nodes.tolist(), weights.tolist()) == ([0.0], [1.0])
+
+
+def test_block_smaller_than_num_steps_never_takes_more_steps_than_parameters():
+    A = matrix([1.0, 2.0, 4.0])
+    run = lanczos(A.mv, vector(3), 50)
+    assert len(run.alphas) == 3
+    assert run.breakdown
+    np.testing.assert_allclose(gauss_rule(run.alphas, run.betas)[0], [1, 2, 4], atol=1e-12)
+
+
+def test_eigenvector_start_breaks_down_at_once():
+    A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+    run = lanczos(A.mv, torch.eye(5, dtype=torch.float64)[2], 4)
+    assert (run.alphas, run.breakdown) == ([3.0], True)
+
+
+def test_lockstep_equals_one_at_a_time():
+    operators = [matrix(s) for s in SPECTRA.values()]
+    alone = [lanczos(A.mv, vector(), 6) for A in operators]
+    together = [start(vector()) for _ in operators]
+    for _ in range(6):
+        live = [(A, r) for A, r in zip(operators, together, strict=True) if not r.breakdown]
+        advance([r for _, r in live], [A @ r.vector for A, r in live])
+    for a, b in zip(alone, together, strict=True):
+        assert (a.alphas, a.betas) == (b.alphas, b.betas)
+
+
+def test_float32_products_keep_moments_to_float32_rounding():
+    A = matrix(SPECTRA["linear"])
+    exact = lanczos(A.mv, vector(dtype=torch.float32).double(), 15)
+    rounded = lanczos(A.float().mv, vector(dtype=torch.float32), 15)
+    for degree in (1, 2):
+        a, b = (w @ t**degree for t, w in (gauss_rule(r.alphas, r.betas) for r in (exact, rounded)))
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_an_eigenvalue_lies_within_the_residual_bound_of_every_node():
+    A = matrix(SPECTRA["geometric"])
+    run = lanczos(A.mv, vector(), 12, reorthogonalize=True)
+    nodes, _ = gauss_rule(run.alphas, run.betas)
+    distance = np.abs(nodes[:, None] - SPECTRA["geometric"]).min(1)
+    assert (distance <= residual_bounds(run.alphas, run.betas) + 1e-14).all()
+
+
+def test_infinite_products_are_reported_with_their_step():
+    with pytest.raises(FloatingPointError, match=r"product 1 .* not finite"):
+        lanczos(lambda v: v * float("inf"), vector(), 3)
+
+
+@pytest.mark.parametrize("v0", [torch.zeros(3), torch.tensor([1.0, float("nan"), 0.0])])
+def test_a_zero_or_nan_start_vector_is_refused(v0):
+    with pytest.raises(ValueError, match="start vector has norm"):
+        start(v0)
+
+
+def test_at_least_one_step_is_needed():
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        lanczos(torch.zeros_like, vector(), 0)

@@ -1,0 +1,91 @@
+"""Data sets and losses: what a model is trained on and what its Hessian is the Hessian of.
+
+A task loads its data from the data root (or the Hub), draws batches through a generator passed in
+and defines the mean loss and the number of terms that this mean averages. Importing this package
+imports no torch; `get` imports the one file that holds the task.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.tasks.base import Batch, Task
+
+__all__ = ["UnknownTaskError", "get", "names", "split"]
+
+_TASKS = {
+    "digits": "images:Digits",
+    "mnist": "images:Mnist",
+    "cifar10": "images:Cifar10",
+    "imagenet": "images:ImageNet",
+    "pydoc": "text:Pydoc",
+    "tiny-shakespeare": "text:TinyShakespeare",
+    "books": "text:Books",
+    "wikitext": "text:WikiText",
+    "openwebtext": "text:OpenWebText",
+    "cornell": "masked:Cornell",
+    "sft": "sft:Instructions",
+}
+
+
+class UnknownTaskError(UserError):
+    """No task has this name."""
+
+
+def names() -> list[str]:
+    """List the names that `get` accepts.
+
+    >>> names()[:2]
+    ['digits', 'mnist']
+    """
+    return list(_TASKS)
+
+
+def get(name: str, **options: Any) -> Task:
+    """Return the task of this name with its options.
+
+    >>> get("digits").metric
+    'accuracy'
+
+    Raises:
+        UnknownTaskError: no such name; the message gives close matches.
+        UserError: the task has no such option; the message lists those that it has.
+    """
+    if name not in _TASKS:
+        close = difflib.get_close_matches(name, _TASKS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"tasks: {', '.join(_TASKS)}"
+        raise UnknownTaskError(f"unknown task {name!r}; {hint}")
+    module, attribute = _TASKS[name].split(":")
+    task = getattr(import_module(f"harness.tasks.{module}"), attribute)
+    allowed = [field.name for field in fields(task)]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise UserError(
+            f"task {name!r} has no option {', '.join(unknown)}; "
+            f"its options are: {', '.join(allowed) or 'none'}"
+        )
+    return task(**options)
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Slice a batch along its leading dimension into microbatches, the last one ragged.
+
+    Args:
+        batch: tensors with a common leading dimension B.
+        size: samples per microbatch, at least 1.
+
+    Returns:
+        ceil(B / size) batches that share the memory of `batch`.
+    """
+    if size < 1:
+        raise ValueError(f"microbatch size is {size}; it must be at least 1")
+    return [
+        tuple(tensor[start : start + size] for tensor in batch)
+        for start in range(0, len(batch[0]), size)
+    ]

@@ -1,0 +1,158 @@
+"""The interface of every task: load, sample, fixed, loss, num_terms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.tasks import sources
+
+Batch = tuple[Tensor, ...]
+IGNORED = -100  # the target that torch's cross entropy leaves out of its mean
+
+
+@dataclass(frozen=True)
+class Data:
+    """Hold one loaded data set.
+
+    Attributes:
+        train, test: tensors that the task draws from; `test` may be empty.
+        source: what was used and where it came from, for people.
+        checksum: sha256 of the bytes that were used, hexadecimal.
+        model_options: what a model must know of its data (`num_classes`, `image_size`,
+            `in_channels`, or `vocab_size`, `context`).
+    """
+
+    train: Batch
+    test: Batch
+    source: str
+    checksum: str
+    model_options: Mapping[str, Any]
+
+    def part(self, split: str) -> Batch:
+        """Return the tensors of split "train" or "test"."""
+        if split not in ("train", "test"):
+            raise ValueError(f"unknown split {split!r}; the splits are train and test")
+        return self.train if split == "train" else self.test
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Draw batches and define the loss; subclasses are frozen dataclasses of their options."""
+
+    name: ClassVar[str]
+    metric: ClassVar[str]  # "accuracy" where `score` gives one, else "loss"
+
+    def load(self, data_root: Path | str | None = None) -> Data:
+        """Load the data, once per process and root.
+
+        Args:
+            data_root: folder in the layout of the data packs; None means `HARNESS_DATA_ROOT`.
+
+        Raises:
+            UserError: neither the root nor the Hub has the data; says what to put where.
+        """
+        return _load_once(self, sources.resolve_root(data_root))
+
+    @abstractmethod
+    def read(self, root: Path | None) -> Data:
+        """Read the data below `root`, uncached."""
+
+    @abstractmethod
+    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Gather samples `indices` (B,) of a split; whatever else is random uses the generator."""
+
+    @abstractmethod
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the loss over the terms of the batch, given the model's logits."""
+
+    @abstractmethod
+    def num_terms(self, batch: Batch) -> int:
+        """Count the terms that the mean loss of this batch averages."""
+
+    def score_of(self, logits: Tensor, batch: Batch) -> float | None:
+        """Score the logits (accuracy in [0, 1]); None where the loss is the only measure."""
+        return None
+
+    def size(self, data: Data, split: str) -> int:
+        """Count the samples of a split that `fixed` can choose from."""
+        return len(data.part(split)[0])
+
+    def sample(self, data: Data, split: str, size: int, generator: torch.Generator) -> Batch:
+        """Draw `size` distinct samples with the generator.
+
+        Returns:
+            Tensors with leading dimension `size`.
+        """
+        indices = torch.randperm(self._checked_size(data, split, size), generator=generator)
+        return self.take(data, split, indices[:size], generator)
+
+    def fixed(self, data: Data, split: str, size: int) -> Batch:
+        """Choose `size` distinct samples, the same ones every time (seed 0).
+
+        The Hessian batch is `fixed(data, "train", hessian_batch_size)`, the evaluation subset
+        `fixed(data, "train", eval_size)`; both begin with the same samples, and neither ever
+        touches the test split.
+        """
+        generator = torch.Generator().manual_seed(0)
+        indices = torch.randperm(self._checked_size(data, split, size), generator=generator)
+        return self.take(data, split, indices[:size], generator)
+
+    def batches(self, data: Data, size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield training batches for ever: one permutation an epoch, its ragged rest dropped."""
+        count = self._checked_size(data, "train", size)
+        while True:
+            order = torch.randperm(count, generator=generator)
+            for start in range(0, count - size + 1, size):
+                yield self.take(data, "train", order[start : start + size], generator)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Run the model on the inputs; a transformers output gives up its `logits`."""
+        out = model(batch[0])
+        return getattr(out, "logits", out)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean loss over exactly `num_terms(batch)` terms, a scalar tensor."""
+        return self.loss_of(self.logits(model, batch), batch)
+
+    def score(self, model: nn.Module, batch: Batch) -> float | None:
+        """Score the model on the batch (accuracy in [0, 1]); None for language."""
+        return self.score_of(self.logits(model, batch), batch)
+
+    def _checked_size(self, data: Data, split: str, size: int) -> int:
+        """Return the number of samples of a split, or say that `size` is not available."""
+        count = self.size(data, split)
+        if not 1 <= size <= count:
+            raise ValueError(
+                f"{size} samples asked of the {split} split of task {self.name!r}; "
+                f"it has {count}: choose between 1 and {count}"
+            )
+        return count
+
+
+@lru_cache(maxsize=8)
+def _load_once(task: Task, root: Path | None) -> Data:
+    return task.read(root)
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Average the cross entropy over the targets that are not -100.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T) token ids, or -100 where no prediction is asked.
+
+    Raises:
+        ValueError: every target is -100, so that the mean would be 0/0.
+    """
+    if not bool((targets != IGNORED).any()):
+        raise ValueError("the batch has no term: every target is -100; use larger microbatches")
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

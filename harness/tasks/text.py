@@ -1,0 +1,229 @@
+"""Language modelling on a stream of tokens: pydoc, tiny Shakespeare, books, WikiText, OpenWebText.
+
+Each corpus can be read by characters, by words or by GPT-2's byte-level BPE (option `tokenizer`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from harness.tasks import sources
+from harness.tasks.base import Batch, Data, Task
+from harness.tasks.tokenizers import make_tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Hold the raw text of a corpus."""
+
+    train: str
+    test: str
+    source: str
+    checksum: str
+
+
+@dataclass(frozen=True)
+class TextTask(Task):
+    """Predict the next token; a batch is (inputs, targets), both (B, context) int64.
+
+    Attributes:
+        context: tokens per sequence.
+        tokenizer: "char" (the characters that the corpus has, or printable ASCII and one symbol
+            for the rest), "word" (the `vocab_size` most frequent words) or "gpt2" (byte-level BPE).
+        vocab_size: size of the vocabulary for "word"; fixed by the others.
+    """
+
+    context: int = 64
+    tokenizer: str = "char"
+    vocab_size: int | None = None
+
+    metric: ClassVar[str] = "loss"
+    alphabet: ClassVar[str] = "ascii"  # "own": the sorted characters of the corpus itself
+
+    @abstractmethod
+    def corpus(self, root: Path | None) -> Corpus:
+        """Read the text."""
+
+    def read(self, root: Path | None) -> Data:
+        """Tokenize the corpus into two streams (N,) of int64."""
+        corpus = self.corpus(root)
+        characters = "".join(sorted(set(corpus.train + corpus.test)))
+        tokenizer = make_tokenizer(
+            self.tokenizer,
+            corpus.train,
+            vocab_size=self.vocab_size,
+            alphabet=characters if self.alphabet == "own" else None,
+            root=root,
+            task=self.name,
+        )
+        streams = [torch.from_numpy(tokenizer.encode(text)) for text in (corpus.train, corpus.test)]
+        options = {"vocab_size": tokenizer.vocab_size, "context": self.context}
+        return Data((streams[0],), (streams[1],), corpus.source, corpus.checksum, options)
+
+    def size(self, data: Data, split: str) -> int:
+        """Count the windows of `context` tokens that do not overlap."""
+        return max(0, (len(data.part(split)[0]) - 1) // self.context)
+
+    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Gather non-overlapping windows by their number."""
+        return self._windows(data, split, indices * self.context)
+
+    def sample(self, data: Data, split: str, size: int, generator: torch.Generator) -> Batch:
+        """Draw `size` windows at uniformly random offsets, as nanoGPT does."""
+        self._checked_size(data, split, size)
+        last = len(data.part(split)[0]) - self.context
+        return self._windows(data, split, torch.randint(last, (size,), generator=generator))
+
+    def batches(self, data: Data, size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield training batches at random offsets for ever."""
+        while True:
+            yield self.sample(data, "train", size, generator)
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the cross entropy over all tokens."""
+        return functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+
+    def num_terms(self, batch: Batch) -> int:
+        """Count the tokens."""
+        return batch[1].numel()
+
+    def _windows(self, data: Data, split: str, starts: Tensor) -> Batch:
+        tokens = data.part(split)[0][starts[:, None] + torch.arange(self.context + 1)]
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class Pydoc(TextTask):
+    """Read the Python documentation that ships with CPython (`pydoc_data.topics`), real prose.
+
+    Topics in alphabetical order; the first 90 % of the characters are the training split. The
+    text differs between versions of Python (the checksum tells); the vocabulary does not.
+    """
+
+    name: ClassVar[str] = "pydoc"
+
+    def corpus(self, root: Path | None) -> Corpus:
+        """Join the topics of the running interpreter; no root is needed."""
+        import platform
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics[key] for key in sorted(topics))
+        source = f"CPython {platform.python_version()} pydoc_data.topics"
+        return Corpus(*_cut(text), source, sources.sha256([text.encode()]))
+
+
+@dataclass(frozen=True)
+class TinyShakespeare(TextTask):
+    """Read tiny Shakespeare with its own 65 characters; split 90 : 10 as in nanoGPT."""
+
+    name: ClassVar[str] = "tiny-shakespeare"
+    alphabet: ClassVar[str] = "own"
+
+    def corpus(self, root: Path | None) -> Corpus:
+        """Read `tinyshakespeare/input.txt`."""
+        paths = ["tinyshakespeare/input.txt"]
+        files = sources.find(root, *paths)
+        if files is None:
+            hint = "it is data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn"
+            raise sources.missing(self.name, root, paths, hint)
+        return Corpus(*_cut(files[0].read_text("utf-8")), *sources.file_source(files))
+
+
+@dataclass(frozen=True)
+class Books(TextTask):
+    """Read three public-domain books (8.1 MB): the first 90 % of each for training."""
+
+    name: ClassVar[str] = "books"
+
+    def corpus(self, root: Path | None) -> Corpus:
+        """Read the King James Bible, War and Peace, Pride and Prejudice."""
+        titles = ("kjv_bible", "war_and_peace", "pride_and_prejudice")
+        paths = [f"books/{title}.txt" for title in titles]
+        files = sources.find(root, *paths)
+        if files is None:
+            raise sources.missing(self.name, root, paths, "any UTF-8 texts of these names will do")
+        train, test = zip(*(_cut(file.read_text("utf-8")) for file in files), strict=True)
+        return Corpus("\n".join(train), "\n".join(test), *sources.file_source(files))
+
+
+@dataclass(frozen=True)
+class WikiText(TextTask):
+    """Read WikiText-2; the data pack lacks its train split, so `valid` trains there and says so."""
+
+    tokenizer: str = "gpt2"
+
+    name: ClassVar[str] = "wikitext"
+
+    def corpus(self, root: Path | None) -> Corpus:
+        """Read `wikitext2/`, or the real splits from the Hub."""
+        if files := sources.find(root, "wikitext2/train.txt", "wikitext2/test.txt"):
+            note = ""
+        elif files := sources.find(root, "wikitext2/valid.txt", "wikitext2/test.txt"):
+            note = "trained on the validation split"
+        else:
+            repo, paths = "Salesforce/wikitext", ["wikitext2/train.txt", "wikitext2/test.txt"]
+            (train, test), source = sources.from_hub(
+                self.name,
+                root,
+                paths,
+                repo,
+                lambda hub, revision: [
+                    "".join(
+                        hub.load_dataset(repo, "wikitext-2-v1", split=split, revision=revision)[
+                            "text"
+                        ]
+                    )
+                    for split in ("train", "test")
+                ],
+            )
+            return Corpus(train, test, source, sources.sha256([train.encode(), test.encode()]))
+        train, test = (file.read_text("utf-8") for file in files)
+        return Corpus(train, test, *sources.file_source(files, note))
+
+
+@dataclass(frozen=True)
+class OpenWebText(TextTask):
+    """Read OpenWebText: `openwebtext/train.txt`, or the first `documents` of the Hub's.
+
+    Attributes:
+        documents: how many documents to read of the Hub (8 million of them are too many here).
+    """
+
+    tokenizer: str = "gpt2"
+    context: int = 1_024
+    documents: int = 2_000
+
+    name: ClassVar[str] = "openwebtext"
+
+    def corpus(self, root: Path | None) -> Corpus:
+        """Read the text; the first 90 % train."""
+        paths, repo = ["openwebtext/train.txt"], "Skylion007/openwebtext"
+        if files := sources.find(root, *paths):
+            return Corpus(*_cut(files[0].read_text("utf-8")), *sources.file_source(files))
+        text, source = sources.from_hub(
+            self.name,
+            root,
+            paths,
+            repo,
+            lambda hub, revision: "\n".join(
+                row["text"]
+                for row in hub.load_dataset(
+                    repo, split="train", revision=revision, streaming=True
+                ).take(self.documents)
+            ),
+        )
+        source += f", first {self.documents} documents"
+        return Corpus(*_cut(text), source, sources.sha256([text.encode()]))
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Split a text into its first 90 % and its last 10 % of characters."""
+    return text[: (at := int(0.9 * len(text)))], text[at:]

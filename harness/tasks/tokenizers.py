@@ -1,0 +1,146 @@
+"""From text to token ids: characters, words, GPT-2's byte-level BPE."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from harness.errors import UserError
+from harness.tasks import sources
+
+# A newline, then the 95 printable characters of ASCII; whatever else maps to one more symbol.
+ASCII = "\n" + "".join(map(chr, range(32, 127)))
+# The words of a lower-cased text, apostrophes inside, single digits, marks of punctuation.
+_WORD = re.compile(r"<unk>|[^\W\d_]+(?:'[^\W\d_]+)*|\d|\n|[^\w\s]")
+
+
+class Tokenizer(Protocol):
+    """Map a text to ids below `vocab_size`; `end` is the id that ends a text."""
+
+    vocab_size: int
+    end: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return ids (N,) int64."""
+
+
+class Characters:
+    r"""Map each character of an alphabet to its position.
+
+    Args:
+        alphabet: every character of the text; None means newline, printable ASCII and one symbol
+            for whatever else (97 ids in all), the table that lets a model trained on one corpus be
+            fine-tuned on another.
+
+    >>> Characters("abc").encode("cab")
+    array([2, 0, 1])
+    >>> Characters().encode("\né")
+    array([ 0, 96])
+    """
+
+    def __init__(self, alphabet: str | None = None) -> None:
+        codes = np.frombuffer((alphabet or ASCII).encode("utf-32-le"), dtype=np.uint32)
+        # An alphabet of the corpus itself leaves nothing unknown, so it needs no extra symbol.
+        self.vocab_size = len(codes) + (alphabet is None)
+        self.end = (alphabet or ASCII).find("\n")
+        self._table = np.full(0x110000, len(codes), dtype=np.int64)
+        self._table[codes] = np.arange(len(codes))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Look every code point up in one indexing operation."""
+        return self._table[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
+
+
+class Words:
+    """Map words (lower-cased) to ids by their rank; 0 is unknown, 1 the mask, 2 the separator.
+
+    Args:
+        text: the training text.
+        vocab_size: most ids to use, the three special ones included.
+
+    >>> Words("to be or not to be", vocab_size=5).encode("be to whom")
+    array([3, 4, 0])
+    """
+
+    unknown, mask, end = 0, 1, 2
+    num_special = 3
+
+    def __init__(self, text: str, *, vocab_size: int) -> None:
+        if vocab_size <= self.num_special:
+            raise UserError(f"vocab_size is {vocab_size}; words need at least 4 ids")
+        counts = Counter(_WORD.findall(text.lower()))
+        del counts["\n"], counts["<unk>"]
+        # Ties by the alphabet, so that the vocabulary does not depend on the order of the text.
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        ranked = ranked[: vocab_size - self.num_special]
+        self._ids = {word: rank for rank, word in enumerate(ranked, self.num_special)}
+        self._ids["\n"] = self.end
+        self.vocab_size = len(ranked) + self.num_special
+
+    def encode(self, text: str) -> np.ndarray:
+        """Split into words and look them up; a newline becomes the separator."""
+        words = _WORD.findall(text.lower())
+        get = self._ids.get
+        return np.fromiter((get(word, self.unknown) for word in words), np.int64, len(words))
+
+
+class Gpt2:
+    """Encode by GPT-2's byte-level BPE (50,257 ids), read from `gpt2_bpe/` or the Hub."""
+
+    vocab_size = 50_257
+    end = 50_256  # <|endoftext|>
+
+    def __init__(self, root: Path | None, task: str) -> None:
+        from tokenizers import ByteLevelBPETokenizer
+
+        vocab, merges = (file.read_text("utf-8") for file in _gpt2_files(root, task))
+        pairs = [
+            (first, second)
+            for first, _, second in (line.partition(" ") for line in merges.splitlines()[1:])
+            if second
+        ]
+        self._bpe: Any = ByteLevelBPETokenizer(json.loads(vocab), pairs)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode the whole text."""
+        return np.array(self._bpe.encode(text).ids, dtype=np.int64)
+
+
+def _gpt2_files(root: Path | None, task: str) -> list[Path]:
+    paths, repo = ["gpt2_bpe/encoder.json", "gpt2_bpe/vocab.bpe"], "openai-community/gpt2"
+    if files := sources.find(root, *paths):
+        return files
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return [Path(hf_hub_download(repo, file)) for file in ("vocab.json", "merges.txt")]
+    except (OSError, HfHubHTTPError) as error:
+        hint = f"the Hub model {repo} was tried and failed ({type(error).__name__})"
+        raise sources.missing(task, root, paths, hint) from error
+
+
+def make_tokenizer(
+    kind: str,
+    text: str,
+    *,
+    vocab_size: int | None,
+    alphabet: str | None,
+    root: Path | None,
+    task: str,
+) -> Tokenizer:
+    """Build the tokenizer "char", "word" or "gpt2" for a training text."""
+    if kind == "word":
+        return Words(text, vocab_size=vocab_size or 4_096)
+    if vocab_size is not None:
+        raise UserError(f"vocab_size is an option of tokenizer 'word'; {kind!r} fixes its own")
+    if kind == "char":
+        return Characters(alphabet)
+    if kind == "gpt2":
+        return Gpt2(root, task)
+    raise UserError(f"unknown tokenizer {kind!r}; choose char, word or gpt2")

@@ -1,0 +1,98 @@
+"""Masked language modelling on film dialogue, by words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from harness.tasks import sources
+from harness.tasks.base import IGNORED, Batch, Data, Task, token_loss
+from harness.tasks.tokenizers import Words
+
+# BERT's: of the chosen words 80 % become the mask, 10 % a random word, 10 % stay (Devlin et al.).
+MASKED, REPLACED = 0.8, 0.1
+FIRST_TEST_MOVIE = 555  # movies m0 to m554 train, m555 to m616 test: by movie, not by line
+
+
+@dataclass(frozen=True)
+class Cornell(Task):
+    """Guess the masked words of the Cornell Movie-Dialogs Corpus.
+
+    A batch is (inputs, targets), both (B, context) int64; targets are -100 where no word was
+    chosen. In each sequence round(mask_fraction * context) of the words are chosen, at least one;
+    unknown words and separators never are. Lines of one film follow one another, a separator after
+    each, packed into full sequences, so that no attention mask is needed. Words stand in for the
+    paper's WordPiece: the vocabulary is the `vocab_size` most frequent words of the training films.
+
+    Attributes:
+        context: words per sequence.
+        vocab_size: size of the vocabulary, the unknown word, the mask and the separator included.
+        mask_fraction: the fraction of words to guess.
+        train_lines: keep the first so many training lines; None keeps all.
+    """
+
+    context: int = 64
+    vocab_size: int = 8_192
+    mask_fraction: float = 0.15
+    train_lines: int | None = None
+
+    name: ClassVar[str] = "cornell"
+    metric: ClassVar[str] = "loss"
+
+    def read(self, root: Path | None) -> Data:
+        """Read `cornell_movie_dialogs/movie_lines.txt` into sequences (N, context)."""
+        paths = ["cornell_movie_dialogs/movie_lines.txt"]
+        files = sources.find(root, *paths)
+        if files is None:
+            hint = (
+                "get it from cs.cornell.edu/~cristian/Cornell_Movie-Dialogs_Corpus.html "
+                "and convert it to UTF-8"
+            )
+            raise sources.missing(self.name, root, paths, hint)
+        train: list[str] = []
+        test: list[str] = []
+        # Not splitlines(), which also cuts at characters that occur inside a line of dialogue.
+        for line in files[0].read_text("utf-8").split("\n"):
+            fields = line.split(" +++$+++ ")
+            if len(fields) == 5:
+                movie = int(fields[2].removeprefix("m"))
+                (train if movie < FIRST_TEST_MOVIE else test).append(fields[4])
+        text = "\n".join(train[: self.train_lines])
+        words = Words(text, vocab_size=self.vocab_size)
+        parts = [self._pack(words, part) for part in (text, "\n".join(test))]
+        options = {"vocab_size": words.vocab_size, "context": self.context}
+        return Data((parts[0],), (parts[1],), *sources.file_source(files), options)
+
+    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Gather sequences and mask them with the generator."""
+        tokens = data.part(split)[0][indices]
+        eligible = tokens >= Words.num_special
+        draws = torch.rand(tokens.shape, generator=generator).masked_fill(~eligible, -1.0)
+        count = max(1, round(self.mask_fraction * self.context))
+        chosen = torch.zeros_like(eligible).scatter_(1, draws.topk(count).indices, True) & eligible
+        fate = torch.rand(tokens.shape, generator=generator)
+        words = torch.randint(
+            Words.num_special,
+            data.model_options["vocab_size"],
+            tokens.shape,
+            generator=generator,
+        )
+        inputs = torch.where(chosen & (fate < MASKED), Words.mask, tokens)
+        inputs = torch.where(chosen & (fate >= 1 - REPLACED), words, inputs)
+        return inputs, torch.where(chosen, tokens, IGNORED)
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the cross entropy over the chosen words."""
+        return token_loss(logits, batch[1])
+
+    def num_terms(self, batch: Batch) -> int:
+        """Count the chosen words."""
+        return int((batch[1] != IGNORED).sum())
+
+    def _pack(self, words: Words, text: str) -> Tensor:
+        ids = torch.from_numpy(words.encode(text))
+        return ids[: len(ids) // self.context * self.context].view(-1, self.context)

@@ -1,0 +1,111 @@
+"""How far SGD falls behind AdamW. Pure: rows of table `training` in, one row of table `gaps` out.
+
+With S, A, I the mean final losses of SGD and AdamW and the mean initial loss over the seeds,
+
+    gap = (S - A) / (I - A).
+
+The seeds are paired (same initialisation, same order of the data), so the error follows from the
+residuals r_i = (S_i - A_i) - gap (I_i - A_i) by the delta method:
+
+    standard_error = std(r) / (sqrt(n) (I - A)),    n - 1 degrees of freedom (Student's t).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from harness.registry.entry import Recipe
+from harness.training import grid
+from spectra_db.schema import PROTOCOL_VERSION
+
+SEEDS = (1, 2, 3)
+CONFIDENCE = 0.95
+THRESHOLD = 0.1  # "Adam needed", fixed beforehand together with the two standard errors
+
+
+def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
+    """Return the row of table `gaps` of one model.
+
+    Args:
+        model: its name.
+        rows: table `training`; other models' rows are left out.
+        recipe: the entry's recipe.
+
+    Returns:
+        The row. Its status is "ok"; "pending" while runs are missing; "failed" where the gap is
+        undefined because AdamW's progress I - A is within noise (its 95 % interval reaches 0). The
+        last two carry a reason and nulls for what is not known.
+    """
+    rows = rows[rows["model"] == model] if len(rows) else rows
+    row: dict[str, Any] = {"model": model, "protocol_version": PROTOCOL_VERSION}
+    row |= dict.fromkeys(
+        ("gap", "standard_error", "ci_low", "ci_high", "sgd_loss", "adam_loss", "init_loss")
+    )
+    rates = {optimizer: grid.best(rows, optimizer) for optimizer in ("sgd", "adamw")}
+    row |= {"sgd_lr": rates["sgd"], "adam_lr": rates["adamw"]}
+    row["at_edge"] = any(grid.at_edge(rows, optimizer) for optimizer in rates)
+    row["num_lrs"] = min(len(grid.final_losses(rows, optimizer)) for optimizer in rates)
+    row |= {"num_seeds": 0, "adam_needed": None}
+
+    left = {optimizer: grid.pending(recipe, optimizer, rows) for optimizer in rates}
+    if any(left.values()):
+        todo = "; ".join(f"{name} at {rest}" for name, rest in left.items() if rest)
+        return row | {"status": "pending", "reason": f"learning rates not run on seed 0: {todo}"}
+    losses = {
+        optimizer: [_final_loss(rows, optimizer, rates[optimizer], seed) for seed in SEEDS]
+        for optimizer in rates
+    }
+    absent = [
+        f"{name} seed {seed}"
+        for name, values in losses.items()
+        for seed, value in zip(SEEDS, values, strict=True)
+        if value is None
+    ]
+    row["num_seeds"] = sum(
+        s is not None and a is not None for s, a in zip(losses["sgd"], losses["adamw"], strict=True)
+    )
+    if absent:
+        return row | {"status": "pending", "reason": f"not run: {', '.join(absent)}"}
+
+    sgd, adam = (np.array(losses[name], dtype=float) for name in ("sgd", "adamw"))
+    init = np.array([_init_loss(rows, seed) for seed in SEEDS])
+    row |= {"sgd_loss": sgd.mean(), "adam_loss": adam.mean(), "init_loss": init.mean()}
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(SEEDS) - 1))
+    progress = init - adam
+    noise = quantile * progress.std(ddof=1) / math.sqrt(len(SEEDS))
+    if progress.mean() <= noise:
+        reason = (
+            f"undefined: AdamW's progress {progress.mean():.3g} from the initial loss "
+            f"{init.mean():.3g} is within noise ({noise:.3g})"
+        )
+        return row | {"status": "failed", "reason": reason}
+
+    value = (sgd - adam).mean() / progress.mean()
+    residuals = (sgd - adam) - value * progress
+    error = residuals.std(ddof=1) / (math.sqrt(len(SEEDS)) * progress.mean())
+    return row | {
+        "gap": float(value),
+        "standard_error": float(error),
+        "ci_low": float(value - quantile * error),
+        "ci_high": float(value + quantile * error),
+        "adam_needed": bool(value > THRESHOLD and value > 2 * error),
+        "status": "ok",
+        "reason": None,
+    }
+
+
+def _final_loss(rows: pd.DataFrame, optimizer: str, lr: float | None, seed: int) -> float | None:
+    """Return the final loss of one run, None where it was not made."""
+    losses = grid.final_losses(rows, optimizer, seed)
+    return float(losses[lr]) if lr in losses.index else None
+
+
+def _init_loss(rows: pd.DataFrame, seed: int) -> float:
+    """Return the loss before the first step, which both optimizers share."""
+    at_init = (rows["step"] == 0) & (rows["split"] == "train") & (rows["metric"] == "loss")
+    return float(rows[at_init & (rows["seed"] == seed)]["value"].mean())

@@ -1,0 +1,123 @@
+"""The grid of learning rates, extended while the best is at an edge. Pure: rows in, rates out.
+
+The rates of an optimizer are r_k = low * ratio^k, k = 0 .. num_lrs - 1, from `low` to `high` of the
+recipe; an extension continues the same sequence to k < 0 or k >= num_lrs. At most `MAX_EXTENSIONS`
+rates are added, two decades at half a decade each: a model whose best is further off has a wrong
+range, and its gap says `at_edge`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from harness.registry.entry import Recipe
+
+MAX_EXTENSIONS = 4
+GRID_SEED = 0  # learning rates are chosen on seed 0 and never on the seeds of the gap
+
+
+def learning_rates(recipe: Recipe, optimizer: str) -> list[float]:
+    """Return the recipe's `num_lrs` log-spaced learning rates, ascending.
+
+    Rounded to 6 digits, so that a rate is the same key in every table.
+    """
+    return [_rate(recipe, optimizer, k) for k in range(recipe.num_lrs)]
+
+
+def final_losses(rows: pd.DataFrame, optimizer: str, seed: int = GRID_SEED) -> pd.Series:
+    """Return the final losses of the finished runs, indexed by ascending learning rate.
+
+    A run is finished when it has the loss on the fixed training subset (split "train") after its
+    last step; a diverged one carries its initial loss there.
+    """
+    if not len(rows):
+        return pd.Series(dtype=float)
+    kept = rows[
+        (rows["optimizer"] == optimizer)
+        & (rows["seed"] == seed)
+        & (rows["split"] == "train")
+        & (rows["metric"] == "loss")
+        & (rows["step"] > 0)
+    ]
+    return kept.groupby("lr")["value"].last().sort_index()
+
+
+def best(rows: pd.DataFrame, optimizer: str) -> float | None:
+    """Return the learning rate of least final loss on seed 0, the smaller of equals; None if none.
+
+    Args:
+        rows: table `training` of one model.
+        optimizer: "sgd" or "adamw".
+    """
+    losses = final_losses(rows, optimizer)
+    return None if losses.empty else float(losses.idxmin())
+
+
+def pending(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
+    """Return the learning rates to run next on seed 0; empty when the grid is complete.
+
+    First what is missing of the recipe's grid; then, while the best is at an edge and the recipe
+    allows it, the next rate beyond that edge.
+
+    Args:
+        recipe: gives the range.
+        optimizer: "sgd" or "adamw".
+        rows: table `training` of one model, so far.
+    """
+    losses = final_losses(rows, optimizer)
+    missing = [lr for lr in learning_rates(recipe, optimizer) if not _has(losses, lr)]
+    return missing or extend(recipe, optimizer, rows)
+
+
+def extend(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
+    """Return the one rate beyond the edge at which the best is, or none.
+
+    Args:
+        recipe: gives the range; `extend_grid` False forbids it.
+        optimizer: "sgd" or "adamw".
+        rows: table `training` of one model with the recipe's grid complete.
+    """
+    losses = final_losses(rows, optimizer)
+    below = _count(recipe, optimizer, losses, -1)
+    above = _count(recipe, optimizer, losses, recipe.num_lrs)
+    if not recipe.extend_grid or below + above >= MAX_EXTENSIONS:
+        return []
+    chosen = best(rows, optimizer)
+    if chosen is None:
+        return []
+    if np.isclose(chosen, _rate(recipe, optimizer, -below), rtol=1e-4):
+        return [_rate(recipe, optimizer, -below - 1)]
+    if np.isclose(chosen, _rate(recipe, optimizer, recipe.num_lrs - 1 + above), rtol=1e-4):
+        return [_rate(recipe, optimizer, recipe.num_lrs + above)]
+    return []
+
+
+def at_edge(rows: pd.DataFrame, optimizer: str) -> bool:
+    """Tell whether the best rate on seed 0 is the smallest or the largest one that was run."""
+    losses = final_losses(rows, optimizer)
+    return not losses.empty and losses.idxmin() in (losses.index[0], losses.index[-1])
+
+
+def _rate(recipe: Recipe, optimizer: str, k: int) -> float:
+    if optimizer not in ("sgd", "adamw"):
+        raise ValueError(f"unknown optimizer {optimizer!r}; choose sgd or adamw")
+    low, high = recipe.sgd_lrs if optimizer == "sgd" else recipe.adamw_lrs
+    if not (0 < low < high and recipe.num_lrs >= 2):
+        raise ValueError(
+            f"learning rates from {low} to {high} in {recipe.num_lrs} steps: "
+            "give 0 < low < high and at least 2 rates"
+        )
+    return float(f"{low * (high / low) ** (k / (recipe.num_lrs - 1)):.6g}")
+
+
+def _has(losses: pd.Series, lr: float) -> bool:
+    return bool(np.isclose(losses.index.to_numpy(dtype=float), lr, rtol=1e-4).any())
+
+
+def _count(recipe: Recipe, optimizer: str, losses: pd.Series, k: int) -> int:
+    """Count the rates already run from k outwards (down from -1, up from num_lrs)."""
+    count, step = 0, -1 if k < 0 else 1
+    while _has(losses, _rate(recipe, optimizer, k + step * count)):
+        count += 1
+    return count

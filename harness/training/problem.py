@@ -1,0 +1,129 @@
+"""A problem: a model at a stage, its data and its loss, ready for the estimator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from harness import tasks
+from harness.errors import UserError
+from harness.registry.entry import ModelEntry
+from harness.tasks.base import Batch
+from harness.training import stages
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hold what a Hessian is the Hessian of.
+
+    Attributes:
+        entry, stage: where it comes from.
+        model: in eval mode, on the CPU.
+        loss_fn: `(model, batch) -> mean loss`.
+        batches: the Hessian batch in microbatches.
+        batch_weights: the number of terms that each microbatch's mean averages.
+        step: updates made before this stage.
+        progress: step / num_steps of the recipe, in [0, 1].
+        init_seed: seed of the initialisation.
+        train_run: "" at initialisation, "adamw-seedS" later.
+        batch_hash: first 16 hex digits of the sha256 of the batch.
+        batch_size, microbatch_size: samples.
+        num_terms: the sum of `batch_weights`.
+        data_source: what the data are, with the first 12 digits of their sha256.
+    """
+
+    entry: ModelEntry
+    stage: str
+    model: nn.Module
+    loss_fn: Callable[[nn.Module, Batch], Tensor]
+    batches: list[Batch]
+    batch_weights: list[int]
+    step: int
+    progress: float
+    init_seed: int
+    train_run: str
+    batch_hash: str
+    batch_size: int
+    microbatch_size: int
+    num_terms: int
+    data_source: str
+
+
+def load_problem(
+    entry: ModelEntry,
+    stage: str = "init",
+    seed: int = 1,
+    *,
+    data_root: Path | str | None = None,
+    checkpoint_dir: Path | str | None = None,
+) -> Problem:
+    """Build the problem of an entry at a stage.
+
+    Args:
+        entry: a registry entry.
+        stage: one of the entry's stages; later ones than "init" need a checkpoint.
+        seed: of the initialisation and of the AdamW run whose stages are used.
+        data_root: see `harness.tasks`.
+        checkpoint_dir: where `train` saved the stages.
+
+    Raises:
+        UserError: the entry has no such stage, the stage is not trained yet (the message names the
+            command), its checkpoint is corrupted, or the data are missing.
+    """
+    if stage not in entry.stages:
+        raise UserError(
+            f"model {entry.name!r} has no stage {stage!r}; its stages: {', '.join(entry.stages)}"
+        )
+    path = None
+    if stage != "init":
+        path = stages.checkpoint_path(checkpoint_dir or ".", entry.name, seed, stage)
+        if checkpoint_dir is None or not path.is_file():
+            where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
+            raise UserError(
+                f"stage {stage!r} of {entry.name!r} is not trained yet for seed {seed} ({where}); "
+                f"run: harness train {entry.name} --seed {seed}"
+            )
+    task = tasks.get(entry.task, **entry.task_options)
+    data = task.load(data_root)
+    model = entry.build(data.model_options, seed)
+    step = 0 if path is None else int(stages.load(model, path, entry=entry)["step"])
+    batch = task.fixed(data, "train", entry.hessian_batch_size)
+    microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
+    batches = tasks.split(batch, microbatch_size)
+    weights = [task.num_terms(part) for part in batches]
+    return Problem(
+        entry=entry,
+        stage=stage,
+        model=model.eval(),
+        loss_fn=task.loss,
+        batches=batches,
+        batch_weights=weights,
+        step=step,
+        progress=step / entry.recipe.num_steps if entry.recipe else 0.0,
+        init_seed=seed,
+        train_run="" if stage == "init" else stages.run_name(seed),
+        batch_hash=batch_hash(batch),
+        batch_size=len(batch[0]),
+        microbatch_size=microbatch_size,
+        num_terms=sum(weights),
+        data_source=f"{data.source}, sha256 {data.checksum[:12]}",
+    )
+
+
+def batch_hash(batch: Batch) -> str:
+    """Hash dtype, shape and bytes of a batch's tensors (first 16 hex digits of sha256).
+
+    >>> import torch
+    >>> batch_hash((torch.zeros(2),)) == batch_hash((torch.zeros(2, 1),))
+    False
+    """
+    digest = hashlib.sha256()
+    for tensor in batch:
+        values = tensor.cpu().contiguous()
+        digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""Stages: where on the AdamW run a checkpoint is taken, how it is written and how it is read back.
+
+A checkpoint is `CHECKPOINT_DIR/MODEL/adamw-seedS/STAGE.safetensors`. Its bytes are a function of
+the weights and the recorded facts alone, so that a training repeated on the same machine gives a
+file of the same sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from harness.errors import UserError
+from harness.registry.entry import ModelEntry
+
+# Fractions of the budget of steps at which each stage is taken.
+FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
+_FACTS = "harness"  # the key of our facts in the safetensors metadata
+
+
+def stage_steps(stages: tuple[str, ...], num_steps: int) -> dict[str, int]:
+    """Return the number of updates made at each stage.
+
+    >>> stage_steps(("init", "p25", "final"), 60)
+    {'init': 0, 'p25': 15, 'final': 60}
+
+    Raises:
+        ValueError: a stage that is not one of init, p10, p25, p50, final.
+    """
+    unknown = [stage for stage in stages if stage not in FRACTIONS]
+    if unknown:
+        raise ValueError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(FRACTIONS)}")
+    return {stage: round(FRACTIONS[stage] * num_steps) for stage in stages}
+
+
+def run_name(seed: int) -> str:
+    """Name the training run whose stages are used: AdamW at the best rate, this seed."""
+    return f"adamw-seed{seed}"
+
+
+def checkpoint_path(checkpoint_dir: Path | str, model: str, seed: int, stage: str) -> Path:
+    """Return where the checkpoint of a stage lies."""
+    return Path(checkpoint_dir) / model / run_name(seed) / f"{stage}.safetensors"
+
+
+def entry_hash(entry: ModelEntry) -> str:
+    """Hash what decides the weights: the network, the task and the recipe (16 hex digits)."""
+    recipe = None if entry.recipe is None else asdict(entry.recipe)
+    facts = [entry.name, entry.factory, dict(entry.options), entry.task]
+    text = json.dumps([*facts, dict(entry.task_options), recipe], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write a checkpoint atomically; tied weights once.
+
+    Args:
+        model: the network, on any device.
+        path: where to; folders are made. A killed save leaves the old file, or none.
+        facts: what the checkpoint is (step, loss, lr, entry hash, ...), in plain JSON types.
+
+    Returns:
+        The sha256 of the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = json.dumps({**facts, "tensors_sha256": _digest(model)}, sort_keys=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        save_model(model, name, metadata={_FACTS: record})
+        content = _sorted_header(temporary.read_bytes())
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(content).hexdigest()
+
+
+def load(
+    model: nn.Module, path: Path, *, sha256: str | None = None, entry: ModelEntry | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint into the model and check it.
+
+    Args:
+        model: the network it was saved from, freshly built; changed in place.
+        path: the file.
+        sha256: what the file's hash must be, where it is known.
+        entry: the entry it must have been trained for, where it matters.
+
+    Returns:
+        The facts that were saved with it.
+
+    Raises:
+        UserError: the file is torn or altered, or belongs to another version of the entry.
+    """
+    retrain = "delete it and train again"
+    try:
+        if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise UserError(f"checkpoint {path} does not have the sha256 {sha256}; {retrain}")
+        with safe_open(str(path), framework="pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {})[_FACTS])
+        if entry is not None and facts["entry_hash"] != entry_hash(entry):
+            raise UserError(
+                f"checkpoint {path} was trained for another version of {entry.name!r} "
+                f"(network, task or recipe differ); {retrain}"
+            )
+        load_model(model, path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); {retrain}") from error
+    if _digest(model) != facts["tensors_sha256"]:
+        raise UserError(f"checkpoint {path} is corrupted: its weights were altered; {retrain}")
+    return facts
+
+
+def _digest(model: nn.Module) -> str:
+    """Hash names, dtypes, shapes and bytes of the state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """Order a safetensors file's metadata, whose order is otherwise that of a random hash.
+
+    The layout: length of the header (8 bytes, little endian), the header in JSON padded by spaces
+    to a multiple of 8, the tensors at offsets relative to the end of the header.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    root = Path(
+        os.environ.get("HARNESS_DATA_ROOT")
+        or Path(__file__).resolve().parents[3].parent / "shared/data"
+    )
+    if not root.is_dir():
+        pytest.skip(f"the data packs are not at {root}; set HARNESS_DATA_ROOT")
+    return root

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import tasks
+from harness.errors import UserError
+from harness.tasks.base import IGNORED
+from harness.tasks.tokenizers import Characters, Words
+
+
+def test_targets_are_the_inputs_one_token_later() -> None:
+    task = tasks.get("pydoc", context=32)
+    data = task.load()
+    for batch in (
+        task.fixed(data, "train", 10),
+        task.sample(data, "test", 10, torch.Generator().manual_seed(0)),
+    ):
+        inputs, targets = batch
+        assert inputs[:, 1:].equal(targets[:, :-1])
+        assert task.num_terms(batch) == 320
+
+
+def test_fixed_windows_do_not_overlap() -> None:
+    task = tasks.get("pydoc", context=16)
+    stream = torch.arange(16 * 40 + 1)
+    data = task.load()
+    data = type(data)((stream,), (stream,), "", "", data.model_options)
+    inputs, _ = task.fixed(data, "train", task.size(data, "train"))
+    assert inputs.flatten().sort().values.equal(torch.arange(16 * 40))
+
+
+def test_random_windows_reach_the_first_and_the_last_token() -> None:
+    task = tasks.get("pydoc", context=4)
+    data = task.load()
+    data = type(data)((torch.arange(10),), (torch.arange(10),), "", "", data.model_options)
+    generator = torch.Generator().manual_seed(0)
+    starts, ends = set(), set()
+    for _ in range(200):
+        inputs, targets = task.sample(data, "train", 2, generator)
+        starts |= set(inputs[:, 0].tolist())
+        ends |= set(targets[:, -1].tolist())
+    assert starts == set(range(6))
+    assert max(ends) == 9
+
+
+def test_train_and_test_are_the_two_parts_of_the_text(data_root: Path) -> None:
+    data = tasks.get("tiny-shakespeare").load(data_root)
+    assert len(data.train[0]) == 1_003_854
+    assert len(data.test[0]) == 111_540
+    assert data.model_options["vocab_size"] == 65
+
+
+def test_pydoc_has_the_fixed_vocabulary_on_any_python() -> None:
+    data = tasks.get("pydoc").load()
+    assert data.model_options["vocab_size"] == 97
+    assert data.train[0].max() == 96
+    assert "pydoc_data" in data.source
+
+
+def test_ascii_characters_decode_to_the_text() -> None:
+    text = "def f(x):\n    return x ** 2  # ü"
+    codes = Characters().encode(text)
+    table = "\n" + "".join(map(chr, range(32, 127))) + "?"
+    assert "".join(table[code] for code in codes) == text.replace("ü", "?")
+
+
+def test_words_are_ranked_by_count_and_ties_by_the_alphabet() -> None:
+    words = Words("b a b c a b d c\n", vocab_size=6)
+    assert words.encode("b a c d\n").tolist() == [3, 4, 5, 0, 2]
+    assert Words("b a b c a b d c", vocab_size=100).vocab_size == 7
+
+
+def test_a_vocabulary_too_small_for_a_word_is_an_error() -> None:
+    with pytest.raises(UserError, match="at least 4"):
+        Words("a", vocab_size=3)
+
+
+def test_vocab_size_belongs_to_words_alone() -> None:
+    with pytest.raises(UserError, match="'char' fixes its own"):
+        tasks.get("pydoc", vocab_size=50).load()
+    with pytest.raises(UserError, match="choose char, word or gpt2"):
+        tasks.get("pydoc", tokenizer="bpe").load()
+
+
+def test_gpt2_tokens_are_gpt2s(data_root: Path) -> None:
+    from harness.tasks.tokenizers import Gpt2
+
+    bpe = Gpt2(data_root, "wikitext")
+    assert bpe.encode("Hello world").tolist() == [15496, 995]
+    data = tasks.get("wikitext", context=128).load(data_root)
+    assert data.model_options == {"vocab_size": 50_257, "context": 128}
+    assert "trained on the validation split" in data.source
+
+
+@pytest.fixture(scope="module")
+def dialogue(data_root: Path):
+    task = tasks.get("cornell", train_lines=3_000, vocab_size=500, context=40)
+    return task, task.load(data_root)
+
+
+def test_fifteen_percent_of_known_words_are_masked(dialogue) -> None:
+    task, data = dialogue
+    inputs, targets = batch = task.fixed(data, "train", 200)
+    chosen = targets != IGNORED
+    assert chosen.sum(1).max() == 6  # 15 % of 40
+    assert chosen.sum(1).min() >= 1
+    assert task.num_terms(batch) == int(chosen.sum())
+    assert targets[chosen].min() >= Words.num_special
+    masked = (inputs == Words.mask)[chosen].float().mean()
+    kept = (inputs == targets)[chosen].float().mean()
+    # 1,200 draws: the standard error of 0.8 is 0.012, that of 0.1 is 0.009.
+    assert abs(masked - 0.8) < 0.05
+    assert abs(kept - 0.1) < 0.04
+    assert (inputs == Words.mask)[~chosen].sum() == 0
+
+
+def test_unmasked_words_are_those_of_the_text(dialogue) -> None:
+    task, data = dialogue
+    indices = torch.arange(50)
+    inputs, targets = task.take(data, "train", indices, torch.Generator().manual_seed(0))
+    text = data.train[0][:50]
+    assert torch.where(targets == IGNORED, inputs, targets).equal(text)
+
+
+def test_masks_come_from_the_generator(dialogue) -> None:
+    task, data = dialogue
+    first, again, other = (
+        task.take(data, "train", torch.arange(9), torch.Generator().manual_seed(seed))
+        for seed in (5, 5, 6)
+    )
+    assert first[1].equal(again[1])
+    assert not first[1].equal(other[1])
+
+
+def test_a_batch_without_terms_is_an_error(dialogue) -> None:
+    task, _ = dialogue
+    empty = (torch.zeros(2, 40, dtype=torch.int64), torch.full((2, 40), IGNORED))
+    assert task.num_terms(empty) == 0
+    with pytest.raises(ValueError, match="every target is -100"):
+        task.loss_of(torch.zeros(2, 40, 500), empty)
+
+
+def test_a_transformers_output_gives_up_its_logits(dialogue) -> None:
+    task, data = dialogue
+
+    class Output:
+        logits = torch.zeros(3, 40, 500)
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor) -> Output:
+            return Output()
+
+    loss = task.loss(Wrapped(), task.fixed(data, "train", 3))
+    assert loss.item() == pytest.approx(torch.tensor(500.0).log().item())
+
+
+@pytest.fixture(scope="module")
+def instructions(data_root: Path):
+    task = tasks.get("sft", corpus="dolly", tokenizer="char", context=200)
+    return task, task.load(data_root)
+
+
+def test_only_the_response_is_a_target(instructions) -> None:
+    task, data = instructions
+    inputs, targets = batch = task.fixed(data, "train", 64)
+    table = "\n" + "".join(map(chr, range(32, 127))) + "?"
+    for row, target in zip(inputs, targets, strict=True):
+        inside = (target != IGNORED).nonzero().flatten()
+        assert inside.equal(torch.arange(int(inside[0]), int(inside[-1]) + 1))
+        prompt = "".join(table[code] for code in row[: int(inside[0]) + 1])
+        assert prompt.startswith("### Instruction:\n")
+        assert prompt.endswith("### Response:\n")
+        assert target[inside[:-1]].equal(row[inside[1:]])
+        assert not prompt[len("### Instruction:") :].count("### Instruction:")
+    assert task.num_terms(batch) == int((targets != IGNORED).sum())
+
+
+def test_every_sequence_has_a_term(instructions) -> None:
+    _, data = instructions
+    assert (data.train[1] != IGNORED).sum(1).min() >= 1
+    assert (data.test[1] != IGNORED).sum(1).min() >= 1
+
+
+def test_books_and_instructions_share_the_vocabulary(instructions, data_root: Path) -> None:
+    _, data = instructions
+    books = tasks.get("books").load(data_root)
+    assert data.model_options["vocab_size"] == books.model_options["vocab_size"] == 97
+
+
+def test_an_unknown_corpus_is_an_error() -> None:
+    with pytest.raises(UserError, match="choose alpaca or dolly"):
+        tasks.get("sft", corpus="flan").load()

@@ -102,7 +102,7 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
 def _final_loss(rows: pd.DataFrame, optimizer: str, lr: float | None, seed: int) -> float | None:
     """Return the final loss of one run, None where it was not made."""
     losses = grid.final_losses(rows, optimizer, seed)
-    return float(losses[lr]) if lr in losses.index else None
+    return None if lr is None or lr not in losses.index else float(losses[lr])
 
 
 def _init_loss(rows: pd.DataFrame, seed: int) -> float:

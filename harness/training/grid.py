@@ -51,7 +51,7 @@ def best(rows: pd.DataFrame, optimizer: str) -> float | None:
         optimizer: "sgd" or "adamw".
     """
     losses = final_losses(rows, optimizer)
-    return None if losses.empty else float(losses.idxmin())
+    return None if losses.empty else float(losses.index.to_numpy()[losses.argmin()])
 
 
 def pending(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:

@@ -43,7 +43,7 @@ class ImageTask(Task):
         pixels, labels = data.part(split)
         shift = torch.tensor(self.mean).view(-1, 1, 1) * self.max_pixel
         scale = 1 / (torch.tensor(self.std).view(-1, 1, 1) * self.max_pixel)
-        return (pixels[indices].float() - shift) * scale, labels[indices]
+        return pixels[indices].float().sub_(shift).mul_(scale), labels[indices]
 
     def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
         """Average the cross entropy over the images."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from harness.errors import UserError
 from harness.estimator.blocks import Block
 from harness.estimator.checks import Batch, LossFn, check_deterministic, leading_size, take
+from harness.estimator.convolution import PrunedConvolutions
 
 Gradients = dict[str, torch.Tensor | None]
 NumTerms = Callable[[Batch], float]
@@ -68,6 +69,7 @@ class BlockHessian:
         self._model = _working_copy(model, norm_mode).to(device=device, dtype=dtype)
         self._loss_fn = loss_fn
         self._parameters = dict(self._model.named_parameters())
+        self._convolutions = PrunedConvolutions()
         self._check_blocks()
         self.batches = [_place(batch, device, dtype) for batch in batches]
         if not self.batches:
@@ -153,7 +155,7 @@ class BlockHessian:
                 directions.append(piece.view(shape))
         if not outputs:
             return  # the loss is linear in these parameters, or does not use them
-        with _second_derivative_errors():
+        with _second_derivative_errors(), self._convolutions.for_parameters(inputs):
             derivatives = torch.autograd.grad(
                 outputs, inputs, directions, retain_graph=True, allow_unused=True
             )
@@ -177,7 +179,8 @@ class BlockHessian:
         """Run one forward and one differentiable backward pass."""
         ordered = [name for name in self._parameters if name in names]
         with _second_derivative_errors():
-            loss = self._loss_fn(self._model, batch)
+            with self._convolutions:
+                loss = self._loss_fn(self._model, batch)
             if not loss.requires_grad:
                 raise UserError("the loss does not depend on the parameters of the blocks")
             gradients = torch.autograd.grad(

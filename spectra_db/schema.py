@@ -1,0 +1,258 @@
+"""The tables of the dataset: one Arrow schema each, with the meaning and unit of every column.
+
+docs/protocol.md defines what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+PROTOCOL_VERSION = 1
+
+STATUSES = ("ok", "zero", "pending", "failed")
+STAGES = ("init", "p10", "p25", "p50", "final")
+
+_TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
+_LIST = pa.list_(_FLOAT)
+
+
+def _column(
+    name: str, kind: pa.DataType, description: str, unit: str = "", *, optional: bool = False
+) -> pa.Field:
+    """Describe one column; `optional` ones may be null."""
+    metadata = {"description": description} | ({"unit": unit} if unit else {})
+    return pa.field(name, kind, nullable=optional, metadata=metadata)
+
+
+_MODEL = _column("model", _TEXT, "Name of the registry entry")
+_STAGE = _column("stage", _TEXT, "Stage of training: init, p10, p25, p50 or final")
+_INIT_SEED = _column("init_seed", _INT, "Seed of the model's initialisation")
+_TRAIN_RUN = _column("train_run", _TEXT, "Training run of the stage, empty at initialisation")
+_PARTITION = _column("partition", _TEXT, "How parameters form blocks: weights, paper, all or full")
+_BLOCK = _column("block", _TEXT, "Name of the block: its parameter's, [q], [k], [v] for a slice")
+_KIND = _column("kind", _TEXT, "Role of the block's parameters: embedding, query, conv, ...")
+_NUM_PARAMS = _column("num_params", _INT, "Number of parameters", "parameters")
+_PROTOCOL = _column("protocol_version", _INT32, "Version of the protocol that the row follows")
+_STATUS = _column("status", _TEXT, "ok, zero (exactly zero block), pending or failed")
+_REASON = _column("reason", _TEXT, "Why the status is not ok", optional=True)
+_OPTIMIZER = _column("optimizer", _TEXT, "sgd or adamw")
+_LR = _column("lr", _FLOAT, "Peak learning rate")
+_SEED = _column("seed", _INT, "Seed of initialisation and data order of the training run")
+_STEP = _column("step", _INT, "Number of optimizer steps taken", "steps")
+_RUN_ID = _column("run_id", _TEXT, "Run that made the row, in table runs")
+
+
+def _float(name: str, description: str, unit: str = "") -> pa.Field:
+    return _column(name, _FLOAT, description, unit, optional=True)
+
+
+_NATS = "nats"
+_LOSS = "mean loss"
+_CURVATURE = "loss per squared parameter"
+
+TABLES: dict[str, pa.Schema] = {
+    "models": pa.schema(
+        [
+            _MODEL,
+            _column("family", _TEXT, "Family of architectures; statistics resample families"),
+            _column("tier", _TEXT, "demo, small or paper"),
+            _column("task", _TEXT, "Data set and loss"),
+            _NUM_PARAMS,
+            _column("num_blocks", _INT, "Blocks of partition weights", "blocks"),
+            _column("source", _TEXT, "Where the architecture comes from"),
+            _column("licence", _TEXT, "Licence of the architecture's code"),
+            _column("reference", _TEXT, "Paper or page that defines the architecture"),
+            _STATUS,
+            _REASON,
+            _PROTOCOL,
+        ]
+    ),
+    "spectra": pa.schema(
+        [
+            _MODEL,
+            _STAGE,
+            _INIT_SEED,
+            _TRAIN_RUN,
+            _PARTITION,
+            _BLOCK,
+            _column("operator", _TEXT, "What the spectrum is of: hessian"),
+            _column("norm_mode", _TEXT, "eval: running statistics; train: batch statistics"),
+            _column("dtype", _TEXT, "Arithmetic of the products"),
+            _column("probe_distribution", _TEXT, "gaussian (normalised) or rademacher"),
+            _column("batch_hash", _TEXT, "SHA-256 of the batch's tensors, 16 hex digits"),
+            _PROTOCOL,
+            _column("probe", _INT32, "Index of the probe; 0 for exact and zero blocks"),
+            _RUN_ID,
+            _STEP,
+            _column("progress", _FLOAT, "Step over the steps of the whole run, 0 to 1"),
+            _column("block_kind", _TEXT, "Role of the block's parameters: embedding, query, ..."),
+            _NUM_PARAMS,
+            _column("method", _TEXT, "slq, or exact for blocks that are diagonalised"),
+            _column("probe_seed", _INT, "Seed of the probe's CPU generator; 0 if exact"),
+            _column("num_steps", _INT32, "Lanczos steps taken, 0 if exact", "steps"),
+            _column("reorthogonalized", _BOOL, "Full reorthogonalisation was on"),
+            _column("breakdown", _BOOL, "Lanczos ended early: the rule is exact for this probe"),
+            _column("alphas", _LIST, "Diagonal of the tridiagonal matrix T", _CURVATURE),
+            _column("betas", _LIST, "Off-diagonal of T, the residual last", _CURVATURE),
+            _column("nodes", _LIST, "Ritz values, or eigenvalues if exact, ascending", _CURVATURE),
+            _column("weights", _LIST, "Weights of the nodes, sum 1"),
+            _column("num_products", _INT, "Hessian-vector products of this row", "products"),
+            _column("seconds", _FLOAT, "Wall time of this row", "s"),
+            _column("peak_bytes", _INT, "Peak memory of the process or device", "B", optional=True),
+            _column("microbatch_size", _INT, "Samples in the largest microbatch", "samples"),
+            _column("batch_size", _INT, "Samples in the batch", "samples"),
+            _column("num_terms", _INT, "Terms that the mean loss averages", "terms"),
+            _column("data_source", _TEXT, "Where the batch's data come from, with a checksum"),
+            _column("matmul_precision", _TEXT, "highest (float32), high (TF32), medium (bfloat16)"),
+            _column("device", _TEXT, "Device of the products"),
+            _float("tolerance", "Tolerance that was asked for"),
+            _STATUS,
+            _REASON,
+        ]
+    ),
+    "blocks": pa.schema(
+        [
+            _MODEL,
+            _STAGE,
+            _INIT_SEED,
+            _TRAIN_RUN,
+            _BLOCK,
+            _PROTOCOL,
+            _KIND,
+            _NUM_PARAMS,
+            _float("weight_rms", "Root mean square of the block's parameters"),
+            _float("gradient_rms", "Root mean square of the gradient on the Hessian's batch"),
+            _float("trace", "Trace of the block's Hessian", _CURVATURE),
+            _float("trace_error", "Standard error of the trace over probes", _CURVATURE),
+            _float("frobenius", "Frobenius norm of the block's Hessian", _CURVATURE),
+            _float("frobenius_error", "Standard error of the norm over probes", _CURVATURE),
+            _float("lambda_max", "Largest Ritz value", _CURVATURE),
+            _float("lambda_max_error", "Residual bound of the largest Ritz value", _CURVATURE),
+            _float("lambda_min", "Smallest Ritz value", _CURVATURE),
+            _float("lambda_min_error", "Residual bound of the smallest Ritz value", _CURVATURE),
+        ]
+    ),
+    "heterogeneity": pa.schema(
+        [
+            _MODEL,
+            _STAGE,
+            _INIT_SEED,
+            _TRAIN_RUN,
+            _PARTITION,
+            _column("metric", _TEXT, "js0, js0_paper, w1, lambda_rms_spread, ..."),
+            _column("scale", _TEXT, "What eigenvalues are divided by: lambda10, raw, ...; or none"),
+            _column("sigma", _FLOAT, "Width of the smoothing Gaussian, scaled; 0 if none"),
+            _PROTOCOL,
+            _float("value", "Plug-in estimate"),
+            _float("corrected", "Estimate after the jackknife's bias correction"),
+            _float("standard_error", "Jackknife standard error over probes"),
+            _float("truncation_error", "Change against a rule of three quarters of the steps"),
+            _float("batch_error", "Difference between two halves of the batch"),
+            _column("num_blocks", _INT, "Blocks that entered", "blocks"),
+            _column("num_zero_blocks", _INT, "Exactly zero blocks left out", "blocks"),
+            _column("num_products", _INT, "Hessian-vector products used", "products"),
+        ]
+    ),
+    "training": pa.schema(
+        [
+            _MODEL,
+            _OPTIMIZER,
+            _LR,
+            _SEED,
+            _STEP,
+            _column("split", _TEXT, "batch, train (fixed subset) or test"),
+            _column("metric", _TEXT, "loss or accuracy"),
+            _PROTOCOL,
+            _float("value", "Value of the metric", "mean loss, or fraction"),
+            _column("diverged", _BOOL, "The run diverged"),
+        ]
+    ),
+    "stages": pa.schema(
+        [
+            _MODEL,
+            _STAGE,
+            _OPTIMIZER,
+            _SEED,
+            _PROTOCOL,
+            _STEP,
+            _float("loss", "Loss on the fixed training subset", _LOSS),
+            _float("metric", "Score on the test split, where the task has one", "fraction"),
+            _LR,
+            _column("checkpoint_sha256", _TEXT, "SHA-256 of the checkpoint's file"),
+        ]
+    ),
+    "gaps": pa.schema(
+        [
+            _MODEL,
+            _PROTOCOL,
+            _float("gap", "(L_sgd - L_adam) / (L_init - L_adam)"),
+            _float("standard_error", "Standard error of the gap over seeds"),
+            _float("ci_low", "Lower end of the 95 % interval"),
+            _float("ci_high", "Upper end of the 95 % interval"),
+            _float("sgd_loss", "Mean final loss of SGD at its best rate", _LOSS),
+            _float("adam_loss", "Mean final loss of AdamW at its best rate", _LOSS),
+            _float("init_loss", "Mean loss at initialisation", _LOSS),
+            _float("sgd_lr", "Best learning rate of SGD"),
+            _float("adam_lr", "Best learning rate of AdamW"),
+            _column("at_edge", _BOOL, "A best rate lies at the edge of its grid"),
+            _column("num_lrs", _INT, "Learning rates tried per optimizer, the fewer of both"),
+            _column("num_seeds", _INT, "Seeds averaged"),
+            _column("adam_needed", _BOOL, "gap > 0.1 and > 2 standard errors", optional=True),
+            _STATUS,
+            _REASON,
+        ]
+    ),
+    "runs": pa.schema(
+        [
+            _MODEL,
+            _RUN_ID,
+            _column("code_version", _TEXT, "Version and commit of the code"),
+            _column("torch_version", _TEXT, "Version of torch"),
+            _column("device", _TEXT, "Device"),
+            _column("num_threads", _INT, "Threads of torch"),
+            _column("seeds", pa.list_(_INT), "Seeds used"),
+            _column("command", _TEXT, "Command line that repeats the run"),
+            _column("started", pa.timestamp("us", tz="UTC"), "When the run started"),
+            _PROTOCOL,
+        ]
+    ),
+    "leaderboard": pa.schema(
+        [
+            _column("stage", _TEXT, "Stage of the metric"),
+            _column("metric", _TEXT, "Spectral metric"),
+            _column("scale", _TEXT, "Scale of the metric"),
+            _column("sigma", _FLOAT, "Width of the smoothing"),
+            _column("statistic", _TEXT, "spearman, kendall, pearson_log, accuracy, auc, ..."),
+            _PROTOCOL,
+            _float("value", "Value of the statistic"),
+            _float("ci_low", "Lower end of the 95 % bootstrap interval"),
+            _float("ci_high", "Upper end of the 95 % bootstrap interval"),
+            _column("num_models", _INT, "Models that entered", "models"),
+            _column("num_families", _INT, "Families resampled", "families"),
+            _float("num_products", "Median cost per block", "products"),
+        ]
+    ),
+}
+
+_SPECTRUM = ("model", "stage", "init_seed", "train_run", "partition")
+KEYS: dict[str, tuple[str, ...]] = {
+    "models": ("model", "protocol_version"),
+    "spectra": (
+        *_SPECTRUM,
+        "block",
+        "operator",
+        "norm_mode",
+        "dtype",
+        "probe_distribution",
+        "batch_hash",
+        "protocol_version",
+        "probe",
+    ),
+    "blocks": ("model", "stage", "init_seed", "train_run", "block", "protocol_version"),
+    "heterogeneity": (*_SPECTRUM, "metric", "scale", "sigma", "protocol_version"),
+    "training": ("model", "optimizer", "lr", "seed", "step", "split", "metric", "protocol_version"),
+    "stages": ("model", "stage", "optimizer", "seed", "protocol_version"),
+    "gaps": ("model", "protocol_version"),
+    "runs": ("model", "run_id"),
+    "leaderboard": ("stage", "metric", "scale", "sigma", "statistic", "protocol_version"),
+}

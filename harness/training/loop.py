@@ -104,21 +104,23 @@ def train(
     values: list[tuple[int, str, str, float]] = []  # step, split, metric, value
     values += _measured(0, "train", init_loss, init_score)
     stage_rows: list[dict[str, Any]] = []
+    scored = task.metric == "accuracy" and task.size(data, "test") > 0
     stage_at: dict[str, int] = {}
     if optimizer == "adamw" and checkpoint_dir is not None:
         stage_at = stages.stage_steps(entry.stages, recipe.num_steps)
 
-    def keep_stages(step: int, loss: float, score: float | None) -> None:
+    def keep_stages(step: int, loss: float) -> None:
         """Save the stages that fall on this step (in a tiny budget, two may)."""
         for stage in [name for name, at in stage_at.items() if at == step and math.isfinite(loss)]:
             facts = {"model": entry.name, "stage": stage, "step": step, "loss": loss}
             facts |= {"optimizer": optimizer, "lr": lr, "seed": seed}
             path = stages.checkpoint_path(checkpoint_dir or "", entry.name, seed, stage)
             sha256 = stages.save(model, path, {**facts, "entry_hash": stages.entry_hash(entry)})
+            score = evaluate_test(task, model, data, recipe, device)[1] if scored else None
             facts |= {"metric": score, "checkpoint_sha256": sha256}
             stage_rows.append(facts | {"protocol_version": PROTOCOL_VERSION})
 
-    keep_stages(0, init_loss, init_score)
+    keep_stages(0, init_loss)
     step, diverged = 0, False
     log_every = max(1, recipe.num_steps // NUM_LOGGED)
     update = make_optimizer(model, recipe, optimizer, lr)
@@ -150,14 +152,14 @@ def train(
                 values += _measured(step, "batch", value, None)
             step += 1
             if step in stage_at.values() and step < recipe.num_steps:
-                keep_stages(step, *evaluate(task, model, subset, chunk))
+                keep_stages(step, evaluate(task, model, subset, chunk)[0])
                 model.train()
             if on_step is not None:
                 on_step(step, recipe.num_steps)
 
     final_loss, final_score = (math.nan, None) if diverged else evaluate(task, model, subset, chunk)
     if not diverged:
-        keep_stages(step, final_loss, final_score)
+        keep_stages(step, final_loss)
     # Not training at all gives the initial loss, so an end above it has failed as surely as a nan.
     diverged = not final_loss <= init_loss
     if math.isfinite(final_loss) and task.size(data, "test"):

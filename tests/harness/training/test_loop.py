@@ -14,15 +14,18 @@ from torch import nn
 from harness import tasks
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry, Recipe
+from harness.tasks.base import Data
 from harness.training import train
+from harness.training.gap import gap
 from harness.training.loop import evaluate, make_optimizer
 from harness.training.schedule import learning_rate
+from spectra_db.schema import TABLES
 
 MakeEntry = Callable[..., ModelEntry]
 
 
 @pytest.fixture(scope="module")
-def digits() -> tasks.base.Data:
+def digits() -> Data:
     return tasks.get("digits").load()
 
 
@@ -80,7 +83,7 @@ def test_adamw_moves_by_the_rate_at_first_and_decouples_its_decay(recipe: Recipe
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_seed_decides_a_run_bit_for_bit_dropout_included(
-    optimizer: str, make_entry: MakeEntry, digits: tasks.base.Data
+    optimizer: str, make_entry: MakeEntry, digits: Data
 ) -> None:
     entry = make_entry("linear")
     first = train(entry, digits, optimizer=optimizer, lr=0.01, seed=3)
@@ -91,9 +94,7 @@ def test_a_seed_decides_a_run_bit_for_bit_dropout_included(
     assert first.final_loss != other.final_loss
 
 
-def test_training_leaves_the_global_generator_alone(
-    make_entry: MakeEntry, digits: tasks.base.Data
-) -> None:
+def test_training_leaves_the_global_generator_alone(make_entry: MakeEntry, digits: Data) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -102,7 +103,7 @@ def test_training_leaves_the_global_generator_alone(
 
 
 def test_both_optimizers_start_from_one_loss_and_lower_it(
-    make_entry: MakeEntry, digits: tasks.base.Data
+    make_entry: MakeEntry, digits: Data
 ) -> None:
     entry = make_entry()
     sgd = train(entry, digits, optimizer="sgd", lr=0.1, seed=1)
@@ -114,7 +115,7 @@ def test_both_optimizers_start_from_one_loss_and_lower_it(
 
 
 def test_rows_hold_the_curve_the_fixed_subset_and_the_test_split(
-    make_entry: MakeEntry, digits: tasks.base.Data
+    make_entry: MakeEntry, digits: Data
 ) -> None:
     run = train(make_entry(), digits, optimizer="sgd", lr=0.1, seed=2)
     rows = pd.DataFrame(run.rows)
@@ -133,7 +134,7 @@ def test_rows_hold_the_curve_the_fixed_subset_and_the_test_split(
 
 @pytest.mark.parametrize("lr", [1e4, 1e30])
 def test_a_diverged_run_is_flagged_and_counts_as_its_initial_loss(
-    lr: float, make_entry: MakeEntry, digits: tasks.base.Data, tmp_path: Path
+    lr: float, make_entry: MakeEntry, digits: Data, tmp_path: Path
 ) -> None:
     run = train(make_entry(), digits, optimizer="adamw", lr=lr, seed=1, checkpoint_dir=tmp_path)
     rows = pd.DataFrame(run.rows)
@@ -146,7 +147,7 @@ def test_a_diverged_run_is_flagged_and_counts_as_its_initial_loss(
 
 
 def test_a_run_that_turns_to_nan_stops_early(
-    make_entry: MakeEntry, digits: tasks.base.Data, recipe: Recipe
+    make_entry: MakeEntry, digits: Data, recipe: Recipe
 ) -> None:
     entry = make_entry(recipe=dataclasses.replace(recipe, warmup_steps=0))
     run = train(entry, digits, optimizer="sgd", lr=1e20, seed=1)
@@ -155,7 +156,7 @@ def test_a_run_that_turns_to_nan_stops_early(
 
 
 def test_clipping_bounds_the_first_step(
-    make_entry: MakeEntry, digits: tasks.base.Data, recipe: Recipe
+    make_entry: MakeEntry, digits: Data, recipe: Recipe
 ) -> None:
     one = dataclasses.replace(recipe, num_steps=1, warmup_steps=0, clip=1e-3)
     entry = make_entry(recipe=one)
@@ -170,9 +171,22 @@ def test_clipping_bounds_the_first_step(
     assert abs(run.final_loss - run.init_loss) < 0.1 * abs(free.final_loss - free.init_loss)
 
 
-def test_progress_is_reported_after_every_step(
-    make_entry: MakeEntry, digits: tasks.base.Data
+def test_rows_have_the_columns_of_their_tables(
+    make_entry: MakeEntry, digits: Data, tmp_path: Path
 ) -> None:
+    entry = make_entry()
+    run = train(entry, digits, optimizer="adamw", lr=0.01, seed=1, checkpoint_dir=tmp_path)
+    assert all(set(row) == set(TABLES["training"].names) for row in run.rows)
+    assert all(set(row) == set(TABLES["stages"].names) for row in run.stage_rows)
+    accuracies = [
+        row["value"] for row in run.rows if (row["split"], row["metric"]) == ("test", "accuracy")
+    ]
+    assert run.stage_rows[-1]["metric"] == accuracies[-1]
+    row = gap("tiny", pd.DataFrame(run.rows), entry.recipe)
+    assert set(row) == set(TABLES["gaps"].names)
+
+
+def test_progress_is_reported_after_every_step(make_entry: MakeEntry, digits: Data) -> None:
     seen: list[tuple[int, int]] = []
     train(
         make_entry(),
@@ -185,7 +199,7 @@ def test_progress_is_reported_after_every_step(
     assert seen == [(step, 20) for step in range(1, 21)]
 
 
-def test_evaluation_does_not_depend_on_its_chunks(digits: tasks.base.Data) -> None:
+def test_evaluation_does_not_depend_on_its_chunks(digits: Data) -> None:
     task = tasks.get("digits")
     batch = task.fixed(digits, "train", 100)
     torch.manual_seed(0)
@@ -203,7 +217,7 @@ def test_a_language_run_has_no_accuracy(make_entry: MakeEntry) -> None:
     assert run.final_loss < run.init_loss
 
 
-def test_mistakes_are_named(make_entry: MakeEntry, digits: tasks.base.Data) -> None:
+def test_mistakes_are_named(make_entry: MakeEntry, digits: Data) -> None:
     with pytest.raises(UserError, match="no training recipe"):
         train(make_entry(recipe=None), digits, optimizer="sgd", lr=1.0, seed=0)
     with pytest.raises(UserError, match="unknown optimizer 'adam'; choose one of sgd, adamw"):

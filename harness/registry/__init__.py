@@ -1,0 +1,73 @@
+"""The registry: the models of the dataset, one file per family. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from difflib import get_close_matches
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.registry import bert, cnn, gpt, mlp, paper, recurrent, vit
+from harness.registry.entry import TIERS, ModelEntry, Recipe
+
+__all__ = ["TIERS", "ModelEntry", "Recipe", "entries", "get"]
+
+_FAMILIES = (cnn, vit, gpt, mlp, recurrent, bert, paper)
+
+
+def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) -> list[ModelEntry]:
+    """List the entries by tier and name.
+
+    Args:
+        tier: demo, small or paper; None for all.
+        registry_dir: Folder of further entry files (Python, each defining ENTRIES); they are
+            executed, so name only a folder you trust.
+
+    Raises:
+        UserError: Unknown tier, an entry file that fails, or two entries of one name.
+    """
+    if tier is not None and tier not in TIERS:
+        raise UserError(f"unknown tier {tier!r}; choose one of {', '.join(TIERS)}")
+    found = [entry for family in _FAMILIES for entry in family.ENTRIES]
+    if registry_dir is not None:
+        found += _outside(Path(registry_dir))
+    names = [entry.name for entry in found]
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise UserError(f"two entries are named {doubles[0]!r}; rename one")
+    chosen = [entry for entry in found if tier in (None, entry.tier)]
+    return sorted(chosen, key=lambda entry: (TIERS.index(entry.tier), entry.name))
+
+
+def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
+    """Return the entry of that name.
+
+    Raises:
+        UserError: There is none; names close matches.
+    """
+    known = {entry.name: entry for entry in entries(registry_dir=registry_dir)}
+    if name in known:
+        return known[name]
+    close = get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "see `harness list`"
+    raise UserError(f"unknown model {name!r}; {hint}")
+
+
+def _outside(folder: Path) -> list[ModelEntry]:
+    """Execute the entry files of a folder and gather their entries."""
+    if not folder.is_dir():
+        raise UserError(f"--registry {folder} is not a folder")
+    found: list[ModelEntry] = []
+    for path in sorted(folder.glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"harness_registry_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            found += module.ENTRIES
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    return found

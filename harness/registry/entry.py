@@ -1,0 +1,195 @@
+"""One entry of the registry: a model, its data and its recipe, as frozen data.
+
+Imports no torch: `build` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TIERS = ("demo", "small", "paper")
+STAGES = ("init", "p10", "p25", "p50", "final")
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an entry is trained; docs/protocol.md, Training and gap.
+
+    Attributes:
+        num_steps: Optimizer steps of a run.
+        batch_size: Samples (images or sequences) of a step.
+        sgd_lrs: Lowest and highest peak learning rate of SGD's grid.
+        adamw_lrs: The same of AdamW's.
+        num_lrs: Learning rates per grid, evenly spaced in the logarithm.
+        weight_decay: Of both optimizers, on tensors of two or more dimensions.
+        adamw_betas: Of AdamW; the paper has (0.9, 0.95) for language.
+        clip: Norm that gradients are clipped to, None for no clipping.
+        warmup_steps: Steps of linear warm-up.
+        schedule: cosine or constant, after the warm-up.
+        eval_size: Samples of the fixed training subset whose loss is the final loss.
+        extend_grid: Add rates while the best lies at an edge.
+    """
+
+    num_steps: int
+    batch_size: int
+    sgd_lrs: tuple[float, float]
+    adamw_lrs: tuple[float, float]
+    num_lrs: int = 5
+    weight_decay: float = 0.0
+    adamw_betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    eval_size: int = 2048
+    extend_grid: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "eval_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("sgd_lrs", "adamw_lrs"):
+            low, high = getattr(self, name)
+            if not 0 < low < high:
+                raise UserError(f"recipe: {name} is {(low, high)}; it must be 0 < lowest < highest")
+        if self.schedule not in ("cosine", "constant"):
+            raise UserError(f"recipe: schedule is {self.schedule!r}; choose cosine or constant")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that the harness can build, train and take spectra of.
+
+    Attributes:
+        name: Slug that names files and rows.
+        family: Family of architectures; statistics resample families.
+        tier: demo, small or paper.
+        factory: "module:callable" that returns the module.
+        options: Keyword arguments of the factory; they win over the task's.
+        task: Name of the task (data and loss).
+        task_options: Its keyword arguments.
+        hessian_batch_size: Samples of the Hessian's batch.
+        microbatch_size: Samples of a microbatch, None for the whole batch.
+        recipe: How it is trained; None: only its initial spectrum is taken.
+        stages: Stages at which spectra are taken.
+        full_stages: Stages at which the full spectrum is taken too.
+        num_probes, num_steps: Of the stochastic Lanczos quadrature.
+        paper_blocks: Shell patterns over block names that partition `paper` keeps.
+        pretrained: Entry whose final AdamW checkpoint of the same seed initialises this one.
+        source: Where the architecture's code comes from.
+        reference: Paper or page that defines the architecture.
+        licence: Licence of the architecture's code.
+        description: One sentence.
+        status: ok, or pending where something it needs can't be had.
+        reason: Why it is pending.
+    """
+
+    name: str
+    family: str
+    tier: str
+    factory: str
+    task: str
+    hessian_batch_size: int
+    source: str
+    reference: str
+    licence: str
+    description: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    microbatch_size: int | None = None
+    recipe: Recipe | None = None
+    stages: tuple[str, ...] = ("init",)
+    full_stages: tuple[str, ...] = ()
+    num_probes: int = 3
+    num_steps: int = 40
+    paper_blocks: tuple[str, ...] | None = None
+    pretrained: str | None = None
+    status: str = "ok"
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        def refuse(attribute: str, allowed: str) -> None:
+            given = getattr(self, attribute)
+            raise UserError(f"entry {self.name!r}: {attribute} is {given!r}; {allowed}")
+
+        for attribute in ("name", "family"):
+            if not _SLUG.fullmatch(getattr(self, attribute)):
+                refuse(attribute, "use lower-case letters, digits, '.', '_', '-', as in vit-digits")
+        if self.tier not in TIERS:
+            refuse("tier", f"choose one of {', '.join(TIERS)}")
+        if not _FACTORY.fullmatch(self.factory):
+            refuse("factory", "write module:callable, as in timm:create_model")
+        for attribute in ("stages", "full_stages"):
+            if not set(getattr(self, attribute)) <= set(STAGES):
+                refuse(attribute, f"choose from {', '.join(STAGES)}")
+        if self.recipe is None and self.stages != ("init",):
+            refuse("stages", "without a recipe there is only init")
+        for attribute in ("hessian_batch_size", "num_probes", "num_steps"):
+            if getattr(self, attribute) < 1:
+                refuse(attribute, "it must be at least 1")
+        for attribute in ("source", "reference", "licence", "description"):
+            if not getattr(self, attribute).strip():
+                refuse(attribute, "it must not be empty")
+        if (self.status == "ok") != (self.reason is None) or self.status not in ("ok", "pending"):
+            refuse("status", "use ok without a reason, or pending with one")
+        for attribute in ("options", "task_options"):  # frozen means frozen
+            object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by value; a mapping proxy can't be pickled."""
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        plain = [dict(v) if isinstance(v, MappingProxyType) else v for v in values]
+        return type(self), tuple(plain)
+
+    def build(self, model_options: Mapping[str, Any], seed: int) -> nn.Module:
+        """Build the model, its initialisation seeded.
+
+        Args:
+            model_options: What the task says of its data (num_classes, image_size, in_channels;
+                vocab_size, context); the factory gets those that it names.
+            seed: Seeds torch's global generator while building; it is restored afterwards.
+
+        Raises:
+            UserError: The factory can't be imported, or raises.
+        """
+        import torch
+
+        factory = self._import_factory()
+        named = inspect.signature(factory).parameters
+        options = {k: v for k, v in model_options.items() if k in named} | dict(self.options)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                model = factory(**options)
+            except Exception as error:
+                raise UserError(
+                    f"entry {self.name!r}: {self.factory} failed with {type(error).__name__}: "
+                    f"{error}; its arguments were {options}"
+                ) from error
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(
+                f"entry {self.name!r}: {self.factory} returned {type(model).__name__}; it must "
+                "return a torch.nn.Module"
+            )
+        return model.train()
+
+    def _import_factory(self) -> Any:
+        module, _, attribute = self.factory.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"entry {self.name!r}: factory {self.factory!r} can't be imported ({error})"
+            ) from error

@@ -1,0 +1,7 @@
+"""."""
+
+from __future__ import annotations
+
+from harness.registry.entry import ModelEntry
+
+ENTRIES: tuple[ModelEntry, ...] = ()

@@ -1,0 +1,1 @@
+"""Networks in plain torch, where no library has them at these sizes."""

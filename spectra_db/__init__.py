@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spectra_db.density import density
 from spectra_db.heterogeneity import Estimate, js0
+from spectra_db.load import load
 from spectra_db.schema import PROTOCOL_VERSION
 
-__all__ = ["PROTOCOL_VERSION", "Estimate", "density", "js0"]
+__all__ = ["PROTOCOL_VERSION", "Estimate", "density", "js0", "load"]

@@ -1,0 +1,224 @@
+"""Files of the dataset: one Parquet file per table and model, validated, written atomically."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from spectra_db.schema import KEYS, PROTOCOL_VERSION, STATUSES, TABLES
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# Tables that are not per model are one file.
+_WHOLE = "all"
+# Larger files are no spectra of ours: a reader must not be made to allocate without bound.
+MAX_FILE_BYTES = 1 << 30
+
+
+class InvalidTable(ValueError):  # noqa: N818
+    """A table that breaks the schema or an invariant; the text says where and how."""
+
+
+def path_of(root: Path | str, table: str, model: str) -> Path:
+    """Return the file of a model's rows.
+
+    Raises:
+        InvalidTable: The model's name is no slug: it would not be a safe path.
+    """
+    if not _SLUG.fullmatch(model):
+        raise InvalidTable(
+            f"model {model!r} can't name a file; use lower-case letters, digits, '.', '_', '-'"
+        )
+    return Path(root) / table / f"{model}.parquet"
+
+
+def write(root: Path | str, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, replacing those of the same key.
+
+    Each model's file is replaced as a whole by an atomic rename, under a lock: readers see the
+    old rows or the new ones, and several processes may write.
+
+    Args:
+        root: Folder of the dataset.
+        table: Name of the table.
+        rows: The rows; columns that may be null may be left out.
+
+    Raises:
+        InvalidTable: The rows, or those already in a file, are not valid; nothing is written.
+    """
+    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    by_model: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_model.setdefault(str(record.get("model", _WHOLE)), []).append(record)
+    paths = {model: path_of(root, table, model) for model in by_model}
+    fresh = {model: _arrow(table, some) for model, some in by_model.items()}
+    for model, new in fresh.items():
+        validate(table, new, where=f"rows of {model!r}")
+    for model, new in fresh.items():
+        path = paths[model]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            merged = _upsert(table, read(path, table) if path.exists() else None, new)
+            validate(table, merged, where=str(path))
+            _replace(path, merged)
+
+
+def read(path: Path | str, table: str) -> pa.Table:
+    """Read one file and validate it.
+
+    Raises:
+        InvalidTable: The file is no Parquet of this table; names file and reason.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise InvalidTable(f"{path} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES}")
+    try:
+        content = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidTable(f"{path} is not readable as Parquet: {reason}") from error
+    validate(table, content, where=str(path))
+    return content.cast(TABLES[table])
+
+
+def validate(table: str, content: pa.Table, *, where: str = "the table") -> None:
+    """Check a table against its schema and invariants.
+
+    Raises:
+        InvalidTable: Says where and what: column names and types, nulls, names that are no
+            slugs, statuses, keys that repeat, protocol versions, and for spectra the rules.
+    """
+    schema = TABLES[table]
+
+    def refuse(reason: str) -> None:
+        raise InvalidTable(f"{where}: {reason}")
+
+    if content.schema.names != schema.names:
+        missing = sorted(set(schema.names) - set(content.schema.names))
+        unknown = sorted(set(content.schema.names) - set(schema.names))
+        refuse(f"columns of table {table} missing: {missing}, unknown: {unknown}, or out of order")
+    for field in schema:
+        column = content[field.name]
+        if column.type != field.type:
+            refuse(f"column {field.name} is {column.type}; it must be {field.type}")
+        if not field.nullable and column.null_count:
+            refuse(f"column {field.name} has {column.null_count} nulls")
+    if content.num_rows == 0:
+        return
+    if "model" in schema.names:
+        for model in pc.unique(content["model"]).to_pylist():
+            if not _SLUG.fullmatch(model):
+                refuse(f"model {model!r} is no slug")
+    versions = pc.unique(content["protocol_version"]).to_pylist()
+    if versions != [PROTOCOL_VERSION]:
+        refuse(f"protocol versions {sorted(versions)}; this code reads {PROTOCOL_VERSION} alone")
+    if "status" in schema.names:
+        unknown = set(pc.unique(content["status"]).to_pylist()) - set(STATUSES)
+        if unknown:
+            refuse(f"unknown status {sorted(unknown)}; known are {', '.join(STATUSES)}")
+    keys = content.select(KEYS[table]).to_pandas()
+    repeated = keys.duplicated()
+    if repeated.any():
+        refuse(f"the key of row {int(np.flatnonzero(repeated)[0])} repeats an earlier one")
+    if table == "spectra":
+        _validate_rules(content, refuse)
+
+
+def _validate_rules(content: pa.Table, refuse: Any) -> None:
+    """Check lengths, order, weights and finiteness of the rules of table `spectra`."""
+    flat, size = {}, {}
+    for name in ("alphas", "betas", "nodes", "weights"):
+        column = content[name].combine_chunks()
+        flat[name] = np.asarray(column.flatten(), dtype=np.float64)
+        size[name] = np.asarray(pc.list_value_length(column))
+        if not np.isfinite(flat[name]).all() or column.flatten().null_count:
+            refuse(f"column {name} holds a null, an infinity or nan")
+    status = np.asarray(content["status"].to_pylist())
+    method = np.asarray(content["method"].to_pylist())
+    present = np.isin(status, ["ok", "zero"])
+    sampled = present & (method == "slq")
+
+    def first(bad: np.ndarray, reason: str) -> None:
+        if bad.any():
+            refuse(f"row {int(np.flatnonzero(bad)[0])}: {reason}")
+
+    first(present & (size["nodes"] == 0), "a row of status ok or zero needs nodes")
+    first(~present & (size["nodes"] > 0), "a failed or pending row has no nodes")
+    reasons = np.asarray([r is not None for r in content["reason"].to_pylist()])
+    first(~present & ~reasons, "a failed or pending row needs a reason")
+    first(~np.isin(method, ["slq", "exact"]), "method must be slq or exact")
+    first(size["nodes"] != size["weights"], "nodes and weights differ in length")
+    first(size["alphas"] != size["betas"], "alphas and betas differ in length")
+    first(sampled & (size["alphas"] != size["nodes"]), "alphas and nodes differ in length")
+    first(present & ~sampled & (size["alphas"] > 0), "an exact row has no alphas")
+    first(np.asarray(content["num_params"]) < 1, "num_params must be at least 1")
+    rows = np.repeat(np.arange(content.num_rows), size["nodes"])
+    if len(rows) == 0:
+        return
+    inside = rows[1:] == rows[:-1]
+    descending = np.zeros(content.num_rows, dtype=bool)
+    descending[rows[1:][inside & (np.diff(flat["nodes"]) < 0)]] = True
+    first(descending, "nodes are not ascending")
+    negative = np.zeros(content.num_rows, dtype=bool)
+    negative[rows[flat["weights"] < 0]] = True
+    first(negative, "a weight is negative")
+    sums = np.bincount(rows, flat["weights"], minlength=content.num_rows)
+    first(present & (np.abs(sums - 1) > 1e-9), "the weights do not sum to 1")
+
+
+def _arrow(table: str, records: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Turn rows into an Arrow table of the schema."""
+    schema = TABLES[table]
+    unknown = sorted({key for record in records for key in record} - set(schema.names))
+    if unknown:
+        raise InvalidTable(f"table {table} has no column {unknown[0]!r}")
+    try:
+        arrays = [
+            pa.array([_plain(record.get(field.name)) for record in records], type=field.type)
+            for field in schema
+        ]
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise InvalidTable(f"rows do not fit table {table}: {error}") from error
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _plain(value: Any) -> Any:
+    """Return what Arrow takes: no missing-value sentinels of pandas."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return value
+    return None if value is pd.NaT or value is pd.NA or value != value else value
+
+
+def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
+    """Return old rows whose key is not among the new ones, and the new ones, sorted by key."""
+    keys = list(KEYS[table])
+    if old is not None:
+        taken = pd.MultiIndex.from_frame(new.select(keys).to_pandas())
+        mine = pd.MultiIndex.from_frame(old.select(keys).to_pandas())
+        new = pa.concat_tables([old.filter(pa.array(~mine.isin(taken))), new])
+    return new.sort_by([(key, "ascending") for key in keys])
+
+
+def _replace(path: Path, content: pa.Table) -> None:
+    """Write a file beside the old one, force it to disk, and rename it over."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            pq.write_table(content, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -11,7 +11,7 @@ _EXPORTS = {
     "estimate_spectra": "harness.estimator.spectrum",
     "find_blocks": "harness.estimator.blocks",
 }
-__all__ = ["Block", "estimate_spectra", "find_blocks"]  # noqa: F822
+__all__ = ["Block", "estimate_spectra", "find_blocks"]
 
 
 def __getattr__(name: str) -> Any:

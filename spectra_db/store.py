@@ -43,7 +43,7 @@ def path_of(root: Path | str, table: str, model: str) -> Path:
 
 
 def write(root: Path | str, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows, replacing those of the same key.
+    """Insert rows, replacing those of the same key; in `spectra` all probes of the block at once.
 
     Each model's file is replaced as a whole by an atomic rename, under a lock: readers see the
     old rows or the new ones, and several processes may write.
@@ -56,8 +56,10 @@ def write(root: Path | str, table: str, rows: pd.DataFrame | Sequence[Mapping[st
     Raises:
         InvalidTable: The rows, or those already in a file, are not valid; nothing is written.
     """
-    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
-    by_model: dict[str, list[Mapping[str, Any]]] = {}
+    records: Sequence[Mapping[Any, Any]] = (
+        rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    )
+    by_model: dict[str, list[Mapping[Any, Any]]] = {}
     for record in records:
         by_model.setdefault(str(record.get("model", _WHOLE)), []).append(record)
     paths = {model: path_of(root, table, model) for model in by_model}
@@ -123,9 +125,9 @@ def validate(table: str, content: pa.Table, *, where: str = "the table") -> None
     if versions != [PROTOCOL_VERSION]:
         refuse(f"protocol versions {sorted(versions)}; this code reads {PROTOCOL_VERSION} alone")
     if "status" in schema.names:
-        unknown = set(pc.unique(content["status"]).to_pylist()) - set(STATUSES)
-        if unknown:
-            refuse(f"unknown status {sorted(unknown)}; known are {', '.join(STATUSES)}")
+        strange = set(pc.unique(content["status"]).to_pylist()) - set(STATUSES)
+        if strange:
+            refuse(f"unknown status {sorted(strange)}; known are {', '.join(STATUSES)}")
     keys = content.select(KEYS[table]).to_pandas()
     repeated = keys.duplicated()
     if repeated.any():
@@ -176,7 +178,7 @@ def _validate_rules(content: pa.Table, refuse: Any) -> None:
     first(present & (np.abs(sums - 1) > 1e-9), "the weights do not sum to 1")
 
 
-def _arrow(table: str, records: Sequence[Mapping[str, Any]]) -> pa.Table:
+def _arrow(table: str, records: Sequence[Mapping[Any, Any]]) -> pa.Table:
     """Turn rows into an Arrow table of the schema."""
     schema = TABLES[table]
     unknown = sorted({key for record in records for key in record} - set(schema.names))
@@ -203,8 +205,10 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
     """Return old rows whose key is not among the new ones, and the new ones, sorted by key."""
     keys = list(KEYS[table])
     if old is not None:
-        taken = pd.MultiIndex.from_frame(new.select(keys).to_pandas())
-        mine = pd.MultiIndex.from_frame(old.select(keys).to_pandas())
+        # Probes of one block belong together: those of other settings must not stay beside.
+        matched = [key for key in keys if key != "probe"]
+        taken = pd.MultiIndex.from_frame(new.select(matched).to_pandas())
+        mine = pd.MultiIndex.from_frame(old.select(matched).to_pandas())
         new = pa.concat_tables([old.filter(pa.array(~mine.isin(taken))), new])
     return new.sort_by([(key, "ascending") for key in keys])
 

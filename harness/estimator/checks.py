@@ -162,7 +162,9 @@ def _random_source(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str:
     found: list[str] = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 found.append(f"{stack[-1] if stack else 'loss_fn'} ({func.overloadpacket})")
             return func(*args, **(kwargs or {}))

@@ -25,12 +25,14 @@ class Forecast:
     Attributes:
         num_products: Hessian-vector products over all blocks and probes.
         flops: Floating-point operations of all of them, the shared passes included.
+        pass_flops: Operations of one forward and backward pass over the batch.
         graph_bytes: Memory of the kept graph of the batch, in bytes.
         block_flops: Operations of one product with each block, in the order of the blocks.
     """
 
     num_products: int
     flops: int
+    pass_flops: int
     graph_bytes: int
     block_flops: tuple[int, ...]
 
@@ -73,6 +75,7 @@ def forecast(
     return Forecast(
         num_products=sum(counts),
         flops=flops + shared.get_total_flops() * size,
+        pass_flops=shared.get_total_flops() * size,
         graph_bytes=hessian.graph_bytes * size,
         block_flops=tuple(block_flops),
     )

@@ -305,16 +305,11 @@ def _terms(
     batches: Sequence[Batch], batch_weights: Sequence[float] | NumTerms | None
 ) -> tuple[NumTerms | None, list[float]]:
     """Return how terms are counted (None where only totals are known) and the counts."""
-    count = leading_size if batch_weights is None else batch_weights
-    if callable(count):
-        terms = [float(count(b)) for b in batches]
-    else:
-        terms, count = [float(t) for t in count], None
-    if (
-        len(terms) != len(batches)
-        or not all(0 <= t < float("inf") for t in terms)
-        or not sum(terms)
-    ):
+    given = leading_size if batch_weights is None else batch_weights
+    count = given if callable(given) else None
+    terms = [float(t) for t in (map(given, batches) if callable(given) else given)]
+    usable = all(0 <= t < float("inf") for t in terms) and sum(terms) > 0
+    if len(terms) != len(batches) or not usable:
         raise UserError(
             f"batch_weights gives {terms} for {len(batches)} batches; it must give one number "
             "≥ 0 per batch, not all zero: the number of terms that its mean loss averages"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from spectra_db.schema import PROTOCOL_VERSION, TABLES
 from torch import nn
 
 from harness.errors import UserError
@@ -21,6 +20,7 @@ from harness.estimator.device import choose_device, device_memory, device_name, 
 from harness.estimator.hessian import BlockHessian, NumTerms
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
+from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 PRECISIONS = ("highest", "high", "medium")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from harness.registry.entry import STAGES, ModelEntry, Recipe
+from typing import Any
+
+from harness.registry.entry import ModelEntry, Recipe
 
 _NETWORKS = "harness.registry.networks.convolutional"
 _VGG = "Simonyan & Zisserman 2015, arXiv 1409.1556"
-_RESNET = "He et al. 2016, arXiv 1512.03385, section 4.2"
-_OWN = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
-_CIFAR = {"task": "cifar10", "task_options": {"train_size": 10_000}, "hessian_batch_size": 128}
-_SMALL = {
-    "tier": "small",
-    "recipe": Recipe(
-        num_steps=400,
-        batch_size=64,
-        sgd_lrs=(1e-3, 1e-1),
-        adamw_lrs=(1e-4, 1e-2),
-        warmup_steps=20,
-        weight_decay=1e-4,
-    ),
-    "stages": STAGES,
-    "full_stages": ("init", "final"),
-}
+_OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
 
 ENTRIES = (
     ModelEntry(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from harness.registry.entry import ModelEntry, Recipe
 
-_OWN = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
+_OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
 _GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners"
 
 ENTRIES = (

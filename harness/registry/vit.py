@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from harness.registry.entry import ModelEntry, Recipe
 
-_OWN = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
+_OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
 _VIT = "Dosovitskiy et al. 2021, arXiv 2010.11929"
 
 ENTRIES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ class Problem:
         progress: step / num_steps of the recipe, in [0, 1].
         init_seed: seed of the initialisation.
         train_run: "" at initialisation, "adamw-seedS" later.
-        batch_hash: first 16 hex digits of the sha256 of the batch.
         batch_size, microbatch_size: samples.
         num_terms: the sum of `batch_weights`.
         data_source: what the data are, with the first 12 digits of their sha256.
@@ -46,7 +44,6 @@ class Problem:
     progress: float
     init_seed: int
     train_run: str
-    batch_hash: str
     batch_size: int
     microbatch_size: int
     num_terms: int
@@ -106,24 +103,8 @@ def load_problem(
         progress=step / entry.recipe.num_steps if entry.recipe else 0.0,
         init_seed=seed,
         train_run="" if stage == "init" else stages.run_name(seed),
-        batch_hash=batch_hash(batch),
         batch_size=len(batch[0]),
         microbatch_size=microbatch_size,
         num_terms=sum(weights),
         data_source=f"{data.source}, sha256 {data.checksum[:12]}",
     )
-
-
-def batch_hash(batch: Batch) -> str:
-    """Hash dtype, shape and bytes of a batch's tensors (first 16 hex digits of sha256).
-
-    >>> import torch
-    >>> batch_hash((torch.zeros(2),)) == batch_hash((torch.zeros(2, 1),))
-    False
-    """
-    digest = hashlib.sha256()
-    for tensor in batch:
-        values = tensor.cpu().contiguous()
-        digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,461 @@
+"""The command line: parse, call, echo. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.errors import UserError
+
+
+class _Group(click.Group):
+    """Turns errors into one line: exit code 2 for what the user can mend, 1 for failures."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(str(error), 2)
+        except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, click.exceptions.Exit | click.Abort):
+                raise
+            # What spectra_db refuses is the user's to mend, too; it knows no UserError.
+            module = type(error).__module__.partition(".")[0]
+            _fail(str(error) or type(error).__name__, 2 if module == "spectra_db" else 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _options(*names: str) -> Callable[[Any], Any]:
+    """Add options that mean the same in every command."""
+    known = {
+        "registry": click.option(
+            "--registry",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder of further entry files; they are executed.",
+        ),
+        "data_root": click.option(
+            "--data-root",
+            envvar="HARNESS_DATA_ROOT",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder of data sets.  [env: HARNESS_DATA_ROOT]",
+        ),
+        "out": click.option(
+            "--out",
+            required=True,
+            type=click.Path(path_type=Path),
+            callback=_writable,
+            help="Folder that the tables are written to.",
+        ),
+        "seed": click.option(
+            "--seed",
+            default=1,
+            show_default=True,
+            type=click.IntRange(0, 2**31),
+            help="Seeds initialisation, training run and probes.",
+        ),
+        "device": click.option(
+            "--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where there is]"
+        ),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    }
+
+    def add(function: Any) -> Any:
+        for name in reversed(names):
+            function = known[name](function)
+        return function
+
+    return add
+
+
+def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """Create the folder, or say why it can't be written to."""
+    try:
+        value.mkdir(parents=True, exist_ok=True)
+        probe = value / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {value} can't be written to: {error.strerror}") from error
+    return value
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hessian-spectra")
+def main() -> None:
+    """Compute Hessian spectra of neural networks, and the dataset made of them."""
+    # A stop asked for by the system is a stop asked for by the user: finish the write, then go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@main.command("list")
+@click.option("--tier", type=click.Choice(["demo", "small", "paper"]), help="One tier alone.")
+@_options("registry", "json")
+def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
+    """List the models of the registry."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness.registry import entries
+
+    found = entries(tier, registry_dir=registry)
+    fields = ("name", "family", "tier", "task", "status", "description")
+    if as_json:
+        click.echo(json.dumps([{f: getattr(e, f) for f in fields} for e in found], indent=2))
+        return
+    table = Table(*fields)
+    for entry in found:
+        table.add_row(*(getattr(entry, f) for f in fields))
+    Console().print(table)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--partition", default="weights", help="weights, paper, all or full.")
+@_options("registry", "data_root", "json")
+def describe(
+    model: str, partition: str, registry: Path | None, data_root: Path | None, as_json: bool
+) -> None:
+    """Describe a model: its blocks and what its spectrum costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness.estimator.cost import forecast
+    from harness.registry import get
+    from harness.spectra import blocks_of
+    from harness.training import load_problem
+
+    entry = get(model, registry_dir=registry)
+    problem = load_problem(entry, data_root=data_root)
+    blocks = blocks_of(problem, partition)
+    cost = forecast(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        blocks,
+        num_probes=entry.num_probes,
+        num_steps=entry.num_steps,
+    )
+    num_params = sum(p.numel() for p in problem.model.parameters())
+    if as_json:
+        facts = {
+            "name": entry.name,
+            "family": entry.family,
+            "tier": entry.tier,
+            "num_params": num_params,
+            "blocks": [
+                {"name": b.name, "kind": b.kind, "shape": b.shape, "num_params": b.num_params}
+                for b in blocks
+            ],
+            "num_products": cost.num_products,
+            "flops": cost.flops,
+            "graph_bytes": cost.graph_bytes,
+        }
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{entry.name}: {entry.description} ({entry.reference})")
+    click.echo(f"family {entry.family}, tier {entry.tier}, task {entry.task}")
+    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {partition}:")
+    table = Table()
+    for name in ("block", "kind", "shape", "parameters", "GFLOP / product"):
+        table.add_column(name, overflow="fold")
+    for block, flops in zip(blocks, cost.block_flops, strict=True):
+        shape = " × ".join(map(str, block.shape))
+        table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", f"{flops / 1e9:.3g}")
+    Console().print(table, markup=False)
+    click.echo(_cost_line(entry.num_probes, entry.num_steps, cost))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
+@click.option("--partition", default="weights", show_default=True, help="Or paper, all, full.")
+@click.option("--num-probes", type=click.IntRange(1), help="Default: as the entry says.")
+@click.option("--num-steps", type=click.IntRange(1), help="Default: as the entry says.")
+@click.option("--dtype", default="float32", show_default=True, help="Or float64, bfloat16.")
+@click.option("--norm-mode", default="eval", show_default=True, help="Or train: batch statistics.")
+@click.option("--probe-distribution", default="gaussian", show_default=True, help="Or rademacher.")
+@click.option("--matmul-precision", default="highest", show_default=True, help="high: TF32.")
+@click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
+@click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
+@_options("registry", "data_root", "out", "seed", "device")
+def spectrum(
+    model: str,
+    stage: str,
+    num_probes: int | None,
+    num_steps: int | None,
+    memory_budget: float | None,
+    registry: Path | None,
+    data_root: Path | None,
+    out: Path,
+    seed: int,
+    device: str | None,
+    **settings: Any,
+) -> None:
+    """Take the spectrum of a model at a stage and write it to the tables."""
+    from harness.estimator.cost import forecast
+    from harness.estimator.device import choose_device
+    from harness.estimator.spectrum import DTYPES
+    from harness.registry import get
+    from harness.spectra import Settings, blocks_of, command_line, take_spectrum
+    from harness.training import load_problem
+    from spectra_db.heterogeneity import MIN_PROBES
+
+    entry = get(model, registry_dir=registry)
+    if settings["dtype"] not in DTYPES:
+        raise UserError(f"dtype is {settings['dtype']!r}; choose one of {', '.join(DTYPES)}")
+    if memory_budget is not None and not memory_budget > 0:
+        raise UserError(f"--memory-budget is {memory_budget}; it must be positive, in GiB")
+    chosen = Settings(
+        num_probes=num_probes or entry.num_probes,
+        num_steps=num_steps or entry.num_steps,
+        device=_device(device),
+        memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
+        **settings,
+    )
+    problem = load_problem(
+        entry, stage, seed, data_root=data_root, checkpoint_dir=out / "checkpoints"
+    )
+    choose_device(problem.model, chosen.device)
+    blocks = blocks_of(problem, chosen.partition)
+    cost = forecast(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        blocks,
+        num_probes=chosen.num_probes,
+        num_steps=chosen.num_steps,
+    )
+    click.echo(_cost_line(chosen.num_probes, chosen.num_steps, cost))
+    with _progress(f"{entry.name} {stage}") as on_progress:
+        rows = take_spectrum(problem, chosen, out, command=command_line(), on_progress=on_progress)
+    click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
+    if chosen.partition != "full" and rows["block"].nunique() > 1:
+        import spectra_db
+
+        estimate = spectra_db.js0(rows)
+        if chosen.num_probes < MIN_PROBES:
+            click.echo(f"js0 {estimate.value:.4f} (plug-in; its error needs {MIN_PROBES} probes)")
+        else:
+            click.echo(f"js0 {estimate.corrected:.4f} ± {estimate.standard_error:.4f}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="adamw")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: best of the grid in --out]")
+@_options("registry", "data_root", "out", "seed", "device")
+def train(
+    model: str,
+    optimizer: str,
+    lr: float | None,
+    registry: Path | None,
+    data_root: Path | None,
+    out: Path,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
+    import pandas as pd
+
+    from harness import tasks
+    from harness.registry import get
+    from harness.training import grid
+    from harness.training import train as run_training
+    from spectra_db import store
+
+    entry = get(model, registry_dir=registry)
+    if lr is None:
+        path = store.path_of(out, "training", entry.name)
+        rows = store.read(path, "training").to_pandas() if path.exists() else pd.DataFrame()
+        lr = grid.best(rows, optimizer)
+        if lr is None:
+            raise UserError(f"{out} has no {optimizer} grid of {model} to choose from: pass --lr")
+    if not 0 < lr < float("inf"):
+        raise UserError(f"--lr is {lr}; it must be positive")
+    data = tasks.get(entry.task, **entry.task_options).load(data_root)
+    with _progress(f"{entry.name} {optimizer} at {lr:g}") as on_progress:
+        result = run_training(
+            entry,
+            data,
+            optimizer=optimizer,
+            lr=lr,
+            seed=seed,
+            checkpoint_dir=out / "checkpoints" if optimizer == "adamw" else None,
+            device=_device(device),
+            on_step=on_progress,
+        )
+    if result.stage_rows:
+        store.write(out, "stages", result.stage_rows)
+    store.write(out, "training", result.rows)
+    outcome = "diverged" if result.diverged else f"loss {result.final_loss:.4f}"
+    click.echo(f"{outcome} (from {result.init_loss:.4f}) in {result.seconds:.1f} s; rows in {out}")
+
+
+@main.command()
+@click.argument("models", nargs=-1)
+@click.option("--tier", type=click.Choice(["demo", "small", "paper"]), help="A whole tier.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--dry-run", is_flag=True, help="Print the forecast and stop.")
+@_options("registry", "data_root", "out", "device")
+def run(
+    models: tuple[str, ...],
+    tier: str | None,
+    jobs: int,
+    dry_run: bool,
+    registry: Path | None,
+    data_root: Path | None,
+    out: Path,
+    device: str | None,
+) -> None:
+    """Do everything for some models: grid, seeds, stages, spectra, metrics, gap.
+
+    The same command continues where it was stopped.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from harness import registry as catalogue
+    from harness.run import Job, num_threads, num_units, ready, run_entries
+    from harness.spectra import command_line
+
+    if bool(models) == (tier is not None):
+        raise UserError("name models, or pass --tier, not both")
+    if tier is not None:
+        chosen = catalogue.entries(tier, registry_dir=registry)
+    else:
+        chosen = [catalogue.get(name, registry_dir=registry) for name in models]
+    _print_forecast(chosen, data_root)
+    if dry_run:
+        return
+    job = Job(
+        out=out,
+        entries={entry.name: entry for entry in chosen},
+        data_root=data_root,
+        device=_device(device),
+        num_threads=num_threads(jobs),
+        command=command_line(),
+    )
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
+        left = sum(1 for entry in chosen if entry.status == "ok" for _ in ready(entry, out))
+        bar = progress.add_task("units", total=max(left, sum(map(num_units, chosen))))
+
+        def on_event(what: str, unit: Any) -> None:
+            if what == "start":
+                progress.update(bar, description=str(unit))
+                if not console.is_terminal:
+                    console.print(str(unit), highlight=False, markup=False)
+            else:
+                progress.advance(bar)
+
+        failed = run_entries(chosen, job, jobs=jobs, on_event=on_event)
+    for unit, reason in failed:
+        click.echo(f"failed: {unit}: {reason}", err=True)
+    click.echo(f"tables in {out}")
+    if failed:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--source", type=click.Path(path_type=Path), help="Folder.  [default: the release]")
+@_options("out")
+def site(source: Path | None, out: Path) -> None:
+    """Build the page that shows the tables of a folder."""
+    from harness.leaderboard.site import build
+
+    click.echo(f"page: {build(source, out).resolve()}")
+
+
+def _device(device: str | None) -> str:
+    """Return the device asked for; CUDA where there is a GPU and none was named."""
+    import torch
+
+    from harness.estimator.device import choose_device
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    choose_device(torch.nn.Module(), device)
+    return device
+
+
+def _cost_line(num_probes: int, num_steps: int, cost: Any) -> str:
+    """Return the forecast of one spectrum in a line."""
+    return (
+        f"forecast at {num_probes} probes × {num_steps} steps: {cost.num_products:,} products, "
+        f"{cost.flops / 1e12:.3g} TFLOP, {cost.graph_bytes / 2**20:,.0f} MiB of kept graph"
+    )
+
+
+def _print_forecast(chosen: list[Any], data_root: Path | None) -> None:
+    """Print what the entries cost, from one product per block on one sample."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness.estimator.cost import forecast
+    from harness.run import num_units
+    from harness.spectra import blocks_of
+    from harness.training import load_problem
+
+    table = Table("model", "units", "products", "spectra TFLOP", "training TFLOP", "graph MiB")
+    for entry in chosen:
+        if entry.status != "ok":
+            table.add_row(entry.name, f"pending: {entry.reason}")
+            continue
+        problem = load_problem(entry, data_root=data_root)
+        products, flops, cost = 0, 0, None
+        for partition, stages in (("weights", entry.stages), ("full", entry.full_stages)):
+            cost = forecast(
+                problem.model,
+                problem.loss_fn,
+                problem.batches,
+                blocks_of(problem, partition),
+                num_probes=entry.num_probes,
+                num_steps=entry.num_steps,
+            )
+            products += cost.num_products * len(stages)
+            flops += cost.flops * len(stages)
+        runs = num_units(entry) - len(entry.stages) - len(entry.full_stages)
+        training = 0.0
+        if entry.recipe is not None and cost is not None:
+            samples = runs * entry.recipe.num_steps * entry.recipe.batch_size
+            training = cost.pass_flops / problem.batch_size * samples
+        table.add_row(
+            entry.name,
+            str(num_units(entry)),
+            f"{products:,}",
+            f"{flops / 1e12:.3g}",
+            f"{training / 1e12:.3g}",
+            f"{cost.graph_bytes / 2**20:,.0f}" if cost else "",
+        )
+    Console().print(table)
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with the remaining time."""
+    from rich.progress import Progress
+
+    with Progress() as progress:
+        bar = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -1,0 +1,246 @@
+"""The spectrum of a registry entry at a stage: computed block by block into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from harness import tasks
+from spectra_db import store
+from spectra_db.heterogeneity import metrics
+from spectra_db.schema import PROTOCOL_VERSION, TABLES
+
+if TYPE_CHECKING:
+    from harness.estimator import Block
+    from harness.training import Problem
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a spectrum is taken; defaults as in `estimate_spectra`, numbers as the entry says."""
+
+    partition: str = "weights"
+    num_probes: int = 3
+    num_steps: int = 40
+    dtype: str = "float32"
+    device: str | None = None
+    norm_mode: str = "eval"
+    probe_distribution: str = "gaussian"
+    reorthogonalize: bool = False
+    matmul_precision: str = "highest"
+    memory_budget: int | None = None
+
+
+def blocks_of(problem: Problem, partition: str) -> list[Block]:
+    """Return the blocks of a problem's model."""
+    from harness.estimator import find_blocks
+
+    return find_blocks(problem.model, partition, paper_blocks=problem.entry.paper_blocks)
+
+
+def take_spectrum(
+    problem: Problem,
+    settings: Settings,
+    out: Path,
+    *,
+    command: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Compute what is missing of a problem's spectrum and write it block by block.
+
+    Blocks whose rows with the same key, probes and steps are in the store already are kept. When
+    all blocks are there the tables `blocks` and `heterogeneity` follow (not for `full`).
+
+    Returns:
+        All rows of the spectrum.
+    """
+    from harness.estimator import estimate_spectra
+    from harness.estimator.spectrum import DTYPES
+    from harness.estimator.summary import block_summaries
+
+    entry = problem.entry
+    blocks = blocks_of(problem, settings.partition)
+    identity = _identity(problem, settings)
+    done = _finished_rows(out, identity, blocks, settings)
+    todo = [block for block in blocks if block.name not in set(done["block"])]
+    count_terms = tasks.get(entry.task, **entry.task_options).num_terms
+    if todo:
+        run_id = _record_run(out, identity, settings, problem.init_seed, command)
+        fresh = estimate_spectra(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            blocks=todo,
+            num_probes=settings.num_probes,
+            num_steps=settings.num_steps,
+            seed=problem.init_seed,
+            device=settings.device,
+            dtype=DTYPES[settings.dtype],
+            batch_weights=count_terms,
+            probe_distribution=settings.probe_distribution,
+            reorthogonalize=settings.reorthogonalize,
+            norm_mode=settings.norm_mode,
+            matmul_precision=settings.matmul_precision,
+            memory_budget=settings.memory_budget,
+            identity=identity
+            | {
+                "run_id": run_id,
+                "step": problem.step,
+                "progress": problem.progress,
+                "data_source": problem.data_source,
+            },
+            on_progress=on_progress,
+            on_block=lambda rows: store.write(out, "spectra", rows),
+        )
+        done = fresh if done.empty else pd.concat([done, fresh], ignore_index=True)
+    order = {block.name: i for i, block in enumerate(blocks)}
+    rows = done.sort_values(
+        ["block", "probe"], key=lambda c: c.map(order) if c.name == "block" else c
+    ).reset_index(drop=True)
+    if settings.partition != "full":
+        summaries = block_summaries(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            blocks,
+            rows,
+            batch_weights=count_terms,
+        )
+        store.write(out, "blocks", summaries)
+        if (rows["status"] == "ok").groupby(rows["block"]).any().sum() >= 2:
+            store.write(out, "heterogeneity", metrics(rows))
+    return rows
+
+
+def write_failed_blocks(problem: Problem, settings: Settings, out: Path, reason: str) -> None:
+    """Write failed rows, with the reason, for the blocks that the store holds no rows of."""
+    identity = _identity(problem, settings)
+    present = set(_stored_rows(out, identity)["block"])
+    common = identity | {
+        "operator": "hessian",
+        "protocol_version": PROTOCOL_VERSION,
+        "probe": 0,
+        "run_id": "",
+        "step": problem.step,
+        "progress": problem.progress,
+        "method": "slq",
+        "probe_seed": 0,
+        "num_steps": 0,
+        "reorthogonalized": settings.reorthogonalize,
+        "breakdown": False,
+        "num_products": 0,
+        "seconds": 0.0,
+        "microbatch_size": problem.microbatch_size,
+        "batch_size": problem.batch_size,
+        "num_terms": problem.num_terms,
+        "data_source": problem.data_source,
+        "matmul_precision": settings.matmul_precision,
+        "device": settings.device or "cpu",
+        "status": "failed",
+        "reason": reason,
+    }
+    common |= {column: [] for column in ("alphas", "betas", "nodes", "weights")}
+    rows = [
+        common | {"block": block.name, "block_kind": block.kind, "num_params": block.num_params}
+        for block in blocks_of(problem, settings.partition)
+        if block.name not in present
+    ]
+    store.write(out, "spectra", rows)
+
+
+def _identity(problem: Problem, settings: Settings) -> dict[str, Any]:
+    """Return the columns that all rows of one spectrum share with no other spectrum."""
+    from harness.estimator.checks import batch_hash
+
+    return {
+        "model": problem.entry.name,
+        "stage": problem.stage,
+        "init_seed": problem.init_seed,
+        "train_run": problem.train_run,
+        "partition": settings.partition,
+        "norm_mode": settings.norm_mode,
+        "dtype": settings.dtype,
+        "probe_distribution": settings.probe_distribution,
+        "batch_hash": batch_hash(problem.batches),
+    }
+
+
+def _stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
+    """Return the rows of one spectrum in the store."""
+    path = store.path_of(out, "spectra", identity["model"])
+    if not path.exists():
+        return pd.DataFrame(columns=TABLES["spectra"].names)
+    rows = store.read(path, "spectra").to_pandas()
+    for column, value in identity.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def _finished_rows(
+    out: Path, identity: dict[str, Any], blocks: list[Block], settings: Settings
+) -> pd.DataFrame:
+    """Return the rows in the store of blocks that are complete with these settings."""
+    rows = _stored_rows(out, identity)
+    rows = rows[rows["status"].isin(["ok", "zero"]) & rows["block"].isin([b.name for b in blocks])]
+    rows = rows[rows["probe"] < settings.num_probes]
+    asked = (rows["num_steps"] == settings.num_steps) | rows["breakdown"]
+    asked &= rows["reorthogonalized"] == settings.reorthogonalize
+    asked &= rows["matmul_precision"] == settings.matmul_precision
+    single = (rows["method"] == "exact") | (rows["status"] == "zero")
+    per_block = (asked | single).groupby(rows["block"]).sum()
+    needed = single.groupby(rows["block"]).any().map({True: 1, False: settings.num_probes})
+    complete = per_block[per_block >= needed].index
+    return rows[rows["block"].isin(complete)]
+
+
+def _record_run(
+    out: Path, identity: dict[str, Any], settings: Settings, seed: int, command: str
+) -> str:
+    """Write the row of table `runs`; its id is a hash of what determines the rows."""
+    import torch
+
+    facts = {
+        "code_version": code_version(),
+        "torch_version": torch.__version__,
+        "device": settings.device or "cpu",
+        "num_threads": torch.get_num_threads(),
+        "seeds": [seed],
+        "command": command,
+    }
+    text = json.dumps([identity, vars(settings) | facts], sort_keys=True, default=str)
+    run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
+    row = facts | {"model": identity["model"], "run_id": run_id}
+    row |= {"started": datetime.now(UTC), "protocol_version": PROTOCOL_VERSION}
+    store.write(out, "runs", [row])
+    return run_id
+
+
+@cache
+def code_version() -> str:
+    """Return the package's version, with the commit where the code is a git checkout."""
+    here = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    commit = f"+{answer.stdout.strip()}" if answer.returncode == 0 else ""
+    return version("hessian-spectra") + commit
+
+
+def command_line() -> str:
+    """Return the command that started this process, without the path of the interpreter."""
+    return " ".join(["harness", *sys.argv[1:]])

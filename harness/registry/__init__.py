@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.registry import bert, cnn, gpt, mlp, paper, recurrent, vit
+from harness.registry import bert, cnn, gpt, mixer, mlp, paper, recurrent, vit
 from harness.registry.entry import TIERS, ModelEntry, Recipe
 
 __all__ = ["TIERS", "ModelEntry", "Recipe", "entries", "get"]
 
-_FAMILIES = (cnn, vit, gpt, mlp, recurrent, bert, paper)
+_FAMILIES = (cnn, vit, mixer, gpt, mlp, recurrent, bert, paper)
 
 
 def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) -> list[ModelEntry]:

@@ -1,7 +1,54 @@
-"""."""
+"""Masked language models."""
 
 from __future__ import annotations
 
-from harness.registry.entry import ModelEntry
+from dataclasses import replace
 
-ENTRIES: tuple[ModelEntry, ...] = ()
+from harness.registry.entry import ModelEntry
+from harness.registry.recipes import LANGUAGE, SMALL, TRANSFORMERS
+
+_BERT = "Devlin et al. 2019, arXiv 1810.04805"
+_FACTORY = "harness.registry.networks.libraries:bert"
+# Of 64 words 10 are guessed; 128 sequences of the Hessian's batch make 1,280 terms.
+_CORNELL = {
+    "task": "cornell",
+    "hessian_batch_size": 64,
+    "recipe": replace(LANGUAGE, batch_size=32),
+}
+
+ENTRIES = (
+    ModelEntry(
+        name="bert-2x64-cornell",
+        family="bert",
+        factory=_FACTORY,
+        options={
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+        },
+        task_options={"context": 32, "vocab_size": 2048, "train_lines": 50_000},
+        reference=_BERT,
+        description="Two layers of width 64 on 2,048 words",
+        **TRANSFORMERS,
+        **SMALL,
+        **_CORNELL,
+    ),
+    ModelEntry(
+        name="bert-6x48-cornell",
+        family="bert",
+        factory=_FACTORY,
+        options={
+            "hidden_size": 48,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+        },
+        task_options={"context": 32, "vocab_size": 1024, "train_lines": 50_000},
+        reference=_BERT,
+        description="Six layers of width 48 on 1,024 words",
+        **TRANSFORMERS,
+        **SMALL,
+        **_CORNELL,
+    ),
+)

@@ -1,14 +1,14 @@
-"""Convolutional networks."""
+"""Convolutional networks: plain, VGG-like, residual and ConvNeXt, with and without norms."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from harness.registry.entry import ModelEntry, Recipe
+from harness.registry.recipes import CIFAR10, MNIST, OWN, SMALL, TIMM
 
 _NETWORKS = "harness.registry.networks.convolutional"
 _VGG = "Simonyan & Zisserman 2015, arXiv 1409.1556"
-_OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
+_RESNET = "He et al. 2016, arXiv 1512.03385, section 4.2"
+_CONVNEXT = "Liu et al. 2022, arXiv 2201.03545"
 
 ENTRIES = (
     ModelEntry(
@@ -22,7 +22,7 @@ ENTRIES = (
         recipe=Recipe(
             num_steps=150,
             batch_size=64,
-            sgd_lrs=(1e-3, 1e-1),
+            sgd_lrs=(1e-2, 1.0),
             adamw_lrs=(3e-4, 3e-2),
             warmup_steps=10,
             eval_size=1024,
@@ -31,6 +31,108 @@ ENTRIES = (
         full_stages=("init", "final"),
         reference=_VGG,
         description="Three 3×3 convolutions with ReLU on 8×8 digits",
-        **_OWN,
+        **OWN,
+    ),
+    ModelEntry(
+        name="vgg7-cifar10",
+        family="vgg",
+        factory=f"{_NETWORKS}:cnn",
+        options={"widths": (16, 32, 64), "convs_per_stage": 2},
+        reference=_VGG,
+        description="Six 3×3 convolutions with ReLU, no norms",
+        **OWN,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="vgg7-bn-cifar10",
+        family="vgg",
+        factory=f"{_NETWORKS}:cnn",
+        options={"widths": (16, 32, 64), "convs_per_stage": 2, "batch_norm": True},
+        reference=_VGG,
+        description="Six 3×3 convolutions with BatchNorm and ReLU",
+        **OWN,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="vgg4-mnist",
+        family="vgg",
+        factory=f"{_NETWORKS}:cnn",
+        options={"widths": (16, 32, 64)},
+        reference=_VGG,
+        description="Three 3×3 convolutions with ReLU, no norms",
+        **OWN,
+        **SMALL,
+        **MNIST,
+    ),
+    ModelEntry(
+        name="resnet8-cifar10",
+        family="resnet",
+        factory=f"{_NETWORKS}:ResNet",
+        options={"widths": (16, 32, 64)},
+        reference=_RESNET,
+        description="Three residual blocks with BatchNorm",
+        **OWN,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="resnet8-nonorm-cifar10",
+        family="resnet",
+        factory=f"{_NETWORKS}:ResNet",
+        options={"widths": (16, 32, 64), "batch_norm": False},
+        reference=_RESNET,
+        description="Three residual blocks without norms, each sum scaled by √½",
+        **OWN,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="resnet14-mnist",
+        family="resnet",
+        factory=f"{_NETWORKS}:ResNet",
+        options={"widths": (8, 16, 32), "blocks_per_stage": 2},
+        reference=_RESNET,
+        description="Six narrow residual blocks with BatchNorm",
+        **OWN,
+        **SMALL,
+        **MNIST,
+    ),
+    ModelEntry(
+        name="convnext-cifar10",
+        family="convnext",
+        factory="timm.models.convnext:ConvNeXt",
+        options={
+            "in_chans": 3,
+            "patch_size": 2,
+            "depths": (1, 1, 2, 1),
+            "dims": (24, 32, 64, 96),
+            "kernel_sizes": 3,
+            "ls_init_value": None,
+        },
+        reference=_CONVNEXT,
+        description="Five ConvNeXt blocks in four stages, 3×3 kernels, no layer scale",
+        **TIMM,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="convnext-layerscale-cifar10",
+        family="convnext",
+        factory="timm.models.convnext:ConvNeXt",
+        options={
+            "in_chans": 3,
+            "patch_size": 2,
+            "depths": (1, 1, 2, 1),
+            "dims": (24, 32, 64, 96),
+            "kernel_sizes": 3,
+            "ls_init_value": 1e-6,
+        },
+        reference=_CONVNEXT,
+        description="The same with the published layer scale, which starts at 1e-6",
+        **TIMM,
+        **SMALL,
+        **CIFAR10,
     ),
 )

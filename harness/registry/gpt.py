@@ -1,38 +1,149 @@
-"""Decoder-only language models."""
+"""Decoder-only Transformers: GPTs and LLaMAs."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from harness.registry.entry import ModelEntry, Recipe
+from harness.registry.recipes import BOOKS, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
 
-_OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
 _GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners"
+_LLAMA = "Touvron et al. 2023, arXiv 2302.13971"
+_GPT = "harness.registry.networks.transformer:GPT"
+_LIBRARY = "harness.registry.networks.libraries:llama"
+_NANO = {"num_layers": 4, "num_heads": 4, "width": 96}
+_LONG = {"hessian_batch_size": 16, "recipe": replace(LANGUAGE, batch_size=8, eval_size=512)}
 
 ENTRIES = (
     ModelEntry(
         name="gpt-pydoc",
         family="gpt",
         tier="demo",
-        factory="harness.registry.networks.transformer:GPT",
+        factory=_GPT,
         options={"num_layers": 2, "num_heads": 4, "width": 32},
         task="pydoc",
         task_options={"context": 32},
         hessian_batch_size=64,
         recipe=Recipe(
-            num_steps=150,
+            num_steps=300,
             batch_size=32,
             sgd_lrs=(1e-2, 1.0),
             adamw_lrs=(1e-3, 1e-1),
             adamw_betas=(0.9, 0.95),
             clip=1.0,
-            warmup_steps=10,
+            warmup_steps=60,
             eval_size=256,
         ),
         stages=("init", "final"),
         full_stages=("init", "final"),
         reference=_GPT2,
         description="Two layers of width 32 on the characters of Python's documentation",
-        **_OWN,
+        **OWN,
+    ),
+    ModelEntry(
+        name="gpt-2x64-shakespeare",
+        family="gpt",
+        factory=_GPT,
+        options={"num_layers": 2, "num_heads": 4, "width": 64},
+        reference=_GPT2,
+        description="Two layers of width 64, tied",
+        **OWN,
+        **SMALL,
+        **SHAKESPEARE,
+    ),
+    ModelEntry(
+        name="gpt-2x128-shakespeare",
+        family="gpt",
+        factory=_GPT,
+        options={"num_layers": 2, "num_heads": 4, "width": 128},
+        reference=_GPT2,
+        description="Two layers of width 128, tied",
+        **OWN,
+        **SMALL,
+        **SHAKESPEARE,
+    ),
+    ModelEntry(
+        name="gpt-6x48-untied-shakespeare",
+        family="gpt",
+        factory=_GPT,
+        options={"num_layers": 6, "num_heads": 4, "width": 48, "tied": False},
+        reference=_GPT2,
+        description="Six layers of width 48, embedding and head apart",
+        **OWN,
+        **SMALL,
+        **SHAKESPEARE,
+    ),
+    ModelEntry(
+        name="gpt-2x64-wikitext",
+        family="gpt",
+        factory=_GPT,
+        options={"num_layers": 2, "num_heads": 4, "width": 64, "bias": True},
+        task="wikitext",
+        task_options={"context": 64, "tokenizer": "word", "vocab_size": 4096},
+        hessian_batch_size=32,
+        recipe=LANGUAGE,
+        reference=_GPT2,
+        description="Two layers of width 64 with biases, tied, on 4,096 words",
+        **OWN,
+        **SMALL,
+    ),
+    ModelEntry(
+        name="gpt-nano-books",
+        family="gpt",
+        factory=_GPT,
+        options=_NANO,
+        reference=_GPT2,
+        description="Four layers of width 96, tied; the pretraining of gpt-nano-sft",
+        **OWN,
+        **SMALL,
+        **BOOKS | _LONG | {"task_options": {"context": 128}},
+    ),
+    ModelEntry(
+        name="gpt-nano-sft",
+        family="gpt",
+        factory=_GPT,
+        options=_NANO,
+        task="sft",
+        task_options={"corpus": "dolly", "tokenizer": "char", "context": 128},
+        pretrained="gpt-nano-books",
+        reference=_GPT2,
+        description="gpt-nano-books fine-tuned on instructions; stands in for gpt2-sft",
+        **OWN,
+        **SMALL,
+        **_LONG,
+    ),
+    ModelEntry(
+        name="llama-2x64-shakespeare",
+        family="llama",
+        factory=_LIBRARY,
+        options={
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        reference=_LLAMA,
+        description="Two layers of width 64, embedding and head apart",
+        **TRANSFORMERS,
+        **SMALL,
+        **SHAKESPEARE,
+    ),
+    ModelEntry(
+        name="llama-gqa-4x64-books",
+        family="llama",
+        factory=_LIBRARY,
+        options={
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        reference=f"{_LLAMA}; grouped queries: Ainslie et al. 2023, arXiv 2305.13245",
+        description="Four layers of width 64 with grouped queries, tied",
+        **TRANSFORMERS,
+        **SMALL,
+        **BOOKS,
     ),
 )

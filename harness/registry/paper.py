@@ -1,4 +1,4 @@
-"""."""
+"""The systems of the paper."""
 
 from __future__ import annotations
 

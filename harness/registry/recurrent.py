@@ -1,7 +1,66 @@
-"""."""
+"""Language models without attention: LSTMs and Mamba."""
 
 from __future__ import annotations
 
-from harness.registry.entry import ModelEntry
+from dataclasses import replace
 
-ENTRIES: tuple[ModelEntry, ...] = ()
+from harness.registry.entry import ModelEntry
+from harness.registry.recipes import BOOKS, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
+
+_LSTM = "Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735-1780"
+_MAMBA = "Gu & Dao 2023, arXiv 2312.00752"
+_NETWORK = "harness.registry.networks.recurrent:LSTM"
+_LIBRARY = "harness.registry.networks.libraries:mamba"
+# The reference path of Mamba goes through the sequence step by step: short sequences.
+_SHORT = {
+    "task_options": {"context": 32},
+    "hessian_batch_size": 64,
+    "recipe": replace(LANGUAGE, num_steps=300, eval_size=2048),
+}
+
+ENTRIES = (
+    ModelEntry(
+        name="lstm-1x128-shakespeare",
+        family="lstm",
+        factory=_NETWORK,
+        options={"width": 128, "num_layers": 1},
+        reference=_LSTM,
+        description="One layer of width 128",
+        **OWN,
+        **SMALL,
+        **SHAKESPEARE,
+    ),
+    ModelEntry(
+        name="lstm-3x64-books",
+        family="lstm",
+        factory=_NETWORK,
+        options={"width": 64, "num_layers": 3},
+        reference=_LSTM,
+        description="Three layers of width 64",
+        **OWN,
+        **SMALL,
+        **BOOKS,
+    ),
+    ModelEntry(
+        name="mamba-2x48-shakespeare",
+        family="mamba",
+        factory=_LIBRARY,
+        options={"hidden_size": 48, "state_size": 8, "num_hidden_layers": 2},
+        reference=_MAMBA,
+        description="Two layers of width 48 with states of size 8",
+        **TRANSFORMERS,
+        **SMALL,
+        **SHAKESPEARE | _SHORT,
+    ),
+    ModelEntry(
+        name="mamba-4x32-books",
+        family="mamba",
+        factory=_LIBRARY,
+        options={"hidden_size": 32, "state_size": 4, "num_hidden_layers": 4},
+        reference=_MAMBA,
+        description="Four layers of width 32 with states of size 4",
+        **TRANSFORMERS,
+        **SMALL,
+        **BOOKS | _SHORT,
+    ),
+)

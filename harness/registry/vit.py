@@ -1,27 +1,26 @@
-"""Vision Transformers and MLP-Mixers."""
+"""Vision Transformers."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from harness.registry.entry import ModelEntry, Recipe
+from harness.registry.recipes import CIFAR10, MNIST, OWN, SMALL, TIMM
 
-_OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}
 _VIT = "Dosovitskiy et al. 2021, arXiv 2010.11929"
+_FACTORY = "harness.registry.networks.transformer:ViT"
 
 ENTRIES = (
     ModelEntry(
         name="vit-digits",
         family="vit",
         tier="demo",
-        factory="harness.registry.networks.transformer:ViT",
+        factory=_FACTORY,
         options={"patch_size": 2, "num_layers": 2, "num_heads": 4, "width": 32},
         task="digits",
-        hessian_batch_size=256,
+        hessian_batch_size=128,
         recipe=Recipe(
-            num_steps=150,
+            num_steps=300,
             batch_size=64,
-            sgd_lrs=(3e-3, 3e-1),
+            sgd_lrs=(1e-2, 1.0),
             adamw_lrs=(3e-4, 3e-2),
             warmup_steps=10,
             eval_size=1024,
@@ -30,6 +29,52 @@ ENTRIES = (
         full_stages=("init", "final"),
         reference=_VIT,
         description="Two pre-norm layers of width 32 on 2×2 patches of 8×8 digits",
-        **_OWN,
+        **OWN,
+    ),
+    ModelEntry(
+        name="vit-cifar10",
+        family="vit",
+        factory=_FACTORY,
+        options={"patch_size": 4, "num_layers": 4, "num_heads": 4, "width": 64},
+        reference=_VIT,
+        description="Four pre-norm layers of width 64 on 4×4 patches",
+        **OWN,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="vit-postnorm-cifar10",
+        family="vit",
+        factory=_FACTORY,
+        options={
+            "patch_size": 4,
+            "num_layers": 4,
+            "num_heads": 4,
+            "width": 64,
+            "pre_norm": False,
+        },
+        reference=f"{_VIT}; norms as in Vaswani et al. 2017, arXiv 1706.03762",
+        description="Four post-norm layers of width 64 on 4×4 patches",
+        **OWN,
+        **SMALL,
+        **CIFAR10,
+    ),
+    ModelEntry(
+        name="vit-cls-mnist",
+        family="vit",
+        factory="timm.models.vision_transformer:VisionTransformer",
+        options={
+            "img_size": 28,
+            "in_chans": 1,
+            "patch_size": 7,
+            "embed_dim": 64,
+            "depth": 6,
+            "num_heads": 4,
+        },
+        reference=_VIT,
+        description="Six pre-norm layers of width 64 on 7×7 patches, read out at a class token",
+        **TIMM,
+        **SMALL,
+        **MNIST,
     ),
 )

@@ -1,0 +1,140 @@
+"""Figures of spectra, of distances between blocks, and of training runs.
+
+Every function returns a matplotlib Figure and touches no global state of matplotlib.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from spectra_db.density import density
+from spectra_db.heterogeneity import pairwise_js
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, told apart by the colour-blind.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_KINDS = ("embedding", "query", "key", "value", "mlp", "conv")
+# Densities below this are drawn at the floor: less than one eigenvalue of any block.
+_FLOOR = 1e-5
+
+
+def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
+    """Draw the smoothed spectral density of each block, on a logarithmic axis.
+
+    Args:
+        rows: Rows of table `spectra` of one model, stage and partition.
+        scale: What eigenvalues are divided by, as in `spectra_db.density`.
+        sigma: Width of the smoothing, in units of the scale.
+    """
+    from matplotlib.figure import Figure
+
+    blocks = rows.drop_duplicates("block").set_index("block")
+    densities = density(rows, scale=scale, sigma=sigma)
+    columns = min(4, len(blocks))
+    shape = (ceil(len(blocks) / columns), columns)
+    figure = Figure(figsize=(3.1 * columns, 1.9 * shape[0] + 0.6), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax, (name, block) in zip(axes, blocks.iterrows(), strict=False):
+        ax.set_title(_short(str(name)), fontsize=8)
+        if block["status"] == "zero":
+            ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center", fontsize=8)
+        else:
+            _draw_density(ax, densities[name], _colour(str(block["block_kind"])))
+    top = 1.5 * float(densities.to_numpy().max())
+    axes[0].set(yscale="log", ylim=(_FLOOR, top), xscale="symlog")
+    for ax in axes[len(blocks) :]:
+        ax.set_axis_off()
+    unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {_SCALE_NAMES[scale]}"
+    figure.supxlabel(unit, fontsize=9)
+    figure.supylabel("density", fontsize=9)
+    return figure
+
+
+def js_heatmap(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
+    """Draw the matrix of Jensen-Shannon distances between the blocks' spectra.
+
+    Args:
+        rows: Rows of table `spectra` of one model, stage and partition.
+        scale: What eigenvalues are divided by, as in `spectra_db.js0`.
+        sigma: Width of the smoothing, in units of the scale.
+    """
+    from matplotlib.figure import Figure
+
+    distances = pairwise_js(rows, scale=scale, sigma=sigma)
+    count = len(distances)
+    size = max(4.5, 0.19 * count + 2.6)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(distances, cmap="cividis", vmin=0, vmax=1)
+    labels = [_short(name) for name in distances.columns]
+    ax.set_xticks(range(count), labels, rotation=90, fontsize=7)
+    ax.set_yticks(range(count), labels, fontsize=7)
+    figure.colorbar(image, ax=ax, label="Jensen-Shannon distance", shrink=0.8)
+    return figure
+
+
+def training_curves(rows: pd.DataFrame) -> Figure:
+    """Draw the minibatch loss of all runs of a model: SGD and AdamW, the best rates thick.
+
+    Args:
+        rows: Rows of table `training` of one model.
+    """
+    from matplotlib.figure import Figure
+
+    losses = rows[(rows["metric"] == "loss") & (rows["split"] == "batch") & (rows["seed"] == 0)]
+    finals = rows[(rows["metric"] == "loss") & (rows["split"] == "train") & (rows["seed"] == 0)]
+    finals = finals[finals["step"] > 0]
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, optimizer, colour in zip(axes, ("sgd", "adamw"), _COLOURS, strict=False):
+        ends = finals[finals["optimizer"] == optimizer].groupby("lr")["value"].last()
+        ax.set_title({"sgd": "SGD with momentum", "adamw": "AdamW"}[optimizer], fontsize=10)
+        ax.set_xlabel("step")
+        for lr, run in losses[losses["optimizer"] == optimizer].groupby("lr"):
+            best = len(ends) > 0 and lr == ends.idxmin()
+            style = {"linewidth": 2.2} if best else {"linewidth": 0.9, "alpha": 0.45}
+            label = f"learning rate {lr:.3g} (best)" if best else None
+            run = run.sort_values("step")
+            ax.plot(run["step"], run["value"], color=colour, label=label, **style)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=8, frameon=False)
+    if len(losses) and losses["value"].min() > 0:
+        ceiling = 1.3 * float(losses.loc[losses["step"] == losses["step"].min(), "value"].max())
+        axes[0].set(yscale="log", ylim=(0.8 * float(losses["value"].min()), ceiling))
+    axes[0].set_ylabel("loss of the minibatch")
+    return figure
+
+
+def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
+    """Fill the area under a density, broken where the lattice has gaps."""
+    x, y = values.index.to_numpy(), np.maximum(values.to_numpy(), _FLOOR)
+    gaps = np.flatnonzero(np.diff(x) > 1.5 * np.diff(x).min()) + 1
+    for left, right in zip(np.split(x, gaps), np.split(y, gaps), strict=True):
+        ax.fill_between(left, _FLOOR, right, color=colour, alpha=0.35, linewidth=0)
+        ax.plot(left, right, color=colour, linewidth=0.9)
+    ax.tick_params(labelsize=7)
+
+
+def _colour(kind: str) -> str:
+    return _COLOURS[_KINDS.index(kind)] if kind in _KINDS else _COLOURS[-1]
+
+
+def _short(name: str, length: int = 30) -> str:
+    """Shorten a block's name in the middle; the end tells blocks apart."""
+    name = name.replace(".weight", "")
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
+
+
+_SCALE_NAMES = {
+    "lambda10": "10th largest |eigenvalue|",
+    "global_max": "largest |eigenvalue| of all blocks",
+    "own_max": "the block's largest |eigenvalue|",
+    "own_rms": "the block's rms eigenvalue",
+}

@@ -2,12 +2,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
+
+# Trains the demo models, takes their spectra and shows them in build/demo/index.html.
+demo: $(READY)
+	$(BIN)/harness run --tier demo --out build/demo --jobs 2
+	$(BIN)/harness site --source build/demo --out build/demo
+
+# One thread per worker: the tests' models are too small to share.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv build

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import spectra_db
+from harness import estimate_spectra, find_blocks
+from harness.errors import UserError
+from harness.estimator import spectrum
+from harness.estimator.summary import block_summaries
+from spectra_db.schema import TABLES
+
+from .models import ViT, cross_entropy, num_terms, problem, split
+from .test_hessian import dense_hessian
+
+SETTINGS = {"num_probes": 3, "num_steps": 15, "dtype": torch.float64}
+
+
+@pytest.fixture
+def small_exact(monkeypatch):
+    """Sample even tiny blocks, so that their exact spectra are at hand to compare with."""
+    monkeypatch.setattr("harness.estimator.cost.EXACT_SIZE", 20)
+    monkeypatch.setattr(spectrum, "EXACT_SIZE", 20)
+
+
+def rows_of(name="gpt", **options):
+    model, batch = problem(name)
+    return estimate_spectra(
+        model, cross_entropy, [batch], batch_weights=num_terms, **(SETTINGS | options)
+    )
+
+
+def numbers(rows):
+    """Return the rows without what differs from run to run."""
+    return rows.drop(columns=["seconds", "peak_bytes"])
+
+
+def test_rows_have_the_columns_of_the_table_and_pass_its_validation(small_exact, tmp_path):
+    rows = rows_of()
+    assert list(rows.columns) == TABLES["spectra"].names
+    rows["model"] = "gpt"
+    spectra_db.store.write(tmp_path, "spectra", rows)
+    assert len(spectra_db.load("spectra", source=tmp_path)) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit", "gpt", "mlp"])
+def test_trace_and_trace_of_square_lie_within_their_errors(small_exact, name):
+    model, batch = problem(name)
+    blocks, expected = dense_hessian(model, cross_entropy, batch, "weights")
+    rows = rows_of(name, num_probes=30, probe_distribution="rademacher")
+    for block, H in zip(blocks, expected, strict=True):
+        mine = rows[rows["block"] == block.name]
+        for power in (1, 2):
+            truth = float(torch.linalg.matrix_power(H, power).trace()) / block.num_params
+            samples = np.array([w @ np.asarray(t) ** power for t, w in _rules(mine)])
+            error = samples.std(ddof=1) / len(samples) ** 0.5 if len(samples) > 1 else 0.0
+            # 60 comparisons: four standard errors leave 1 % for a false alarm among all.
+            assert abs(samples.mean() - truth) <= 4 * error + 1e-9 * abs(truth) + 1e-14
+
+
+def test_spectrum_is_near_the_exact_one_in_wasserstein_distance(small_exact):
+    model, batch = problem("gpt")
+    blocks, expected = dense_hessian(model, cross_entropy, batch, "weights")
+    rows = rows_of(num_probes=20, num_steps=30)
+    for block, H in zip(blocks, expected, strict=True):
+        eigenvalues = torch.linalg.eigvalsh(H).numpy()
+        rules = _rules(rows[rows["block"] == block.name])
+        nodes = np.concatenate([t for t, _ in rules])
+        weights = np.concatenate([w for _, w in rules])
+        size = np.abs(eigenvalues).max()
+        assert wasserstein_distance(eigenvalues, nodes, None, weights) < 0.02 * size
+
+
+def test_exact_blocks_hold_the_eigenvalues():
+    model, batch = problem("mlp")
+    blocks, expected = dense_hessian(model, cross_entropy, batch, "weights")
+    rows = rows_of("mlp").set_index("block")
+    for block, H in zip(blocks, expected, strict=True):
+        assert rows.loc[block.name, "method"] == "exact"
+        np.testing.assert_allclose(
+            rows.loc[block.name, "nodes"], torch.linalg.eigvalsh(H), atol=1e-14
+        )
+
+
+def test_rows_do_not_depend_on_the_order_of_blocks_or_on_the_others(small_exact):
+    model, batch = problem("gpt")
+    blocks = find_blocks(model)
+    options = SETTINGS | {"batch_weights": num_terms}
+    together = estimate_spectra(model, cross_entropy, [batch], blocks=blocks, **options)
+    reverse = estimate_spectra(model, cross_entropy, [batch], blocks=blocks[::-1], **options)
+    alone = estimate_spectra(model, cross_entropy, [batch], blocks=blocks[3:4], **options)
+    key = ["block", "probe"]
+    sort = lambda rows: numbers(rows).sort_values(key).reset_index(drop=True)  # noqa: E731
+    assert sort(together).equals(sort(reverse))
+    mine = together[together["block"] == blocks[3].name]
+    assert sort(alone).equals(sort(mine))
+
+
+def test_rows_do_not_depend_on_the_split_or_on_the_memory_budget(small_exact):
+    model, batch = problem("gpt")
+    options = SETTINGS | {"batch_weights": num_terms, "num_steps": 5}
+    whole = estimate_spectra(model, cross_entropy, [batch], **options)
+    parts = estimate_spectra(
+        model, cross_entropy, split(batch, [3, 1, 2]), memory_budget=300_000, **options
+    )
+    assert set(parts["microbatch_size"]) == {3}
+    for a, b in zip(whole["nodes"], parts["nodes"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+    assert set(whole["batch_hash"]) == set(parts["batch_hash"])
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(small_exact):
+    assert numbers(rows_of()).equals(numbers(rows_of()))
+    sampled = rows_of(seed=1)
+    assert not numbers(rows_of())["nodes"].equals(numbers(sampled)["nodes"])
+
+
+def test_the_model_comes_back_as_it_was():
+    model, batch = problem("cnn")
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model[-1].weight.grad = torch.ones_like(model[-1].weight)
+    before = copy.deepcopy(model)
+    generator_state = torch.get_rng_state()
+    precision = torch.get_float32_matmul_precision()
+    estimate_spectra(model, cross_entropy, [batch], **(SETTINGS | {"dtype": torch.float32}))
+    assert model.training == before.training
+    assert torch.equal(torch.get_rng_state(), generator_state)
+    assert torch.get_float32_matmul_precision() == precision
+    assert not torch.are_deterministic_algorithms_enabled()
+    for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert (p.dtype, p.requires_grad) == (q.dtype, q.requires_grad), name
+        assert torch.equal(p, q)
+        assert (p.grad is None) == (name != "6.weight")
+    for p, q in zip(model.buffers(), before.buffers(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_zero_block_gets_one_row_of_status_zero(small_exact):
+    model, batch = problem("vit")
+    nn.init.zeros_(model.head.weight)
+    rows = estimate_spectra(model, cross_entropy, [batch], **SETTINGS)
+    zero = rows[rows["status"] == "zero"]
+    assert set(zero["block"]) == set(rows["block"]) - {"head.weight"}
+    assert zero["block"].is_unique
+    assert [list(n) for n in zero["nodes"]] == [[0.0]] * len(zero)
+    with pytest.raises(ValueError, match="at least two"):
+        spectra_db.js0(rows)
+
+
+def test_extremes_of_the_full_spectrum_lie_within_their_residual_bounds(small_exact):
+    model, batch = problem("mlp")
+    (block,), (H,) = dense_hessian(model, cross_entropy, batch, "full")
+    rows = estimate_spectra(model, cross_entropy, [batch], blocks="full", **SETTINGS)
+    assert set(rows["method"]) == {"slq"}
+    (summary,) = block_summaries(model, cross_entropy, [batch], [block], rows)
+    eigenvalues = torch.linalg.eigvalsh(H).numpy()
+    for name in ("lambda_max", "lambda_min"):
+        distance = np.abs(eigenvalues - summary[name]).min()
+        assert distance <= summary[f"{name}_error"] + 1e-12
+
+
+def test_summaries_give_the_moments_and_the_sizes_of_weights_and_gradient(small_exact):
+    model, batch = problem("mlp")
+    blocks, expected = dense_hessian(model, cross_entropy, batch, "weights")
+    settings = SETTINGS | {"num_probes": 40}
+    rows = estimate_spectra(model, cross_entropy, [batch], blocks=blocks, **settings)
+    cross_entropy(model, batch).backward()
+    parameters = dict(model.named_parameters())
+    for summary, H in zip(
+        block_summaries(model, cross_entropy, [batch], blocks, rows), expected, strict=True
+    ):
+        p = parameters[summary["block"]]
+        assert summary["weight_rms"] == pytest.approx(float(p.detach().square().mean() ** 0.5))
+        # The gradient is computed in float32.
+        rms = float(p.grad.square().mean() ** 0.5)
+        assert summary["gradient_rms"] == pytest.approx(rms, rel=1e-5)
+        assert abs(summary["trace"] - float(H.trace())) <= 4 * summary["trace_error"]
+        assert abs(summary["frobenius"] - float(H.norm())) <= 4 * summary["frobenius_error"]
+
+
+def test_memory_does_not_grow_with_steps_and_groups_of_probes_give_the_same_rows(small_exact):
+    model, batch = problem("gpt")
+    options = SETTINGS | {"batch_weights": num_terms}
+    whole = estimate_spectra(model, cross_entropy, [batch], **options)
+    graph = 200_000  # the graph alone, so that one probe at a time fits beside it
+    parts = estimate_spectra(
+        model, cross_entropy, split(batch, [1] * 6), memory_budget=graph, **options
+    )
+    for a, b in zip(whole["nodes"], parts["nodes"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-10)
+
+
+def test_progress_counts_every_product_and_blocks_are_handed_out_when_finished(small_exact):
+    progress, finished = [], []
+    rows = rows_of(
+        on_progress=lambda done, total: progress.append((done, total)),
+        on_block=lambda block_rows: finished.append(block_rows[0]["block"]),
+    )
+    done, total = progress[-1]
+    assert done == total
+    assert sorted(finished) == sorted(set(rows["block"]))
+    assert all(a[0] <= b[0] for a, b in pairwise(progress))
+
+
+def test_model_with_unused_and_frozen_parameters_is_handled(small_exact):
+    class Partial(ViT):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(30, 2)
+            self.head.weight.requires_grad_(False)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Partial().double()
+    _, batch = problem("vit")
+    rows = estimate_spectra(model, cross_entropy, [batch], **SETTINGS)
+    assert "head.weight" not in set(rows["block"])
+    assert set(rows.loc[rows["block"] == "unused.weight", "status"]) == {"zero"}
+
+
+def test_attention_and_recurrent_kernels_without_second_derivative_are_avoided():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            y, _ = self.attention(x, x, x, need_weights=False)
+            return self.head(self.lstm(y)[0][:, -1])
+
+    batch = (torch.randn(5, 6, 8), torch.arange(5) % 4)
+    rows = estimate_spectra(
+        Net(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), [batch], num_probes=1, num_steps=3
+    )
+    kinds = set(rows["block_kind"])
+    assert {"query", "key", "value", "attention_output", "recurrent", "head"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_probes": 0}, "num_probes is 0"),
+        ({"num_steps": -1}, "num_steps is -1"),
+        ({"probe_distribution": "uniform"}, "gaussian, rademacher"),
+        ({"matmul_precision": "low"}, "highest, high, medium"),
+        ({"dtype": torch.int64}, "float64, float32"),
+        ({"norm_mode": "both"}, "eval, train"),
+        ({"blocks": "layers"}, "weights, paper, all, full"),
+        ({"device": "tpu"}, "device 'tpu' cannot be used"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_what_is_allowed(options, message):
+    with pytest.raises(UserError, match=message):
+        rows_of(**options)
+
+
+def _rules(rows):
+    return [(np.asarray(r.nodes), np.asarray(r.weights)) for r in rows.itertuples()]

@@ -1,0 +1,43 @@
+"""Multilayer perceptrons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, each layer's output scaled.
+
+    h_l = ReLU(scale · (W_l h_{l-1} + b_l)); the last layer is scaled too, without the ReLU.
+    With scale 1 it is the usual perceptron; larger ones make the blocks of the Hessian differ
+    (the sweep of Zhang et al. 2024, arXiv 2402.16788).
+
+    Args:
+        in_channels, image_size, num_classes: Of the data; images are flattened.
+        widths: Widths of the hidden layers.
+        scale: Factor of each layer's output.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        num_classes: int,
+        *,
+        widths: Sequence[int],
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        sizes = (in_channels * image_size**2, *widths, num_classes)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes[:-1]))
+        self.head = nn.Linear(*sizes[-2:])
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
+        x = images.flatten(1)
+        for layer in self.layers:
+            x = (layer(x) * self.scale).relu()
+        return self.head(x) * self.scale

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.linalg import eigh_tridiagonal
 
 Array = NDArray[np.float64]
 
@@ -17,8 +16,12 @@ SCALES = ("lambda10", "raw", "global_max", "own_max", "own_rms")
 # Lattice points per width: a sum over a Gaussian at spacing σ/3 is exact to 1e-38, and over the
 # entropy of mixtures of them to about 1e-6 (tests/spectra_db/test_divergence.py).
 POINTS_PER_SIGMA = 3
-# Half-width of a node's window in widths; the mass outside is 6e-7.
-_WINDOW = 5
+# Half-width of a node's window, 5 widths, in lattice points; the mass outside is 6e-7.
+_HALF = 5 * POINTS_PER_SIGMA
+# λ10 is the 10th largest |eigenvalue|.
+_RANK = 10
+# Eigenvalues this small next to the largest are rounding of products in float32 (eps 1.2e-7).
+_ROUNDING = 1.2e-7
 # What identifies one spectrum; rows that differ here belong to different ones.
 GROUP = (
     "model",
@@ -46,7 +49,8 @@ class BlockSpectrum:
         weights: Per probe the weights, sum 1.
         exact: The one rule is the spectrum itself: no sampling error.
         zero: The block is exactly zero.
-        tridiagonals: Per probe (alphas, betas); empty if exact.
+        tridiagonals: Per probe (alphas, betas); empty if exact or zero.
+        breakdowns: Per probe whether Lanczos ended early; empty if exact or zero.
         num_products: Products spent on the block.
     """
 
@@ -57,6 +61,7 @@ class BlockSpectrum:
     exact: bool
     zero: bool
     tridiagonals: tuple[tuple[Array, Array], ...]
+    breakdowns: tuple[bool, ...]
     num_products: int
 
     def average(self, leave_out: int | None = None) -> tuple[Array, Array]:
@@ -65,12 +70,19 @@ class BlockSpectrum:
         nodes = np.concatenate([self.nodes[i] for i in kept])
         return nodes, np.concatenate([self.weights[i] for i in kept]) / len(kept)
 
-    def truncated(self, fraction: float) -> BlockSpectrum:
-        """Return the block as it would be after that fraction of the Lanczos steps."""
+    def truncated(self, num_steps: int, fraction: float) -> BlockSpectrum:
+        """Return the block as it would be after a fraction of the Lanczos steps.
+
+        Args:
+            num_steps: Steps that were asked for: a probe that broke down before the fraction of
+                them keeps its rule, which is exact.
+            fraction: Share of a probe's steps to keep.
+        """
         rules = []
-        for alphas, betas in self.tridiagonals:
-            m = max(1, int(len(alphas) * fraction))
-            nodes, vectors = eigh_tridiagonal(alphas[:m], betas[: m - 1])
+        for (alphas, betas), breakdown in zip(self.tridiagonals, self.breakdowns, strict=True):
+            asked = num_steps if breakdown else len(alphas)
+            m = min(len(alphas), max(1, int(asked * fraction)))
+            nodes, vectors = scipy.linalg.eigh_tridiagonal(alphas[:m], betas[: m - 1])
             rules.append((nodes, vectors[0] ** 2))
         if not rules:
             return self
@@ -101,7 +113,8 @@ def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
 
 
 def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
-    exact = bool((group["method"] == "exact").all())
+    zero = bool((group["status"] == "zero").any())
+    exact = zero or bool((group["method"] == "exact").all())
     arrays = {
         column: tuple(np.asarray(v, dtype=np.float64) for v in group[column])
         for column in ("nodes", "weights", "alphas", "betas")
@@ -112,8 +125,9 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
         nodes=arrays["nodes"],
         weights=arrays["weights"],
         exact=exact,
-        zero=bool((group["status"] == "zero").any()),
+        zero=zero,
         tridiagonals=() if exact else tuple(zip(arrays["alphas"], arrays["betas"], strict=True)),
+        breakdowns=() if exact else tuple(group["breakdown"].astype(bool)),
         num_products=int(group["num_products"].sum()),
     )
 
@@ -121,14 +135,37 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
 def lambda10(nodes: Array, weights: Array, num_params: int) -> float:
     """Return the 10th largest |eigenvalue| by mass: the largest t with n Σ_{|θ|≥t} w̄ ≥ 10.
 
-    max |θ| for fewer than 10 parameters or where no t has that mass (docs/protocol.md).
+    max |θ| for fewer than 10 parameters, where no t has that mass, or where t is rounding error
+    next to max |θ| (fewer than 10 eigenvalues are not zero).
     """
-    sizes = np.abs(nodes)
-    order = np.argsort(sizes)[::-1]
-    mass = num_params * np.cumsum(weights[order])
+    sizes, mass = _from_the_top(nodes, weights, num_params)
     # 10 eigenvalues of an exact block have mass 10 up to rounding.
-    enough = np.flatnonzero(mass >= 10 * (1 - 1e-9))
-    return float(sizes[order[enough[0]]] if len(enough) else sizes[order[0]])
+    enough = np.flatnonzero(mass >= _RANK * (1 - 1e-9))
+    if len(enough) and sizes[enough[0]] > _ROUNDING * sizes[0]:
+        return float(sizes[enough[0]])
+    return float(sizes[0])
+
+
+def smooth_log_lambda10(nodes: Array, weights: Array, num_params: int, num_probes: int) -> float:
+    """Return the mean of log |θ| over masses near the 10th: a smooth version of log λ10.
+
+    The mass Σ n w̄ of the 10 largest eigenvalues varies between samples of P Gaussian probes with
+    a variance of 20 / P; the mean is over as much on both sides. λ10 itself jumps from one node to
+    another, and the jackknife of a quantile is known to be inconsistent (Efron 1982, section 3.4).
+    """
+    sizes, mass = _from_the_top(nodes, weights, num_params)
+    half = (2 * _RANK / num_probes) ** 0.5
+    share = np.diff(np.clip(mass, _RANK - half, _RANK + half), prepend=_RANK - half)
+    if not share.sum() > 0:
+        return float(np.log(sizes[0]))
+    return float(share @ np.log(np.maximum(sizes, _ROUNDING * sizes[0])) / share.sum())
+
+
+def _from_the_top(nodes: Array, weights: Array, num_params: int) -> tuple[Array, Array]:
+    """Return |nodes|, descending, and how many eigenvalues are as large, by mass."""
+    sizes = np.abs(nodes)
+    order = np.argsort(-sizes, kind="stable")
+    return sizes[order], num_params * np.cumsum(weights[order])
 
 
 def scale_of(rule: tuple[Array, Array], num_params: int, scale: str, global_max: float) -> float:
@@ -149,7 +186,7 @@ def scale_of(rule: tuple[Array, Array], num_params: int, scale: str, global_max:
 
 def lattice_densities(
     rules: Sequence[tuple[Array, Array]], sigma: float
-) -> tuple[Array, sparse.csr_array]:
+) -> tuple[Array, scipy.sparse.csr_array]:
     """Evaluate Gaussian mixtures p(t) = Σ w N(t; θ, σ²) on a lattice near the nodes.
 
     Args:
@@ -161,25 +198,43 @@ def lattice_densities(
         densities times σ at them, sparse of shape (len(rules), G). The points are those within
         5 σ of a node of any density.
     """
-    half = _WINDOW * POINTS_PER_SIGMA
-    offsets = np.arange(-half, half + 1)
-    counts = [len(nodes) for nodes, _ in rules]
-    nodes = np.concatenate([nodes for nodes, _ in rules]) / sigma * POINTS_PER_SIGMA
-    weights = np.concatenate([w for _, w in rules])
-    centres = np.rint(nodes).astype(np.int64)
-    starts = np.unique(centres) - half
-    # The union of the windows: a step up where one starts, down where it ends.
-    lattice = np.unique((starts[:, None] + np.arange(2 * half + 1)).ravel())
-    first = np.searchsorted(lattice, centres - half)
-    distance = (centres - nodes)[:, None] + offsets
-    values = np.exp(-0.5 * (distance / POINTS_PER_SIGMA) ** 2)
-    values *= weights[:, None] / np.sqrt(2 * np.pi)
-    columns = first[:, None] + np.arange(2 * half + 1)
-    row_ends = np.cumsum([0, *counts]) * (2 * half + 1)
+    centres = np.unique(np.concatenate([_centres(nodes, sigma) for nodes, _ in rules]))
+    # Overlapping windows merge into stretches of neighbouring points.
+    ends = np.append(np.flatnonzero(np.diff(centres) > 2 * _HALF), len(centres) - 1)
+    first = centres[np.append(0, ends[:-1] + 1)] - _HALF
+    lengths = centres[ends] + _HALF + 1 - first
+    before = np.cumsum(lengths) - lengths
+    lattice = np.repeat(first - before, lengths) + np.arange(lengths.sum())
+    step = 64  # rules at a time: their windows take 30 MB at 1,000 nodes each
+    parts = [
+        _windows(rules[start : start + step], sigma, lattice)
+        for start in range(0, len(rules), step)
+    ]
+    return lattice * (sigma / POINTS_PER_SIGMA), scipy.sparse.vstack(parts, format="csr")
+
+
+def _centres(nodes: Array, sigma: float) -> NDArray[np.int64]:
+    """Return the lattice point next to each node; beyond 1e18 widths the last that int64 holds."""
+    return np.rint(np.clip(nodes / sigma * POINTS_PER_SIGMA, -1e18, 1e18)).astype(np.int64)
+
+
+def _windows(
+    rules: Sequence[tuple[Array, Array]], sigma: float, lattice: NDArray[np.int64]
+) -> scipy.sparse.csr_array:
+    """Evaluate some densities, times σ, at the points of the lattice in their nodes' windows."""
+    nodes = np.concatenate([nodes for nodes, _ in rules])
+    weights = np.concatenate([w for _, w in rules]) / np.sqrt(2 * np.pi)
+    centres = _centres(nodes, sigma)
+    offsets = np.arange(-_HALF, _HALF + 1)
+    shift = np.clip(centres - nodes / sigma * POINTS_PER_SIGMA, -0.5, 0.5)
+    values = np.exp(-0.5 * ((shift[:, None] + offsets) / POINTS_PER_SIGMA) ** 2)
+    values *= weights[:, None]
+    columns = np.searchsorted(lattice, centres).astype(np.int32)[:, None] + offsets.astype(np.int32)
+    ends = np.cumsum([0, *(len(nodes) * len(offsets) for nodes, _ in rules)], dtype=np.int32)
     shape = (len(rules), len(lattice))
-    matrix = sparse.csr_array((values.ravel(), columns.ravel(), row_ends), shape=shape)
+    matrix = scipy.sparse.csr_array((values.ravel(), columns.ravel(), ends), shape=shape)
     matrix.sum_duplicates()
-    return lattice * (sigma / POINTS_PER_SIGMA), matrix
+    return matrix
 
 
 def density(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> pd.DataFrame:

@@ -1,65 +1,32 @@
-"""How much the blocks of a model differ: pairwise distances and metrics, with their errors."""
+"""How much the blocks of a model differ: distances between them and metrics, with their errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.stats import t as student_t
-from scipy.stats import wasserstein_distance
+import scipy
 
-from spectra_db.density import (
-    SCALES,
-    Array,
-    BlockSpectrum,
-    blocks_of,
-    check_reading,
-    global_max,
-    scale_of,
-)
-from spectra_db.divergence import js_divergences
+from spectra_db.density import SCALES, Array, BlockSpectrum, check_reading, lattice_densities
+from spectra_db.divergence import js_divergences, w1_distances
+from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
+
+__all__ = ["MIN_PROBES", "Estimate", "js0", "js0_paper", "metrics", "pairwise_js", "spread", "w1"]
 
 # Widths of the two readings: ours, the paper's; raw eigenvalues take the authors' code's σ² = 1e-5.
 SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
+# (metric, scale, σ) of every reading of the Jensen-Shannon metrics; the first is the metric.
+READINGS = tuple(
+    (metric, scale, RAW_SIGMA if scale == "raw" else sigma)
+    for metric, sigma in (("js0", SIGMA), ("js0_paper", PAPER_SIGMA))
+    for scale in SCALES
+)
 # The paper's grid: 50,000 points over [min − 1, max + 1], summed without dx.
 _PAPER_POINTS = 50_000
 # The truncation error compares with a rule of three quarters of the steps.
 TRUNCATION = 0.75
-MIN_PROBES = 3
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric of one model at one stage.
-
-    Attributes:
-        value: Plug-in estimate, biased upwards when probes are few.
-        corrected: After the jackknife's correction; nan with fewer than 3 probes.
-        standard_error: Jackknife standard error over probes; nan with fewer than 3 probes.
-        dof: Degrees of freedom of the standard error (Welch-Satterthwaite); inf if exact.
-        num_blocks: Blocks that entered.
-        num_zero_blocks: Exactly zero blocks, left out.
-        num_products: Hessian-vector products spent on all blocks.
-    """
-
-    value: float
-    corrected: float
-    standard_error: float
-    dof: float
-    num_blocks: int
-    num_zero_blocks: int
-    num_products: int
-
-    def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Return the two-sided Student's t interval of the corrected value."""
-        if not self.standard_error > 0:
-            return self.corrected, self.corrected
-        half = float(student_t.ppf((1 + level) / 2, self.dof)) * self.standard_error
-        return self.corrected - half, self.corrected + half
 
 
 def js0(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = SIGMA) -> Estimate:
@@ -79,7 +46,8 @@ def js0(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = SIGMA) ->
         ValueError: Unknown scale, rows of several spectra or of failed blocks, or fewer than two
             blocks that are not zero.
     """
-    return _js0(_Blocks.of(rows), scale, sigma)
+    blocks = Blocks.of(rows)
+    return _js_estimate(blocks, _Divergences.of(blocks, scale, sigma), _distance)
 
 
 def js0_paper(
@@ -88,8 +56,17 @@ def js0_paper(
     """Return our reading of the paper's unnormalised JS⁰: the mean of JSD / dx over pairs.
 
     dx = (max − min + 2) / 50,000 over the scaled nodes of all blocks (docs/protocol.md, Metrics).
+
+    Args:
+        rows: As `js0`.
+        scale: As `js0`.
+        sigma: As `js0`.
+
+    Raises:
+        ValueError: As `js0`.
     """
-    return _js0_paper(_Blocks.of(rows), scale, sigma)
+    blocks = Blocks.of(rows)
+    return _js_paper(blocks, _Divergences.of(blocks, scale, sigma))
 
 
 def pairwise_js(
@@ -97,18 +74,28 @@ def pairwise_js(
 ) -> pd.DataFrame:
     """Return the matrix of corrected Jensen-Shannon distances √(JSD̂ / ln 2) between blocks.
 
-    With fewer than 3 probes the plug-in distances.
+    Square, with the names of the blocks that are not zero as index and columns; the plug-in
+    distances where a block has fewer than 3 probes.
+
+    Args:
+        rows: As `js0`.
+        scale: As `js0`.
+        sigma: As `js0`.
+
+    Raises:
+        ValueError: As `js0`.
     """
-    blocks = _Blocks.of(rows)
-    d = _Divergences.of(blocks, scale, sigma)
-    distances = _distance(d.full - d.bias - d.bias.T)
-    np.fill_diagonal(distances, 0.0)
+    blocks = Blocks.of(rows)
+    distances = _distance(_Divergences.of(blocks, scale, sigma).corrected)
     names = [b.name for b in blocks.blocks]
     return pd.DataFrame(distances, index=names, columns=names)
 
 
 def spread(rows: pd.DataFrame, statistic: str) -> Estimate:
     """Return the standard deviation over blocks of log10 of a statistic of the spectrum.
+
+    The first two moments need one product per probe, v·Hv and |Hv|², since a rule of any number
+    of steps has them (Golub & Meurant 2010, chapter 6); `num_products` says so.
 
     Args:
         rows: Rows of table `spectra` of one model, stage and partition.
@@ -119,125 +106,100 @@ def spread(rows: pd.DataFrame, statistic: str) -> Estimate:
     """
     if statistic not in _STATISTICS:
         raise ValueError(f"unknown statistic {statistic!r}; choose one of {', '.join(_STATISTICS)}")
-    return _spread(_Blocks.of(rows), statistic)
+    return _spread(Blocks.of(rows), statistic)
 
 
 def w1(rows: pd.DataFrame, *, scale: str = "lambda10") -> Estimate:
-    """Return the mean pairwise Wasserstein-1 distance between scaled spectra."""
-    return _w1(_Blocks.of(rows), scale)
-
-
-def metrics(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return every metric that follows from a spectrum, as rows of table `heterogeneity`.
-
-    js0 and js0_paper for each scale (raw eigenvalues with σ = √1e-5, as in the authors' code),
-    w1, and the spreads of rms and largest eigenvalue and of the trace. The truncation error is
-    the change of the plug-in value against rules of three quarters of the steps.
+    """Return the mean pairwise Wasserstein-1 distance between scaled spectra.
 
     Args:
-        rows: Rows of table `spectra` of one model, stage and partition.
+        rows: As `js0`.
+        scale: As `js0`.
 
     Raises:
         ValueError: As `js0`.
     """
-    columns = ("model", "stage", "init_seed", "train_run", "partition", "protocol_version")
-    identity = {c: rows.iloc[0][c] for c in columns} if len(rows) else {}
-    blocks = _Blocks.of(rows)
+    return _w1(Blocks.of(rows), scale)
+
+
+def metrics(rows: pd.DataFrame, *, block_rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return every metric that follows from a spectrum, as rows of table `heterogeneity`.
+
+    js0 and js0_paper for each scale (raw eigenvalues with σ = √1e-5, as in the authors' code),
+    w1, and the spreads of rms and largest eigenvalue and of the trace. The truncation error is
+    the change of the plug-in value against rules of three quarters of the steps. The batch error
+    is for who has both halves: the column is left null.
+
+    Args:
+        rows: Rows of table `spectra` of one model, stage and partition.
+        block_rows: Rows of table `blocks` of the same blocks, for `gradient_rms_spread`.
+
+    Raises:
+        ValueError: As `js0`.
+    """
+    blocks = Blocks.of(rows)
     shorter = blocks.truncated(TRUNCATION)
-    readings: list[tuple[str, str, float, Callable[[_Blocks], Estimate]]] = []
-    for scale in SCALES:
-        raw = scale == "raw"
-        ours, paper = (RAW_SIGMA, RAW_SIGMA) if raw else (SIGMA, PAPER_SIGMA)
-        readings.append(("js0", scale, ours, partial(_js0, scale=scale, sigma=ours)))
-        readings.append(("js0_paper", scale, paper, partial(_js0_paper, scale=scale, sigma=paper)))
-    readings.append(("w1", "lambda10", 0.0, partial(_w1, scale="lambda10")))
-    for name in _STATISTICS:
-        readings.append((f"{name}_spread", "none", 0.0, partial(_spread, statistic=name)))
+    columns = ("model", "stage", "init_seed", "train_run", "partition", "protocol_version")
+    identity = {c: rows.iloc[0][c] for c in columns if c in rows}
     table = []
-    for metric, scale, sigma, function in readings:
-        estimate = function(blocks)
-        table.append(
-            identity
-            | {"metric": metric, "scale": scale, "sigma": sigma}
-            | {
-                "value": estimate.value,
-                "corrected": estimate.corrected,
-                "standard_error": estimate.standard_error,
-                "truncation_error": abs(function(shorter).value - estimate.value),
-                "batch_error": None,
-                "num_blocks": estimate.num_blocks,
-                "num_zero_blocks": estimate.num_zero_blocks,
-                "num_products": estimate.num_products,
-            }
-        )
+
+    def add(metric: str, scale: str, sigma: float, full: Estimate, short: float) -> None:
+        found = {
+            "value": full.value,
+            "corrected": full.corrected,
+            "standard_error": full.standard_error,
+            "truncation_error": abs(short - full.value),
+            "batch_error": None,
+            "num_blocks": full.num_blocks,
+            "num_zero_blocks": full.num_zero_blocks,
+            "num_products": full.num_products,
+        }
+        table.append(identity | {"metric": metric, "scale": scale, "sigma": sigma} | found)
+
+    divergences: dict[tuple[str, float], tuple[_Divergences, _Divergences]] = {}
+    for metric, scale, sigma in READINGS:
+        if (scale, sigma) not in divergences:
+            pair = tuple(_Divergences.of(b, scale, sigma) for b in (blocks, shorter))
+            divergences[scale, sigma] = (pair[0], pair[1])
+        full, short = divergences[scale, sigma]
+        if metric == "js0":
+            both = (_js_estimate(blocks, full, _distance), _js_estimate(shorter, short, _distance))
+        else:
+            both = (_js_paper(blocks, full), _js_paper(shorter, short))
+        add(metric, scale, sigma, both[0], both[1].value)
+    add("w1", "lambda10", 0.0, _w1(blocks, "lambda10"), _w1(shorter, "lambda10").value)
+    for name in _STATISTICS:
+        short_value = _spread(shorter, name).value
+        add(f"{name}_spread", "none", 0.0, _spread(blocks, name), short_value)
+    if block_rows is not None:
+        found = gradient_rms_spread(block_rows, [b.name for b in blocks.blocks])
+        add("gradient_rms_spread", "none", 0.0, found, found.value)
+        table[-1]["num_zero_blocks"] = blocks.num_zero_blocks
     return pd.DataFrame(table)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The nonzero blocks of one spectrum."""
+def gradient_rms_spread(block_rows: pd.DataFrame, names: list[str]) -> Estimate:
+    """Return the standard deviation over blocks of log10 of the gradient's rms.
 
-    blocks: list[BlockSpectrum]
-    num_zero_blocks: int
-    errors_known: bool
+    One gradient on the Hessian's batch: no sampling error and no Hessian-vector products.
 
-    @property
-    def top(self) -> float:
-        """The largest |node| of all blocks."""
-        return global_max(self.blocks)
+    Args:
+        block_rows: Rows of table `blocks` of one model and stage.
+        names: The blocks to take; those without a gradient (exactly 0) are left out.
 
-    def truncated(self, fraction: float) -> _Blocks:
-        """Return the blocks after that fraction of the Lanczos steps, for plug-in values alone."""
-        return _Blocks(
-            [b.truncated(fraction) for b in self.blocks], self.num_zero_blocks, errors_known=False
-        )
-
-    @classmethod
-    def of(cls, rows: pd.DataFrame) -> _Blocks:
-        every = blocks_of(rows)
-        blocks = [b for b in every if not b.zero]
-        if len(blocks) < 2:
-            raise ValueError(
-                f"{len(blocks)} of the {len(every)} blocks are not zero; a distance between "
-                "blocks needs at least two"
-            )
-        enough = all(b.exact or len(b.nodes) >= MIN_PROBES for b in blocks)
-        return cls(blocks, len(every) - len(blocks), errors_known=enough)
-
-    def rule(self, k: int, scale: str, leave_out: int | None = None) -> tuple[Array, Array]:
-        """Return a block's scaled rule; the scale is that of the probes that are left.
-
-        The global maximum is that of all probes always: one probe hardly moves it.
-        """
-        block = self.blocks[k]
-        nodes, weights = block.average(leave_out)
-        return nodes / scale_of((nodes, weights), block.num_params, scale, self.top), weights
-
-    def rules(self, scale: str) -> list[tuple[Array, Array]]:
-        return [self.rule(k, scale) for k in range(len(self.blocks))]
-
-    def deletions(self) -> list[tuple[int, int]]:
-        """Return (block, probe) of every probe that the jackknife leaves out."""
-        return [
-            (k, i) for k, b in enumerate(self.blocks) if not b.exact for i in range(len(b.nodes))
-        ]
-
-    def estimate(self, value: float, corrected: float, changed: Sequence[Array]) -> Estimate:
-        """Finish an estimate from the values with each probe of each sampled block left out."""
-        # (n − 1)/n Σ (x_i − x̄)² per block; blocks are sampled independently (Efron & Stein 1981).
-        variances = np.array([(len(x) - 1) * float(np.var(x)) for x in changed])
-        dofs = np.array([len(x) - 1 for x in changed])
-        total = float(variances.sum())
-        nan = float("nan")
-        return Estimate(
-            value=value,
-            corrected=corrected if self.errors_known else nan,
-            standard_error=total**0.5 if self.errors_known else nan,
-            dof=total**2 / float((variances**2 / dofs).sum()) if total > 0 else float("inf"),
-            num_blocks=len(self.blocks),
-            num_zero_blocks=self.num_zero_blocks,
-            num_products=sum(b.num_products for b in self.blocks),
-        )
+    Raises:
+        ValueError: A block has no row, or fewer than two have a gradient.
+    """
+    sizes = block_rows.drop_duplicates("block").set_index("block")["gradient_rms"]
+    missing = [name for name in names if name not in sizes.index]
+    if missing:
+        raise ValueError(f"table blocks has no row of {missing[0]!r}")
+    values = sizes.loc[names].dropna().to_numpy(dtype=np.float64)
+    positive = values[values > 0]
+    if len(positive) < 2:
+        raise ValueError(f"{len(positive)} blocks have a gradient; a spread needs at least two")
+    value = float(np.log10(positive).std())
+    return Estimate(value, value, 0.0, float("inf"), len(positive), 0, 0)
 
 
 @dataclass(frozen=True)
@@ -246,128 +208,160 @@ class _Divergences:
 
     Attributes:
         full: Shape (K, K), all probes.
-        left_out: Shape (D, K): block k without probe i against every block, in the order of
-            `_Blocks.deletions`.
+        moved: Shape (D, K): block k without probe i, its scale that of the probes that are left,
+            against every block, in the order of `Blocks.deletions`.
         bias: Shape (K, K): row k is what sampling block k adds to its divergence from each block;
             zero where the errors are not known.
+        dx: Step of the paper's grid.
     """
 
     full: Array
-    left_out: Array
+    moved: Array
     bias: Array
+    dx: float
+
+    @property
+    def corrected(self) -> Array:
+        """JSD̂_kl = JSD_kl − b_kl − b_lk, shape (K, K)."""
+        return self.full - self.bias - self.bias.T
 
     @classmethod
-    def of(cls, blocks: _Blocks, scale: str, sigma: float) -> _Divergences:
-        count = len(blocks.blocks)
-        deletions = blocks.deletions() if blocks.errors_known else []
-        rules = blocks.rules(scale) + [blocks.rule(k, scale, i) for k, i in deletions]
-        divergences = js_divergences(rules, sigma, count)
-        full, left_out = divergences[:count], divergences[count:]
+    def of(cls, blocks: Blocks, scale: str, sigma: float) -> _Divergences:
+        """Compute them; densities are linear in the probes, so each probe's is made only once.
+
+        Raises:
+            ValueError: Unknown scale or sigma not positive.
+        """
+        check_reading(scale, sigma)
+        deletions, count = blocks.deletions, len(blocks)
+        scales = blocks.scales(scale)
+        moved = blocks.moved_scales(scale, scales)
+        scaled = [(k, n / scales[k], w) for k, b in enumerate(blocks.blocks) for n, w in _probes(b)]
+        rules = [(nodes, weights) for _, nodes, weights in scaled]
+        # A scale that does not move leaves the density as it is without moving.
+        moves = [d for d, (k, _) in enumerate(deletions) if moved[d] != scales[k]]
+        for d in moves:
+            k, i = deletions[d]
+            nodes, weights = blocks.blocks[k].average(i)
+            rules.append((nodes / moved[d], weights))
+        _, densities = lattice_densities(rules, sigma)
+        per_probe, after = densities[: len(scaled)], densities[len(scaled) :]
+        mix = _mixtures([k for k, _, _ in scaled], deletions)
+        stacked = scipy.sparse.vstack([mix @ per_probe, after], format="csr")
+        owners = np.array([*range(count), *(k for k, _ in deletions)], dtype=np.intp)
+        owners = np.append(owners, owners[count:][moves])
+        all_of_them = js_divergences(stacked, owners, count)
+        full, fixed = all_of_them[:count], all_of_them[count : count + len(deletions)]
+        left_out = fixed.copy()
+        left_out[moves] = all_of_them[count + len(deletions) :]
         full = (full + full.T) / 2
         bias = np.zeros((count, count))
-        owners = np.array([k for k, _ in deletions], dtype=int)
-        for k in np.unique(owners):
-            mine = left_out[owners == k]
+        of_deletion = owners[count : count + len(deletions)]
+        for k in np.unique(of_deletion):
+            mine = fixed[of_deletion == k]
             bias[k] = (len(mine) - 1) * (mine.mean(axis=0) - full[k])
-        return cls(full, left_out, bias)
+        ends = [(nodes.min(), nodes.max()) for nodes, _ in rules[: len(scaled)]]
+        span = max(high for _, high in ends) - min(low for low, _ in ends)
+        return cls(full, left_out, bias, float(span + 2) / _PAPER_POINTS)
 
 
-def _js0(blocks: _Blocks, scale: str, sigma: float) -> Estimate:
-    return _js_estimate(blocks, scale, sigma, _distance)
+def _probes(block: BlockSpectrum) -> zip[tuple[Array, Array]]:
+    return zip(block.nodes, block.weights, strict=True)
 
 
-def _js0_paper(blocks: _Blocks, scale: str, sigma: float) -> Estimate:
-    check_reading(scale, sigma)
-    nodes = np.concatenate([n for n, _ in blocks.rules(scale)])
-    dx = (nodes.max() - nodes.min() + 2) / _PAPER_POINTS
-    return _js_estimate(blocks, scale, sigma, lambda jsd: jsd / dx)
+def _mixtures(owners: list[int], deletions: list[tuple[int, int]]) -> scipy.sparse.csr_array:
+    """Return the matrix that makes, of the probes' densities, the blocks' and the deletions'."""
+    owner = np.array(owners)
+    starts = np.searchsorted(owner, np.arange(owner[-1] + 1))
+    counts = np.bincount(owner)
+    rows: list[tuple[int, int, int | None]] = [(starts[k], k, None) for k in range(len(counts))]
+    rows += [(starts[k], k, i) for k, i in deletions]
+    columns, values, ends = [], [], [0]
+    for start, k, left_out in rows:
+        kept = [start + j for j in range(counts[k]) if j != left_out]
+        columns += kept
+        values += [1 / len(kept)] * len(kept)
+        ends.append(len(columns))
+    return scipy.sparse.csr_array((values, columns, ends), shape=(len(rows), len(owner)))
 
 
-def _spread(blocks: _Blocks, statistic: str) -> Estimate:
-    function = _STATISTICS[statistic]
+def _js_paper(blocks: Blocks, divergences: _Divergences) -> Estimate:
+    return _js_estimate(blocks, divergences, lambda jsd: jsd / divergences.dx)
+
+
+def _js_estimate(blocks: Blocks, d: _Divergences, transform: Callable[[Array], Array]) -> Estimate:
+    """Average a transform of the corrected divergences over pairs, with its jackknife error.
+
+    The correction is applied to the divergence, not to its square root, which is not smooth at
+    zero: JSD̂_kl = JSD_kl − b_kl − b_lk, b_kl being (P − 1) (mean_i JSD_kl without probe i of k −
+    JSD_kl), at the scales of all probes: what λ10 adds by jumping between nodes would be magnified
+    P − 1 times. For the standard error probe i of block k is left out of the whole chain, scale
+    included. Its pairs are then averages over P − 1 probes, whose bias is P / (P − 1) times as
+    large.
+    """
+    upper = np.triu_indices(len(blocks), 1)
+    pairs = len(upper[0])
+    value = float(transform(d.full)[upper].mean())
+    pair_values = transform(d.corrected)
+    np.fill_diagonal(pair_values, 0.0)
+    mean = float(pair_values[upper].mean())
+    changed = []
+    for (k, _), row in zip(blocks.deletions, d.moved, strict=True):
+        num_probes = len(blocks.blocks[k].nodes)
+        new = transform(row - d.bias[k] * num_probes / (num_probes - 1) - d.bias[:, k])
+        new[k] = 0.0
+        changed.append(mean + float((new - pair_values[k]).sum()) / pairs)
+    return blocks.estimate(value, mean, changed)
+
+
+def _spread(blocks: Blocks, statistic: str) -> Estimate:
+    function, one_product = _STATISTICS[statistic]
 
     def log_statistic(nodes: Array, weights: Array) -> float:
         return float(np.log10(max(function(nodes, weights), np.finfo(np.float64).tiny)))
 
     full = np.array([log_statistic(*b.average()) for b in blocks.blocks])
+    changed = []
+    for k, i in blocks.deletions:
+        others = full.copy()
+        others[k] = log_statistic(*blocks.blocks[k].average(i))
+        changed.append(float(others.std()))
+    estimate = blocks.jackknife(float(full.std()), changed, changed)
+    if not one_product:
+        return estimate
+    spent = sum(b.num_products if b.exact else len(b.nodes) for b in blocks.blocks)
+    return replace(estimate, num_products=spent)
 
-    def without(k: int, i: int) -> float:
-        changed = full.copy()
-        changed[k] = log_statistic(*blocks.blocks[k].average(i))
-        return float(changed.std())
 
-    return _jackknife(blocks, float(full.std()), without)
-
-
-def _w1(blocks: _Blocks, scale: str) -> Estimate:
+def _w1(blocks: Blocks, scale: str) -> Estimate:
     check_reading(scale, 1.0)
-    rules = blocks.rules(scale)
-
-    def total(k: int, rule: tuple[Array, Array]) -> float:
-        """Sum the distances of one block's rule from the other blocks."""
-        others = [other for j, other in enumerate(rules) if j != k]
-        return float(sum(wasserstein_distance(rule[0], x, rule[1], w) for x, w in others))
-
-    sums = [total(k, rule) for k, rule in enumerate(rules)]
-    pairs = len(rules) * (len(rules) - 1) / 2
-    value = sum(sums) / 2 / pairs
-
-    def without(k: int, i: int) -> float:
-        return value + (total(k, blocks.rule(k, scale, i)) - sums[k]) / pairs
-
-    return _jackknife(blocks, value, without)
-
-
-def _js_estimate(
-    blocks: _Blocks, scale: str, sigma: float, transform: Callable[[Array], Array]
-) -> Estimate:
-    """Average a transform of the corrected divergences over pairs, with its jackknife error.
-
-    The correction is applied to the divergence, not to its square root, which is not smooth at
-    zero: JSD̂_kl = JSD_kl − b_kl − b_lk, b_kl being (n_k − 1) (mean_i JSD_kl without probe i of k −
-    JSD_kl). For the standard error probe i of block k is left out of the whole chain. Its pairs
-    are then averages over n − 1 probes, whose bias is n / (n − 1) times as large.
-    """
-    check_reading(scale, sigma)
-    d = _Divergences.of(blocks, scale, sigma)
-    count = len(blocks.blocks)
-    upper = np.triu_indices(count, 1)
-    pairs = len(upper[0])
-    value = float(transform(d.full)[upper].mean())
-    if not blocks.errors_known:
-        return blocks.estimate(value, float("nan"), [])
-    corrected = transform(d.full - d.bias - d.bias.T)
-    np.fill_diagonal(corrected, 0.0)
-    mean = float(corrected[upper].mean())
-    changed: dict[int, list[float]] = {}
-    for (k, _), row in zip(blocks.deletions(), d.left_out, strict=True):
-        n = len(blocks.blocks[k].nodes)
-        pair_values = transform(row - d.bias[k] * n / (n - 1) - d.bias[:, k])
-        pair_values[k] = 0.0
-        shift = float((pair_values - corrected[k]).sum()) / pairs
-        changed.setdefault(k, []).append(mean + shift)
-    return blocks.estimate(value, mean, [np.array(x) for x in changed.values()])
+    count, deletions = len(blocks), blocks.deletions
+    scales = blocks.scales(scale)
+    rules = [(n / scales[k], w) for k, (n, w) in enumerate(b.average() for b in blocks.blocks)]
+    for left_out in (
+        np.array([scales[k] for k, _ in deletions]),
+        blocks.moved_scales(scale, scales),
+    ):
+        for (k, i), divisor in zip(deletions, left_out, strict=True):
+            nodes, weights = blocks.blocks[k].average(i)
+            rules.append((nodes / divisor, weights))
+    owners = np.array([*range(count), *(k for k, _ in deletions), *(k for k, _ in deletions)])
+    distances = w1_distances(rules, owners, count)
+    pairs = count * (count - 1) / 2
+    value = float(distances[:count].sum()) / 2 / pairs
+    sums = distances.sum(axis=1)
+    changed = value + (sums[count:] - sums[owners[count:]]) / pairs
+    return blocks.jackknife(value, changed[: len(deletions)], changed[len(deletions) :])
 
 
-def _jackknife(blocks: _Blocks, value: float, without: Callable[[int, int], float]) -> Estimate:
-    """Correct a smooth metric and give its error from the values without probe i of block k."""
-    if not blocks.errors_known:
-        return blocks.estimate(value, float("nan"), [])
-    changed: dict[int, list[float]] = {}
-    for k, i in blocks.deletions():
-        changed.setdefault(k, []).append(without(k, i))
-    arrays = [np.array(x) for x in changed.values()]
-    bias = sum((len(x) - 1) * (float(x.mean()) - value) for x in arrays)
-    return blocks.estimate(value, value - bias, arrays)
-
-
-def _distance(divergence: NDArray[np.float64]) -> NDArray[np.float64]:
+def _distance(divergence: Array) -> Array:
     """Return √(max(0, JSD) / ln 2), in [0, 1]."""
     return np.sqrt(np.clip(divergence, 0.0, np.log(2)) / np.log(2))
 
 
-_STATISTICS: dict[str, Callable[[Array, Array], float]] = {
-    "lambda_rms": lambda nodes, weights: float(np.sqrt(weights @ nodes**2)),
-    "lambda_max": lambda nodes, weights: float(np.abs(nodes).max()),
-    "trace": lambda nodes, weights: float(abs(weights @ nodes)),
+# Per statistic its value and whether one product per probe gives it.
+_STATISTICS: dict[str, tuple[Callable[[Array, Array], float], bool]] = {
+    "lambda_rms": (lambda nodes, weights: float(np.sqrt(weights @ nodes**2)), True),
+    "lambda_max": (lambda nodes, weights: float(np.abs(nodes).max()), False),
+    "trace": (lambda nodes, weights: float(abs(weights @ nodes)), True),
 }

@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from harness.errors import UserError
 
+TIERS = ("demo", "small", "paper")
+STOPPED = 130  # what a shell reports after Ctrl-C
+
 
 class _Group(click.Group):
     """Turns errors into one line: exit code 2 for what the user can mend, 1 for failures."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command line and exit; HARNESS_TRACEBACK=1 raises what failed."""
         try:
-            return super().invoke(ctx)
-        except UserError as error:
-            _fail(str(error), 2)
-        except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, click.exceptions.Exit | click.Abort):
+            sys.exit(super().main(*args, **(extra | {"standalone_mode": False})) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            click.echo("Stopped: what was finished is kept, the same command continues.", err=True)
+            sys.exit(STOPPED)
+        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if os.environ.get("HARNESS_TRACEBACK"):
                 raise
             # What spectra_db refuses is the user's to mend, too; it knows no UserError.
-            module = type(error).__module__.partition(".")[0]
-            _fail(str(error) or type(error).__name__, 2 if module == "spectra_db" else 1)
+            ours = isinstance(error, UserError) or type(error).__module__.startswith("spectra_db")
+            _fail(str(error) or type(error).__name__, 2 if ours else 1)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
+    existing = next(path for path in [value, *value.absolute().parents] if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return value
+    except OSError as error:
+        raise UserError(f"--out {value} can't be written to: {error.strerror}") from error
 
 
 def _options(*names: str) -> Callable[[Any], Any]:
@@ -78,45 +102,28 @@ def _options(*names: str) -> Callable[[Any], Any]:
     return add
 
 
-def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
-    """Create the folder, or say why it can't be written to."""
-    try:
-        value.mkdir(parents=True, exist_ok=True)
-        probe = value / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {value} can't be written to: {error.strerror}") from error
-    return value
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hessian-spectra")
 def main() -> None:
     """Compute Hessian spectra of neural networks, and the dataset made of them."""
-    # A stop asked for by the system is a stop asked for by the user: finish the write, then go.
+    # A stop asked for by the system is a stop asked for by the user.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @main.command("list")
-@click.option("--tier", type=click.Choice(["demo", "small", "paper"]), help="One tier alone.")
+@click.option("--tier", type=click.Choice(TIERS), help="One tier alone.")
 @_options("registry", "json")
 def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
     """List the models of the registry."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from harness.display import print_entries
     from harness.registry import entries
 
     found = entries(tier, registry_dir=registry)
     fields = ("name", "family", "tier", "task", "status", "description")
     if as_json:
         click.echo(json.dumps([{f: getattr(e, f) for f in fields} for e in found], indent=2))
-        return
-    table = Table(*fields)
-    for entry in found:
-        table.add_row(*(getattr(entry, f) for f in fields))
-    Console().print(table)
+    else:
+        print_entries(found, fields)
 
 
 @main.command()
@@ -127,9 +134,7 @@ def describe(
     model: str, partition: str, registry: Path | None, data_root: Path | None, as_json: bool
 ) -> None:
     """Describe a model: its blocks and what its spectrum costs."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from harness.display import cost_line, print_blocks
     from harness.estimator.cost import forecast
     from harness.registry import get
     from harness.spectra import blocks_of
@@ -165,15 +170,10 @@ def describe(
         return
     click.echo(f"{entry.name}: {entry.description} ({entry.reference})")
     click.echo(f"family {entry.family}, tier {entry.tier}, task {entry.task}")
-    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {partition}:")
-    table = Table()
-    for name in ("block", "kind", "shape", "parameters", "GFLOP / product"):
-        table.add_column(name, overflow="fold")
-    for block, flops in zip(blocks, cost.block_flops, strict=True):
-        shape = " × ".join(map(str, block.shape))
-        table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", f"{flops / 1e9:.3g}")
-    Console().print(table, markup=False)
-    click.echo(_cost_line(entry.num_probes, entry.num_steps, cost))
+    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {partition}")
+    click.echo("GFLOP: of one product with the block")
+    print_blocks(blocks, cost)
+    click.echo(cost_line(entry.num_probes, entry.num_steps, cost))
 
 
 @main.command()
@@ -203,6 +203,7 @@ def spectrum(
     **settings: Any,
 ) -> None:
     """Take the spectrum of a model at a stage and write it to the tables."""
+    from harness.display import cost_line, progress_bar
     from harness.estimator.cost import forecast
     from harness.estimator.device import choose_device
     from harness.estimator.spectrum import DTYPES
@@ -236,8 +237,8 @@ def spectrum(
         num_probes=chosen.num_probes,
         num_steps=chosen.num_steps,
     )
-    click.echo(_cost_line(chosen.num_probes, chosen.num_steps, cost))
-    with _progress(f"{entry.name} {stage}") as on_progress:
+    click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
+    with progress_bar(f"{entry.name} {stage}") as on_progress:
         rows = take_spectrum(problem, chosen, out, command=command_line(), on_progress=on_progress)
     click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
     if chosen.partition != "full" and rows["block"].nunique() > 1:
@@ -269,6 +270,7 @@ def train(
     import pandas as pd
 
     from harness import tasks
+    from harness.display import progress_bar
     from harness.registry import get
     from harness.training import grid
     from harness.training import train as run_training
@@ -284,7 +286,7 @@ def train(
     if not 0 < lr < float("inf"):
         raise UserError(f"--lr is {lr}; it must be positive")
     data = tasks.get(entry.task, **entry.task_options).load(data_root)
-    with _progress(f"{entry.name} {optimizer} at {lr:g}") as on_progress:
+    with progress_bar(f"{entry.name} {optimizer} at {lr:g}") as on_progress:
         result = run_training(
             entry,
             data,
@@ -304,7 +306,7 @@ def train(
 
 @main.command()
 @click.argument("models", nargs=-1)
-@click.option("--tier", type=click.Choice(["demo", "small", "paper"]), help="A whole tier.")
+@click.option("--tier", type=click.Choice(TIERS), help="A whole tier.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option("--dry-run", is_flag=True, help="Print the forecast and stop.")
 @_options("registry", "data_root", "out", "device")
@@ -322,18 +324,10 @@ def run(
 
     The same command continues where it was stopped.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from harness import registry as catalogue
-    from harness.run import Job, num_threads, num_units, ready, run_entries
+    from harness.display import print_surveys, units_bar
+    from harness.plan import missing, survey
+    from harness.run import Job, num_threads, run_entries
     from harness.spectra import command_line
 
     if bool(models) == (tier is not None):
@@ -341,36 +335,26 @@ def run(
     if tier is not None:
         chosen = catalogue.entries(tier, registry_dir=registry)
     else:
-        chosen = [catalogue.get(name, registry_dir=registry) for name in models]
-    _print_forecast(chosen, data_root)
+        chosen = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
+    device = _device(device)
+    surveys = [survey(entry, data_root) for entry in chosen]
+    reasons = [s.reason for s in surveys if s.reason is not None]
+    if len(reasons) == len(surveys):
+        raise UserError(f"nothing can be done: {reasons[0]}")
+    print_surveys(surveys)
     if dry_run:
         return
     job = Job(
         out=out,
         entries={entry.name: entry for entry in chosen},
         data_root=data_root,
-        device=_device(device),
+        device=device,
         num_threads=num_threads(jobs),
         command=command_line(),
     )
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
-        left = sum(1 for entry in chosen if entry.status == "ok" for _ in ready(entry, out))
-        bar = progress.add_task("units", total=max(left, sum(map(num_units, chosen))))
-
-        def on_event(what: str, unit: Any) -> None:
-            if what == "start":
-                progress.update(bar, description=str(unit))
-                if not console.is_terminal:
-                    console.print(str(unit), highlight=False, markup=False)
-            else:
-                progress.advance(bar)
-
-        failed = run_entries(chosen, job, jobs=jobs, on_event=on_event)
-    for unit, reason in failed:
+    with units_bar(sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)) as event:
+        failed = run_entries(surveys, job, jobs=jobs, on_event=event)
+    for unit, reason in failed.items():
         click.echo(f"failed: {unit}: {reason}", err=True)
     click.echo(f"tables in {out}")
     if failed:
@@ -397,65 +381,3 @@ def _device(device: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     choose_device(torch.nn.Module(), device)
     return device
-
-
-def _cost_line(num_probes: int, num_steps: int, cost: Any) -> str:
-    """Return the forecast of one spectrum in a line."""
-    return (
-        f"forecast at {num_probes} probes × {num_steps} steps: {cost.num_products:,} products, "
-        f"{cost.flops / 1e12:.3g} TFLOP, {cost.graph_bytes / 2**20:,.0f} MiB of kept graph"
-    )
-
-
-def _print_forecast(chosen: list[Any], data_root: Path | None) -> None:
-    """Print what the entries cost, from one product per block on one sample."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from harness.estimator.cost import forecast
-    from harness.run import num_units
-    from harness.spectra import blocks_of
-    from harness.training import load_problem
-
-    table = Table("model", "units", "products", "spectra TFLOP", "training TFLOP", "graph MiB")
-    for entry in chosen:
-        if entry.status != "ok":
-            table.add_row(entry.name, f"pending: {entry.reason}")
-            continue
-        problem = load_problem(entry, data_root=data_root)
-        products, flops, cost = 0, 0, None
-        for partition, stages in (("weights", entry.stages), ("full", entry.full_stages)):
-            cost = forecast(
-                problem.model,
-                problem.loss_fn,
-                problem.batches,
-                blocks_of(problem, partition),
-                num_probes=entry.num_probes,
-                num_steps=entry.num_steps,
-            )
-            products += cost.num_products * len(stages)
-            flops += cost.flops * len(stages)
-        runs = num_units(entry) - len(entry.stages) - len(entry.full_stages)
-        training = 0.0
-        if entry.recipe is not None and cost is not None:
-            samples = runs * entry.recipe.num_steps * entry.recipe.batch_size
-            training = cost.pass_flops / problem.batch_size * samples
-        table.add_row(
-            entry.name,
-            str(num_units(entry)),
-            f"{products:,}",
-            f"{flops / 1e12:.3g}",
-            f"{training / 1e12:.3g}",
-            f"{cost.graph_bytes / 2**20:,.0f}" if cost else "",
-        )
-    Console().print(table)
-
-
-@contextmanager
-def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the remaining time."""
-    from rich.progress import Progress
-
-    with Progress() as progress:
-        bar = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -5,52 +5,26 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from harness import tasks
-from harness.errors import UserError
+from harness.plan import STAGE_SEED, Survey, Unit, missing, rows_of, settings_of
 from harness.registry import ModelEntry
-from harness.spectra import Settings, blocks_of, take_spectrum, write_failed_blocks
-from harness.training import grid
-from harness.training.gap import SEEDS, gap
+from harness.spectra import take_spectrum, write_failed_blocks
+from harness.training.gap import gap
+from harness.training.stages import run_name
 from spectra_db import store
 from spectra_db.schema import PROTOCOL_VERSION
 
-# The run whose stages are kept; it also seeds their initialisation and their probes.
-STAGE_SEED = 1
-
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Unit:
-    """One piece of work that is done as a whole or again: a training run, or a spectrum.
-
-    Attributes:
-        model: Name of the entry.
-        kind: train or spectrum.
-        optimizer, lr, seed: Of a training run.
-        stage, partition: Of a spectrum.
-    """
-
-    model: str
-    kind: str
-    optimizer: str = ""
-    lr: float = 0.0
-    seed: int = STAGE_SEED
-    stage: str = ""
-    partition: str = ""
-
-    def __str__(self) -> str:
-        if self.kind == "train":
-            return f"{self.model}: {self.optimizer} at {self.lr:g}, seed {self.seed}"
-        return f"{self.model}: {self.partition} spectrum at {self.stage}"
+Event = Callable[[str, Unit], None]
 
 
 @dataclass(frozen=True)
@@ -70,50 +44,20 @@ class Job:
         return self.out / "checkpoints"
 
 
-def ready(entry: ModelEntry, out: Path) -> Iterator[Unit]:
-    """Yield the units of an entry that are missing from the store and could start now."""
-    rows = _rows(out, "training", entry.name)
-    recipe = entry.recipe
-    trained = False
-    if recipe is not None:
-        left = {optimizer: grid.pending(recipe, optimizer, rows) for optimizer in ("sgd", "adamw")}
-        for optimizer, rates in left.items():
-            for lr in rates:
-                yield Unit(entry.name, "train", optimizer, lr, grid.GRID_SEED)
-            best = grid.best(rows, optimizer)
-            if rates or best is None:
-                continue
-            for seed in SEEDS:
-                if best not in grid.final_losses(rows, optimizer, seed).index:
-                    yield Unit(entry.name, "train", optimizer, best, seed)
-                elif (optimizer, seed) == ("adamw", STAGE_SEED):
-                    trained = True
-    for stage in entry.stages:
-        if stage == "init" or trained:
-            for partition in ("weights", "full") if stage in entry.full_stages else ("weights",):
-                if not _has_spectrum(entry, out, stage, partition):
-                    yield Unit(entry.name, "spectrum", stage=stage, partition=partition)
-
-
-def num_units(entry: ModelEntry) -> int:
-    """Return how many units an entry takes if no grid is extended."""
-    if entry.status != "ok":
-        return 0
-    training = 0 if entry.recipe is None else 2 * (entry.recipe.num_lrs + len(SEEDS))
-    return training + len(entry.stages) + len(entry.full_stages)
-
-
 def run_entries(
-    entries: Sequence[ModelEntry],
+    surveys: Sequence[Survey],
     job: Job,
     *,
     jobs: int = 1,
-    on_event: Callable[[str, Unit], None] = lambda what, unit: None,
-) -> list[tuple[Unit, str]]:
+    on_event: Event = lambda what, unit: None,
+) -> dict[Unit, str]:
     """Do everything for some entries, from where the store stands.
 
+    A unit is tried once; what comes of it may make others ready. Interrupted, the workers end at
+    once: a table's file is replaced as a whole, so that only the work in flight is lost.
+
     Args:
-        entries: The entries; pending ones get their row of table `models` alone.
+        surveys: The entries; those with a reason get their row of table `models` alone.
         job: Where and how.
         jobs: Worker processes; 1 works in this process.
         on_event: Called with start, done or failed, and the unit.
@@ -121,33 +65,89 @@ def run_entries(
     Returns:
         The units that failed, with their reasons; they are rows in the store too.
     """
-    failed: dict[Unit, str] = {}
-    live = [entry for entry in entries if entry.status == "ok"]
-    for entry in entries:
-        _write_model(entry, job)
-    with _executor(jobs) as executor:
-        running: dict[Future[str | None], Unit] = {}
-        while True:
-            busy = set(running.values()) | set(failed)
-            todo = (unit for entry in live for unit in ready(entry, job.out) if unit not in busy)
-            for unit in todo:
-                if len(running) >= jobs:
-                    break
-                on_event("start", unit)
-                running[executor.submit(execute, unit, job)] = unit
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                unit = running.pop(future)
-                reason = future.result()
-                if reason is not None:
-                    failed[unit] = reason
-                on_event("done" if reason is None else "failed", unit)
+    for survey in surveys:
+        _write_model(survey, job.out)
+    live = [survey.entry for survey in surveys if survey.reason is None]
+    failed = (_run_here if jobs == 1 else _run_in_workers)(live, job, jobs, on_event)
     for entry in live:
         if entry.recipe is not None:
             reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
-            _write_gap(entry, job.out, reasons)
-    return list(failed.items())
+            row = gap(entry.name, rows_of(job.out, "training", entry.name), entry.recipe)
+            if reasons:
+                row |= {"status": "failed", "reason": reasons[0]}
+            store.write(job.out, "gaps", [row])
+    return failed
+
+
+def _run_here(live: list[ModelEntry], job: Job, jobs: int, on_event: Event) -> dict[Unit, str]:
+    """Execute one unit after another in this process."""
+    tried: set[Unit] = set()
+    failed: dict[Unit, str] = {}
+    for entry in live:
+        while ready := [u for u in missing(entry, job.out) if u.ready and u not in tried]:
+            tried.add(ready[0])
+            on_event("start", ready[0])
+            reason = execute(ready[0], job)
+            if reason is not None:
+                failed[ready[0]] = reason
+            on_event("done" if reason is None else "failed", ready[0])
+    return failed
+
+
+def _run_in_workers(
+    live: list[ModelEntry], job: Job, jobs: int, on_event: Event
+) -> dict[Unit, str]:
+    """Keep worker processes busy with what is ready.
+
+    When a worker dies all units in flight are lost, and none can be told to be the cause. They
+    are tried again one at a time; one that dies alone has failed.
+    """
+    left = {entry.name: list(missing(entry, job.out)) for entry in live}
+    tried: set[Unit] = set()
+    failed: dict[Unit, str] = {}
+    suspects: list[Unit] = []
+    running: dict[Future[str | None], Unit] = {}
+    pool = _pool(jobs)
+    try:
+        while True:
+            ready = [u for units in left.values() for u in units if u.ready and u not in tried]
+            free = jobs - len(running)
+            if suspects:
+                ready, free = suspects, 1 - len(running)
+            for unit in ready[:free]:
+                if unit in suspects:
+                    suspects.remove(unit)
+                else:
+                    on_event("start", unit)
+                tried.add(unit)
+                running[pool.submit(execute, unit, job)] = unit
+            if not running:
+                return failed
+            wait(running, return_when=FIRST_COMPLETED)
+            if any(isinstance(f.exception(), BrokenProcessPool) for f in running if f.done()):
+                lost = list(running.values())
+                running.clear()
+                pool.shutdown()
+                pool = _pool(jobs)
+                if len(lost) > 1:
+                    suspects += lost
+                    continue
+                died = "the worker process died: out of memory, or killed"
+                _write_failed(lost[0], job, died)
+                outcomes: dict[Unit, str | None] = {lost[0]: died}
+            else:
+                done = [future for future in running if future.done()]
+                outcomes = {running.pop(future): future.result() for future in done}
+            for unit, reason in outcomes.items():
+                if reason is not None:
+                    failed[unit] = reason
+                left[unit.model] = list(missing(job.entries[unit.model], job.out))
+                on_event("done" if reason is None else "failed", unit)
+    finally:
+        pool.shutdown(wait=not running, cancel_futures=True)
+        if running:  # interrupted: readers see whole files whatever a worker is at
+            for process in multiprocessing.active_children():
+                process.terminate()
 
 
 def execute(unit: Unit, job: Job) -> str | None:
@@ -158,22 +158,24 @@ def execute(unit: Unit, job: Job) -> str | None:
     import torch
 
     torch.set_num_threads(job.num_threads)
-    entry = job.entries[unit.model]
     try:
         if unit.kind == "train":
-            _train(unit, entry, job)
+            _train(unit, job)
         else:
-            _take(unit, entry, job)
+            _take(unit, job)
     except Exception as error:
         log.debug("%s failed", unit, exc_info=True)
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _write_failed(unit, job, reason)
+        return reason
     return None
 
 
-def _train(unit: Unit, entry: ModelEntry, job: Job) -> None:
+def _train(unit: Unit, job: Job) -> None:
     """Train once; keep the stages of the run that they are taken from."""
     from harness.training import train
 
+    entry = job.entries[unit.model]
     data = tasks.get(entry.task, **entry.task_options).load(job.data_root)
     keeps_stages = unit.optimizer == "adamw" and unit.seed == STAGE_SEED
     result = train(
@@ -190,118 +192,70 @@ def _train(unit: Unit, entry: ModelEntry, job: Job) -> None:
     store.write(job.out, "training", result.rows)
 
 
-def _take(unit: Unit, entry: ModelEntry, job: Job) -> None:
-    """Take one spectrum; on failure write failed rows for the blocks that are missing."""
+def _take(unit: Unit, job: Job) -> None:
+    """Take one spectrum."""
     from harness.training import load_problem
 
+    entry = job.entries[unit.model]
     problem = load_problem(
-        entry,
-        unit.stage,
-        unit.seed,
-        data_root=job.data_root,
-        checkpoint_dir=job.checkpoints,
+        entry, unit.stage, unit.seed, data_root=job.data_root, checkpoint_dir=job.checkpoints
     )
     settings = settings_of(entry, unit.partition, job.device)
-    try:
-        take_spectrum(problem, settings, job.out, command=job.command)
-    except Exception as error:
-        write_failed_blocks(problem, settings, job.out, f"{type(error).__name__}: {error}")
-        raise
+    take_spectrum(problem, settings, job.out, command=job.command)
 
 
-def settings_of(entry: ModelEntry, partition: str, device: str | None) -> Settings:
-    """Return an entry's own settings of a spectrum."""
-    return Settings(
-        partition=partition,
-        num_probes=entry.num_probes,
-        num_steps=entry.num_steps,
-        device=device,
-    )
+def _write_failed(unit: Unit, job: Job, reason: str) -> None:
+    """Write failed rows for a spectrum's missing blocks; a run's failure is its model's gap's."""
+    from harness.training import load_problem
+
+    if unit.kind != "spectrum":
+        return
+    entry = job.entries[unit.model]
+    # The stage's weights may be what failed; blocks and batch are those of the initial model.
+    problem = load_problem(entry, "init", unit.seed, data_root=job.data_root)
+    train_run = "" if unit.stage == "init" else run_name(unit.seed)
+    problem = replace(problem, stage=unit.stage, train_run=train_run)
+    write_failed_blocks(problem, settings_of(entry, unit.partition, job.device), job.out, reason)
 
 
-def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> bool:
-    """Tell whether a spectrum is complete: heterogeneity is written last, `full` is one block."""
-    rows = _rows(out, "spectra", entry.name)
-    if len(rows):
-        rows = rows[(rows["stage"] == stage) & (rows["partition"] == partition)]
-        rows = rows[rows["init_seed"] == STAGE_SEED]
-    if not len(rows):
-        return False
-    sampled = rows[(rows["method"] == "slq") & (rows["status"] == "ok")]
-    asked = (sampled["num_steps"] == entry.num_steps) | sampled["breakdown"]
-    enough = sampled.groupby("block")["probe"].count() >= entry.num_probes
-    if not (asked.all() and enough.all()):
-        return False
-    if partition == "full":
-        return True
-    metrics = _rows(out, "heterogeneity", entry.name)
-    return bool(len(metrics)) and bool((metrics["stage"] == stage).any())
-
-
-def _write_gap(entry: ModelEntry, out: Path, reasons: list[str]) -> None:
-    """Write the row of table `gaps`."""
-    assert entry.recipe is not None
-    row = gap(entry.name, _rows(out, "training", entry.name), entry.recipe)
-    if reasons:
-        row |= {"status": "failed", "reason": reasons[0]}
-    store.write(out, "gaps", [row])
-
-
-def _write_model(entry: ModelEntry, job: Job) -> None:
-    """Write the row of table `models`; a pending entry's model is built without its data."""
-    row: dict[str, Any] = {
+def _write_model(survey: Survey, out: Path) -> None:
+    """Write the row of table `models`."""
+    entry = survey.entry
+    status = "ok" if survey.reason is None else "pending" if entry.status != "ok" else "failed"
+    row = {
         "model": entry.name,
         "family": entry.family,
         "tier": entry.tier,
         "task": entry.task,
-        "num_params": 0,
-        "num_blocks": 0,
+        "num_params": survey.num_params,
+        "num_blocks": survey.num_blocks,
         "source": entry.source,
         "licence": entry.licence,
         "reference": entry.reference,
-        "status": entry.status,
-        "reason": entry.reason,
+        "status": status,
+        "reason": survey.reason,
         "protocol_version": PROTOCOL_VERSION,
     }
-    if entry.status == "ok":
-        from harness.training import load_problem
-
-        try:
-            problem = load_problem(entry, "init", STAGE_SEED, data_root=job.data_root)
-            blocks = blocks_of(problem, "weights")
-            total = sum(p.numel() for p in problem.model.parameters())
-            row |= {"num_params": total, "num_blocks": len(blocks)}
-        except UserError as error:
-            row |= {"status": "failed", "reason": str(error)}
-    store.write(job.out, "models", [row])
+    store.write(out, "models", [row])
 
 
-def _rows(out: Path, table: str, model: str) -> pd.DataFrame:
-    """Return a model's rows of a table, none where there is no file."""
-    path = store.path_of(out, table, model)
-    return store.read(path, table).to_pandas() if path.exists() else pd.DataFrame()
-
-
-class _InProcess:
-    """An executor that works at once, in this process."""
-
-    def __enter__(self) -> _InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, function: Callable[..., str | None], *args: Any) -> Future[str | None]:
-        future: Future[str | None] = Future()
-        future.set_result(function(*args))
-        return future
-
-
-def _executor(jobs: int) -> Any:
+def _pool(jobs: int) -> ProcessPoolExecutor:
     """Return a pool of spawned workers: torch's threads don't survive a fork."""
-    if jobs == 1:
-        return _InProcess()
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def num_threads(jobs: int) -> int:

@@ -75,6 +75,8 @@ def take_spectrum(
     done = _finished_rows(out, identity, blocks, settings)
     todo = [block for block in blocks if block.name not in set(done["block"])]
     count_terms = tasks.get(entry.task, **entry.task_options).num_terms
+    if not todo and on_progress is not None:
+        on_progress(0, 0)
     if todo:
         run_id = _record_run(out, identity, settings, problem.init_seed, command)
         fresh = estimate_spectra(
@@ -216,11 +218,10 @@ def _record_run(
         "device": settings.device or "cpu",
         "num_threads": torch.get_num_threads(),
         "seeds": [seed],
-        "command": command,
     }
     text = json.dumps([identity, vars(settings) | facts], sort_keys=True, default=str)
     run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
-    row = facts | {"model": identity["model"], "run_id": run_id}
+    row = facts | {"model": identity["model"], "run_id": run_id, "command": command}
     row |= {"started": datetime.now(UTC), "protocol_version": PROTOCOL_VERSION}
     store.write(out, "runs", [row])
     return run_id

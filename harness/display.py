@@ -1,0 +1,110 @@
+"""What the commands show on the terminal: tables, forecasts, bars with the remaining time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from harness.estimator import Block
+    from harness.estimator.cost import Forecast
+    from harness.plan import Survey, Unit
+
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+
+
+def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
+    """Print the named fields of entries as a table."""
+    table = Table(*fields, box=SIMPLE_HEAD, pad_edge=False)
+    for entry in entries:
+        table.add_row(*(getattr(entry, field) for field in fields))
+    Console(markup=False).print(table)
+
+
+def print_blocks(blocks: Sequence[Block], cost: Forecast) -> None:
+    """Print blocks with their kind, shape, size and the cost of one product."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("block", overflow="fold")
+    table.add_column("kind", overflow="fold")
+    for name in ("shape", "parameters", "GFLOP"):
+        table.add_column(name, justify="right")
+    for block, flops in zip(blocks, cost.block_flops, strict=True):
+        shape = " × ".join(map(str, block.shape))
+        table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", f"{flops / 1e9:.3g}")
+    Console(markup=False).print(table)  # brackets in names are slices
+
+
+def print_surveys(surveys: Sequence[Survey]) -> None:
+    """Print what entries cost."""
+    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("parameters", "units", "products", "TFLOP", "graph MiB"):
+        table.add_column(name, justify="right")
+    reasons = []
+    for survey in surveys:
+        if survey.reason is not None:
+            reasons.append(f"{survey.entry.name}: {survey.reason}")
+            continue
+        table.add_row(
+            survey.entry.name,
+            f"{survey.num_params:,}",
+            str(survey.num_units),
+            f"{survey.num_products:,}",
+            f"{(survey.spectra_flops + survey.training_flops) / 1e12:.3g}",
+            f"{survey.graph_bytes / 2**20:,.0f}",
+        )
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for reason in reasons:
+        console.print(f"left out: {reason}")
+
+
+def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
+    """Return the forecast of one spectrum in a line."""
+    return (
+        f"forecast at {num_probes} probes × {num_steps} steps: {cost.num_products:,} products, "
+        f"{cost.flops / 1e12:.3g} TFLOP, {cost.graph_bytes / 2**20:,.0f} MiB of kept graph"
+    )
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with the remaining time; yields a function of (done, total)."""
+    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        bar = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+@contextmanager
+def units_bar(total: int) -> Iterator[Callable[[str, Unit], None]]:
+    """Show a bar over units of work; without a terminal, a line per unit that starts."""
+    console = Console()
+    with Progress(
+        *_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
+        bar = progress.add_task("", total=total)
+
+        def on_event(what: str, unit: Unit) -> None:
+            if what == "start":
+                progress.update(bar, description=str(unit))
+                if not console.is_terminal:
+                    console.print(str(unit), highlight=False, markup=False)
+            else:
+                progress.advance(bar)
+                # Extensions of a grid come on top of what was counted at the start.
+                task = progress.tasks[bar]
+                progress.update(bar, total=max(task.total or 0, task.completed))
+
+        yield on_event

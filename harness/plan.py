@@ -1,0 +1,206 @@
+"""What is left to do for whole entries, read from the store, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from harness.errors import UserError
+from harness.registry import ModelEntry
+from harness.spectra import Settings, blocks_of
+from harness.training import grid
+from harness.training.gap import SEEDS
+from harness.training.stages import checkpoint_path
+from spectra_db import store
+
+# The run whose stages are kept; it also seeds their initialisation and their probes.
+STAGE_SEED = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work that is done as a whole or again: a training run, or a spectrum.
+
+    Attributes:
+        model: Name of the entry.
+        kind: train or spectrum.
+        optimizer, lr, seed: Of a training run.
+        stage, partition: Of a spectrum.
+        ready: Whether it could start now; a run at the best rate has no rate before.
+    """
+
+    model: str
+    kind: str
+    optimizer: str = ""
+    lr: float = 0.0
+    seed: int = STAGE_SEED
+    stage: str = ""
+    partition: str = ""
+    ready: bool = True
+
+    def __str__(self) -> str:
+        if self.kind == "train":
+            return f"{self.model}: {self.optimizer} at {self.lr:g}, seed {self.seed}"
+        return f"{self.model}: {self.partition} spectrum at {self.stage}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What an entry takes when nothing is done yet.
+
+    Attributes:
+        entry: The entry.
+        reason: Why it can't be worked on; the numbers are zero then.
+        num_params: Parameters of the model.
+        num_blocks: Blocks of partition `weights`.
+        num_units: Training runs and spectra, if no grid is extended.
+        num_products: Hessian-vector products of all spectra.
+        spectra_flops: Floating-point operations of all spectra.
+        training_flops: Floating-point operations of all training runs.
+        graph_bytes: Memory of the kept graph of the Hessian's batch, in bytes.
+    """
+
+    entry: ModelEntry
+    reason: str | None = None
+    num_params: int = 0
+    num_blocks: int = 0
+    num_units: int = 0
+    num_products: int = 0
+    spectra_flops: float = 0.0
+    training_flops: float = 0.0
+    graph_bytes: int = 0
+
+
+def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
+    """Count what an entry costs, from one product per block on one sample.
+
+    A pending entry, or one whose data or model can't be had, comes back with the reason.
+    """
+    from harness.estimator.cost import forecast
+    from harness.training import load_problem
+
+    if entry.status != "ok":
+        return Survey(entry, reason=entry.reason)
+    try:
+        problem = load_problem(entry, "init", STAGE_SEED, data_root=data_root)
+    except UserError as error:
+        return Survey(entry, reason=str(error))
+    costs = {
+        partition: forecast(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            blocks_of(problem, partition),
+            num_probes=entry.num_probes,
+            num_steps=entry.num_steps,
+        )
+        for partition in (("weights", "full") if entry.full_stages else ("weights",))
+    }
+    counts = {"weights": len(entry.stages), "full": len(entry.full_stages)}
+    runs = 0 if entry.recipe is None else 2 * (entry.recipe.num_lrs + len(SEEDS))
+    training = 0.0
+    if entry.recipe is not None:
+        samples = runs * entry.recipe.num_steps * entry.recipe.batch_size
+        training = costs["weights"].pass_flops / problem.batch_size * samples
+    return Survey(
+        entry,
+        num_params=sum(p.numel() for p in problem.model.parameters()),
+        num_blocks=len(blocks_of(problem, "weights")),
+        num_units=runs + sum(counts.values()),
+        num_products=sum(cost.num_products * counts[p] for p, cost in costs.items()),
+        spectra_flops=sum(cost.flops * counts[p] for p, cost in costs.items()),
+        training_flops=training,
+        graph_bytes=max(cost.graph_bytes for cost in costs.values()),
+    )
+
+
+def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
+    """Yield the units of an entry that the store does not hold, those that wait marked so."""
+    rows = rows_of(out, "training", entry.name)
+    if entry.recipe is not None:
+        for optimizer in ("sgd", "adamw"):
+            yield from _missing_runs(entry, optimizer, rows, out)
+    for stage in entry.stages:
+        ready = stage == "init" or _stage_path(entry, out, stage).exists()
+        # A run that ended in nan left no final weights: its spectrum fails, with the reason.
+        ready = ready or _diverged(rows)
+        for partition in ("weights", "full") if stage in entry.full_stages else ("weights",):
+            if not _has_spectrum(entry, out, stage, partition):
+                yield Unit(entry.name, "spectrum", stage=stage, partition=partition, ready=ready)
+
+
+def _missing_runs(
+    entry: ModelEntry, optimizer: str, rows: pd.DataFrame, out: Path
+) -> Iterator[Unit]:
+    """Yield the runs of the grid, and those of the seeds at its best rate."""
+    assert entry.recipe is not None
+    rates = grid.pending(entry.recipe, optimizer, rows)
+    for lr in rates:
+        yield Unit(entry.name, "train", optimizer, lr, grid.GRID_SEED)
+    best = None if rates else grid.best(rows, optimizer)
+    for seed in SEEDS:
+        done = best is not None and best in grid.final_losses(rows, optimizer, seed).index
+        if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(rows):
+            # Checkpoints are no part of the tables: make them again where a spectrum needs them.
+            done = all(
+                _stage_path(entry, out, stage).exists()
+                or _has_spectrum(entry, out, stage, partition)
+                for stage in entry.stages
+                for partition in ("weights", "full")
+                if stage != "init" and (partition == "weights" or stage in entry.full_stages)
+            )
+        if not done:
+            yield Unit(entry.name, "train", optimizer, best or 0.0, seed, ready=best is not None)
+
+
+def _diverged(rows: pd.DataFrame) -> bool:
+    """Tell whether the run whose stages are kept diverged."""
+    if not len(rows):
+        return False
+    best = grid.best(rows, "adamw")
+    run = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED)]
+    return bool(run.loc[run["lr"] == best, "diverged"].any())
+
+
+def _stage_path(entry: ModelEntry, out: Path, stage: str) -> Path:
+    return checkpoint_path(out / "checkpoints", entry.name, STAGE_SEED, stage)
+
+
+def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> bool:
+    """Tell whether a spectrum is complete: heterogeneity is written last, `full` is one block."""
+    rows = rows_of(out, "spectra", entry.name)
+    wanted = {"stage": stage, "partition": partition, "init_seed": STAGE_SEED}
+    standard = settings_of(entry, partition, None)
+    wanted |= {c: getattr(standard, c) for c in ("dtype", "norm_mode", "probe_distribution")}
+    for column, value in wanted.items() if len(rows) else ():
+        rows = rows[rows[column] == value]
+    if not len(rows) or not rows["status"].isin(["ok", "zero"]).all():
+        return False
+    sampled = rows[(rows["method"] == "slq") & (rows["status"] == "ok")]
+    asked = (sampled["num_steps"] == entry.num_steps) | sampled["breakdown"]
+    enough = sampled.groupby("block")["probe"].count() >= entry.num_probes
+    if not (asked.all() and enough.all()):
+        return False
+    if partition == "full":
+        return True
+    metrics = rows_of(out, "heterogeneity", entry.name)
+    return bool(len(metrics)) and bool((metrics["stage"] == stage).any())
+
+
+def settings_of(entry: ModelEntry, partition: str, device: str | None) -> Settings:
+    """Return an entry's own settings of a spectrum."""
+    return Settings(
+        partition=partition,
+        num_probes=entry.num_probes,
+        num_steps=entry.num_steps,
+        device=device,
+    )
+
+
+def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
+    """Return a model's rows of a table, none where there is no file."""
+    path = store.path_of(out, table, model)
+    return store.read(path, table).to_pandas() if path.exists() else pd.DataFrame()

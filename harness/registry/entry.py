@@ -64,6 +64,8 @@ class Recipe:
             low, high = getattr(self, name)
             if not 0 < low < high:
                 raise UserError(f"recipe: {name} is {(low, high)}; it must be 0 < lowest < highest")
+        if self.num_lrs < 2:
+            raise UserError(f"recipe: num_lrs is {self.num_lrs}; it must be at least 2")
         if self.schedule not in ("cosine", "constant"):
             raise UserError(f"recipe: schedule is {self.schedule!r}; choose cosine or constant")
 
@@ -87,7 +89,7 @@ class ModelEntry:
         full_stages: Stages at which the full spectrum is taken too.
         num_probes, num_steps: Of the stochastic Lanczos quadrature.
         paper_blocks: Shell patterns over block names that partition `paper` keeps.
-        pretrained: Entry whose final AdamW checkpoint of the same seed initialises this one.
+        pretrained: Entry whose final AdamW checkpoint, of seed 1, initialises this one.
         source: Where the architecture's code comes from.
         reference: Paper or page that defines the architecture.
         licence: Licence of the architecture's code.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from harness.registry.entry import ModelEntry, Recipe
 from harness.registry.recipes import BOOKS, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
@@ -11,8 +12,11 @@ _GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learner
 _LLAMA = "Touvron et al. 2023, arXiv 2302.13971"
 _GPT = "harness.registry.networks.transformer:GPT"
 _LIBRARY = "harness.registry.networks.libraries:llama"
-_NANO = {"num_layers": 4, "num_heads": 4, "width": 96}
-_LONG = {"hessian_batch_size": 16, "recipe": replace(LANGUAGE, batch_size=8, eval_size=512)}
+_NANO: dict[str, Any] = {"num_layers": 3, "num_heads": 4, "width": 96}
+_LONG: dict[str, Any] = {
+    "hessian_batch_size": 16,
+    "recipe": replace(LANGUAGE, batch_size=8, eval_size=512),
+}
 
 ENTRIES = (
     ModelEntry(
@@ -79,11 +83,11 @@ ENTRIES = (
         factory=_GPT,
         options={"num_layers": 2, "num_heads": 4, "width": 64, "bias": True},
         task="wikitext",
-        task_options={"context": 64, "tokenizer": "word", "vocab_size": 4096},
+        task_options={"context": 64, "tokenizer": "word", "vocab_size": 2048},
         hessian_batch_size=32,
         recipe=LANGUAGE,
         reference=_GPT2,
-        description="Two layers of width 64 with biases, tied, on 4,096 words",
+        description="Two layers of width 64 with biases, tied, on 2,048 words",
         **OWN,
         **SMALL,
     ),
@@ -93,7 +97,7 @@ ENTRIES = (
         factory=_GPT,
         options=_NANO,
         reference=_GPT2,
-        description="Four layers of width 96, tied; the pretraining of gpt-nano-sft",
+        description="Three layers of width 96, tied; the pretraining of gpt-nano-sft",
         **OWN,
         **SMALL,
         **BOOKS | _LONG | {"task_options": {"context": 128}},

@@ -20,7 +20,7 @@ ENTRIES = (
         description="Four layers of width 64 on 4×4 patches, with a head that is not zero",
         **TIMM,
         **SMALL,
-        **CIFAR10,
+        **CIFAR10 | {"hessian_batch_size": 64},
     ),
     ModelEntry(
         name="mixer-mnist",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from harness.registry.entry import ModelEntry
 from harness.registry.recipes import BOOKS, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
@@ -12,7 +13,7 @@ _MAMBA = "Gu & Dao 2023, arXiv 2312.00752"
 _NETWORK = "harness.registry.networks.recurrent:LSTM"
 _LIBRARY = "harness.registry.networks.libraries:mamba"
 # The reference path of Mamba goes through the sequence step by step: short sequences.
-_SHORT = {
+_SHORT: dict[str, Any] = {
     "task_options": {"context": 32},
     "hessian_batch_size": 64,
     "recipe": replace(LANGUAGE, num_steps=300, eval_size=2048),

@@ -64,6 +64,7 @@ def train(
     lr: float,
     seed: int,
     checkpoint_dir: Path | str | None = None,
+    pretrained_dir: Path | str | None = None,
     device: str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainingRun:
@@ -77,6 +78,8 @@ def train(
         seed: of the initialisation, the order of the data and dropout.
         checkpoint_dir: save the entry's stages below it if the optimizer is AdamW; pass it on the
             one run whose stages are used (seed 1, best rate).
+        pretrained_dir: where the stages of the entry lie that a pretrained one starts from;
+            `checkpoint_dir` unless given.
         device: where to compute.
         on_step: called with (steps done, num_steps) after each step.
 
@@ -84,7 +87,7 @@ def train(
         The run; one that diverges stops early, is flagged and counts as its initial loss.
 
     Raises:
-        UserError: the entry has no recipe, or no such optimizer.
+        UserError: the entry has no recipe, its pretraining is not done, or no such optimizer.
         ValueError: the loss is not finite before the first step.
     """
     if entry.recipe is None:
@@ -96,7 +99,8 @@ def train(
     task = tasks.get(entry.task, **entry.task_options)
     subset = _to(task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train"))), device)
     chunk = EVALUATION_FACTOR * recipe.batch_size
-    model = entry.build(data.model_options, seed).to(device)
+    start = pretrained_dir or checkpoint_dir
+    model = stages.initial_model(entry, data.model_options, seed, start).to(device)
     init_loss, init_score = evaluate(task, model, subset, chunk)
     if not math.isfinite(init_loss):
         raise ValueError(f"model {entry.name!r} has a loss of {init_loss} before the first step")

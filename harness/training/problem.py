@@ -65,11 +65,11 @@ def load_problem(
         stage: one of the entry's stages; later ones than "init" need a checkpoint.
         seed: of the initialisation and of the AdamW run whose stages are used.
         data_root: see `harness.tasks`.
-        checkpoint_dir: where `train` saved the stages.
+        checkpoint_dir: where `train` saved the stages; also those of the pretraining.
 
     Raises:
-        UserError: the entry has no such stage, the stage is not trained yet (the message names the
-            command), its checkpoint is corrupted, or the data are missing.
+        UserError: the entry has no such stage, the stage or the pretraining is not trained yet
+            (the message names the command), its checkpoint is corrupted, or the data are missing.
     """
     if stage not in entry.stages:
         raise UserError(
@@ -86,8 +86,11 @@ def load_problem(
             )
     task = tasks.get(entry.task, **entry.task_options)
     data = task.load(data_root)
-    model = entry.build(data.model_options, seed)
-    step = 0 if path is None else int(stages.load(model, path, entry=entry)["step"])
+    if path is None:
+        model, step = stages.initial_model(entry, data.model_options, seed, checkpoint_dir), 0
+    else:
+        model = entry.build(data.model_options, seed)
+        step = int(stages.load(model, path, entry=entry)["step"])
     batch = task.fixed(data, "train", entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
     batches = tasks.split(batch, microbatch_size)

@@ -26,6 +26,7 @@ from harness.registry.entry import ModelEntry
 
 # Fractions of the budget of steps at which each stage is taken.
 FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
+PRETRAINING_SEED = 1  # the run whose stages are kept
 _FACTS = "harness"  # the key of our facts in the safetensors metadata
 
 
@@ -54,10 +55,46 @@ def checkpoint_path(checkpoint_dir: Path | str, model: str, seed: int, stage: st
     return Path(checkpoint_dir) / model / run_name(seed) / f"{stage}.safetensors"
 
 
+def initial_model(
+    entry: ModelEntry,
+    model_options: Mapping[str, Any],
+    seed: int,
+    checkpoint_dir: Path | str | None = None,
+) -> nn.Module:
+    """Build the model of an entry as it is before the first step.
+
+    A pretrained one starts from the final AdamW checkpoint of seed 1 of the entry that it names,
+    whatever the seed: the weights are given, as published ones are, and the seed decides the order
+    of the data alone.
+
+    Args:
+        entry: what to build.
+        model_options: what the data say of the model.
+        seed: of the initialisation.
+        checkpoint_dir: where the pretraining saved its stages.
+
+    Raises:
+        UserError: the pretraining is not done (the message names the command), or its checkpoint
+            cannot be read.
+    """
+    model = entry.build(model_options, seed)
+    if entry.pretrained is not None:
+        path = checkpoint_path(checkpoint_dir or "", entry.pretrained, PRETRAINING_SEED, "final")
+        if checkpoint_dir is None or not path.is_file():
+            where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
+            raise UserError(
+                f"{entry.name!r} starts from {entry.pretrained!r}, which is not trained yet "
+                f"({where}); run: harness run {entry.pretrained}"
+            )
+        load(model, path)
+    return model
+
+
 def entry_hash(entry: ModelEntry) -> str:
     """Hash what decides the weights: the network, the task and the recipe (16 hex digits)."""
     recipe = None if entry.recipe is None else asdict(entry.recipe)
     facts = [entry.name, entry.factory, dict(entry.options), entry.task]
+    facts += [] if entry.pretrained is None else [entry.pretrained]
     text = json.dumps([*facts, dict(entry.task_options), recipe], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -16,7 +16,9 @@ def mixer(
     zero at initialisation. Here it starts at the truncated N(0, 0.02²) of timm's own ViT.
 
     Args:
-        in_channels, image_size, num_classes: Of the data.
+        in_channels: Channels of the images.
+        image_size: Their side.
+        num_classes: Number of classes.
         patch_size: Side of a patch.
         options: num_blocks, embed_dim, mlp_ratio and the like of `timm`'s `MlpMixer`.
     """
@@ -29,7 +31,7 @@ def mixer(
         patch_size=patch_size,
         **options,
     )
-    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    nn.init.trunc_normal_(model.get_parameter("head.weight"), std=0.02)
     return model
 
 

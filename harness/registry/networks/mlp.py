@@ -16,7 +16,9 @@ class MLP(nn.Module):
     (the sweep of Zhang et al. 2024, arXiv 2402.16788).
 
     Args:
-        in_channels, image_size, num_classes: Of the data; images are flattened.
+        in_channels: Channels of the images, which are flattened.
+        image_size: Their side.
+        num_classes: Number of classes.
         widths: Widths of the hidden layers.
         scale: Factor of each layer's output.
     """
@@ -32,8 +34,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (in_channels * image_size**2, *widths, num_classes)
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes[:-1]))
-        self.head = nn.Linear(*sizes[-2:])
+        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(sizes[:-1]))
+        self.head = nn.Linear(sizes[-2], num_classes)
         self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)

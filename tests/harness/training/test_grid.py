@@ -91,9 +91,7 @@ def test_where_all_diverge_the_grid_descends(recipe: Recipe) -> None:
     assert grid.best(rows_of(done), "sgd") == min(done) == 1e-4
 
 
-def test_a_range_upside_down_is_an_error(recipe: Recipe) -> None:
-    with pytest.raises(ValueError, match="give 0 < low < high"):
-        grid.learning_rates(dataclasses.replace(recipe, sgd_lrs=(1.0, 0.1)), "sgd")
+def test_another_optimizer_is_an_error(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="choose sgd or adamw"):
         grid.learning_rates(recipe, "adam")
 

@@ -219,6 +219,6 @@ def test_a_language_run_has_no_accuracy(make_entry: MakeEntry) -> None:
 
 def test_mistakes_are_named(make_entry: MakeEntry, digits: Data) -> None:
     with pytest.raises(UserError, match="no training recipe"):
-        train(make_entry(recipe=None), digits, optimizer="sgd", lr=1.0, seed=0)
+        train(make_entry(recipe=None, stages=("init",)), digits, optimizer="sgd", lr=1.0, seed=0)
     with pytest.raises(UserError, match="unknown optimizer 'adam'; choose one of sgd, adamw"):
         train(make_entry(), digits, optimizer="adam", lr=1.0, seed=0)

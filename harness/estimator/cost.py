@@ -70,7 +70,8 @@ def forecast(
             with FlopCounterMode(display=False) as counter:
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size)
-    counts = [num_products(block, num_probes, num_steps) for block in blocks]
+    sampled = num_probes * num_steps
+    counts = [b.num_params if b.num_params <= EXACT_SIZE else sampled for b in blocks]
     flops = sum(n * f for n, f in zip(counts, block_flops, strict=True))
     return Forecast(
         num_products=sum(counts),
@@ -79,8 +80,3 @@ def forecast(
         graph_bytes=hessian.graph_bytes * size,
         block_flops=tuple(block_flops),
     )
-
-
-def num_products(block: Block, num_probes: int, num_steps: int) -> int:
-    """Return how many products a block takes: n if it is diagonalised, else probes x steps."""
-    return block.num_params if block.num_params <= EXACT_SIZE else num_probes * num_steps

@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.estimator import lanczos
 from harness.estimator.blocks import Block, find_blocks
 from harness.estimator.checks import Batch, LossFn, batch_hash, fixed_arithmetic
-from harness.estimator.cost import EXACT_SIZE, num_products
+from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.device import choose_device, device_memory, device_name, peak_bytes
 from harness.estimator.hessian import BlockHessian, NumTerms
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
@@ -45,6 +45,7 @@ def estimate_spectra(
     norm_mode: str = "eval",
     matmul_precision: str = "highest",
     memory_budget: int | None = None,
+    exact_size: int = EXACT_SIZE,
     identity: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_block: Callable[[list[Row]], None] | None = None,
@@ -75,6 +76,7 @@ def estimate_spectra(
         matmul_precision: highest: float32; high: TF32; medium: bfloat16, where the device can.
         memory_budget: Bytes for graphs and vectors; None: half of the device's memory. A
             microbatch whose graph exceeds it is halved.
+        exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
         identity: Values of further columns of the rows: model, stage, init_seed, ...
         on_progress: Called with (products done, products in all).
         on_block: Called with the rows of each block as soon as it is finished.
@@ -139,7 +141,9 @@ def estimate_spectra(
             "reason": None,
             **(identity or {}),
         }
-        plan = _Plan(hessian, num_probes, num_steps, seed, probe_distribution, reorthogonalize)
+        plan = _Plan(
+            hessian, num_probes, num_steps, seed, probe_distribution, reorthogonalize, exact_size
+        )
         rows: list[Row] = []
         for block_rows in _run(plan, shared, budget, on_progress or (lambda done, total: None)):
             rows += block_rows
@@ -160,6 +164,11 @@ class _Plan:
     seed: int
     probe_distribution: str
     reorthogonalize: bool
+    exact_size: int
+
+    def is_exact(self, block: Block) -> bool:
+        """Tell whether a block is diagonalised."""
+        return block.num_params <= self.exact_size
 
 
 def _run(
@@ -167,11 +176,12 @@ def _run(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
     blocks = plan.hessian.blocks
-    total = sum(num_products(b, plan.num_probes, plan.num_steps) for b in blocks)
+    sampled = plan.num_probes * plan.num_steps
+    total = sum(b.num_params if plan.is_exact(b) else sampled for b in blocks)
     done = 0
     finished: dict[int, list[Row]] = {}
     for index, block in enumerate(blocks):
-        if block.num_params <= EXACT_SIZE:
+        if plan.is_exact(block):
             yield [_exact_row(plan, shared, index)]
             done += block.num_params
             on_progress(done, total)
@@ -214,7 +224,7 @@ def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
     group: list[tuple[int, int]] = []
     used = 0
     for index, block in enumerate(hessian.blocks):
-        if block.num_params <= EXACT_SIZE:
+        if plan.is_exact(block):
             continue
         for probe in range(plan.num_probes):
             size = vectors * block.num_params * hessian.dtype.itemsize

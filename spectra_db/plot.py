@@ -39,16 +39,20 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
     densities = density(rows, scale=scale, sigma=sigma)
     columns = min(4, len(blocks))
     shape = (ceil(len(blocks) / columns), columns)
-    figure = Figure(figsize=(3.1 * columns, 1.9 * shape[0] + 0.6), layout="constrained")
+    # A single panel is drawn larger; it stands alone.
+    size = (5.2, 3.4) if len(blocks) == 1 else (2.6 * columns, 1.9 * shape[0] + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, (name, block) in zip(axes, blocks.iterrows(), strict=False):
-        ax.set_title(_short(str(name)), fontsize=8)
+        ax.set_title(_title(str(name), str(block["block_kind"])), fontsize=8)
         if block["status"] == "zero":
             ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center", fontsize=8)
         else:
             _draw_density(ax, densities[name], _colour(str(block["block_kind"])))
     top = 1.5 * float(densities.to_numpy().max())
-    axes[0].set(yscale="log", ylim=(_FLOOR, top), xscale="symlog")
+    axes[0].set(yscale="log", ylim=(_FLOOR, top))
+    axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
+    axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
     for ax in axes[len(blocks) :]:
         ax.set_axis_off()
     unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {_SCALE_NAMES[scale]}"
@@ -115,7 +119,10 @@ def training_curves(rows: pd.DataFrame) -> Figure:
 def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
     """Fill the area under a density, broken where the lattice has gaps."""
     x, y = values.index.to_numpy(), np.maximum(values.to_numpy(), _FLOOR)
-    gaps = np.flatnonzero(np.diff(x) > 1.5 * np.diff(x).min()) + 1
+    spacing = np.diff(x).min()
+    drawn = np.convolve(y > _FLOOR, [True, True, True], mode="same") > 0
+    x, y = x[drawn], y[drawn]
+    gaps = np.flatnonzero(np.diff(x) > 1.5 * spacing) + 1
     for left, right in zip(np.split(x, gaps), np.split(y, gaps), strict=True):
         ax.fill_between(left, _FLOOR, right, color=colour, alpha=0.35, linewidth=0)
         ax.plot(left, right, color=colour, linewidth=0.9)
@@ -124,6 +131,14 @@ def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
 
 def _colour(kind: str) -> str:
     return _COLOURS[_KINDS.index(kind)] if kind in _KINDS else _COLOURS[-1]
+
+
+def _title(name: str, kind: str) -> str:
+    """Name a panel; a bare index or an unnamed block says little without its kind."""
+    if name == "__full__":
+        return "all parameters"
+    short = _short(name)
+    return f"{short} ({kind})" if len(short) <= 4 else short
 
 
 def _short(name: str, length: int = 30) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import spectra_db
 from harness.errors import UserError
 from spectra_db import plot
 from spectra_db.heterogeneity import Estimate
+from spectra_db.load import NotFound
 from spectra_db.schema import STAGES, TABLES
+
+# Of every interval on the page.
+LEVEL = 0.95
 
 
 def build(source: Path | str | None, out: Path) -> Path:
@@ -52,7 +57,7 @@ def build(source: Path | str | None, out: Path) -> Path:
 def _section(model: dict[str, Any], source: Path | str | None, out: Path) -> dict[str, Any]:
     """Gather what the page says of one model, and draw its figures."""
     name = model["model"]
-    rows = _load("spectra", source, model=name)
+    rows = _in_order(_load("spectra", source, model=name))
     stages = []
     for stage in STAGES:
         at_stage = rows[(rows["stage"] == stage) & (rows["partition"] == "weights")]
@@ -67,6 +72,7 @@ def _section(model: dict[str, Any], source: Path | str | None, out: Path) -> dic
     return {
         **model,
         "stages": stages,
+        "js0": next((s["js0"] for s in stages if s["stage"] == "init"), None),
         "curves": curves,
         "gap": _gap(gaps.iloc[0]) if len(gaps) else None,
         "runs": runs.to_dict("records"),
@@ -94,20 +100,33 @@ def _stage(
     return facts
 
 
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Sort blocks as a network is read: embeddings, layers by their numbers, the head."""
+    ends = {"embedding": 0, "position": 0, "head": 2}
+
+    def place(row: Any) -> tuple[int, list[tuple[int, str]], int]:
+        words = re.findall(r"\d+|\D+", row.block)
+        numbered = [(int(word), "") if word.isdigit() else (-1, word) for word in words]
+        return ends.get(row.block_kind, 1), numbered, row.probe
+
+    places = [place(row) for row in rows.itertuples()]
+    return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]
+
+
 def _interval(estimate: Estimate) -> str:
-    """Write an estimate with its 90 % interval."""
+    """Write an estimate with its interval."""
     if estimate.corrected != estimate.corrected:
         return f"{estimate.value:.3f} (plug-in)"
-    low, high = estimate.interval(0.9)
+    low, high = estimate.interval(LEVEL)
     return f"{estimate.corrected:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _gap(row: pd.Series) -> dict[str, Any]:
-    """Write a gap with its 95 % interval, or why there is none."""
+    """Write a gap with its interval, or why there is none."""
     if row["status"] != "ok":
-        return {"text": f"{row['status']}: {row['reason']}", "adam_needed": None}
+        return {"ok": False, "text": f"{row['status']}: {row['reason']}"}
     text = f"{row['gap']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-    return {"text": text, "adam_needed": bool(row["adam_needed"])}
+    return {"ok": True, "text": text, "adam_needed": bool(row["adam_needed"])}
 
 
 def _save(out: Path, name: str, draw: Callable[[], Any]) -> str:
@@ -123,7 +142,7 @@ def _load(
     """Load rows; none where the table or the model is not there and need not be."""
     try:
         return spectra_db.load(table, source=source, **filters)
-    except ValueError as error:
-        if required or type(error).__name__ != "NotFound":
+    except NotFound:
+        if required:
             raise
         return pd.DataFrame(columns=TABLES[table].names)

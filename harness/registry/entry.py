@@ -149,6 +149,16 @@ class ModelEntry:
         for attribute in ("options", "task_options"):  # frozen means frozen
             object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
 
+    @property
+    def trains(self) -> bool:
+        """Tell whether `harness run` trains it: it has a recipe and stages after init."""
+        return self.recipe is not None and self.stages != ("init",)
+
+    @property
+    def partition(self) -> str:
+        """Name the partition whose spectra are taken: the paper's blocks in tier paper."""
+        return "paper" if self.tier == "paper" else "weights"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by value; a mapping proxy can't be pickled."""
         values = [getattr(self, name) for name in self.__dataclass_fields__]

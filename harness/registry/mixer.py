@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from harness.registry.entry import ModelEntry
-from harness.registry.recipes import CIFAR10, IMAGES, MNIST, SMALL, TIMM
+from harness.registry.recipes import CIFAR10, MNIST, SMALL, TIMM
 
 _MIXER = "Tolstikhin et al. 2021, arXiv 2105.01601"
 _FACTORY = "harness.registry.networks.libraries:mixer"
@@ -26,11 +24,11 @@ ENTRIES = (
         name="mixer-mnist",
         family="mixer",
         factory=_FACTORY,
-        options={"patch_size": 7, "num_blocks": 8, "embed_dim": 48, "mlp_ratio": (1.0, 2.0)},
+        options={"patch_size": 4, "num_blocks": 6, "embed_dim": 48, "mlp_ratio": (0.5, 2.0)},
         reference=_MIXER,
-        description="Eight layers of width 48 on 7×7 patches, with a head that is not zero",
+        description="Six layers of width 48 on 4×4 patches, with a head that is not zero",
         **TIMM,
         **SMALL,
-        **MNIST | {"recipe": replace(IMAGES, batch_size=128)},
+        **MNIST | {"hessian_batch_size": 64},
     ),
 )

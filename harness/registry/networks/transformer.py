@@ -10,7 +10,9 @@ from torch.nn import functional as F  # noqa: N812
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) with query, key and value apart."""
 
-    def __init__(self, width: int, num_heads: int, *, causal: bool, bias: bool) -> None:
+    def __init__(
+        self, width: int, num_heads: int, *, causal: bool, bias: bool, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
@@ -20,13 +22,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=bias)
         self.num_heads = num_heads
         self.causal = causal
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         q, k, v = (
             f(x).unflatten(-1, heads).transpose(1, 2) for f in (self.query, self.key, self.value)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, C / H)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal
+        )  # (B, H, T, C / H)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -37,25 +42,33 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, causal: bool, bias: bool = True, pre_norm: bool = True
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        causal: bool,
+        bias: bool = True,
+        pre_norm: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, bias=bias)
-        self.attn = Attention(width, num_heads, causal=causal, bias=bias)
+        self.attn = Attention(width, num_heads, causal=causal, bias=bias, dropout=dropout)
         self.norm2 = nn.LayerNorm(width, bias=bias)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width, bias=bias),
             nn.GELU(),
             nn.Linear(4 * width, width, bias=bias),
         )
+        self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre_norm:
-            x = x + self.attn(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        x = self.norm1(x + self.attn(x))
-        return self.norm2(x + self.mlp(x))
+            x = x + self.dropout(self.attn(self.norm1(x)))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attn(x)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 class GPT(nn.Module):
@@ -71,6 +84,7 @@ class GPT(nn.Module):
         width: Width of the residual stream.
         tied: Share the weight of embedding and head.
         bias: Biases in linear layers and norms.
+        dropout: Probability of dropout after the embeddings, in attention and after each branch.
     """
 
     def __init__(
@@ -83,13 +97,16 @@ class GPT(nn.Module):
         width: int,
         tied: bool = True,
         bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.wte = nn.Embedding(vocab_size, width)
         self.wpe = nn.Embedding(context, width)
         self.h = nn.ModuleList(
-            Layer(width, num_heads, causal=True, bias=bias) for _ in range(num_layers)
+            Layer(width, num_heads, causal=True, bias=bias, dropout=dropout)
+            for _ in range(num_layers)
         )
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         if tied:
@@ -103,6 +120,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.dropout(x)
         for layer in self.h:
             x = layer(x)
         return self.lm_head(self.norm(x))

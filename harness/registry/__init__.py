@@ -20,7 +20,7 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
 
     Args:
         tier: demo, small or paper; None for all.
-        registry_dir: Folder of further entry files (Python, each defining ENTRIES); they are
+        registry_dir: Folder of further entry files (Python, defining ENTRIES); they are
             executed, so name only a folder you trust.
 
     Raises:
@@ -54,7 +54,7 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
 
 
 def _outside(folder: Path) -> list[ModelEntry]:
-    """Execute the entry files of a folder and gather their entries."""
+    """Execute the Python files of a folder and gather the entries of those that define any."""
     if not folder.is_dir():
         raise UserError(f"--registry {folder} is not a folder")
     found: list[ModelEntry] = []
@@ -65,7 +65,7 @@ def _outside(folder: Path) -> list[ModelEntry]:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-            found += module.ENTRIES
+            found += getattr(module, "ENTRIES", ())
         except UserError:
             raise
         except Exception as error:

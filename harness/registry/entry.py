@@ -136,10 +136,12 @@ class ModelEntry:
         for attribute in ("stages", "full_stages"):
             if not set(getattr(self, attribute)) <= set(STAGES):
                 refuse(attribute, f"choose from {', '.join(STAGES)}")
+        if not set(self.full_stages) <= set(self.stages):
+            refuse("full_stages", "they must be among the stages")
         if self.recipe is None and self.stages != ("init",):
             refuse("stages", "without a recipe there is only init")
-        for attribute in ("hessian_batch_size", "num_probes", "num_steps"):
-            if getattr(self, attribute) < 1:
+        for attribute in ("hessian_batch_size", "microbatch_size", "num_probes", "num_steps"):
+            if (value := getattr(self, attribute)) is not None and value < 1:
                 refuse(attribute, "it must be at least 1")
         for attribute in ("source", "reference", "licence", "description"):
             if not getattr(self, attribute).strip():

@@ -8,8 +8,8 @@ budgets with two departures: our schedule (cosine) for all, and for language no 
 Partition `paper` keeps the layers that the paper names. The authors' code
 (github.com/zyushun/hessian-spectrum) lists the weights of these layers without biases, and for the
 ViT names `blocks.6`, the seventh layer, where the paper's text says the sixth: we take the text.
-Where the paper has all layers, VGG-16's and BERT's biases are left out too: at most 1,000 parameters
-each, they would be exact, 5,000 and 8,000 products that cost more than all the weights do.
+Where the paper has all layers, VGG-16's and BERT's biases are left out too: most have at most 1,000
+parameters and would be exact, at 5,000 and 8,000 products more than all the weights take.
 """
 
 from __future__ import annotations

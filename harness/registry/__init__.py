@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def _outside(folder: Path) -> list[ModelEntry]:
     """Execute the Python files of a folder and gather the entries of those that define any."""
     if not folder.is_dir():
         raise UserError(f"--registry {folder} is not a folder")
+    if (here := str(folder.resolve())) not in sys.path:
+        sys.path.append(here)  # for networks in files beside the entries
     found: list[ModelEntry] = []
     for path in sorted(folder.glob("*.py")):
         spec = importlib.util.spec_from_file_location(f"harness_registry_{path.stem}", path)

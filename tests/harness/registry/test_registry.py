@@ -106,6 +106,17 @@ def test_entries_outside_the_tree_are_found(tmp_path: Path) -> None:
         registry.get("my-model")
 
 
+def test_a_network_beside_an_outside_entry_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "network_beside.py").write_text("from torch.nn import Flatten as Network\n")
+    text = ENTRY_FILE.format(name="my-model").replace("torch.nn:Linear", "network_beside:Network")
+    (tmp_path / "mine.py").write_text(text)
+    model = registry.get("my-model", registry_dir=tmp_path).build({}, 0)
+    assert type(model).__name__ == "Flatten"
+
+
 def test_a_name_taken_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ENTRY_FILE.format(name="cnn-digits"))
     with pytest.raises(UserError, match="two entries are named 'cnn-digits'; rename one"):

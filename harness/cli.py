@@ -294,6 +294,7 @@ def train(
             lr=lr,
             seed=seed,
             checkpoint_dir=out / "checkpoints" if optimizer == "adamw" else None,
+            pretrained_dir=out / "checkpoints",
             device=_device(device),
             on_step=on_progress,
         )
@@ -336,6 +337,8 @@ def run(
         chosen = catalogue.entries(tier, registry_dir=registry)
     else:
         chosen = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
+        starts = {e.pretrained for e in chosen if e.pretrained} - set(models)
+        chosen += [catalogue.get(name, registry_dir=registry) for name in sorted(starts)]
     device = _device(device)
     surveys = [survey(entry, data_root) for entry in chosen]
     reasons = [s.reason for s in surveys if s.reason is not None]

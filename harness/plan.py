@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -85,7 +85,9 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
     if entry.status != "ok":
         return Survey(entry, reason=entry.reason)
     try:
-        problem = load_problem(entry, "init", STAGE_SEED, data_root=data_root)
+        # The pretraining's weights change no cost, and may not be there yet.
+        fresh = replace(entry, pretrained=None)
+        problem = load_problem(fresh, "init", STAGE_SEED, data_root=data_root)
     except UserError as error:
         return Survey(entry, reason=str(error))
     costs = {
@@ -118,7 +120,16 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
 
 
 def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
-    """Yield the units of an entry that the store does not hold, those that wait marked so."""
+    """Yield the units of an entry that the store does not hold, those that wait marked so.
+
+    A pretrained entry waits for the final weights of the entry that it starts from.
+    """
+    if entry.pretrained is not None:
+        start = checkpoint_path(out / "checkpoints", entry.pretrained, STAGE_SEED, "final")
+        if not start.exists():
+            units = missing(replace(entry, pretrained=None), out)
+            yield from (replace(unit, ready=False) for unit in units)
+            return
     rows = rows_of(out, "training", entry.name)
     if entry.recipe is not None:
         for optimizer in ("sgd", "adamw"):

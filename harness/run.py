@@ -68,7 +68,12 @@ def run_entries(
     for survey in surveys:
         _write_model(survey, job.out)
     live = [survey.entry for survey in surveys if survey.reason is None]
-    failed = (_run_here if jobs == 1 else _run_in_workers)(live, job, jobs, on_event)
+    agenda = _Agenda(live, job, on_event)
+    if jobs == 1:
+        _run_here(agenda, job)
+    else:
+        _run_in_workers(agenda, job, jobs)
+    failed = agenda.failed
     for entry in live:
         if entry.recipe is not None:
             reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
@@ -79,50 +84,59 @@ def run_entries(
     return failed
 
 
-def _run_here(live: list[ModelEntry], job: Job, jobs: int, on_event: Event) -> dict[Unit, str]:
+class _Agenda:
+    """Which units are ready, which were tried, and which failed with what reason."""
+
+    def __init__(self, live: list[ModelEntry], job: Job, on_event: Event) -> None:
+        self._job, self._on_event = job, on_event
+        self._left = {entry.name: list(missing(entry, job.out)) for entry in live}
+        self._tried: set[Unit] = set()
+        self.failed: dict[Unit, str] = {}
+
+    def start(self) -> Unit | None:
+        """Return a unit that could start now and was not tried, if there is one."""
+        for unit in (unit for units in self._left.values() for unit in units):
+            if unit.ready and unit not in self._tried:
+                self._tried.add(unit)
+                self._on_event("start", unit)
+                return unit
+        return None
+
+    def settle(self, unit: Unit, reason: str | None) -> None:
+        """Note how a unit ended, and look what waited for it."""
+        if reason is not None:
+            self.failed[unit] = reason
+        for name in self._left:
+            entry = self._job.entries[name]
+            if unit.model in (name, entry.pretrained):
+                self._left[name] = list(missing(entry, self._job.out))
+        self._on_event("done" if reason is None else "failed", unit)
+
+
+def _run_here(agenda: _Agenda, job: Job) -> None:
     """Execute one unit after another in this process."""
-    tried: set[Unit] = set()
-    failed: dict[Unit, str] = {}
-    for entry in live:
-        while ready := [u for u in missing(entry, job.out) if u.ready and u not in tried]:
-            tried.add(ready[0])
-            on_event("start", ready[0])
-            reason = execute(ready[0], job)
-            if reason is not None:
-                failed[ready[0]] = reason
-            on_event("done" if reason is None else "failed", ready[0])
-    return failed
+    while unit := agenda.start():
+        agenda.settle(unit, execute(unit, job))
 
 
-def _run_in_workers(
-    live: list[ModelEntry], job: Job, jobs: int, on_event: Event
-) -> dict[Unit, str]:
+def _run_in_workers(agenda: _Agenda, job: Job, jobs: int) -> None:
     """Keep worker processes busy with what is ready.
 
     When a worker dies all units in flight are lost, and none can be told to be the cause. They
     are tried again one at a time; one that dies alone has failed.
     """
-    left = {entry.name: list(missing(entry, job.out)) for entry in live}
-    tried: set[Unit] = set()
-    failed: dict[Unit, str] = {}
     suspects: list[Unit] = []
     running: dict[Future[str | None], Unit] = {}
     pool = _pool(jobs)
     try:
         while True:
-            ready = [u for units in left.values() for u in units if u.ready and u not in tried]
-            free = jobs - len(running)
-            if suspects:
-                ready, free = suspects, 1 - len(running)
-            for unit in ready[:free]:
-                if unit in suspects:
-                    suspects.remove(unit)
-                else:
-                    on_event("start", unit)
-                tried.add(unit)
+            while len(running) < (1 if suspects else jobs):
+                unit = suspects.pop() if suspects else agenda.start()
+                if unit is None:
+                    break
                 running[pool.submit(execute, unit, job)] = unit
             if not running:
-                return failed
+                return
             wait(running, return_when=FIRST_COMPLETED)
             if any(isinstance(f.exception(), BrokenProcessPool) for f in running if f.done()):
                 lost = list(running.values())
@@ -132,17 +146,11 @@ def _run_in_workers(
                 if len(lost) > 1:
                     suspects += lost
                     continue
-                died = "the worker process died: out of memory, or killed"
-                _write_failed(lost[0], job, died)
-                outcomes: dict[Unit, str | None] = {lost[0]: died}
-            else:
-                done = [future for future in running if future.done()]
-                outcomes = {running.pop(future): future.result() for future in done}
-            for unit, reason in outcomes.items():
-                if reason is not None:
-                    failed[unit] = reason
-                left[unit.model] = list(missing(job.entries[unit.model], job.out))
-                on_event("done" if reason is None else "failed", unit)
+                reason = "the worker process died: out of memory, or killed"
+                _write_failed(lost[0], job, reason)
+                agenda.settle(lost[0], reason)
+            for future in [future for future in running if future.done()]:
+                agenda.settle(running.pop(future), future.result())
     finally:
         pool.shutdown(wait=not running, cancel_futures=True)
         if running:  # interrupted: readers see whole files whatever a worker is at
@@ -185,6 +193,7 @@ def _train(unit: Unit, job: Job) -> None:
         lr=unit.lr,
         seed=unit.seed,
         checkpoint_dir=job.checkpoints if keeps_stages else None,
+        pretrained_dir=job.checkpoints,
         device=job.device or "cpu",
     )
     if result.stage_rows:
@@ -210,8 +219,8 @@ def _write_failed(unit: Unit, job: Job, reason: str) -> None:
 
     if unit.kind != "spectrum":
         return
-    entry = job.entries[unit.model]
-    # The stage's weights may be what failed; blocks and batch are those of the initial model.
+    # Weights may be what failed; blocks and batch are those of any model of the entry.
+    entry = replace(job.entries[unit.model], pretrained=None)
     problem = load_problem(entry, "init", unit.seed, data_root=job.data_root)
     train_run = "" if unit.stage == "init" else run_name(unit.seed)
     problem = replace(problem, stage=unit.stage, train_run=train_run)
@@ -259,5 +268,7 @@ def _start_worker() -> None:
 
 
 def num_threads(jobs: int) -> int:
-    """Return torch's threads per worker: the cores shared out."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """Return torch's threads per worker: the cores shared out, at most OMP_NUM_THREADS."""
+    cores = os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores // jobs, int(asked) if asked.isdigit() else cores))

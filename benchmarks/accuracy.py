@@ -1,0 +1,94 @@
+"""How far estimates are from exact spectra: lower is better, floored away from zero."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import wasserstein_distance
+
+import spectra_db
+from benchmarks.cases import KINDS, small
+from harness import estimate_spectra
+
+NUM_PROBES, NUM_STEPS = 3, 40
+# A relative error below this is as good as none; asv compares ratios.
+FLOOR = 1e-4
+
+
+def exact_and_estimated(kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return rows of a small case with every block diagonalised, and sampled."""
+    case = small(kind)
+    rows = [
+        estimate_spectra(
+            case.model,
+            case.loss_fn,
+            [case.batch],
+            num_probes=NUM_PROBES,
+            num_steps=NUM_STEPS,
+            exact_size=size,
+        )
+        for size in (10**6, 0)
+    ]
+    return rows[0], rows[1]
+
+
+class Accuracy:
+    """3 probes × 40 steps on nets whose spectra are known."""
+
+    params = (list(KINDS),)
+    param_names = ("model",)
+    timeout = 900
+
+    def setup_cache(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+        return {kind: exact_and_estimated(kind) for kind in KINDS}
+
+    setup_cache.timeout = 900  # type: ignore[attr-defined]
+
+    def track_js0_error(
+        self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
+    ) -> float:
+        exact, estimated = cache[kind]
+        truth = spectra_db.js0(exact).value
+        return _floored(abs(spectra_db.js0(estimated).corrected / truth - 1))
+
+    def track_second_moment_error(
+        self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
+    ) -> float:
+        exact, estimated = cache[kind]
+        truth, mine = (
+            _per_block(rows, lambda t, w: float(w @ t**2)) for rows in (exact, estimated)
+        )
+        return _floored(float((mine / truth - 1).abs().mean()))
+
+    def track_wasserstein_error(
+        self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
+    ) -> float:
+        exact, estimated = cache[kind]
+        errors = []
+        for block, truth in exact.groupby("block"):
+            nodes = np.asarray(truth["nodes"].iloc[0])
+            mine = estimated[estimated["block"] == block]
+            theta = np.concatenate([np.asarray(x) for x in mine["nodes"]])
+            weights = np.concatenate([np.asarray(x) for x in mine["weights"]])
+            size = np.abs(nodes).max()
+            errors.append(wasserstein_distance(nodes, theta, None, weights) / size)
+        return _floored(float(np.mean(errors)))
+
+    for _track in (track_js0_error, track_second_moment_error, track_wasserstein_error):
+        _track.unit = "relative error"  # type: ignore[attr-defined]
+
+
+def _per_block(rows: pd.DataFrame, function: object) -> pd.Series:
+    """Return a statistic of each block, averaged over its probes."""
+    values = [
+        function(np.asarray(r.nodes), np.asarray(r.weights))  # type: ignore[operator]
+        for r in rows.itertuples()
+    ]
+    return pd.Series(values, index=rows["block"]).groupby(level=0).mean()
+
+
+def _floored(error: float) -> float:
+    """Return the error, at least FLOOR; asv must see an error rather than nan."""
+    if error != error:
+        raise ValueError("the error is nan")
+    return max(error, FLOOR)

@@ -1,0 +1,85 @@
+"""The problems that are measured: two of the size that matters, and small ones known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from harness.registry.networks.convolutional import cnn
+from harness.registry.networks.transformer import GPT, ViT
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its loss and one batch."""
+
+    model: nn.Module
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor]
+    batch: tuple[torch.Tensor, torch.Tensor]
+
+
+def gpt_10m() -> Case:
+    """GPT of 10.8 M parameters, 39 blocks, 2 sequences of 256 tokens."""
+    model = _seeded(
+        lambda: GPT(65, 256, num_layers=6, num_heads=6, width=384, tied=False, bias=False)
+    )
+    return Case(model, cross_entropy, _tokens(65, 2, 256))
+
+
+def resnet18() -> Case:
+    """ResNet18 of torchvision with 10 classes, 21 blocks, 16 images of 64×64."""
+    from torchvision.models import resnet18 as build
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, 64, 64, generator=generator)
+    labels = torch.randint(10, (16,), generator=generator)
+    return Case(_seeded(lambda: build(num_classes=10)), cross_entropy, (images, labels))
+
+
+def small(kind: str) -> Case:
+    """A net of a few thousand parameters, whose dense block Hessians are quick to diagonalise."""
+    if kind == "gpt":
+        model = _seeded(lambda: GPT(32, 16, num_layers=2, num_heads=2, width=24, tied=False))
+        return Case(model, cross_entropy, _tokens(32, 16, 16))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 1, 8, 8, generator=generator)
+    labels = torch.randint(10, (64,), generator=generator)
+    build = {
+        "vit": lambda: ViT(8, 1, 10, patch_size=2, num_layers=2, num_heads=2, width=24),
+        "cnn": lambda: cnn(1, 10, widths=(8, 16, 16)),
+        "mlp": lambda: nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64, 32),
+            nn.ReLU(),
+            nn.Linear(32, 32),
+            nn.ReLU(),
+            nn.Linear(32, 10),
+        ),
+    }
+    return Case(_seeded(build[kind]), cross_entropy, (images, labels))
+
+
+KINDS = ("gpt", "vit", "cnn", "mlp")
+
+
+def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy over samples, or over tokens."""
+    x, y = batch
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+def _tokens(vocab_size: int, num_sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (num_sequences, context + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build().eval()

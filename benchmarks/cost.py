@@ -1,0 +1,115 @@
+"""What a lockstep step costs: operations, time, memory, ours and others'."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import peers
+from benchmarks.cases import Case, gpt_10m, resnet18
+from harness import estimate_spectra, find_blocks
+from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.hessian import BlockHessian
+
+CASES = {"gpt-10m": gpt_10m, "resnet18": resnet18}
+BUDGET = 8 << 30
+
+
+def lockstep_flops(case: Case) -> int:
+    """Count one lockstep step of `estimate_spectra`: two steps less one."""
+    counts = []
+    for num_steps in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            estimate_spectra(
+                case.model,
+                case.loss_fn,
+                [case.batch],
+                num_probes=1,
+                num_steps=num_steps,
+                memory_budget=BUDGET,
+            )
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
+
+
+class Step:
+    """One product with every block: operations and time."""
+
+    params = (list(CASES),)
+    param_names = ("case",)
+    timeout = 900
+
+    def setup(self, name: str) -> None:
+        self.case = CASES[name]()
+
+    def track_gflop(self, name: str) -> float:
+        return lockstep_flops(self.case) / 1e9
+
+    track_gflop.unit = "GFLOP per step"  # type: ignore[attr-defined]
+
+
+class Products:
+    """Time of the same products by our estimator and by others."""
+
+    params = (list(CASES), list(peers.PEERS))
+    param_names = ("case", "way")
+    timeout = 900
+    number = 1
+    repeat = 3
+    warmup_time = 0
+
+    def setup(self, name: str, way: str) -> None:
+        self.step = peers.PEERS[way](CASES[name]())
+
+    def time_step(self, name: str, way: str) -> None:
+        self.step()
+
+
+class Memory:
+    """Peak memory of a whole spectrum, which must not grow with the steps."""
+
+    params = ([5, 40],)
+    param_names = ("num_steps",)
+    timeout = 900
+
+    def peakmem_spectrum(self, num_steps: int) -> None:
+        case = resnet18()
+        blocks = find_blocks(case.model)[-4:]
+        estimate_spectra(
+            case.model,
+            case.loss_fn,
+            [case.batch],
+            blocks=blocks,
+            num_probes=2,
+            num_steps=num_steps,
+            memory_budget=BUDGET,
+        )
+
+
+class Rebuilt:
+    """A step where the graph does not fit and is built again, its passes shared by all blocks."""
+
+    timeout = 900
+    number = 1
+    repeat = 3
+
+    def setup(self) -> None:
+        case = resnet18()
+        self.blocks = find_blocks(case.model)
+        halves = [tuple(t[i : i + 8] for t in case.batch) for i in (0, 8)]
+        with fixed_arithmetic(case.model):
+            self.hessian = BlockHessian(
+                case.model,
+                case.loss_fn,
+                halves,
+                self.blocks,
+                device=torch.device("cpu"),
+                memory_budget=50 << 20,
+            )
+
+    def time_step(self) -> None:
+        assert not self.hessian.keeps_graphs
+        with fixed_arithmetic(torch.nn.Module()):
+            self.hessian.products(
+                [(i, torch.ones(b.num_params)) for i, b in enumerate(self.blocks)]
+            )

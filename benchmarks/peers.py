@@ -1,0 +1,139 @@
+"""The same products by other ways: the paper's algorithm and two libraries.
+
+Each returns a function that takes one product with every block of partition `weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import Case
+from harness import find_blocks
+from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.hessian import BlockHessian
+
+Step = Callable[[], None]
+
+
+def ours(case: Case) -> Step:
+    """`BlockHessian` with a kept graph."""
+    blocks = find_blocks(case.model)
+    vectors = [torch.ones(b.num_params) for b in blocks]
+    with fixed_arithmetic(case.model):
+        hessian = BlockHessian(
+            case.model,
+            case.loss_fn,
+            [case.batch],
+            blocks,
+            device=torch.device("cpu"),
+            memory_budget=8 << 30,
+        )
+        hessian.products([])
+
+    def step() -> None:
+        with fixed_arithmetic(case.model):
+            hessian.products(list(enumerate(vectors)))
+
+    return step
+
+
+def paper_algorithm(case: Case) -> Step:
+    """Our implementation of what the paper's authors do (arXiv 2402.16788, appendix D).
+
+    One backward pass with `create_graph` for all blocks, then for each block a whole second
+    backward pass of ⟨gradient, v⟩, from which the block's part is taken.
+    """
+    parameters = _weights(case.model)
+
+    def step() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = case.loss_fn(case.model, case.batch)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            for p in case.model.parameters():
+                p.grad = None
+            (gradient * torch.ones_like(gradient)).sum().backward(retain_graph=True)
+            assert parameter.grad is not None
+
+    return step
+
+
+def curvlinops(case: Case) -> Step:
+    """One operator per block, since the library shares nothing between blocks."""
+    from curvlinops import HessianLinearOperator
+
+    x, y = case.batch
+    model = _Flat(case.model).eval()
+    operators = [
+        HessianLinearOperator(
+            model,
+            nn.CrossEntropyLoss(),
+            [p],
+            [(x, y.flatten())],
+            check_deterministic=False,
+            num_data=len(y.flatten()),
+            batch_size_fn=len,
+        )
+        for p in _weights(case.model)
+    ]
+
+    def step() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            for operator in operators:
+                operator @ torch.ones(operator.shape[1])
+
+    return step
+
+
+def hessian_eigenthings(case: Case) -> Step:
+    """One operator per block by its parameter filter, over the same batch."""
+    from hessian_eigenthings import HessianOperator
+
+    names = {id(p): name for name, p in case.model.named_parameters()}
+    operators = []
+    for p in _weights(case.model):
+        mine = names[id(p)]
+        operators.append(
+            HessianOperator(
+                case.model,
+                [case.batch],
+                case.loss_fn,
+                param_filter=lambda name, _, mine=mine: name == mine,
+            )
+        )
+
+    def step() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            for operator in operators:
+                operator.matvec(torch.ones(operator.size))
+
+    return step
+
+
+PEERS = {
+    "ours": ours,
+    "paper-algorithm": paper_algorithm,
+    "curvlinops": curvlinops,
+    "hessian-eigenthings": hessian_eigenthings,
+}
+
+
+class _Flat(nn.Module):
+    """A model whose logits of all tokens stand in one dimension, as nn.CrossEntropyLoss wants."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).flatten(0, -2)
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of partition `weights`, none of them sliced."""
+    parameters = dict(model.named_parameters())
+    return [parameters[block.name] for block in find_blocks(model)]

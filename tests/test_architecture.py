@@ -1,0 +1,95 @@
+"""The arrows of the design: imports point one way, at the top of a module and inside functions."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# In the order of the data: a folder may import those before it.
+FOLDERS = (
+    "registry", "tasks", "training", "estimator", "submission", "leaderboard", "paper", "scale",
+)  # fmt: skip
+# Training stands beside the estimator: neither imports the other.
+FORBIDDEN = {"training": {"estimator"}, "estimator": {"registry", "tasks", "training"}}
+# From Parquet to page no torch; networks are what entries import when they build.
+NO_TORCH = ("spectra_db", "harness/registry", "harness/leaderboard", "harness/cli.py")
+NETWORKS = "harness/registry/networks"
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def _imports(path: Path, *, top: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports; only when it is itself imported if `top`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if typing or (top and lazy):
+            skipped.update(child for part in node.body for child in ast.walk(part))
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _folder(module: str) -> str:
+    return module.split(".")[1] if module.startswith("harness.") else ""
+
+
+@pytest.mark.parametrize("path", _files("spectra_db"), ids=lambda path: path.name)
+def test_the_dataset_knows_neither_torch_nor_the_harness(path):
+    assert not {"torch", "harness", "benchmarks", "tests"} & set(map(_package, _imports(path)))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_of_the_harness_imports_only_folders_before_it(folder):
+    later = set(FOLDERS[FOLDERS.index(folder) + 1 :]) | FORBIDDEN.get(folder, set())
+    # The files beside the folders drive them.
+    drivers = {path.stem for path in (ROOT / "harness").glob("*.py")} - {"errors", "__init__"}
+    for path in _files(f"harness/{folder}"):
+        wrong = [m for m in _imports(path) if _folder(m) in later | drivers]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_the_harness_imports_neither_benchmarks_nor_tests():
+    for path in _files("harness"):
+        assert not {"benchmarks", "tests"} & set(map(_package, _imports(path)))
+
+
+@pytest.mark.parametrize("name", ["lanczos", "quadrature"])
+def test_the_algorithms_import_nothing_of_ours(name):
+    path = ROOT / "harness" / "estimator" / f"{name}.py"
+    assert not {"harness", "spectra_db"} & set(map(_package, _imports(path)))
+
+
+@pytest.mark.parametrize("place", NO_TORCH)
+def test_no_torch_is_imported_from_parquet_to_page(place):
+    paths = [ROOT / place] if place.endswith(".py") else _files(place)
+    for path in paths:
+        if ROOT / NETWORKS not in path.parents:
+            assert "torch" not in set(map(_package, _imports(path, top=True))), path
+
+
+@pytest.mark.parametrize(
+    "module", ["spectra_db.plot", "harness", "harness.registry", "harness.leaderboard.site"]
+)
+def test_importing_it_loads_no_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 _CHUNK = 512
 # Step of the Wasserstein grid in asinh(θ / core): 2 % of θ away from the core.
 _W1_SPACING = 0.02
+_W1_EXACT = 4096
 
 
 def js_divergences(
@@ -81,8 +82,9 @@ def w1_distances(
 ) -> Array:
     """Return Wasserstein-1 distances ∫ |F − G| dt of every rule from each of the first ones.
 
-    On a grid: a node's weight is shared between its two neighbours so that its mean stays. The
-    grid is asinh-spaced, 2 % at large |θ|, which leaves an error of about 1e-3 of the distance.
+    Exact for up to 4,096 nodes. More are put on a grid that is asinh-spaced, 2 % at large |θ|: a
+    node's weight is shared between its two neighbours so that its mean stays, which leaves an
+    error below 1e-3 of the distance between spectra of networks.
 
     Args:
         rules: (nodes, weights) of each spectrum.
@@ -94,10 +96,11 @@ def w1_distances(
     """
     nodes = np.concatenate([nodes for nodes, _ in rules])
     weights = np.concatenate([w for _, w in rules])
-    core = 0.02 * float(weights @ np.abs(nodes)) / len(rules) or 1.0
-    ends = np.arcsinh(np.array([nodes.min(), nodes.max()]) / core) / _W1_SPACING
-    index = np.arange(np.floor(ends[0]), np.ceil(ends[1]) + 2)
-    grid = core * np.sinh(index * _W1_SPACING)
+    grid = np.unique(nodes)
+    if len(grid) > _W1_EXACT or len(grid) == 1:
+        core = 0.02 * float(weights @ np.abs(nodes)) / len(rules) or 1.0
+        ends = np.arcsinh(grid[[0, -1]] / core) / _W1_SPACING
+        grid = core * np.sinh(np.arange(np.floor(ends[0]), np.ceil(ends[1]) + 2) * _W1_SPACING)
     left = np.clip(np.searchsorted(grid, nodes, side="right") - 1, 0, len(grid) - 2)
     share = np.clip((nodes - grid[left]) / (grid[left + 1] - grid[left]), 0.0, 1.0)
     row = np.repeat(np.arange(len(rules)), [len(nodes) for nodes, _ in rules]) * len(grid)

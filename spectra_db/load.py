@@ -58,30 +58,39 @@ def load(
     for column in [*(columns or []), *filters]:
         if column not in names:
             raise NotFound(f"table {table} has no column {column!r}; {_hint(column, names)}")
-    folder = _folder(source, revision, table) / table
-    paths = sorted(folder.glob("*.parquet"))
+    folder = _folder(source, revision, table)
+    paths = sorted((folder / table).glob("*.parquet"))
     if not paths:
-        raise NotFound(f"{folder.parent} holds no table {table}; {_contents(folder.parent)}")
+        raise NotFound(f"{folder} holds no table {table}; {_contents(folder)}")
     wanted = _values(filters["model"]) if "model" in filters else None
     if wanted is not None:
         models = {path.stem: path for path in paths}
         for model in wanted:
             if model not in models:
                 raise NotFound(f"no model {model!r} in table {table}; {_hint(str(model), models)}")
-        paths = [models[str(model)] for model in wanted]
-    parts = [_select(store.read(path, table), filters) for path in paths]
-    content = pa.concat_tables(parts).select(list(columns or names))
-    return content.to_pandas()
+        paths = sorted(models[str(model)] for model in wanted)
+    where = _condition(table, filters)
+    parts = [store.read(path, table, columns=columns, where=where) for path in paths]
+    return pa.concat_tables(parts).to_pandas()
 
 
-def _select(content: pa.Table, filters: dict[str, Any]) -> pa.Table:
+def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
+    """Return the condition that the reader applies row group by row group."""
+    condition = None
     for column, value in filters.items():
+        kind = TABLES[table].field(column).type
+        if pa.types.is_list(kind):
+            raise NotFound(f"column {column} holds lists; filter on another")
+        values = _values(value)
         try:
-            allowed = pa.array(_values(value), type=content[column].type)
-        except (pa.ArrowException, TypeError) as error:
+            allowed = pa.array([v for v in values if v is not None], type=kind)
+        except (pa.ArrowException, TypeError, ValueError) as error:
             raise NotFound(f"column {column} can't be {value!r}: {error}") from error
-        content = content.filter(pc.is_in(content[column], value_set=allowed))
-    return content
+        test = pc.field(column).isin(allowed)
+        if None in values:
+            test = test | pc.field(column).is_null()
+        condition = test if condition is None else condition & test
+    return condition
 
 
 def _values(value: Any) -> list[Any]:
@@ -93,6 +102,11 @@ def _values(value: Any) -> list[Any]:
 def _folder(source: Path | str | None, revision: str | None, table: str) -> Path:
     """Return the local folder of a source, downloading a Hub dataset's table."""
     if source is None:
+        if not any(BUNDLED.glob("*/*.parquet")):
+            raise NotFound(
+                "no release is bundled with this version yet; give source=DIR (a folder that "
+                "`harness run --out DIR` wrote) or source='owner/name' (a dataset on the Hub)"
+            )
         return BUNDLED
     folder = Path(source)
     if folder.is_dir():
@@ -103,7 +117,10 @@ def _folder(source: Path | str | None, revision: str | None, table: str) -> Path
 
     try:
         path = huggingface_hub.snapshot_download(
-            str(source), repo_type="dataset", revision=revision, allow_patterns=[f"{table}/*"]
+            str(source),
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[f"{table}/*.parquet"],
         )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

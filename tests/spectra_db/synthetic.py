@@ -1,0 +1,135 @@
+"""Rows of table `spectra` for diagonal matrices, whose spectra are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import eigh_tridiagonal
+from scipy.stats import norm
+
+COMMON: dict[str, Any] = {
+    "model": "made-up",
+    "stage": "init",
+    "init_seed": 1,
+    "train_run": "",
+    "partition": "weights",
+    "operator": "hessian",
+    "norm_mode": "eval",
+    "dtype": "float64",
+    "probe_distribution": "gaussian",
+    "batch_hash": "0123456789abcdef",
+    "protocol_version": 1,
+    "run_id": "run",
+    "step": 0,
+    "progress": 0.0,
+    "block_kind": "mlp",
+    "probe_seed": 0,
+    "reorthogonalized": True,
+    "seconds": 0.1,
+    "peak_bytes": None,
+    "microbatch_size": 8,
+    "batch_size": 8,
+    "num_terms": 8,
+    "data_source": "made up",
+    "matmul_precision": "highest",
+    "device": "cpu",
+    "tolerance": None,
+    "status": "ok",
+    "reason": None,
+}
+
+
+def exact_row(eigenvalues: np.ndarray, block: str) -> dict[str, Any]:
+    n = len(eigenvalues)
+    return COMMON | {
+        "block": block,
+        "probe": 0,
+        "num_params": n,
+        "method": "exact",
+        "num_steps": 0,
+        "breakdown": False,
+        "alphas": np.array([]),
+        "betas": np.array([]),
+        "nodes": np.sort(eigenvalues),
+        "weights": np.full(n, 1 / n),
+        "num_products": n,
+    }
+
+
+def slq_row(eigenvalues: np.ndarray, block: str, probe: int, start: np.ndarray, m: int) -> dict:
+    alphas, betas = lanczos(eigenvalues, start, m)
+    nodes, vectors = eigh_tridiagonal(alphas, betas[:-1])
+    return COMMON | {
+        "block": block,
+        "probe": probe,
+        "num_params": len(eigenvalues),
+        "method": "slq",
+        "num_steps": len(alphas),
+        "breakdown": len(alphas) < m,
+        "alphas": alphas,
+        "betas": betas,
+        "nodes": nodes,
+        "weights": vectors[0] ** 2 / (vectors[0] ** 2).sum(),
+        "num_products": len(alphas),
+    }
+
+
+def zero_row(n: int, block: str) -> dict[str, Any]:
+    row = exact_row(np.zeros(1), block)
+    return row | {"num_params": n, "status": "zero", "reason": "exactly zero"}
+
+
+def failed_row(block: str) -> dict[str, Any]:
+    row = exact_row(np.ones(1), block)
+    return row | {"nodes": [], "weights": [], "status": "failed", "reason": "out of memory"}
+
+
+def exact_rows(spectra: Sequence[np.ndarray]) -> pd.DataFrame:
+    return pd.DataFrame([exact_row(s, f"layers.{k}.weight") for k, s in enumerate(spectra)])
+
+
+def slq_rows(
+    spectra: Sequence[np.ndarray], num_probes: int, m: int, generator: np.random.Generator
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            slq_row(s, f"layers.{k}.weight", p, generator.standard_normal(len(s)), m)
+            for k, s in enumerate(spectra)
+            for p in range(num_probes)
+        ]
+    )
+
+
+def lanczos(eigenvalues: np.ndarray, start: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Run m steps on a diagonal matrix, reorthogonalised twice; stop at breakdown."""
+    Q = np.zeros((m, len(eigenvalues)))
+    alphas, betas = [], []
+    q = start / np.linalg.norm(start)
+    for j in range(m):
+        Q[j] = q
+        w = eigenvalues * q
+        alphas.append(q @ w)
+        for _ in range(2):
+            w = w - Q[: j + 1].T @ (Q[: j + 1] @ w)
+        betas.append(np.linalg.norm(w))
+        if betas[-1] < 64 * np.finfo(np.float64).eps * np.abs(eigenvalues).max():
+            break
+        q = w / betas[-1]
+    return np.array(alphas), np.array(betas)
+
+
+def power_of_normal(n: int, exponent: float) -> np.ndarray:
+    """Return n quantiles of sign(z) |z|^exponent, z normal: heavier tails for larger exponents."""
+    z = norm.ppf((np.arange(n) + 0.5) / n)
+    return np.sign(z) * np.abs(z) ** exponent
+
+
+def like_a_network(generator: np.random.Generator, n: int) -> np.ndarray:
+    """Return a bulk near zero, a third negative, and ten outliers over 1.5 decades."""
+    sizes = 10 ** generator.normal(-3, 1, n)
+    values = sizes * np.where(generator.random(n) < 0.3, -1, 1)
+    values[:10] = 10 ** generator.uniform(0, 1.5, 10)
+    return np.sort(values) * 10 ** generator.normal(0, 1)

@@ -50,6 +50,13 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _choice(name: str, *choices: str) -> Callable[[Any], Any]:
+    """Add an option that takes one of some words, the first by default."""
+    return click.option(
+        f"--{name}", type=click.Choice(choices), default=choices[0], show_default=True
+    )
+
+
 def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
     """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
     existing = next(path for path in [value, *value.absolute().parents] if path.exists())
@@ -128,7 +135,7 @@ def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--partition", default="weights", help="weights, paper, all or full.")
+@_choice("partition", "weights", "paper", "all", "full")
 @_options("registry", "data_root", "json")
 def describe(
     model: str, partition: str, registry: Path | None, data_root: Path | None, as_json: bool
@@ -179,13 +186,13 @@ def describe(
 @main.command()
 @click.argument("model")
 @click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
-@click.option("--partition", default="weights", show_default=True, help="Or paper, all, full.")
+@_choice("partition", "weights", "paper", "all", "full")
 @click.option("--num-probes", type=click.IntRange(1), help="Default: as the entry says.")
 @click.option("--num-steps", type=click.IntRange(1), help="Default: as the entry says.")
-@click.option("--dtype", default="float32", show_default=True, help="Or float64, bfloat16.")
-@click.option("--norm-mode", default="eval", show_default=True, help="Or train: batch statistics.")
-@click.option("--probe-distribution", default="gaussian", show_default=True, help="Or rademacher.")
-@click.option("--matmul-precision", default="highest", show_default=True, help="high: TF32.")
+@_choice("dtype", "float32", "float64", "bfloat16")
+@_choice("norm-mode", "eval", "train")
+@_choice("probe-distribution", "gaussian", "rademacher")
+@_choice("matmul-precision", "highest", "high", "medium")
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
 @_options("registry", "data_root", "out", "seed", "device")
@@ -206,15 +213,12 @@ def spectrum(
     from harness.display import cost_line, progress_bar
     from harness.estimator.cost import forecast
     from harness.estimator.device import choose_device
-    from harness.estimator.spectrum import DTYPES
     from harness.registry import get
     from harness.spectra import Settings, blocks_of, command_line, take_spectrum
     from harness.training import load_problem
     from spectra_db.heterogeneity import MIN_PROBES
 
     entry = get(model, registry_dir=registry)
-    if settings["dtype"] not in DTYPES:
-        raise UserError(f"dtype is {settings['dtype']!r}; choose one of {', '.join(DTYPES)}")
     if memory_budget is not None and not memory_budget > 0:
         raise UserError(f"--memory-budget is {memory_budget}; it must be positive, in GiB")
     chosen = Settings(

@@ -78,7 +78,12 @@ def take_spectrum(
     if not todo and on_progress is not None:
         on_progress(0, 0)
     if todo:
-        run_id = _record_run(out, identity, settings, problem.init_seed, command)
+        run = _describe_run(identity, settings, problem.init_seed, command)
+
+        def write_block(rows: list[dict[str, Any]]) -> None:
+            store.write(out, "runs", [run])
+            store.write(out, "spectra", rows)
+
         fresh = estimate_spectra(
             problem.model,
             problem.loss_fn,
@@ -97,13 +102,13 @@ def take_spectrum(
             memory_budget=settings.memory_budget,
             identity=identity
             | {
-                "run_id": run_id,
+                "run_id": run["run_id"],
                 "step": problem.step,
                 "progress": problem.progress,
                 "data_source": problem.data_source,
             },
             on_progress=on_progress,
-            on_block=lambda rows: store.write(out, "spectra", rows),
+            on_block=write_block,
         )
         done = fresh if done.empty else pd.concat([done, fresh], ignore_index=True)
     order = {block.name: i for i, block in enumerate(blocks)}
@@ -206,10 +211,10 @@ def _finished_rows(
     return rows[rows["block"].isin(complete)]
 
 
-def _record_run(
-    out: Path, identity: dict[str, Any], settings: Settings, seed: int, command: str
-) -> str:
-    """Write the row of table `runs`; its id is a hash of what determines the rows."""
+def _describe_run(
+    identity: dict[str, Any], settings: Settings, seed: int, command: str
+) -> dict[str, Any]:
+    """Return the row of table `runs`; its id is a hash of what determines the spectra."""
     import torch
 
     facts = {
@@ -222,9 +227,7 @@ def _record_run(
     text = json.dumps([identity, vars(settings) | facts], sort_keys=True, default=str)
     run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
     row = facts | {"model": identity["model"], "run_id": run_id, "command": command}
-    row |= {"started": datetime.now(UTC), "protocol_version": PROTOCOL_VERSION}
-    store.write(out, "runs", [row])
-    return run_id
+    return row | {"started": datetime.now(UTC), "protocol_version": PROTOCOL_VERSION}
 
 
 @cache

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import spectra_db
+from harness.cli import main
+
+SPECTRUM = ("spectrum", "cnn-digits", "--num-probes", "2", "--num-steps", "4", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch):
+    monkeypatch.delenv("HARNESS_DATA_ROOT", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result: Result) -> str:
+    """Check that a command was refused in one line, and return it."""
+    assert result.exit_code == 2, result.output
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_help_answers_within_a_second_and_loads_no_torch():
+    code = (
+        "import sys; from harness.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'pandas', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # warm the disk
+    begin = time.perf_counter()
+    answer = subprocess.run(
+        [sys.executable, "-m", "harness", "--help"], check=True, capture_output=True, text=True
+    )
+    assert time.perf_counter() - begin < 1
+    for command in ("list", "describe", "spectrum", "train", "run", "site"):
+        assert f"\n  {command} " in answer.stdout
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_explains_itself(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_list_shows_the_demo_models():
+    result = call("list", "--tier", "demo")
+    assert all(name in result.stdout for name in ("cnn-digits", "vit-digits", "gpt-pydoc"))
+
+
+def test_list_gives_json_with_name_family_and_tier():
+    listed = json.loads(call("list", "--json").stdout)
+    assert {"name": "cnn-digits", "family": "cnn", "tier": "demo"}.items() <= listed[0].items()
+
+
+def test_list_knows_the_entries_of_a_folder(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from harness.registry import get\n"
+        "ENTRIES = (replace(get('cnn-digits'), name='cnn-mine'),)\n"
+    )
+    listed = json.loads(call("list", "--json", "--registry", tmp_path).stdout)
+    assert "cnn-mine" in [entry["name"] for entry in listed]
+
+
+def test_describe_shows_blocks_and_forecast():
+    result = call("describe", "vit-digits")
+    assert "26,474 parameters, 15 blocks" in result.stdout
+    assert "forecast at 3 probes × 40 steps: 2,400 products" in result.stdout
+
+
+def test_describe_gives_json_whose_blocks_add_up_with_partition_all():
+    facts = json.loads(call("describe", "gpt-pydoc", "--partition", "all", "--json").stdout)
+    assert sum(block["num_params"] for block in facts["blocks"]) == facts["num_params"]
+    assert facts["flops"] > 0
+    assert facts["graph_bytes"] > 0
+
+
+def test_spectrum_writes_rows_that_load_reads(tmp_path):
+    result = call(*SPECTRUM, "--seed", "5", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "forecast at 2 probes × 4 steps" in result.stdout
+    assert "plug-in" in result.stdout
+    rows = spectra_db.load("spectra", source=tmp_path, model="cnn-digits")
+    assert set(rows["init_seed"]) == {5}
+    assert rows["block"].nunique() == 4
+    [run] = spectra_db.load("runs", source=tmp_path).to_dict("records")
+    assert set(rows["run_id"]) == {run["run_id"]}
+    assert list(run["seeds"]) == [5]
+    assert len(spectra_db.load("blocks", source=tmp_path)) == 4
+
+
+def test_spectrum_again_computes_nothing_and_ends_with_the_same_rows(tmp_path):
+    call(*SPECTRUM, "--out", tmp_path)
+    before = spectra_db.load("spectra", source=tmp_path)
+    result = call(*SPECTRUM, "--out", tmp_path)
+    assert result.exit_code == 0
+    after = spectra_db.load("spectra", source=tmp_path)
+    # Wall time would differ had anything been computed again.
+    assert before["seconds"].tolist() == after["seconds"].tolist()
+
+
+def test_spectrum_with_three_probes_states_its_error(tmp_path):
+    result = call(*SPECTRUM, "--num-probes", "3", "--out", tmp_path)
+    assert " ± " in result.stdout.splitlines()[-1]
+
+
+def test_a_stage_is_there_once_its_model_is_trained(tmp_path):
+    final = (*SPECTRUM, "--stage", "final", "--out", tmp_path)
+    assert "run: harness train cnn-digits --seed 1" in refused(call(*final))
+    result = call("train", "cnn-digits", "--lr", "0.01", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert call(*final).exit_code == 0
+    assert set(spectra_db.load("spectra", source=tmp_path)["train_run"]) == {"adamw-seed1"}
+
+
+def test_a_learning_rate_too_high_diverges_without_failing(tmp_path):
+    result = call("train", "cnn-digits", "--optimizer", "sgd", "--lr", "1e6", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert "diverged" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("describe", "vit-digitz"), "did you mean vit-digits"),
+        (("spectrum", "vit-digitz"), "did you mean vit-digits"),
+        ((*SPECTRUM, "--num-probes", "-1"), "-1 is not in the range"),
+        ((*SPECTRUM, "--num-steps", "0"), "0 is not in the range"),
+        ((*SPECTRUM, "--num-probes", "many"), "not a valid integer"),
+        ((*SPECTRUM, "--seed", "-3"), "-3 is not in the range"),
+        ((*SPECTRUM, "--stage", "middle"), "its stages: init, final"),
+        ((*SPECTRUM, "--device", "abacus"), "device 'abacus' cannot be used"),
+        ((*SPECTRUM, "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
+        (
+            (*SPECTRUM, "--partition", "rows"),
+            "'rows' is not one of",
+        ),
+        ((*SPECTRUM, "--dtype", "int8"), "'int8' is not one of"),
+        ((*SPECTRUM, "--norm-mode", "test"), "'test' is not one of"),
+        ((*SPECTRUM, "--probe-distribution", "cauchy"), "'cauchy' is not one of"),
+        ((*SPECTRUM, "--matmul-precision", "low"), "'low' is not one of"),
+        ((*SPECTRUM, "--memory-budget", "-1"), "must be positive"),
+        ((*SPECTRUM, "--memory-budget", "1e-9"), "memory"),
+        ((*SPECTRUM, "--registry", "no-such-folder"), "not a folder"),
+        (("spectrum", "resnet8-cifar10"), "HARNESS_DATA_ROOT"),
+        (("train", "cnn-digits"), "pass --lr"),
+        (("train", "cnn-digits", "--lr", "0"), "must be positive"),
+        (("train", "cnn-digits", "--lr", "nan"), "must be positive"),
+        (("train", "cnn-digits", "--optimizer", "lion", "--lr", "1"), "'lion' is not one of"),
+        (("run",), "name models, or pass --tier"),
+        (("run", "cnn-digits", "--tier", "demo"), "not both"),
+        (("run", "cnn-digits", "--jobs", "0"), "0 is not in the range"),
+        (("run", "resnet8-cifar10"), "HARNESS_DATA_ROOT"),
+        (("site", "--source", "no-such-folder"), "neither a folder nor a Hub id"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_can_not_be_done_is_refused_in_a_line_and_writes_nothing(tmp_path, arguments, said):
+    out = tmp_path / "new"
+    where = () if arguments[0] == "describe" else ("--out", out)
+    assert said in refused(call(*arguments, *where))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["spectrum cnn-digits", "train cnn-digits", "run cnn-digits"])
+def test_an_out_that_is_a_file_or_can_not_be_written_is_refused(tmp_path, command):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert "can't be written to" in refused(call(*command.split(), "--out", file))
+    assert "can't be written to" in refused(call(*command.split(), "--out", "/proc/nowhere"))
+    assert file.read_text() == "kept"
+
+
+def test_a_broken_table_is_named(tmp_path):
+    (tmp_path / "spectra").mkdir()
+    (tmp_path / "spectra" / "cnn-digits.parquet").write_bytes(b"PAR1 torn")
+    assert "cnn-digits.parquet" in refused(call(*SPECTRUM, "--out", tmp_path))
+
+
+def test_the_choices_are_those_of_the_estimator():
+    from harness.estimator import blocks, spectrum
+
+    choices = {
+        p.name: set(p.type.choices)
+        for p in main.commands["spectrum"].params
+        if hasattr(p.type, "choices")
+    }
+    assert choices["dtype"] == set(spectrum.DTYPES)
+    assert choices["matmul_precision"] == set(spectrum.PRECISIONS)
+    assert choices["probe_distribution"] == set(spectrum.PROBE_DISTRIBUTIONS)
+    assert choices["partition"] == set(blocks.PARTITIONS)
+
+
+def test_a_failure_is_a_line_and_exit_code_1(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no memory for\n 3 graphs")
+
+    monkeypatch.setattr("harness.spectra.take_spectrum", fail)
+    result = call(*SPECTRUM, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: no memory for 3 graphs\n"
+
+
+def test_an_interruption_says_that_the_same_command_continues(tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.spectra.take_spectrum", interrupt)
+    result = call(*SPECTRUM, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "the same command continues" in result.stderr

@@ -34,27 +34,42 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
         sigma: Width of the smoothing, in units of the scale.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     blocks = rows.drop_duplicates("block").set_index("block")
     densities = density(rows, scale=scale, sigma=sigma)
-    columns = min(4, len(blocks))
+    columns = min(4 if len(blocks) <= 24 else 8, len(blocks))
     shape = (ceil(len(blocks) / columns), columns)
     # A single panel is drawn larger; it stands alone.
-    size = (5.2, 3.4) if len(blocks) == 1 else (2.6 * columns, 1.9 * shape[0] + 0.6)
+    size = (5.2, 3.4) if len(blocks) == 1 else (2.6 * columns, 1.9 * shape[0] + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
-    for ax, (name, block) in zip(axes, blocks.iterrows(), strict=False):
-        ax.set_title(_title(str(name), str(block["block_kind"])), fontsize=8)
-        if block["status"] == "zero":
-            ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center", fontsize=8)
-        else:
-            _draw_density(ax, densities[name], _colour(str(block["block_kind"])))
     top = 1.5 * float(densities.to_numpy().max())
     axes[0].set(yscale="log", ylim=(_FLOOR, top))
     axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
     axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
+    titles = _short(list(blocks.index))
+    for ax, title, (name, block) in zip(axes, titles, blocks.iterrows(), strict=False):
+        ax.set_title(_title(title, str(block["block_kind"])), fontsize=8)
+        ax.tick_params(labelsize=7)
+        if block["status"] == "zero":
+            ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center", fontsize=8)
+        else:
+            _draw_density(ax, densities[name], _colour(str(block["block_kind"])))
+    for ax in axes[len(blocks) - columns : len(blocks)]:
+        ax.tick_params(labelbottom=True)
     for ax in axes[len(blocks) :]:
         ax.set_axis_off()
+    kinds = [k for k in _KINDS if k in set(blocks["block_kind"])]
+    others = sorted(set(blocks["block_kind"]) - set(_KINDS))
+    patches = [Patch(color=_colour(k), alpha=0.6, label=k) for k in kinds]
+    if others:
+        patches.append(Patch(color=_COLOURS[-1], alpha=0.6, label=", ".join(others)))
+    if len(blocks) > 1:
+        ncols = 7 if columns > 2 else 3
+        figure.legend(
+            handles=patches, loc="outside upper left", ncols=ncols, fontsize=8, frameon=False
+        )
     unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {_SCALE_NAMES[scale]}"
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("density", fontsize=9)
@@ -74,27 +89,33 @@ def js_heatmap(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.
     distances = pairwise_js(rows, scale=scale, sigma=sigma)
     count = len(distances)
     size = max(4.5, 0.19 * count + 2.6)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
     ax = figure.subplots()
-    image = ax.imshow(distances, cmap="cividis", vmin=0, vmax=1)
-    labels = [_short(name) for name in distances.columns]
+    # From 0 to the largest: models whose blocks are alike would be all of one colour up to 1.
+    image = ax.imshow(distances, cmap="cividis", vmin=0)
+    labels = _short(list(distances.columns))
     ax.set_xticks(range(count), labels, rotation=90, fontsize=7)
     ax.set_yticks(range(count), labels, fontsize=7)
-    figure.colorbar(image, ax=ax, label="Jensen-Shannon distance", shrink=0.8)
+    figure.colorbar(image, ax=ax, label="Jensen-Shannon distance", shrink=0.7)
     return figure
 
 
 def training_curves(rows: pd.DataFrame) -> Figure:
-    """Draw the minibatch loss of all runs of a model: SGD and AdamW, the best rates thick.
+    """Draw the minibatch loss of a model's runs: SGD and AdamW, the best rates thick.
+
+    The runs are those of the lowest seed, the grid's; the best rate is that of the lowest final
+    loss among those that did not diverge.
 
     Args:
         rows: Rows of table `training` of one model.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    losses = rows[(rows["metric"] == "loss") & (rows["split"] == "batch") & (rows["seed"] == 0)]
-    finals = rows[(rows["metric"] == "loss") & (rows["split"] == "train") & (rows["seed"] == 0)]
-    finals = finals[finals["step"] > 0]
+    seed = rows["seed"].min()
+    losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)]
+    finals = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]
+    losses = losses[losses["split"] == "batch"]
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, optimizer, colour in zip(axes, ("sgd", "adamw"), _COLOURS, strict=False):
@@ -112,6 +133,9 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     if len(losses) and losses["value"].min() > 0:
         ceiling = 1.3 * float(losses.loc[losses["step"] == losses["step"].min(), "value"].max())
         axes[0].set(yscale="log", ylim=(0.8 * float(losses["value"].min()), ceiling))
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("loss of the minibatch")
     return figure
 
@@ -126,7 +150,6 @@ def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
     for left, right in zip(np.split(x, gaps), np.split(y, gaps), strict=True):
         ax.fill_between(left, _FLOOR, right, color=colour, alpha=0.35, linewidth=0)
         ax.plot(left, right, color=colour, linewidth=0.9)
-    ax.tick_params(labelsize=7)
 
 
 def _colour(kind: str) -> str:
@@ -137,14 +160,30 @@ def _title(name: str, kind: str) -> str:
     """Name a panel; a bare index or an unnamed block says little without its kind."""
     if name == "__full__":
         return "all parameters"
-    short = _short(name)
-    return f"{short} ({kind})" if len(short) <= 4 else short
+    return f"{name} ({kind})" if len(name) <= 4 else name
 
 
-def _short(name: str, length: int = 30) -> str:
-    """Shorten a block's name in the middle; the end tells blocks apart."""
-    name = name.replace(".weight", "")
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
+def _short(names: list[str], length: int = 32) -> list[str]:
+    """Shorten blocks' names to about `length`: layer numbers and last parts tell them apart.
+
+    What all names begin with goes; then parts are cut to their first letters, the first part first.
+    """
+    split = [name.replace(".weight", "").split(".") for name in names]
+    shared = 0
+    if len(split) > 1:
+        while len({tuple(parts[: shared + 1]) for parts in split}) == 1:
+            shared += 1
+            if any(len(parts) <= shared + 1 for parts in split):
+                break
+    shorter = []
+    for parts in (parts[shared:] for parts in split):
+        for kept in (3, 1):
+            for i, part in enumerate(parts[:-1]):
+                if len(".".join(parts)) > length and not part.isdigit():
+                    parts[i] = part[:kept]
+        name = ".".join(parts)
+        shorter.append(name if len(name) <= length else f"{name[:8]}…{name[9 - length :]}")
+    return shorter
 
 
 _SCALE_NAMES = {

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from spectra_db import plot
+
+from .synthetic import like_a_network, slq_rows, zero_row
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    made = slq_rows([like_a_network(rng, 400) for _ in range(6)], 3, 20, rng)
+    layer = made["block"].str.extract(r"(\d+)")[0]
+    made["block"] = "transformer.encoder.layers." + layer + ".self_attention.in_proj_weight[q]"
+    made["block_kind"] = "query"
+    return pd.concat([made, pd.DataFrame([zero_row(10, "head.weight")])], ignore_index=True)
+
+
+def drawn(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=40)
+    return file.getvalue()
+
+
+def test_every_block_has_a_panel_whose_title_names_its_layer(rows):
+    figure = plot.spectra(rows)
+    titles = [ax.get_title() for ax in figure.axes[:7]]
+    assert len(set(titles)) == 7
+    assert all(f".{k}." in titles[k] for k in range(6))
+    assert max(map(len, titles)) <= 40
+    assert figure.axes[6].texts[0].get_text() == "exactly zero"
+    assert drawn(figure)
+
+
+def test_the_full_spectrum_is_one_panel(rows):
+    one = rows[rows["block"] == rows["block"].iloc[0]].assign(block="__full__")
+    figure = plot.spectra(one)
+    assert [ax.get_title() for ax in figure.axes] == ["all parameters"]
+
+
+def test_the_heatmap_labels_the_blocks_that_are_not_zero(rows):
+    figure = plot.js_heatmap(rows)
+    labels = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    assert len(set(labels)) == 6
+    assert drawn(figure)
+
+
+def test_the_best_rate_that_did_not_diverge_is_labelled():
+    runs = [
+        {"optimizer": o, "lr": lr, "seed": 0, "step": step, "metric": "loss", "value": value}
+        | {"split": split, "diverged": diverged}
+        for o in ("sgd", "adamw")
+        for lr, end, diverged in ((0.01, 1.0, False), (0.1, 0.5, False), (1.0, 0.1, True))
+        for step, value, split in ((0, 2.0, "batch"), (9, end, "batch"), (10, end, "train"))
+    ]
+    figure = plot.training_curves(pd.DataFrame(runs))
+    for ax in figure.axes:
+        assert ax.get_legend_handles_labels()[1] == ["learning rate 0.1 (best)"]
+    assert drawn(figure)
+
+
+def test_figures_touch_no_global_state(rows):
+    before = "matplotlib.pyplot" in sys.modules  # another test's
+    plot.spectra(rows)
+    assert ("matplotlib.pyplot" in sys.modules) == before

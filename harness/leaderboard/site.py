@@ -131,8 +131,12 @@ def _gap(row: pd.Series) -> dict[str, Any]:
 
 def _save(out: Path, name: str, draw: Callable[[], Any]) -> str:
     """Save a figure as SVG and return its path relative to the page."""
+    import matplotlib as mpl
+
     relative = f"figures/{name}.svg"
-    draw().savefig(out / relative, metadata={"Date": None})
+    # No date and fixed ids: the same tables give the same bytes.
+    with mpl.rc_context({"svg.hashsalt": name}):
+        draw().savefig(out / relative, metadata={"Date": None})
     return relative
 
 

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import spectra_db
+from harness import run
+from harness.plan import Survey, Unit, missing, survey
+from harness.registry import ModelEntry, Recipe, get
+from harness.run import Job, execute, run_entries
+
+RECIPE = Recipe(
+    num_steps=6, batch_size=16, sgd_lrs=(0.01, 0.1), adamw_lrs=(1e-3, 1e-2), num_lrs=2,
+    extend_grid=False, eval_size=64,
+)  # fmt: skip
+
+
+def tiny(**changes: object) -> ModelEntry:
+    """Make an entry that is done in a second or two."""
+    small = {"name": "tiny", "options": {"widths": (8, 16)}, "hessian_batch_size": 16}
+    small |= {"recipe": RECIPE, "num_steps": 3, "full_stages": ("init",)}
+    return replace(get("cnn-digits"), **(small | changes))
+
+
+def job_of(out: Path, *entries: ModelEntry) -> Job:
+    return Job(
+        out=out,
+        entries={entry.name: entry for entry in entries},
+        data_root=None,
+        device="cpu",
+        num_threads=1,
+        command="harness run tiny",
+    )
+
+
+def do(out: Path, *entries: ModelEntry, jobs: int = 1) -> tuple[dict[Unit, str], list[Unit]]:
+    """Run entries; return what failed and the units that were started."""
+    started: list[Unit] = []
+
+    def on_event(what: str, unit: Unit) -> None:
+        if what == "start":
+            started.append(unit)
+
+    surveys = [survey(entry, None) for entry in entries]
+    failed = run_entries(surveys, job_of(out, *entries), jobs=jobs, on_event=on_event)
+    return failed, started
+
+
+def values(out: Path, table: str) -> pd.DataFrame:
+    """Return a table without what differs between two computations of the same."""
+    rows = spectra_db.load(table, source=out)
+    return rows.drop(columns=["seconds", "peak_bytes", "run_id"], errors="ignore")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Return the folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    failed, started = do(out, tiny())
+    assert not failed
+    assert len(started) == survey(tiny(), None).num_units
+    return out
+
+
+def test_a_run_fills_every_table(whole):
+    for table in set(spectra_db.schema.TABLES) - {"leaderboard"}:
+        assert len(spectra_db.load(table, source=whole, **({"model": "tiny"}))), table
+    spectra = spectra_db.load("spectra", source=whole)
+    found = set(zip(spectra["partition"], spectra["stage"], strict=True))
+    assert found == {("weights", "init"), ("weights", "final"), ("full", "init")}
+    training = spectra_db.load("training", source=whole)
+    runs = training.groupby("seed")[["optimizer", "lr"]].apply(lambda r: len(r.drop_duplicates()))
+    assert runs.to_dict() == {0: 4, 1: 2, 2: 2, 3: 2}
+    assert set(spectra_db.load("gaps", source=whole)["num_seeds"]) == {3}
+
+
+def test_the_same_command_finds_nothing_left_to_do(whole):
+    assert list(missing(tiny(), whole)) == []
+    assert do(whole, tiny()) == ({}, [])
+
+
+def test_only_the_units_at_the_best_rate_wait_for_the_grid(tmp_path):
+    units = list(missing(tiny(), tmp_path))
+    waiting = [unit for unit in units if not unit.ready]
+    assert {(u.kind, u.seed) for u in waiting if u.kind == "train"} == {
+        ("train", 1), ("train", 2), ("train", 3),
+    }  # fmt: skip
+    assert [u.stage for u in waiting if u.kind == "spectrum"] == ["final"]
+
+
+def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
+    # Six steps are so few that the highest rate is the best: each extension is one more unit.
+    _, started = do(tmp_path, tiny(recipe=replace(RECIPE, extend_grid=True), stages=("init",)))
+    on_the_grid = [unit for unit in started if unit.kind == "train" and unit.seed == 0]
+    assert len(on_the_grid) > 2 * RECIPE.num_lrs
+
+
+def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp_path):
+    subprocess.run(["cp", "-r", whole, tmp_path / "copy"], check=True)
+    out = tmp_path / "copy"
+    checkpoint = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
+    checkpoint.unlink()
+    assert list(missing(tiny(), out)) == []
+    failed, started = do(out, tiny(num_probes=4))
+    assert not failed
+    assert [(u.kind, u.seed) for u in started if u.kind == "train"] == [("train", 1)]
+    assert checkpoint.exists()
+
+
+def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(
+    tmp_path, monkeypatch
+):
+    def fail(problem, *_: object, **__: object) -> None:
+        if problem.stage == "final":
+            raise FloatingPointError("a product is not finite")
+        return take_spectrum(problem, *_, **__)
+
+    take_spectrum = run.take_spectrum
+    monkeypatch.setattr(run, "take_spectrum", fail)
+    failed, _ = do(tmp_path, tiny())
+    assert list(failed.values()) == ["FloatingPointError: a product is not finite"]
+    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    assert set(rows["status"]) == {"failed"}
+    assert set(rows["reason"]) == set(failed.values())
+    assert set(spectra_db.load("gaps", source=tmp_path)["num_seeds"]) == {3}
+
+    monkeypatch.setattr(run, "take_spectrum", take_spectrum)
+    failed, started = do(tmp_path, tiny())
+    assert not failed
+    assert [unit.stage for unit in started] == ["final"]
+    assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
+
+
+def test_a_model_that_can_not_be_built_is_a_row_with_the_reason(tmp_path):
+    entry = tiny(options={"depth": 9}, recipe=None, stages=("init",), full_stages=())
+    surveyed = survey(entry, None)
+    assert "unexpected keyword argument 'depth'" in str(surveyed.reason)
+    assert run_entries([surveyed], job_of(tmp_path, entry)) == {}
+    [row] = spectra_db.load("models", source=tmp_path).to_dict("records")
+    assert (row["status"], row["reason"]) == ("failed", surveyed.reason)
+
+
+def test_a_pending_entry_is_a_row_with_its_reason(tmp_path):
+    entry = tiny(status="pending", reason="the weights can't be had")
+    assert run_entries([survey(entry, None)], job_of(tmp_path, entry)) == {}
+    [row] = spectra_db.load("models", source=tmp_path).to_dict("records")
+    assert (row["status"], row["reason"]) == ("pending", "the weights can't be had")
+
+
+def test_a_pretrained_entry_waits_for_its_pretraining_and_starts_from_it(tmp_path):
+    first = tiny(full_stages=())
+    second = replace(first, name="tiny-tuned", pretrained="tiny")
+    assert not any(unit.ready for unit in missing(second, tmp_path))
+    failed, started = do(tmp_path, second, first)
+    assert not failed
+    models = [unit.model for unit in started]
+    final = next(u for u in started if (u.model, u.optimizer, u.seed) == ("tiny", "adamw", 1))
+    assert models.index("tiny-tuned") == started.index(final) + 1
+    stages = spectra_db.load("stages", source=tmp_path).set_index(["model", "stage"])
+    pretrained, tuned = stages.loc[("tiny", "final")], stages.loc[("tiny-tuned", "init")]
+    assert tuned["loss"] == pytest.approx(pretrained["loss"])
+
+
+def die_on_seed_2(unit: Unit, job: Job) -> str | None:
+    """Execute a unit; die as the kernel kills for memory, on one of them."""
+    if unit.kind == "train" and unit.seed == 2 and unit.optimizer == "sgd":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return execute(unit, job)
+
+
+def test_a_worker_that_dies_fails_its_unit_alone_and_the_rows_end_up_the_same(
+    whole, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "execute", die_on_seed_2)
+        failed, started = do(tmp_path, tiny(), jobs=2)
+    assert {(u.optimizer, u.seed): reason for u, reason in failed.items()} == {
+        ("sgd", 2): "the worker process died: out of memory, or killed"
+    }
+    assert len(started) == len(set(started))
+    [gap] = spectra_db.load("gaps", source=tmp_path).to_dict("records")
+    assert (gap["status"], gap["reason"]) == ("failed", next(iter(failed.values())))
+
+    assert len(do(tmp_path, tiny())[1]) == 1
+    for table in ("training", "stages", "spectra", "heterogeneity", "blocks", "gaps"):
+        pd.testing.assert_frame_equal(values(whole, table), values(tmp_path, table))
+
+
+def runs(pid: str) -> bool:
+    """Tell whether a process runs; one that has ended may wait for its parent to take note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_leaves_no_worker_and_continues(tmp_path, stop):
+    out = tmp_path / "out"
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from harness.registry import get\n"
+        "demo = get('cnn-digits')\n"
+        "recipe = replace(demo.recipe, num_lrs=2, num_steps=40, extend_grid=False)\n"
+        "ENTRIES = (replace(demo, name='mine', recipe=recipe, stages=('init',), full_stages=()),)\n"
+    )
+    command = [sys.executable, "-m", "harness", "run", "mine", "--jobs", "2", "--device", "cpu"]
+    command += ["--out", str(out), "--registry", str(tmp_path / "registry")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    training = out / "training" / "mine.parquet"
+    deadline = time.monotonic() + 60
+    while not training.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=30)
+    if stop != signal.SIGKILL:
+        assert process.returncode == 130, output
+        assert output.strip().endswith("the same command continues.")
+    assert "Traceback" not in output
+    deadline = time.monotonic() + 20
+    while any(map(runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in children if runs(child)]
+    done = len(spectra_db.load("training", source=out, step=0, split="train", metric="loss"))
+    assert 0 < done < 10
+
+    entry = get("mine", registry_dir=tmp_path / "registry")
+    assert len(do(out, entry)[1]) == 11 - done
+    assert len(spectra_db.load("training", source=out, step=0, split="train", metric="loss")) == 10
+    assert set(spectra_db.load("gaps", source=out)["status"]) == {"ok"}
+
+
+def test_the_forecast_counts_the_products_that_are_made(whole):
+    made = spectra_db.load("spectra", source=whole)["num_products"].sum()
+    assert made == survey(tiny(), None).num_products
+
+
+def test_threads_share_the_cores_and_honour_the_environment(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [run.num_threads(jobs) for jobs in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run.num_threads(1) == 1
+
+
+def test_a_survey_of_a_pending_entry_costs_nothing():
+    entry = tiny(status="pending", reason="no data")
+    assert survey(entry, None) == Survey(entry, reason="no data")

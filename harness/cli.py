@@ -245,11 +245,11 @@ def spectrum(
     with progress_bar(f"{entry.name} {stage}") as on_progress:
         rows = take_spectrum(problem, chosen, out, command=command_line(), on_progress=on_progress)
     click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
-    if chosen.partition != "full" and rows["block"].nunique() > 1:
+    if rows.loc[rows["status"] == "ok", "block"].nunique() > 1:
         import spectra_db
 
         estimate = spectra_db.js0(rows)
-        if chosen.num_probes < MIN_PROBES:
+        if estimate.corrected != estimate.corrected:  # nan: not known
             click.echo(f"js0 {estimate.value:.4f} (plug-in; its error needs {MIN_PROBES} probes)")
         else:
             click.echo(f"js0 {estimate.corrected:.4f} ± {estimate.standard_error:.4f}")
@@ -330,7 +330,7 @@ def run(
     The same command continues where it was stopped.
     """
     from harness import registry as catalogue
-    from harness.display import print_surveys, units_bar
+    from harness.display import print_results, print_surveys, units_bar
     from harness.plan import missing, survey
     from harness.run import Job, num_threads, run_entries
     from harness.spectra import command_line
@@ -361,6 +361,7 @@ def run(
     )
     with units_bar(sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)) as event:
         failed = run_entries(surveys, job, jobs=jobs, on_event=event)
+    print_results(out, [s.entry.name for s in surveys if s.reason is None])
     for unit, reason in failed.items():
         click.echo(f"failed: {unit}: {reason}", err=True)
     click.echo(f"tables in {out}")

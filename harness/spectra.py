@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from harness import tasks
+from harness.errors import UserError
 from spectra_db import store
 from spectra_db.heterogeneity import metrics
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
@@ -40,6 +41,12 @@ class Settings:
     reorthogonalize: bool = False
     matmul_precision: str = "highest"
     memory_budget: int | None = None
+
+    @property
+    def is_protocol(self) -> bool:
+        """Whether the arithmetic and the mode are the protocol's defaults."""
+        mode = (self.norm_mode, self.dtype, self.probe_distribution, self.matmul_precision)
+        return mode == ("eval", "float32", "gaussian", "highest")
 
 
 def blocks_of(problem: Problem, partition: str) -> list[Block]:
@@ -115,7 +122,8 @@ def take_spectrum(
     rows = done.sort_values(
         ["block", "probe"], key=lambda c: c.map(order) if c.name == "block" else c
     ).reset_index(drop=True)
-    if settings.partition != "full":
+    # The derived tables have no column for other settings: they follow the protocol's alone.
+    if settings.partition != "full" and settings.is_protocol:
         summaries = block_summaries(
             problem.model,
             problem.loss_fn,
@@ -125,8 +133,15 @@ def take_spectrum(
             batch_weights=count_terms,
         )
         store.write(out, "blocks", summaries)
-        if (rows["status"] == "ok").groupby(rows["block"]).any().sum() >= 2:
-            store.write(out, "heterogeneity", metrics(rows))
+        nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
+        if len(blocks) > 1 and nonzero < 2:
+            raise UserError(
+                f"{len(blocks) - nonzero} of the {len(blocks)} blocks of {entry.name!r} are exactly "
+                "zero, so their spectra can't be compared; does its head, or the last scale of its "
+                "branches, start at zero? Start it elsewhere"
+            )
+        if nonzero >= 2:
+            store.write(out, "heterogeneity", metrics(rows, block_rows=pd.DataFrame(summaries)))
     return rows
 
 

@@ -23,7 +23,7 @@ ENTRIES = (
             num_steps=150,
             batch_size=64,
             sgd_lrs=(1e-2, 1.0),
-            adamw_lrs=(3e-4, 3e-2),
+            adamw_lrs=(1e-3, 1e-1),
             warmup_steps=10,
             eval_size=1024,
         ),

@@ -136,9 +136,9 @@ def take_spectrum(
         nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
         if len(blocks) > 1 and nonzero < 2:
             raise UserError(
-                f"{len(blocks) - nonzero} of the {len(blocks)} blocks of {entry.name!r} are exactly "
-                "zero, so their spectra can't be compared; does its head, or the last scale of its "
-                "branches, start at zero? Start it elsewhere"
+                f"{len(blocks) - nonzero} of the {len(blocks)} blocks of {entry.name!r} are "
+                "exactly zero, so there is nothing to compare; does its head, or the last scale "
+                "of its branches, start at zero? Start it elsewhere"
             )
         if nonzero >= 2:
             store.write(out, "heterogeneity", metrics(rows, block_rows=pd.DataFrame(summaries)))

@@ -271,20 +271,16 @@ def train(
     device: str | None,
 ) -> None:
     """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
-    import pandas as pd
-
     from harness import tasks
     from harness.display import progress_bar
     from harness.registry import get
+    from harness.spectra import rows_of, write_training
     from harness.training import grid
     from harness.training import train as run_training
-    from spectra_db import store
 
     entry = get(model, registry_dir=registry)
     if lr is None:
-        path = store.path_of(out, "training", entry.name)
-        rows = store.read(path, "training").to_pandas() if path.exists() else pd.DataFrame()
-        lr = grid.best(rows, optimizer)
+        lr = grid.best(rows_of(out, "training", entry.name), optimizer)
         if lr is None:
             raise UserError(f"{out} has no {optimizer} grid of {model} to choose from: pass --lr")
     if not 0 < lr < float("inf"):
@@ -302,9 +298,7 @@ def train(
             device=_device(device),
             on_step=on_progress,
         )
-    if result.stage_rows:
-        store.write(out, "stages", result.stage_rows)
-    store.write(out, "training", result.rows)
+    write_training(result, out)
     outcome = "diverged" if result.diverged else f"loss {result.final_loss:.4f}"
     click.echo(f"{outcome} (from {result.init_loss:.4f}) in {result.seconds:.1f} s; rows in {out}")
 

@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
     from harness.plan import Survey, Unit
@@ -69,6 +71,28 @@ def print_surveys(surveys: Sequence[Survey]) -> None:
     console.print(table)
     for reason in reasons:
         console.print(f"left out: {reason}")
+
+
+def print_results(out: Path, models: Sequence[str]) -> None:
+    """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
+    from harness.spectra import rows_of
+
+    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("JS⁰", "SGD-Adam gap", "Adam needed"):
+        table.add_column(name, justify="right")
+    for model in models:
+        js0 = gap = needed = "–"
+        for row in rows_of(out, "heterogeneity", model).itertuples():
+            if (row.metric, row.scale, row.stage) == ("js0", "lambda10", "init"):
+                js0 = f"{row.corrected:.3f} ± {row.standard_error:.3f}"
+        for row in rows_of(out, "gaps", model).itertuples():
+            if row.status == "ok":
+                gap = f"{row.gap:.3f} ± {row.standard_error:.3f}"
+                needed = "yes" if row.adam_needed else "no"
+            else:
+                gap = str(row.status)
+        table.add_row(model, js0, gap, needed)
+    Console(markup=False).print(table)
 
 
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:

@@ -10,11 +10,10 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.registry import ModelEntry
-from harness.spectra import Settings, blocks_of
+from harness.spectra import Settings, blocks_of, rows_of
 from harness.training import grid
 from harness.training.gap import SEEDS
 from harness.training.stages import checkpoint_path
-from spectra_db import store
 
 # The run whose stages are kept; it also seeds their initialisation and their probes.
 STAGE_SEED = 1
@@ -123,6 +122,9 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
     """Yield the units of an entry that the store does not hold, those that wait marked so.
 
     A pretrained entry waits for the final weights of the entry that it starts from.
+
+    Raises:
+        UserError: The store holds runs of another length than the recipe's.
     """
     if entry.pretrained is not None:
         start = checkpoint_path(out / "checkpoints", entry.pretrained, STAGE_SEED, "final")
@@ -132,6 +134,14 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
             return
     rows = rows_of(out, "training", entry.name)
     if entry.recipe is not None:
+        if len(rows):
+            ends = rows.loc[(rows["split"] == "train") & (rows["step"] > 0) & ~rows["diverged"]]
+            strange = set(ends["step"]) - {entry.recipe.num_steps}
+            if strange:
+                raise UserError(
+                    f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
+                    f"{entry.recipe.num_steps}: name another --out"
+                )
         for optimizer in ("sgd", "adamw"):
             yield from _missing_runs(entry, optimizer, rows, out)
     for stage in entry.stages:
@@ -209,9 +219,3 @@ def settings_of(entry: ModelEntry, partition: str, device: str | None) -> Settin
         num_steps=entry.num_steps,
         device=device,
     )
-
-
-def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
-    """Return a model's rows of a table, none where there is no file."""
-    path = store.path_of(out, table, model)
-    return store.read(path, table).to_pandas() if path.exists() else pd.DataFrame()

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import tasks
-from harness.plan import STAGE_SEED, Survey, Unit, missing, rows_of, settings_of
+from harness.plan import STAGE_SEED, Survey, Unit, missing, settings_of
 from harness.registry import ModelEntry
-from harness.spectra import take_spectrum, write_failed_blocks
+from harness.spectra import rows_of, take_spectrum, write_failed_blocks, write_training
 from harness.training.gap import gap
 from harness.training.stages import run_name
 from spectra_db import store
@@ -196,9 +196,7 @@ def _train(unit: Unit, job: Job) -> None:
         pretrained_dir=job.checkpoints,
         device=job.device or "cpu",
     )
-    if result.stage_rows:
-        store.write(job.out, "stages", result.stage_rows)
-    store.write(job.out, "training", result.rows)
+    write_training(result, job.out)
 
 
 def _take(unit: Unit, job: Job) -> None:

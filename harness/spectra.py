@@ -24,7 +24,9 @@ from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 if TYPE_CHECKING:
     from harness.estimator import Block
-    from harness.training import Problem
+    from harness.training import Problem, TrainingRun
+
+_LISTS = ("alphas", "betas", "nodes", "weights")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def take_spectrum(
 def write_failed_blocks(problem: Problem, settings: Settings, out: Path, reason: str) -> None:
     """Write failed rows, with the reason, for the blocks that the store holds no rows of."""
     identity = _identity(problem, settings)
-    present = set(_stored_rows(out, identity)["block"])
+    stored = _stored_rows(out, identity)
+    present = set(stored.loc[stored["status"].isin(["ok", "zero"]), "block"])
     common = identity | {
         "operator": "hessian",
         "protocol_version": PROTOCOL_VERSION,
@@ -172,13 +175,48 @@ def write_failed_blocks(problem: Problem, settings: Settings, out: Path, reason:
         "status": "failed",
         "reason": reason,
     }
-    common |= {column: [] for column in ("alphas", "betas", "nodes", "weights")}
+    common |= dict.fromkeys(_LISTS, ())
     rows = [
         common | {"block": block.name, "block_kind": block.kind, "num_params": block.num_params}
         for block in blocks_of(problem, settings.partition)
         if block.name not in present
     ]
     store.write(out, "spectra", rows)
+
+
+def write_training(run: TrainingRun, out: Path) -> None:
+    """Write the rows of a training run; spectra of stages whose weights it changed are pending.
+
+    They would be taken for those of the new weights, which nothing in their key tells apart.
+    """
+    from harness.training.stages import run_name
+
+    if run.stage_rows:
+        model, seed = run.stage_rows[0]["model"], run.stage_rows[0]["seed"]
+        known = rows_of(out, "stages", model)
+        before = (
+            {}
+            if known.empty
+            else dict(zip(known["stage"], known["checkpoint_sha256"], strict=True))
+        )
+        now = {row["stage"]: row["checkpoint_sha256"] for row in run.stage_rows}
+        changed = [stage for stage in now if before.get(stage, now[stage]) != now[stage]]
+        rows = rows_of(out, "spectra", model)
+        if changed and len(rows):
+            stale = rows["stage"].isin(changed) & (rows["train_run"] == run_name(seed))
+            reason = "the stage was trained again, with other weights"
+            one_each = rows[stale & (rows["probe"] == 0)].copy()
+            for column in _LISTS:
+                one_each[column] = [()] * len(one_each)
+            store.write(out, "spectra", one_each.assign(status="pending", reason=reason))
+        store.write(out, "stages", run.stage_rows)
+    store.write(out, "training", run.rows)
+
+
+def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
+    """Return a model's rows of a table, none where there is no file."""
+    path = store.path_of(out, table, model)
+    return store.read(path, table).to_pandas() if path.exists() else pd.DataFrame()
 
 
 def _identity(problem: Problem, settings: Settings) -> dict[str, Any]:
@@ -200,10 +238,9 @@ def _identity(problem: Problem, settings: Settings) -> dict[str, Any]:
 
 def _stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
     """Return the rows of one spectrum in the store."""
-    path = store.path_of(out, "spectra", identity["model"])
-    if not path.exists():
+    rows = rows_of(out, "spectra", identity["model"])
+    if rows.empty:
         return pd.DataFrame(columns=TABLES["spectra"].names)
-    rows = store.read(path, "spectra").to_pandas()
     for column, value in identity.items():
         rows = rows[rows[column] == value]
     return rows

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +15,14 @@ import pytest
 
 import spectra_db
 from harness import run
+from harness.errors import UserError
 from harness.plan import Survey, Unit, missing, survey
 from harness.registry import ModelEntry, Recipe, get
 from harness.run import Job, execute, run_entries
 
 RECIPE = Recipe(
-    num_steps=6, batch_size=16, sgd_lrs=(0.01, 0.1), adamw_lrs=(1e-3, 1e-2), num_lrs=2,
-    extend_grid=False, eval_size=64,
+    num_steps=10, batch_size=64, sgd_lrs=(0.01, 0.1), adamw_lrs=(1e-3, 1e-2), num_lrs=2,
+    extend_grid=False, eval_size=512,
 )  # fmt: skip
 
 
@@ -97,15 +100,14 @@ def test_only_the_units_at_the_best_rate_wait_for_the_grid(tmp_path):
 
 
 def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
-    # Six steps are so few that the highest rate is the best: each extension is one more unit.
+    # Ten steps are so few that the highest rate is the best: each extension is one more unit.
     _, started = do(tmp_path, tiny(recipe=replace(RECIPE, extend_grid=True), stages=("init",)))
     on_the_grid = [unit for unit in started if unit.kind == "train" and unit.seed == 0]
     assert len(on_the_grid) > 2 * RECIPE.num_lrs
 
 
 def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp_path):
-    subprocess.run(["cp", "-r", whole, tmp_path / "copy"], check=True)
-    out = tmp_path / "copy"
+    out = shutil.copytree(whole, tmp_path / "copy")
     checkpoint = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
     checkpoint.unlink()
     assert list(missing(tiny(), out)) == []
@@ -113,6 +115,26 @@ def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp
     assert not failed
     assert [(u.kind, u.seed) for u in started if u.kind == "train"] == [("train", 1)]
     assert checkpoint.exists()
+
+
+def test_spectra_of_weights_that_were_trained_anew_are_taken_anew(tmp_path):
+    out = tmp_path
+    do(out, tiny(recipe=replace(RECIPE, adamw_lrs=(1e-4, 1e-3))))
+    checkpoint = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
+    before = checkpoint.read_bytes()
+    # A higher rate is better than all of the grid so far: the run whose stages are kept changes.
+    failed, started = do(out, tiny())
+    assert not failed
+    assert checkpoint.read_bytes() != before
+    assert [u.stage for u in started if u.kind == "spectrum"] == ["final"]
+    [sha256] = spectra_db.load("stages", source=out, stage="final")["checkpoint_sha256"]
+    assert sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_runs_of_another_length_are_not_mixed(whole):
+    longer = tiny(recipe=replace(RECIPE, num_steps=12))
+    with pytest.raises(UserError, match="runs of tiny of 10 steps, its recipe has 12"):
+        list(missing(longer, whole))
 
 
 def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(

@@ -133,6 +133,7 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
             yield from (replace(unit, ready=False) for unit in units)
             return
     rows = rows_of(out, "training", entry.name)
+    retrained = False
     if entry.recipe is not None:
         if len(rows):
             ends = rows.loc[(rows["split"] == "train") & (rows["step"] > 0) & ~rows["diverged"]]
@@ -143,11 +144,14 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
                     f"{entry.recipe.num_steps}: name another --out"
                 )
         for optimizer in ("sgd", "adamw"):
-            yield from _missing_runs(entry, optimizer, rows, out)
+            for unit in _missing_runs(entry, optimizer, rows, out):
+                # Checkpoints that lie there are then of another run, such as `train --lr`'s.
+                retrained |= (unit.optimizer, unit.seed) == ("adamw", STAGE_SEED)
+                yield unit
     for stage in entry.stages:
-        ready = stage == "init" or _stage_path(entry, out, stage).exists()
         # A run that ended in nan left no final weights: its spectrum fails, with the reason.
-        ready = ready or _diverged(rows)
+        there = _stage_path(entry, out, stage).exists() or _diverged(rows)
+        ready = stage == "init" or (there and not retrained)
         for partition in ("weights", "full") if stage in entry.full_stages else ("weights",):
             if not _has_spectrum(entry, out, stage, partition):
                 yield Unit(entry.name, "spectrum", stage=stage, partition=partition, ready=ready)
@@ -165,8 +169,9 @@ def _missing_runs(
     for seed in SEEDS:
         done = best is not None and best in grid.final_losses(rows, optimizer, seed).index
         if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(rows):
-            # Checkpoints are no part of the tables: make them again where a spectrum needs them.
-            done = all(
+            # Checkpoints are no part of the tables: make them again where a spectrum needs them,
+            # or where they are of another rate.
+            done = _stage_rates(entry, out) <= {best} and all(
                 _stage_path(entry, out, stage).exists()
                 or _has_spectrum(entry, out, stage, partition)
                 for stage in entry.stages
@@ -175,6 +180,14 @@ def _missing_runs(
             )
         if not done:
             yield Unit(entry.name, "train", optimizer, best or 0.0, seed, ready=best is not None)
+
+
+def _stage_rates(entry: ModelEntry, out: Path) -> set[float]:
+    """Return the learning rates of the run that the stages were last taken from, at most one."""
+    rows = rows_of(out, "stages", entry.name)
+    if rows.empty:
+        return set()
+    return set(rows.loc[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED), "lr"])
 
 
 def _diverged(rows: pd.DataFrame) -> bool:
@@ -191,7 +204,7 @@ def _stage_path(entry: ModelEntry, out: Path, stage: str) -> Path:
 
 
 def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> bool:
-    """Tell whether a spectrum is complete: heterogeneity is written last, `full` is one block."""
+    """Tell whether a spectrum is complete: derived tables are written last, `full` is one block."""
     rows = rows_of(out, "spectra", entry.name)
     wanted = {"stage": stage, "partition": partition, "init_seed": STAGE_SEED}
     standard = settings_of(entry, partition, None)
@@ -207,8 +220,13 @@ def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> b
         return False
     if partition == "full":
         return True
-    metrics = rows_of(out, "heterogeneity", entry.name)
-    return bool(len(metrics)) and bool((metrics["stage"] == stage).any())
+    # A single block has nothing to be compared with.
+    compared = len(set(rows.loc[rows["status"] == "ok", "block"])) > 1
+    derived = rows_of(out, "heterogeneity" if compared else "blocks", entry.name)
+    if not len(derived):
+        return False
+    # Another seed's rows say nothing of this one's blocks.
+    return bool(((derived["stage"] == stage) & (derived["init_seed"] == STAGE_SEED)).any())
 
 
 def settings_of(entry: ModelEntry, partition: str, device: str | None) -> Settings:

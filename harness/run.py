@@ -77,6 +77,9 @@ def run_entries(
     for entry in live:
         if entry.recipe is not None:
             reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
+            for unit in missing(entry, job.out) if reasons else ():
+                if unit.kind == "spectrum" and not unit.ready:
+                    _write_failed(unit, job, f"its stage was not trained: {reasons[0]}")
             row = gap(entry.name, rows_of(job.out, "training", entry.name), entry.recipe)
             if reasons:
                 row |= {"status": "failed", "reason": reasons[0]}
@@ -219,10 +222,14 @@ def _write_failed(unit: Unit, job: Job, reason: str) -> None:
         return
     # Weights may be what failed; blocks and batch are those of any model of the entry.
     entry = replace(job.entries[unit.model], pretrained=None)
-    problem = load_problem(entry, "init", unit.seed, data_root=job.data_root)
-    train_run = "" if unit.stage == "init" else run_name(unit.seed)
-    problem = replace(problem, stage=unit.stage, train_run=train_run)
-    write_failed_blocks(problem, settings_of(entry, unit.partition, job.device), job.out, reason)
+    settings = settings_of(entry, unit.partition, job.device)
+    try:
+        problem = load_problem(entry, "init", unit.seed, data_root=job.data_root)
+        train_run = "" if unit.stage == "init" else run_name(unit.seed)
+        problem = replace(problem, stage=unit.stage, train_run=train_run)
+        write_failed_blocks(problem, settings, job.out, reason)
+    except Exception:  # such as a full disk: the failure is still reported, and tried again
+        log.debug("no rows of %s", unit, exc_info=True)
 
 
 def _write_model(survey: Survey, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -285,16 +286,19 @@ def _describe_run(
 @cache
 def code_version() -> str:
     """Return the package's version, with the commit where the code is a git checkout."""
-    here = Path(__file__).parent
+    root = Path(__file__).parents[1]
+    number = version("hessian-spectra")
+    # Installed, the package may lie inside some other project's checkout.
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return number
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=here,
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
-    commit = f"+{answer.stdout.strip()}" if answer.returncode == 0 else ""
-    return version("hessian-spectra") + commit
+    return f"{number}+{answer.stdout.strip()}" if answer.returncode == 0 else number
 
 
 def command_line() -> str:

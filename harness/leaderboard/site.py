@@ -19,6 +19,13 @@ from spectra_db.schema import STAGES, TABLES
 
 # Of every interval on the page.
 LEVEL = 0.95
+# The settings of PROTOCOL's spectra; a folder may hold others beside them.
+STANDARD = {
+    "operator": "hessian",
+    "norm_mode": "eval",
+    "dtype": "float32",
+    "probe_distribution": "gaussian",
+}
 
 
 def build(source: Path | str | None, out: Path) -> Path:
@@ -60,9 +67,10 @@ def _section(model: dict[str, Any], source: Path | str | None, out: Path) -> dic
     rows = _in_order(_load("spectra", source, model=name))
     stages = []
     for stage in STAGES:
-        at_stage = rows[(rows["stage"] == stage) & (rows["partition"] == "weights")]
+        at_stage = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == "weights")])
         if len(at_stage):
-            stages.append(_stage(name, stage, at_stage, rows, out))
+            full = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == "full")])
+            stages.append(_stage(name, stage, at_stage, full, out))
     training = _load("training", source, model=name)
     curves = None
     if len(training):
@@ -80,11 +88,21 @@ def _section(model: dict[str, Any], source: Path | str | None, out: Path) -> dic
     }
 
 
+def _standard(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
+    if rows.empty:
+        return rows
+    settings = list(STANDARD)
+    rank = (rows[settings] != pd.Series(STANDARD)).sum(axis=1)
+    spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
+    first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
+    return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
+
+
 def _stage(
-    name: str, stage: str, at_stage: pd.DataFrame, rows: pd.DataFrame, out: Path
+    name: str, stage: str, at_stage: pd.DataFrame, full: pd.DataFrame, out: Path
 ) -> dict[str, Any]:
     """Draw a stage's figures and compute its JS⁰."""
-    full = rows[(rows["stage"] == stage) & (rows["partition"] == "full")]
     facts: dict[str, Any] = {"stage": stage, "js0": None}
     failed = at_stage[at_stage["status"] == "failed"]
     if len(failed):

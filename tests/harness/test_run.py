@@ -8,17 +8,21 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import spectra_db
-from harness import run
+from harness import run, spectra
 from harness.errors import UserError
 from harness.plan import Survey, Unit, missing, survey
 from harness.registry import ModelEntry, Recipe, get
 from harness.run import Job, execute, run_entries
+from harness.spectra import Settings, take_spectrum
+from harness.training import load_problem
+from spectra_db import store
 
 RECIPE = Recipe(
     num_steps=10, batch_size=64, sgd_lrs=(0.01, 0.1), adamw_lrs=(1e-3, 1e-2), num_lrs=2,
@@ -159,6 +163,88 @@ def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(
     assert not failed
     assert [unit.stage for unit in started] == ["final"]
     assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
+
+
+def test_a_failed_training_run_leaves_failed_rows_for_the_spectra_that_waited(
+    tmp_path, monkeypatch
+):
+    def fail(unit: Unit, job: Job) -> None:
+        if (unit.optimizer, unit.seed) == ("adamw", 1):
+            raise MemoryError("no memory")
+        train(unit, job)
+
+    train = run._train
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_train", fail)
+        do(tmp_path, tiny())
+    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    assert set(rows["status"]) == {"failed"}
+    assert set(rows["reason"]) == {"its stage was not trained: MemoryError: no memory"}
+    assert set(spectra_db.load("spectra", source=tmp_path, stage="init")["status"]) == {"ok"}
+
+    failed, _ = do(tmp_path, tiny())
+    assert not failed
+    assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
+
+
+def test_a_failure_that_can_not_be_written_down_is_still_reported(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
+
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    surveyed = survey(entry, None)
+    monkeypatch.setattr("harness.training.load_problem", fail)
+    failed = run_entries([surveyed], job_of(tmp_path, entry))
+    assert list(failed.values()) == ["MemoryError: no memory"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_trained_by_hand_at_another_rate_are_not_taken_for_the_stages(tmp_path, when):
+    entry = tiny(full_stages=())
+    stale = Unit("tiny", "train", "adamw", 0.5, 1)
+    if when == "after":
+        do(tmp_path, entry)
+    assert execute(stale, job_of(tmp_path, entry)) is None
+    units = {(u.kind, u.optimizer, u.seed, u.stage): u.ready for u in missing(entry, tmp_path)}
+    assert ("train", "adamw", 1, "") in units
+    assert units["spectrum", "", 1, "final"] is False
+    do(tmp_path, entry)
+    [rate] = set(spectra_db.load("stages", source=tmp_path, stage="final")["lr"])
+    assert rate == spectra_db.load("gaps", source=tmp_path)["adam_lr"].item()
+    assert list(missing(entry, tmp_path)) == []
+
+
+def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    other = Settings(num_probes=3, num_steps=3, device="cpu")
+    take_spectrum(load_problem(entry, "init", 5), other, tmp_path, command="")
+    do(tmp_path, entry)
+    path = store.path_of(tmp_path, "spectra", "tiny")
+    rows = store.read(path, "spectra").to_pandas()
+    derived = store.path_of(tmp_path, "heterogeneity", "tiny")
+    metrics = store.read(derived, "heterogeneity").to_pandas()
+    torn = (rows["init_seed"] == 1) & (rows["block"] == rows["block"].iloc[0])
+    path.unlink()
+    derived.unlink()
+    store.write(tmp_path, "spectra", rows[~torn])
+    store.write(tmp_path, "heterogeneity", metrics[metrics["init_seed"] == 5])
+    assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+
+
+def test_a_model_of_a_single_block_is_done_although_there_is_nothing_to_compare(tmp_path):
+    entry = tiny(options={"widths": ()}, recipe=None, stages=("init",), full_stages=())
+    failed, _ = do(tmp_path, entry)
+    assert not failed
+    assert list(missing(entry, tmp_path)) == []
+
+
+def test_without_git_the_code_is_known_by_its_version_alone(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    spectra.code_version.cache_clear()
+    try:
+        assert spectra.code_version() == version("hessian-spectra")
+    finally:
+        spectra.code_version.cache_clear()
 
 
 def test_a_model_that_can_not_be_built_is_a_row_with_the_reason(tmp_path):

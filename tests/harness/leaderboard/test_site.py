@@ -148,6 +148,18 @@ def test_the_same_tables_give_the_same_page(page, tmp_path):
     assert "good.parquet" not in again.read_text(encoding="utf-8")  # the tables are elsewhere
 
 
+def test_of_several_spectra_of_a_stage_the_standard_one_of_the_lowest_seed_is_shown(page, tmp_path):
+    first = spectrum_rows("good")
+    store.write(tmp_path, "models", [model_row("good")])
+    for changes in ({"init_seed": 5}, {"dtype": "bfloat16"}, {"norm_mode": "train"}, {}):
+        odd = {"nodes": [-1.0, 1.0], "weights": [0.5, 0.5]} if changes else {}
+        exact = [row | odd if row["method"] == "exact" else row for row in first]
+        store.write(tmp_path, "spectra", [row | changes for row in exact])
+    build(tmp_path, tmp_path)
+    name = "figures/good-init-js.svg"
+    assert (tmp_path / name).read_bytes() == (page.parent / name).read_bytes()
+
+
 def test_a_source_without_models_is_refused(tmp_path):
     with pytest.raises(NotFound, match="no table models"):
         build(tmp_path, tmp_path / "site")

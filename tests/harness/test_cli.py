@@ -61,6 +61,11 @@ def test_list_shows_the_demo_models():
     assert all(name in result.stdout for name in ("cnn-digits", "vit-digits", "gpt-pydoc"))
 
 
+def test_list_shows_every_name_in_full():
+    shown = call("list").stdout
+    assert all(entry["name"] in shown for entry in json.loads(call("list", "--json").stdout))
+
+
 def test_list_gives_json_with_name_family_and_tier():
     listed = json.loads(call("list", "--json").stdout)
     assert {"name": "cnn-digits", "family": "cnn", "tier": "demo"}.items() <= listed[0].items()

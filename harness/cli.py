@@ -130,7 +130,7 @@ def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{f: getattr(e, f) for f in fields} for e in found], indent=2))
     else:
-        print_entries(found, fields)
+        print_entries(found, fields[:-1])  # `describe` gives the description
 
 
 @main.command()

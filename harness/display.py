@@ -29,12 +29,11 @@ _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
 
 
 def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
-    """Print the named fields of entries, a line each; the last one is cut where it is too long."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for field in fields[:-1]:
+    """Print the named fields of entries, a line each."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for field in fields:
         longest = max((len(getattr(entry, field)) for entry in entries), default=0)
         table.add_column(field, no_wrap=True, min_width=longest)
-    table.add_column(fields[-1], no_wrap=True, overflow="ellipsis")
     for entry in entries:
         table.add_row(*(getattr(entry, field) for field in fields))
     Console(markup=False).print(table)

@@ -55,20 +55,22 @@ def load(
     if table not in TABLES:
         raise NotFound(f"unknown table {table!r}; {_hint(table, TABLES)}")
     names = TABLES[table].names
-    for column in [*(columns or []), *filters]:
+    columns = names if columns is None else _values(columns)
+    for column in [*columns, *filters]:
         if column not in names:
             raise NotFound(f"table {table} has no column {column!r}; {_hint(column, names)}")
     folder = _folder(source, revision, table)
-    paths = sorted((folder / table).glob("*.parquet"))
+    # By the names of the models, as in the key: "a" before "a-b".
+    paths = sorted((folder / table).glob("*.parquet"), key=lambda path: path.stem)
     if not paths:
-        raise NotFound(f"{folder} holds no table {table}; {_contents(folder)}")
+        raise _no_table(table, source, revision, folder)
     wanted = _values(filters["model"]) if "model" in filters else None
     if wanted is not None:
         models = {path.stem: path for path in paths}
         for model in wanted:
             if model not in models:
                 raise NotFound(f"no model {model!r} in table {table}; {_hint(str(model), models)}")
-        paths = sorted(models[str(model)] for model in wanted)
+        paths = [path for path in paths if path.stem in wanted]
     where = _condition(table, filters)
     parts = [store.read(path, table, columns=columns, where=where) for path in paths]
     return pa.concat_tables(parts).to_pandas()
@@ -137,6 +139,13 @@ def _hint(word: str, known: Iterable[str]) -> str:
     return f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
-def _contents(folder: Path) -> str:
+def _no_table(
+    table: str, source: Path | str | None, revision: str | None, folder: Path
+) -> NotFound:
+    if source is not None and not Path(source).is_dir():
+        # Only this table was asked of the Hub: what else is there is not in the folder.
+        page = f"https://huggingface.co/datasets/{source}/tree/{revision or 'main'}"
+        return NotFound(f"dataset {str(source)!r} holds no table {table}; see {page}")
     tables = [t for t in TABLES if any((folder / t).glob("*.parquet"))]
-    return f"it has {', '.join(tables)}" if tables else "it has no tables at all"
+    known = f"it has {', '.join(tables)}" if tables else "it has no tables at all"
+    return NotFound(f"{folder} holds no table {table}; {known}")

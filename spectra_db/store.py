@@ -24,6 +24,10 @@ _WHOLE = "all"
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
 # be made to allocate without bound.
 MAX_FILE_BYTES = 1 << 30
+_TOLERANCE = 1e-9  # of sums of weights
+_LISTS = ("alphas", "betas", "nodes", "weights")
+# What the checks of these lists need; all of it is read where one of them is.
+_RULE = (*_LISTS, "method", "num_params", "status", "reason")
 
 
 class InvalidTable(ValueError):  # noqa: N818
@@ -99,9 +103,10 @@ def read(
     path = Path(path)
     _check_table(table)
     schema = TABLES[table]
-    wanted = list(columns or schema.names)
+    wanted = schema.names if columns is None else list(columns)
     # What the validation needs beside.
-    needed = [n for n in schema.names if n in wanted or n in ("model", "protocol_version")]
+    beside = {*KEYS[table], "protocol_version", *(_RULE if set(_LISTS) & set(wanted) else ())}
+    needed = [name for name in schema.names if name in beside or name in wanted]
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
@@ -181,10 +186,12 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
     for name in names:
         column = content[name]
         if not schema.field(name).nullable and column.null_count:
-            refuse(f"column {name} has {column.null_count} nulls (or nan)")
-        # Nulls do not count, and a column of nulls alone gives a null.
-        if pa.types.is_floating(column.type) and pc.all(pc.is_finite(column)).as_py() is False:
-            refuse(f"column {name} holds an infinity or nan")
+            row = pc.index(column.is_null(), True).as_py()
+            refuse(f"row {row}: column {name} is null (or nan)")
+        if pa.types.is_floating(column.type):
+            row = pc.index(pc.is_finite(column), False).as_py()
+            if row >= 0:
+                refuse(f"row {row}: column {name} is an infinity or nan")
     if content.num_rows == 0:
         return
     if "model" in names:
@@ -202,71 +209,78 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
         repeated = content.select(KEYS[table]).to_pandas().duplicated()
         if repeated.any():
             refuse(f"the key of row {int(np.flatnonzero(repeated)[0])} repeats an earlier one")
-    if table == "spectra" and names == schema.names:
+    if table == "spectra" and set(_RULE) <= set(names):
         _validate_rules(content, refuse)
 
 
 def _validate_rules(content: pa.Table, refuse: Any) -> None:
     """Check lengths, order, weights and finiteness of the rules of table `spectra`."""
-    flat, size = {}, {}
-    for name in ("alphas", "betas", "nodes", "weights"):
-        column = content[name].combine_chunks()
-        flat[name] = np.asarray(column.flatten(), dtype=np.float64)
-        size[name] = np.asarray(pc.list_value_length(column))
-        if not np.isfinite(flat[name]).all() or column.flatten().null_count:
-            refuse(f"column {name} holds a null, an infinity or nan")
-    status = np.asarray(content["status"].to_pylist())
-    method = np.asarray(content["method"].to_pylist())
-    present = np.isin(status, ["ok", "zero"])
-    sampled = present & (method == "slq")
+    count = content.num_rows
+    flat, size, row_of = {}, {}, {}
 
     def first(bad: np.ndarray, reason: str) -> None:
         if bad.any():
             refuse(f"row {int(np.flatnonzero(bad)[0])}: {reason}")
 
-    first(present & (size["nodes"] == 0), "a row of status ok or zero needs nodes")
-    first(~present & (size["nodes"] > 0), "a failed or pending row has no nodes")
-    reasons = np.asarray([r is not None for r in content["reason"].to_pylist()])
-    first(~present & ~reasons, "a failed or pending row needs a reason")
-    first(~np.isin(method, ["slq", "exact"]), "method must be slq or exact")
-    first(size["nodes"] != size["weights"], "nodes and weights differ in length")
-    first(size["alphas"] != size["betas"], "alphas and betas differ in length")
-    first(sampled & (size["alphas"] != size["nodes"]), "alphas and nodes differ in length")
-    exact = present & (method == "exact")
-    first(exact & (size["alphas"] > 0), "an exact row has no alphas")
+    def marked(rows: np.ndarray) -> np.ndarray:
+        return np.bincount(rows, minlength=count) > 0
+
+    for name in _LISTS:
+        column = content[name].combine_chunks()
+        # A null becomes nan.
+        flat[name] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+        size[name] = np.asarray(pc.list_value_length(column))
+        row_of[name] = np.repeat(np.arange(count), size[name])
+        bad = marked(row_of[name][~np.isfinite(flat[name])])
+        first(bad, f"column {name} holds a null, an infinity or nan")
+    status = np.asarray(content["status"].to_pylist())
+    method = np.asarray(content["method"].to_pylist())
     num_params = np.asarray(content["num_params"])
+    first(~np.isin(method, ["slq", "exact"]), "method must be slq or exact")
     first(num_params < 1, "num_params must be at least 1")
+    for name, other in (("nodes", "weights"), ("alphas", "betas")):
+        first(size[name] != size[other], f"{name} and {other} differ in length")
+
+    present = np.isin(status, ["ok", "zero"])
+    unexplained = np.asarray(pc.fill_null(pc.equal(content["reason"], ""), True))
+    first(~present & (size["nodes"] + size["alphas"] > 0), "a failed or pending row has no rule")
+    first(~present & unexplained, "a failed or pending row needs a reason")
+    first(present & (size["nodes"] == 0), "a row of status ok or zero needs nodes")
+    sampled, exact = present & (method == "slq"), present & (method == "exact")
+    first(sampled & (size["alphas"] != size["nodes"]), "alphas and nodes differ in length")
+    first(exact & (size["alphas"] > 0), "an exact row has no alphas")
     incomplete = exact & (status == "ok") & (size["nodes"] != num_params)
     first(incomplete, "an exact row needs as many nodes as parameters")
-    rows = np.repeat(np.arange(content.num_rows), size["nodes"])
-    if len(rows) == 0:
-        return
-    inside = rows[1:] == rows[:-1]
-    descending = np.zeros(content.num_rows, dtype=bool)
-    descending[rows[1:][inside & (np.diff(flat["nodes"]) < 0)]] = True
-    first(descending, "nodes are not ascending")
-    negative = np.zeros(content.num_rows, dtype=bool)
-    negative[rows[flat["weights"] < 0]] = True
-    first(negative, "a weight is negative")
-    sums = np.bincount(rows, flat["weights"], minlength=content.num_rows)
-    first(present & (np.abs(sums - 1) > 1e-9), "the weights do not sum to 1")
+
+    nodes, weights, rows = flat["nodes"], flat["weights"], row_of["nodes"]
+    zero = present & (status == "zero")
+    first(zero & ((size["nodes"] != 1) | marked(rows[nodes != 0])), "a zero row has one node, 0")
+    descending = (rows[1:] == rows[:-1]) & (np.diff(nodes) < 0)
+    first(marked(rows[1:][descending]), "nodes are not ascending")
+    first(marked(rows[weights < 0]), "a weight is negative")
+    sums = np.bincount(rows, weights, minlength=count)
+    first(present & (np.abs(sums - 1) > _TOLERANCE), "the weights do not sum to 1")
+    unequal = np.abs(weights * size["nodes"][rows] - 1) > _TOLERANCE
+    first(exact & marked(rows[unequal]), "the weights of an exact row are 1/n each")
 
 
 def _arrow(table: str, records: Sequence[Mapping[Any, Any]]) -> pa.Table:
     """Turn rows into an Arrow table of the schema."""
     schema = TABLES[table]
-    unknown = sorted({key for record in records for key in record} - set(schema.names))
+    unknown = sorted({key for record in records for key in record} - set(schema.names), key=str)
     if unknown:
         raise InvalidTable(
             f"table {table} has no column {unknown[0]!r}; it has {', '.join(schema.names)}"
         )
-    try:
-        arrays = [
-            pa.array([_plain(record.get(field.name)) for record in records], type=field.type)
-            for field in schema
-        ]
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise InvalidTable(f"rows do not fit table {table}: {error}") from error
+    arrays = []
+    for field in schema:
+        values = [_plain(record.get(field.name)) for record in records]
+        try:
+            arrays.append(pa.array(values, type=field.type))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise InvalidTable(
+                f"table {table}: column {field.name} must be {field.type}: {error}"
+            ) from error
     return pa.Table.from_arrays(arrays, schema=schema)
 
 

@@ -47,11 +47,18 @@ def test_columns_are_those_that_were_asked_for(source):
     rows = spectra_db.load("spectra", source=source, columns=["block", "nodes"], stage="init")
     assert list(rows.columns) == ["block", "nodes"]
     assert len(rows) == 4
+    assert list(spectra_db.load("spectra", source=source, columns="block").columns) == ["block"]
 
 
 def test_models_come_in_the_order_of_their_names(source):
     rows = spectra_db.load("spectra", source=source, model=["digits-mlp", "digits-cnn"])
     assert list(rows["model"].unique()) == ["digits-cnn", "digits-mlp"]
+
+
+def test_rows_of_several_models_are_sorted_by_key(tmp_path):
+    rows = [exact_row(np.ones(1), "a") | {"model": model} for model in ("a-b", "a.b", "a", "ab")]
+    store.write(tmp_path, "spectra", rows)
+    assert list(spectra_db.load("spectra", source=tmp_path)["model"]) == ["a", "a-b", "a.b", "ab"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,14 @@ def test_a_hub_id_downloads_the_tables_parquet_at_the_revision(source, monkeypat
         "revision": "v1",
         "allow_patterns": ["spectra/*.parquet"],
     }
+
+
+def test_a_hub_dataset_without_the_table_names_its_page(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(NotFound, match=r"'owner/name' holds no table gaps; .*name/tree/v1"):
+        spectra_db.load("gaps", source="owner/name", revision="v1")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_readable_line(monkeypatch):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from spectra_db.store import InvalidTable
 
 from .synthetic import exact_row, failed_row, slq_row, zero_row
 
+ROOT = Path(__file__).parents[2]
 SMALL = np.array([1.0, 2.0, 4.0])
 
 
@@ -156,38 +159,30 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch, moment):
     assert list(read(tmp_path, "training")["value"]) == [3.0]
 
 
-def _killed_before_the_rename(root):
-    os.replace = lambda *_: os._exit(9)
-    store.write(root, "training", [training(value=7.0)])
+def process(code: str, *arguments: Any) -> subprocess.Popen:
+    """Start a fresh interpreter, as the workers of a run are."""
+    head = "import os, sys; from spectra_db import store; row = dict(eval(sys.argv[2]))\n"
+    command = [sys.executable, "-c", head + code, *map(str, arguments)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_a_process_killed_before_the_rename_blocks_nobody(tmp_path):
     store.write(tmp_path, "training", [training()])
-    process = multiprocessing.get_context("fork").Process(
-        target=_killed_before_the_rename, args=(tmp_path,)
-    )
-    process.start()
-    process.join(30)
-    assert process.exitcode == 9
+    code = "os.replace = lambda *_: os._exit(9); store.write(sys.argv[1], 'training', [row])"
+    assert process(code, tmp_path, training(value=7.0)).wait(60) == 9
     assert list(read(tmp_path, "training")["value"]) == [2.0]
     store.write(tmp_path, "training", [training(value=3.0)])
     assert list(read(tmp_path, "training")["value"]) == [3.0]
 
 
-def _write_steps(root, first):
-    for step in range(first, first + 10):
-        store.write(root, "training", [training(step=step)])
-
-
 def test_processes_that_write_the_same_file_lose_no_row(tmp_path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write_steps, args=(tmp_path, 10 * i)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    assert list(read(tmp_path, "training")["step"]) == list(range(40))
+    code = (
+        "for step in range(int(sys.argv[3]), int(sys.argv[3]) + 10):\n"
+        "    store.write(sys.argv[1], 'training', [row | {'step': step}])"
+    )
+    workers = [process(code, tmp_path, training(), 10 * i) for i in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    assert list(read(tmp_path, "training")["step"]) == list(range(30))
 
 
 @pytest.mark.parametrize(
@@ -205,24 +200,37 @@ def test_names_that_are_no_slugs_never_become_paths(tmp_path, model):
         (spectrum(weights=[0.5, 0.5, 0.5]), "row 0: the weights do not sum to 1"),
         (spectrum(weights=[1.5, -0.5, 0.0]), "row 0: a weight is negative"),
         (spectrum(nodes=[4.0, 2.0, 1.0]), "row 0: nodes are not ascending"),
-        (spectrum(nodes=[1.0, 2.0, np.nan]), "column nodes holds a null, an infinity or nan"),
-        (spectrum(nodes=[1.0, 2.0, np.inf]), "column nodes holds a null, an infinity or nan"),
+        (
+            spectrum(nodes=[1.0, 2.0, np.nan]),
+            "row 0: column nodes holds a null, an infinity or nan",
+        ),
+        (
+            spectrum(nodes=[1.0, 2.0, np.inf]),
+            "row 0: column nodes holds a null, an infinity or nan",
+        ),
         (spectrum(nodes=[1.0, 2.0]), "nodes and weights differ in length"),
         (spectrum(nodes=[1.0], weights=[1.0]), "as many nodes as parameters"),
         (spectrum(nodes=[], weights=[]), "needs nodes"),
         (spectrum(alphas=[1.0], betas=[0.0]), "an exact row has no alphas"),
         (sampled(betas=[1.0]), "alphas and betas differ in length"),
         (sampled(alphas=[1.0], betas=[1.0]), "alphas and nodes differ in length"),
+        (spectrum(weights=[0.5, 0.25, 0.25]), "row 0: the weights of an exact row are 1/n each"),
+        (spectrum(nodes=[1.0, None, 2.0]), "row 0: column nodes holds a null, an infinity or nan"),
+        (spectrum(nodes=None), "row 0: column nodes is null"),
+        (zero_row(5, "b") | {"nodes": [1.0]}, "row 0: a zero row has one node, 0"),
+        (zero_row(5, "b") | {"nodes": [0.0] * 2, "weights": [0.5] * 2}, "a zero row has one node"),
+        (failed_row("b") | {"alphas": [1.0], "betas": [1.0]}, "failed or pending row has no rule"),
+        (failed_row("b") | {"reason": ""}, "a failed or pending row needs a reason"),
         (spectrum(method="guess"), "method must be slq or exact"),
         (spectrum(num_params=0), "num_params must be at least 1"),
         (spectrum(status="done"), r"unknown status \['done'\]; known are ok, zero"),
         (failed_row("b") | {"reason": None}, "a failed or pending row needs a reason"),
-        (failed_row("b") | {"nodes": [1.0], "weights": [1.0]}, "failed or pending row has no nod"),
-        (spectrum(seconds=np.inf), "column seconds holds an infinity or nan"),
-        (spectrum(seconds=np.nan), "column seconds has 1 nulls"),
-        (spectrum(stage=None), "column stage has 1 nulls"),
+        (failed_row("b") | {"nodes": [1.0], "weights": [1.0]}, "failed or pending row has no rule"),
+        (spectrum(seconds=np.inf), "row 0: column seconds is an infinity or nan"),
+        (spectrum(seconds=np.nan), "row 0: column seconds is null"),
+        (spectrum(stage=None), "row 0: column stage is null"),
         (spectrum(protocol_version=2), r"protocol versions \[2\]; this code reads 1 alone"),
-        (spectrum(num_params="many"), "rows do not fit table spectra"),
+        (spectrum(num_params="many"), "column num_params must be int64"),
         (spectrum(color="red"), "table spectra has no column 'color'"),
     ],
 )
@@ -298,3 +306,30 @@ def test_small_files_that_unpack_to_much_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "MAX_FILE_BYTES", 200_000)
     with pytest.raises(InvalidTable, match=r"made-up\.parquet: unpacks to \d+ bytes"):
         store.read(path, "spectra")
+
+
+@pytest.mark.parametrize(
+    ("columns", "change", "message"),
+    [
+        (["nodes"], {"weights": [0.5, 0.25, 0.25]}, "the weights of an exact row are 1/n each"),
+        (["alphas"], {"nodes": [3.0, 2.0, 1.0]}, "nodes are not ascending"),
+        (["block"], {"protocol_version": 2}, r"protocol versions \[2\]"),
+        (["nodes"], {"model": "other"}, "holds rows of model 'other'"),
+    ],
+)
+def test_reading_some_columns_checks_what_they_depend_on(tmp_path, columns, change, message):
+    store.write(tmp_path, "spectra", [spectrum()])
+    path = store.path_of(tmp_path, "spectra", "made-up")
+    rows = [row | change for row in pq.read_table(path, partitioning=None).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=TABLES["spectra"]), path)
+    with pytest.raises(InvalidTable, match=rf"made-up\.parquet: .*{message}"):
+        store.read(path, "spectra", columns=columns)
+
+
+def test_a_key_that_repeats_in_a_file_is_refused_by_name_in_any_column(tmp_path):
+    store.write(tmp_path, "training", [training()])
+    path = store.path_of(tmp_path, "training", "made-up")
+    rows = pq.read_table(path, partitioning=None)
+    pq.write_table(pa.concat_tables([rows, rows]), path)
+    with pytest.raises(InvalidTable, match=r"made-up\.parquet: the key of row 1 repeats"):
+        store.read(path, "training", columns=["value"])

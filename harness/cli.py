@@ -370,7 +370,7 @@ def site(source: Path | None, out: Path) -> None:
     """Build the page that shows the tables of a folder."""
     from harness.leaderboard.site import build
 
-    click.echo(f"page: {build(source, out).resolve()}")
+    click.echo(f"page: {build(source, out)}")
 
 
 def _device(device: str | None) -> str:

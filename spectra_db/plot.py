@@ -108,12 +108,18 @@ def training_curves(rows: pd.DataFrame) -> Figure:
 
     Args:
         rows: Rows of table `training` of one model.
+
+    Raises:
+        ValueError: The rows are of several models.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    models = sorted(rows["model"].unique())
+    if len(models) > 1:
+        raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
     seed = rows["seed"].min()
-    losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)]
+    losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)].sort_values("step")
     finals = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]
     losses = losses[losses["split"] == "batch"]
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
@@ -126,7 +132,6 @@ def training_curves(rows: pd.DataFrame) -> Figure:
             best = len(ends) > 0 and lr == ends.idxmin()
             style = {"linewidth": 2.2} if best else {"linewidth": 0.9, "alpha": 0.45}
             label = f"learning rate {lr:.3g} (best)" if best else None
-            run = run.sort_values("step")
             ax.plot(run["step"], run["value"], color=colour, label=label, **style)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8, frameon=False)

@@ -53,16 +53,31 @@ def test_the_heatmap_labels_the_blocks_that_are_not_zero(rows):
 
 def test_the_best_rate_that_did_not_diverge_is_labelled():
     runs = [
-        {"optimizer": o, "lr": lr, "seed": 0, "step": step, "metric": "loss", "value": value}
-        | {"split": split, "diverged": diverged}
+        {"model": "a", "optimizer": o, "lr": lr, "seed": 0, "step": step, "metric": "loss"}
+        | {"split": split, "value": value, "diverged": diverged}
         for o in ("sgd", "adamw")
         for lr, end, diverged in ((0.01, 1.0, False), (0.1, 0.5, False), (1.0, 0.1, True))
-        for step, value, split in ((0, 2.0, "batch"), (9, end, "batch"), (10, end, "train"))
-    ]
+        for step, value, split in (
+            (10, end, "train"), (5, 9 - end, "train"), (0, 2.0, "batch"), (9, end, "batch")
+        )
+    ]  # fmt: skip
     figure = plot.training_curves(pd.DataFrame(runs))
+    assert len(figure.axes) == 2
     for ax in figure.axes:
         assert ax.get_legend_handles_labels()[1] == ["learning rate 0.1 (best)"]
     assert drawn(figure)
+
+
+def test_curves_of_several_models_are_refused():
+    rows = pd.DataFrame({"model": ["a", "b"], "seed": 0, "metric": "loss"})
+    with pytest.raises(ValueError, match=r"several models \(a, b\); select one"):
+        plot.training_curves(rows)
+
+
+@pytest.mark.parametrize("draw", [plot.spectra, plot.js_heatmap])
+def test_spectra_of_several_stages_are_refused(rows, draw):
+    with pytest.raises(ValueError, match="several spectra"):
+        draw(pd.concat([rows, rows.assign(stage="final")]))
 
 
 def test_figures_touch_no_global_state(rows):

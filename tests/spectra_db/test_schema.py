@@ -34,7 +34,7 @@ def test_keys_are_columns_that_are_never_null(table):
 @pytest.mark.parametrize("table", TABLES)
 def test_rows_tell_protocols_apart(table):
     assert not TABLES[table].field("protocol_version").nullable
-    # A run is named by the hash of its content, its protocol among it.
+    # A run's id hashes the version of the code, which knows one protocol.
     assert "protocol_version" in KEYS[table] or table == "runs"
 
 

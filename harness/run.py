@@ -133,20 +133,27 @@ def _run_in_workers(agenda: _Agenda, job: Job, jobs: int) -> None:
     pool = _pool(jobs)
     try:
         while True:
+            refused: list[Unit] = []
             while len(running) < (1 if suspects else jobs):
                 unit = suspects.pop() if suspects else agenda.start()
                 if unit is None:
                     break
-                running[pool.submit(execute, unit, job)] = unit
-            if not running:
+                try:
+                    running[pool.submit(execute, unit, job)] = unit
+                except BrokenProcessPool:  # a worker died since the last look
+                    refused.append(unit)
+                    break
+            if running:
+                wait(running, return_when=FIRST_COMPLETED)
+            elif not refused:
                 return
-            wait(running, return_when=FIRST_COMPLETED)
-            if any(isinstance(f.exception(), BrokenProcessPool) for f in running if f.done()):
-                lost = list(running.values())
+            died = any(isinstance(f.exception(), BrokenProcessPool) for f in running if f.done())
+            if died or refused:
+                lost = [*running.values(), *refused]
                 running.clear()
                 pool.shutdown()
                 pool = _pool(jobs)
-                if len(lost) > 1:
+                if len(lost) > 1 or refused:
                     suspects += lost
                     continue
                 reason = "the worker process died: out of memory, or killed"

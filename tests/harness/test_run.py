@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -300,6 +302,33 @@ def test_a_worker_that_dies_fails_its_unit_alone_and_the_rows_end_up_the_same(
     assert len(do(tmp_path, tiny())[1]) == 1
     for table in ("training", "stages", "spectra", "heterogeneity", "blocks", "gaps"):
         pd.testing.assert_frame_equal(values(whole, table), values(tmp_path, table))
+
+
+def test_a_worker_found_dead_when_work_is_handed_out_stops_nothing(tmp_path, monkeypatch):
+    pools = []
+
+    def frail_pool(jobs: int) -> ProcessPoolExecutor:
+        pool = make_pool(jobs)
+        pools.append(pool)
+        if len(pools) == 1:
+            submit, calls = pool.submit, iter(range(100))
+
+            def refuse_the_second(*arguments: object) -> Future[object]:
+                if next(calls) == 1:
+                    raise BrokenProcessPool("a child process terminated abruptly")
+                return submit(*arguments)
+
+            monkeypatch.setattr(pool, "submit", refuse_the_second)
+        return pool
+
+    make_pool = run._pool
+    monkeypatch.setattr(run, "_pool", frail_pool)
+    entry = tiny(recipe=None, stages=("init",), full_stages=("init",))
+    failed, started = do(tmp_path, entry, jobs=2)
+    assert len(pools) == 2
+    assert not failed
+    assert len(started) == 2
+    assert list(missing(entry, tmp_path)) == []
 
 
 def runs(pid: str) -> bool:

@@ -31,7 +31,9 @@ class _Group(click.Group):
             sys.exit(error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        except click.Abort:
+        except click.Abort as error:
+            if isinstance(error.__cause__, EOFError):  # nobody's wish, though click takes it so
+                _fail(f"a file or pipe ended early: {error.__cause__}", 1)
             click.echo("Stopped: what was finished is kept, the same command continues.", err=True)
             sys.exit(STOPPED)
         except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough

@@ -220,6 +220,16 @@ def test_a_failure_is_a_line_and_exit_code_1(tmp_path, monkeypatch):
     assert result.stderr == "Error: no memory for 3 graphs\n"
 
 
+def test_an_end_of_file_is_a_failure_and_no_interruption(tmp_path, monkeypatch):
+    def end(*_: object, **__: object) -> None:
+        raise EOFError("3 bytes missing")
+
+    monkeypatch.setattr("harness.spectra.take_spectrum", end)
+    result = call(*SPECTRUM, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "Error: a file or pipe ended early: 3 bytes missing"
+
+
 def test_an_interruption_says_that_the_same_command_continues(tmp_path, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +22,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A quick profile; `asv publish` makes the dashboard of what it keeps under .asv/results.
+bench: $(READY)
+	$(BIN)/asv machine --yes
+	$(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
+		--set-commit-hash $$(git rev-parse HEAD) --bench '^(accuracy|pieces|cost.(Step|Memory|Rebuilt))'
 
 clean:
 	rm -rf .venv build

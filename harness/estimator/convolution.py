@@ -53,18 +53,20 @@ class PrunedConvolutions(TorchFunctionMode):
     def _convolve(
         self,
         func: Any,
-        x: torch.Tensor,
-        w: torch.Tensor,
+        input: torch.Tensor,
+        weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         stride: int | Sequence[int] = 1,
         padding: int | str | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> torch.Tensor:
+        # Named as torch names them: callers may pass them by keyword.
+        x, w = input, weight
         if isinstance(padding, str) or x.dim() != w.dim():
             return func(x, w, bias, stride, padding, dilation, groups)
-        weight = id(w) if isinstance(w, nn.Parameter) else None
-        shape = _Shape(self, func, x.shape, w.shape, weight, (stride, padding, dilation, groups))
+        weight_id = id(w) if isinstance(w, nn.Parameter) else None
+        shape = _Shape(self, func, x.shape, w.shape, weight_id, (stride, padding, dilation, groups))
         y = _Convolve.apply(x, w, shape)
         return y if bias is None else y + bias.view(-1, *[1] * (w.dim() - 2))
 

@@ -30,6 +30,13 @@ class Shared(nn.Module):
         return self.head(self.conv(self.conv(x).tanh()).tanh().flatten(1))
 
 
+class ByKeyword(nn.Conv1d):
+    """Calls as transformers' Mamba does."""
+
+    def forward(self, x):
+        return F.conv1d(input=x, weight=self.weight, bias=self.bias)
+
+
 def net(*layers):
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
 
@@ -47,6 +54,7 @@ NETS = {
     "one dimension": lambda: net(
         nn.Flatten(2), nn.Conv1d(2, 3, 5, stride=3), nn.Tanh(), nn.Conv1d(3, 2, 2, padding=2)
     ),
+    "arguments by keyword": lambda: net(nn.Flatten(2), ByKeyword(2, 3, 5), nn.Tanh()),
     "transposed": lambda: net(
         nn.Conv2d(2, 3, 3), nn.Tanh(), nn.ConvTranspose2d(3, 2, 2), nn.Tanh()
     ),

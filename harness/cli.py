@@ -144,22 +144,14 @@ def describe(
 ) -> None:
     """Describe a model: its blocks and what its spectrum costs."""
     from harness.display import cost_line, print_blocks
-    from harness.estimator.cost import forecast
     from harness.registry import get
-    from harness.spectra import blocks_of
+    from harness.spectra import blocks_of, forecast_of
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)
     problem = load_problem(entry, data_root=data_root)
     blocks = blocks_of(problem, partition)
-    cost = forecast(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        blocks,
-        num_probes=entry.num_probes,
-        num_steps=entry.num_steps,
-    )
+    cost = forecast_of(problem, partition, entry.num_probes, entry.num_steps)
     num_params = sum(p.numel() for p in problem.model.parameters())
     if as_json:
         facts = {
@@ -213,10 +205,9 @@ def spectrum(
 ) -> None:
     """Take the spectrum of a model at a stage and write it to the tables."""
     from harness.display import cost_line, progress_bar
-    from harness.estimator.cost import forecast
     from harness.estimator.device import choose_device
     from harness.registry import get
-    from harness.spectra import Settings, blocks_of, command_line, take_spectrum
+    from harness.spectra import Settings, command_line, forecast_of, take_spectrum
     from harness.training import load_problem
     from spectra_db.heterogeneity import MIN_PROBES
 
@@ -234,15 +225,7 @@ def spectrum(
         entry, stage, seed, data_root=data_root, checkpoint_dir=out / "checkpoints"
     )
     choose_device(problem.model, chosen.device)
-    blocks = blocks_of(problem, chosen.partition)
-    cost = forecast(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        blocks,
-        num_probes=chosen.num_probes,
-        num_steps=chosen.num_steps,
-    )
+    cost = forecast_of(problem, chosen.partition, chosen.num_probes, chosen.num_steps)
     click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
     with progress_bar(f"{entry.name} {stage}") as on_progress:
         rows = take_spectrum(problem, chosen, out, command=command_line(), on_progress=on_progress)
@@ -357,7 +340,7 @@ def run(
     )
     with units_bar(sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)) as event:
         failed = run_entries(surveys, job, jobs=jobs, on_event=event)
-    print_results(out, [s.entry.name for s in surveys if s.reason is None])
+    print_results(out, [s.entry for s in surveys if s.reason is None])
     for unit, reason in failed.items():
         click.echo(f"failed: {unit}: {reason}", err=True)
     click.echo(f"tables in {out}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
     from harness.plan import Survey, Unit
+    from harness.registry import ModelEntry
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
 
@@ -76,25 +77,27 @@ def print_surveys(surveys: Sequence[Survey]) -> None:
         console.print(f"left out: {reason}")
 
 
-def print_results(out: Path, models: Sequence[str]) -> None:
+def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
+    from harness.plan import STAGE_SEED
     from harness.spectra import rows_of
 
     table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("JS⁰", "SGD-Adam gap", "Adam needed"):
         table.add_column(name, justify="right")
-    for model in models:
+    for entry in entries:
         js0 = gap = needed = "–"
-        for row in rows_of(out, "heterogeneity", model).itertuples():
-            if (row.metric, row.scale, row.stage) == ("js0", "lambda10", "init"):
+        asked = ("js0", "lambda10", "init", entry.partition, STAGE_SEED)
+        for row in rows_of(out, "heterogeneity", entry.name).itertuples():
+            if (row.metric, row.scale, row.stage, row.partition, row.init_seed) == asked:
                 js0 = f"{row.corrected:.3f} ± {row.standard_error:.3f}"
-        for row in rows_of(out, "gaps", model).itertuples():
+        for row in rows_of(out, "gaps", entry.name).itertuples():
             if row.status == "ok":
                 gap = f"{row.gap:.3f} ± {row.standard_error:.3f}"
                 needed = "yes" if row.adam_needed else "no"
             else:
                 gap = str(row.status)
-        table.add_row(model, js0, gap, needed)
+        table.add_row(entry.name, js0, gap, needed)
     Console(markup=False).print(table)
 
 

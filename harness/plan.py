@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.registry import ModelEntry
-from harness.spectra import Settings, blocks_of, rows_of
+from harness.spectra import Settings, forecast_of, rows_of
 from harness.training import grid
 from harness.training.gap import SEEDS
 from harness.training.stages import checkpoint_path
@@ -54,7 +55,7 @@ class Survey:
         entry: The entry.
         reason: Why it can't be worked on; the numbers are zero then.
         num_params: Parameters of the model.
-        num_blocks: Blocks of partition `weights`.
+        num_blocks: Blocks of the entry's partition.
         num_units: Training runs and spectra, if no grid is extended.
         num_products: Hessian-vector products of all spectra.
         spectra_flops: Floating-point operations of all spectra.
@@ -78,7 +79,6 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
 
     A pending entry, or one whose data or model can't be had, comes back with the reason.
     """
-    from harness.estimator.cost import forecast
     from harness.training import load_problem
 
     if entry.status != "ok":
@@ -89,27 +89,17 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         problem = load_problem(fresh, "init", STAGE_SEED, data_root=data_root)
     except UserError as error:
         return Survey(entry, reason=str(error))
-    costs = {
-        partition: forecast(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            blocks_of(problem, partition),
-            num_probes=entry.num_probes,
-            num_steps=entry.num_steps,
-        )
-        for partition in (("weights", "full") if entry.full_stages else ("weights",))
-    }
-    counts = {"weights": len(entry.stages), "full": len(entry.full_stages)}
-    runs = 0 if entry.recipe is None else 2 * (entry.recipe.num_lrs + len(SEEDS))
-    training = 0.0
-    if entry.recipe is not None:
+    counts = Counter(partition for stage in entry.stages for partition in _partitions(entry, stage))
+    costs = {p: forecast_of(problem, p, entry.num_probes, entry.num_steps) for p in counts}
+    runs, training = 0, 0.0
+    if entry.trains and entry.recipe is not None:
+        runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
         samples = runs * entry.recipe.num_steps * entry.recipe.batch_size
-        training = costs["weights"].pass_flops / problem.batch_size * samples
+        training = costs[entry.partition].pass_flops / problem.batch_size * samples
     return Survey(
         entry,
         num_params=sum(p.numel() for p in problem.model.parameters()),
-        num_blocks=len(blocks_of(problem, "weights")),
+        num_blocks=len(costs[entry.partition].block_flops),
         num_units=runs + sum(counts.values()),
         num_products=sum(cost.num_products * counts[p] for p, cost in costs.items()),
         spectra_flops=sum(cost.flops * counts[p] for p, cost in costs.items()),
@@ -134,7 +124,7 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
             return
     rows = rows_of(out, "training", entry.name)
     retrained = False
-    if entry.recipe is not None:
+    if entry.trains and entry.recipe is not None:
         if len(rows):
             ends = rows.loc[(rows["split"] == "train") & (rows["step"] > 0) & ~rows["diverged"]]
             strange = set(ends["step"]) - {entry.recipe.num_steps}
@@ -152,9 +142,14 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
         # A run that ended in nan left no final weights: its spectrum fails, with the reason.
         there = _stage_path(entry, out, stage).exists() or _diverged(rows)
         ready = stage == "init" or (there and not retrained)
-        for partition in ("weights", "full") if stage in entry.full_stages else ("weights",):
+        for partition in _partitions(entry, stage):
             if not _has_spectrum(entry, out, stage, partition):
                 yield Unit(entry.name, "spectrum", stage=stage, partition=partition, ready=ready)
+
+
+def _partitions(entry: ModelEntry, stage: str) -> list[str]:
+    """Return the partitions whose spectra are taken at a stage."""
+    return [entry.partition, *(["full"] if stage in entry.full_stages else [])]
 
 
 def _missing_runs(
@@ -175,8 +170,8 @@ def _missing_runs(
                 _stage_path(entry, out, stage).exists()
                 or _has_spectrum(entry, out, stage, partition)
                 for stage in entry.stages
-                for partition in ("weights", "full")
-                if stage != "init" and (partition == "weights" or stage in entry.full_stages)
+                for partition in _partitions(entry, stage)
+                if stage != "init"
             )
         if not done:
             yield Unit(entry.name, "train", optimizer, best or 0.0, seed, ready=best is not None)

@@ -75,7 +75,7 @@ def run_entries(
         _run_in_workers(agenda, job, jobs)
     failed = agenda.failed
     for entry in live:
-        if entry.recipe is not None:
+        if entry.trains and entry.recipe is not None:
             reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
             for unit in missing(entry, job.out) if reasons else ():
                 if unit.kind == "spectrum" and not unit.ready:

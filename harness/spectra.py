@@ -25,6 +25,7 @@ from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 if TYPE_CHECKING:
     from harness.estimator import Block
+    from harness.estimator.cost import Forecast
     from harness.training import Problem, TrainingRun
 
 _LISTS = ("alphas", "betas", "nodes", "weights")
@@ -57,6 +58,20 @@ def blocks_of(problem: Problem, partition: str) -> list[Block]:
     from harness.estimator import find_blocks
 
     return find_blocks(problem.model, partition, paper_blocks=problem.entry.paper_blocks)
+
+
+def forecast_of(problem: Problem, partition: str, num_probes: int, num_steps: int) -> Forecast:
+    """Return what a spectrum of a problem costs, from one product per block on one sample."""
+    from harness.estimator.cost import forecast
+
+    return forecast(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        blocks_of(problem, partition),
+        num_probes=num_probes,
+        num_steps=num_steps,
+    )
 
 
 def take_spectrum(

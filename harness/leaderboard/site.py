@@ -12,6 +12,7 @@ import pandas as pd
 
 import spectra_db
 from harness.errors import UserError
+from harness.registry.entry import partition_of
 from spectra_db import plot
 from spectra_db.heterogeneity import Estimate
 from spectra_db.load import NotFound
@@ -65,9 +66,10 @@ def _section(model: dict[str, Any], source: Path | str | None, out: Path) -> dic
     """Gather what the page says of one model, and draw its figures."""
     name = model["model"]
     rows = _in_order(_load("spectra", source, model=name))
+    partition = partition_of(model["tier"])
     stages = []
     for stage in STAGES:
-        at_stage = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == "weights")])
+        at_stage = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == partition)])
         if len(at_stage):
             full = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == "full")])
             stages.append(_stage(name, stage, at_stage, full, out))

@@ -70,6 +70,11 @@ class Recipe:
             raise UserError(f"recipe: schedule is {self.schedule!r}; choose cosine or constant")
 
 
+def partition_of(tier: str) -> str:
+    """Name the partition that a tier's spectra are of: the paper's blocks in tier paper."""
+    return "paper" if tier == "paper" else "weights"
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """A model that the harness can build, train and take spectra of.
@@ -158,8 +163,8 @@ class ModelEntry:
 
     @property
     def partition(self) -> str:
-        """Name the partition whose spectra are taken: the paper's blocks in tier paper."""
-        return "paper" if self.tier == "paper" else "weights"
+        """Name the partition whose spectra are taken."""
+        return partition_of(self.tier)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by value; a mapping proxy can't be pickled."""

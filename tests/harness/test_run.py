@@ -393,3 +393,17 @@ def test_threads_share_the_cores_and_honour_the_environment(monkeypatch):
 def test_a_survey_of_a_pending_entry_costs_nothing():
     entry = tiny(status="pending", reason="no data")
     assert survey(entry, None) == Survey(entry, reason="no data")
+
+
+def test_an_entry_of_tier_paper_takes_the_paper_s_blocks_and_is_not_trained_for_them(tmp_path):
+    entry = tiny(tier="paper", stages=("init",), full_stages=(), paper_blocks=("0.*", "3.*"))
+    assert entry.recipe is not None
+    failed, started = do(tmp_path, entry)
+    assert failed == {}
+    assert [(unit.kind, unit.partition) for unit in started] == [("spectrum", "paper")]
+    rows = store.read(tmp_path / "spectra" / "tiny.parquet", "spectra").to_pandas()
+    assert set(rows["block"]) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    surveyed = survey(entry, None)
+    assert (surveyed.num_units, surveyed.num_blocks, surveyed.training_flops) == (1, 4, 0.0)
+    assert list(missing(entry, tmp_path)) == []
+    assert not (tmp_path / "gaps").exists()

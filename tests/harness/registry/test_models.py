@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +145,9 @@ def test_embedded_tasks_say_what_these_tests_assume(name: str) -> None:
     assert dict(data.model_options) == model_options(entry)
 
 
-@pytest.mark.skipif("HARNESS_DATA_ROOT" not in os.environ, reason="HARNESS_DATA_ROOT is not set")
 @pytest.mark.parametrize("entry", registry.entries("small"), ids=lambda entry: entry.name)
-def test_tasks_say_what_these_tests_assume(entry: ModelEntry) -> None:
-    data = tasks.get(entry.task, **entry.task_options).load(None)
+def test_tasks_say_what_these_tests_assume(entry: ModelEntry, data_root: Path) -> None:
+    data = tasks.get(entry.task, **entry.task_options).load(data_root)
     assert dict(data.model_options) == model_options(entry)
 
 

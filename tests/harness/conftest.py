@@ -10,7 +10,7 @@ import pytest
 def data_root() -> Path:
     root = Path(
         os.environ.get("HARNESS_DATA_ROOT")
-        or Path(__file__).resolve().parents[3].parent / "shared/data"
+        or Path(__file__).resolve().parents[2].parent / "shared/data"
     )
     if not root.is_dir():
         pytest.skip(f"the data packs are not at {root}; set HARNESS_DATA_ROOT")

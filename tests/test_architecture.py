@@ -18,7 +18,7 @@ FOLDERS = (
 # Training stands beside the estimator: neither imports the other.
 FORBIDDEN = {"training": {"estimator"}, "estimator": {"registry", "tasks", "training"}}
 # From Parquet to page no torch; networks are what entries import when they build.
-NO_TORCH = ("spectra_db", "harness/registry", "harness/leaderboard", "harness/cli.py")
+NO_TORCH = ("spectra_db", "harness/registry", "harness/leaderboard", "harness/cli")
 NETWORKS = "harness/registry/networks"
 
 

@@ -1,127 +1,21 @@
-"""The command line: parse, call, echo. Heavy imports stand inside the commands."""
+"""Commands that compute: list, describe, spectrum, train, run."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
+from harness.cli.base import TIERS, choice, device_of, main, options
 from harness.errors import UserError
-
-TIERS = ("demo", "small", "paper")
-STOPPED = 130  # what a shell reports after Ctrl-C
-
-
-class _Group(click.Group):
-    """Turns errors into one line: exit code 2 for what the user can mend, 1 for failures."""
-
-    def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run a command line and exit; HARNESS_TRACEBACK=1 raises what failed."""
-        try:
-            sys.exit(super().main(*args, **(extra | {"standalone_mode": False})) or 0)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(error.exit_code)
-        except click.ClickException as error:
-            _fail(error.format_message(), error.exit_code)
-        except click.Abort as error:
-            if isinstance(error.__cause__, EOFError):  # nobody's wish, though click takes it so
-                _fail(f"a file or pipe ended early: {error.__cause__}", 1)
-            click.echo("Stopped: what was finished is kept, the same command continues.", err=True)
-            sys.exit(STOPPED)
-        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except Exception as error:
-            if os.environ.get("HARNESS_TRACEBACK"):
-                raise
-            # What spectra_db refuses is the user's to mend, too; it knows no UserError.
-            ours = isinstance(error, UserError) or type(error).__module__.startswith("spectra_db")
-            _fail(str(error) or type(error).__name__, 2 if ours else 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
-    sys.exit(code)
-
-
-def _choice(name: str, *choices: str) -> Callable[[Any], Any]:
-    """Add an option that takes one of some words, the first by default."""
-    return click.option(
-        f"--{name}", type=click.Choice(choices), default=choices[0], show_default=True
-    )
-
-
-def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
-    """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
-    existing = next(path for path in [value, *value.absolute().parents] if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            return value
-    except OSError as error:
-        raise UserError(f"--out {value} can't be written to: {error.strerror}") from error
-
-
-def _options(*names: str) -> Callable[[Any], Any]:
-    """Add options that mean the same in every command."""
-    known = {
-        "registry": click.option(
-            "--registry",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Folder of further entry files; they are executed.",
-        ),
-        "data_root": click.option(
-            "--data-root",
-            envvar="HARNESS_DATA_ROOT",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Folder of data sets.  [env: HARNESS_DATA_ROOT]",
-        ),
-        "out": click.option(
-            "--out",
-            required=True,
-            type=click.Path(path_type=Path),
-            callback=_writable,
-            help="Folder that the tables are written to.",
-        ),
-        "seed": click.option(
-            "--seed",
-            default=1,
-            show_default=True,
-            type=click.IntRange(0, 2**31),
-            help="Seeds initialisation, training run and probes.",
-        ),
-        "device": click.option(
-            "--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where there is]"
-        ),
-        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    }
-
-    def add(function: Any) -> Any:
-        for name in reversed(names):
-            function = known[name](function)
-        return function
-
-    return add
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="hessian-spectra")
-def main() -> None:
-    """Compute Hessian spectra of neural networks, and the dataset made of them."""
-    # A stop asked for by the system is a stop asked for by the user.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @main.command("list")
 @click.option("--tier", type=click.Choice(TIERS), help="One tier alone.")
-@_options("registry", "json")
+@options("registry", "json")
 def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
     """List the models of the registry."""
     from harness.display import print_entries
@@ -137,8 +31,8 @@ def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@_choice("partition", "weights", "paper", "all", "full")
-@_options("registry", "data_root", "json")
+@choice("partition", "weights", "paper", "all", "full")
+@options("registry", "data_root", "json")
 def describe(
     model: str, partition: str, registry: Path | None, data_root: Path | None, as_json: bool
 ) -> None:
@@ -180,16 +74,16 @@ def describe(
 @main.command()
 @click.argument("model")
 @click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
-@_choice("partition", "weights", "paper", "all", "full")
+@choice("partition", "weights", "paper", "all", "full")
 @click.option("--num-probes", type=click.IntRange(1), help="Default: as the entry says.")
 @click.option("--num-steps", type=click.IntRange(1), help="Default: as the entry says.")
-@_choice("dtype", "float32", "float64", "bfloat16")
-@_choice("norm-mode", "eval", "train")
-@_choice("probe-distribution", "gaussian", "rademacher")
-@_choice("matmul-precision", "highest", "high", "medium")
+@choice("dtype", "float32", "float64", "bfloat16")
+@choice("norm-mode", "eval", "train")
+@choice("probe-distribution", "gaussian", "rademacher")
+@choice("matmul-precision", "highest", "high", "medium")
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
-@_options("registry", "data_root", "out", "seed", "device")
+@options("registry", "data_root", "out", "seed", "device")
 def spectrum(
     model: str,
     stage: str,
@@ -217,7 +111,7 @@ def spectrum(
     chosen = Settings(
         num_probes=num_probes or entry.num_probes,
         num_steps=num_steps or entry.num_steps,
-        device=_device(device),
+        device=device_of(device),
         memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
         **settings,
     )
@@ -244,7 +138,7 @@ def spectrum(
 @click.argument("model")
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="adamw")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: best of the grid in --out]")
-@_options("registry", "data_root", "out", "seed", "device")
+@options("registry", "data_root", "out", "seed", "device")
 def train(
     model: str,
     optimizer: str,
@@ -280,7 +174,7 @@ def train(
             seed=seed,
             checkpoint_dir=out / "checkpoints" if optimizer == "adamw" else None,
             pretrained_dir=out / "checkpoints",
-            device=_device(device),
+            device=device_of(device),
             on_step=on_progress,
         )
     write_training(result, out)
@@ -293,7 +187,7 @@ def train(
 @click.option("--tier", type=click.Choice(TIERS), help="A whole tier.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option("--dry-run", is_flag=True, help="Print the forecast and stop.")
-@_options("registry", "data_root", "out", "device")
+@options("registry", "data_root", "out", "device")
 def run(
     models: tuple[str, ...],
     tier: str | None,
@@ -322,7 +216,7 @@ def run(
         chosen = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
         starts = {e.pretrained for e in chosen if e.pretrained} - set(models)
         chosen += [catalogue.get(name, registry_dir=registry) for name in sorted(starts)]
-    device = _device(device)
+    device = device_of(device)
     surveys = [survey(entry, data_root) for entry in chosen]
     reasons = [s.reason for s in surveys if s.reason is not None]
     if len(reasons) == len(surveys):
@@ -346,25 +240,3 @@ def run(
     click.echo(f"tables in {out}")
     if failed:
         sys.exit(1)
-
-
-@main.command()
-@click.option("--source", type=click.Path(path_type=Path), help="Folder.  [default: the release]")
-@_options("out")
-def site(source: Path | None, out: Path) -> None:
-    """Build the page that shows the tables of a folder."""
-    from harness.leaderboard.site import build
-
-    click.echo(f"page: {build(source, out)}")
-
-
-def _device(device: str | None) -> str:
-    """Return the device asked for; CUDA where there is a GPU and none was named."""
-    import torch
-
-    from harness.estimator.device import choose_device
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    choose_device(torch.nn.Module(), device)
-    return device

@@ -1,0 +1,130 @@
+"""What all commands share: the group that reports errors, and options that mean the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from harness.errors import UserError
+
+TIERS = ("demo", "small", "paper")
+STOPPED = 130  # what a shell reports after Ctrl-C
+
+
+class _Group(click.Group):
+    """Turns errors into one line: exit code 2 for what the user can mend, 1 for failures."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command line and exit; HARNESS_TRACEBACK=1 raises what failed."""
+        try:
+            sys.exit(super().main(*args, **(extra | {"standalone_mode": False})) or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort as error:
+            if isinstance(error.__cause__, EOFError):  # nobody's wish, though click takes it so
+                _fail(f"a file or pipe ended early: {error.__cause__}", 1)
+            click.echo("Stopped: what was finished is kept, the same command continues.", err=True)
+            sys.exit(STOPPED)
+        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if os.environ.get("HARNESS_TRACEBACK"):
+                raise
+            # What spectra_db refuses is the user's to mend, too; it knows no UserError.
+            ours = isinstance(error, UserError) or type(error).__module__.startswith("spectra_db")
+            _fail(str(error) or type(error).__name__, 2 if ours else 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def choice(name: str, *choices: str) -> Callable[[Any], Any]:
+    """Add an option that takes one of some words, the first by default."""
+    return click.option(
+        f"--{name}", type=click.Choice(choices), default=choices[0], show_default=True
+    )
+
+
+def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
+    existing = next(path for path in [value, *value.absolute().parents] if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return value
+    except OSError as error:
+        raise UserError(f"--out {value} can't be written to: {error.strerror}") from error
+
+
+def options(*names: str) -> Callable[[Any], Any]:
+    """Add options that mean the same in every command."""
+    known = {
+        "registry": click.option(
+            "--registry",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder of further entry files; they are executed.",
+        ),
+        "data_root": click.option(
+            "--data-root",
+            envvar="HARNESS_DATA_ROOT",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder of data sets.  [env: HARNESS_DATA_ROOT]",
+        ),
+        "out": click.option(
+            "--out",
+            required=True,
+            type=click.Path(path_type=Path),
+            callback=_writable,
+            help="Folder that the tables are written to.",
+        ),
+        "seed": click.option(
+            "--seed",
+            default=1,
+            show_default=True,
+            type=click.IntRange(0, 2**31),
+            help="Seeds initialisation, training run and probes.",
+        ),
+        "device": click.option(
+            "--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where there is]"
+        ),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    }
+
+    def add(function: Any) -> Any:
+        for name in reversed(names):
+            function = known[name](function)
+        return function
+
+    return add
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hessian-spectra")
+def main() -> None:
+    """Compute Hessian spectra of neural networks, and the dataset made of them."""
+    # A stop asked for by the system is a stop asked for by the user.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def device_of(device: str | None) -> str:
+    """Return the device asked for; CUDA where there is a GPU and none was named."""
+    import torch
+
+    from harness.estimator.device import choose_device
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    choose_device(torch.nn.Module(), device)
+    return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
     from harness.plan import Survey, Unit
     from harness.registry import ModelEntry
+    from harness.submission.verify import Check
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
 
@@ -101,6 +103,26 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     Console(markup=False).print(table)
 
 
+def print_checks(checks: Sequence[Check]) -> None:
+    """Print what came of verified rows, those that can't be verified gathered by reason."""
+    table = Table("model", "stage", "block", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("probe", "deviation", "allowed"):
+        table.add_column(name, justify="right")
+    table.add_column("outcome")
+    reasons: Counter[str] = Counter()
+    for check in checks:
+        if check.outcome == "unverifiable":
+            reasons[str(check.reason)] += 1
+            continue
+        sizes = ["–" if x is None else f"{x:.1e}" for x in (check.deviation, check.allowed)]
+        outcome = check.outcome if check.reason is None else f"{check.outcome}: {check.reason}"
+        table.add_row(check.model, check.stage, check.block, str(check.probe), *sizes, outcome)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for reason, count in reasons.most_common():
+        console.print(f"not verifiable here ({count}): {reason}")
+
+
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
     """Return the forecast of one spectrum in a line."""
     return (
@@ -112,7 +134,10 @@ def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the remaining time; yields a function of (done, total)."""
-    with Progress(*_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    console = Console(stderr=True)  # what a command prints may be read by a program
+    with Progress(
+        *_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
         bar = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 

@@ -89,6 +89,11 @@ def options(*names: str) -> Callable[[Any], Any]:
             callback=_writable,
             help="Folder that the tables are written to.",
         ),
+        "source": click.option(
+            "--source",
+            type=click.Path(path_type=Path),
+            help="Folder of tables.  [default: the release]",
+        ),
         "seed": click.option(
             "--seed",
             default=1,

@@ -1,4 +1,4 @@
-"""Commands that compute: list, describe, spectrum, train, run."""
+"""Commands that compute: list, describe, spectrum, train, run, verify."""
 
 from __future__ import annotations
 
@@ -239,4 +239,81 @@ def run(
         click.echo(f"failed: {unit}: {reason}", err=True)
     click.echo(f"tables in {out}")
     if failed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("target", default="")
+@click.option("--sample", default=10, show_default=True, type=click.IntRange(1), help="Rows.")
+@click.option("--budget", default=600.0, show_default=True, help="Seconds.")
+@click.option(
+    "--checkpoints",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
+)
+@options("source", "registry", "data_root", "seed", "device", "json")
+def verify(
+    target: str,
+    sample: int,
+    budget: float,
+    checkpoints: Path | None,
+    source: Path | None,
+    registry: Path | None,
+    data_root: Path | None,
+    seed: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Recompute a sample of published rows, one probe each, and compare.
+
+    TARGET is a model, or a folder of tables such as a submission; by default all models of the
+    bundled release. Rows whose data or weights are not here are listed as unverifiable. The exit
+    code is 0 if all that was recomputed agrees, and something was.
+    """
+    from dataclasses import asdict
+    from functools import partial
+
+    from harness.display import print_checks, progress_bar
+    from harness.registry import get
+    from harness.submission.verify import load_published, sample_rows, verify_sample
+
+    if not 0 < budget < float("inf"):
+        raise UserError(f"--budget is {budget}; it must be positive, in seconds")
+    if Path(target).is_dir() and target:
+        if source is not None:
+            raise UserError(f"{target} is a folder, and --source names another: pass one of them")
+        source, target = Path(target), ""
+    rows, stages = load_published(source, target or None)
+    chosen = sample_rows(rows, sample, seed)
+    if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
+        checkpoints = source / "checkpoints"
+    products, seconds = int(chosen["num_products"].sum()), float(chosen["seconds"].sum())
+    click.echo(
+        f"{len(chosen)} of {len(rows)} rows: {products:,} products, {seconds:,.0f} s where they "
+        f"were made; at most {budget:,.0f} s here",
+        err=True,
+    )
+    with progress_bar("verify") as on_progress:
+        checks = verify_sample(
+            chosen,
+            stages,
+            partial(get, registry_dir=registry),
+            budget=budget,
+            data_root=data_root,
+            checkpoint_dir=checkpoints,
+            device=device_of(device),
+            on_progress=on_progress,
+        )
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        print_checks(checks)
+    counts = {o: sum(c.outcome == o for c in checks) for o in ("agrees", "deviates")}
+    left = len(checks) - sum(counts.values())
+    click.echo(
+        f"{counts['agrees']} agree, {counts['deviates']} deviate, {left} can't be verified here, "
+        f"{len(chosen) - len(checks)} left for want of time",
+        err=True,
+    )
+    if counts["deviates"] or not counts["agrees"]:
         sys.exit(1)

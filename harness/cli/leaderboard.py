@@ -10,8 +10,7 @@ from harness.cli.base import main, options
 
 
 @main.command()
-@click.option("--source", type=click.Path(path_type=Path), help="Folder.  [default: the release]")
-@options("out")
+@options("source", "out")
 def site(source: Path | None, out: Path) -> None:
     """Build the page that shows the tables of a folder."""
     from harness.leaderboard.site import build

@@ -1,0 +1,1 @@
+"""What comes in from others, and whether it can be trusted."""

@@ -1,0 +1,297 @@
+"""Recompute published rows from their recorded seeds, one probe each."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import wasserstein_distance
+
+import spectra_db
+from harness.errors import UserError
+from harness.estimator import find_blocks
+from harness.estimator.checks import batch_hash, fixed_arithmetic
+from harness.estimator.device import choose_device, device_memory
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.lanczos import lanczos
+from harness.estimator.probes import draw_probe, probe_seed
+from harness.estimator.quadrature import gauss_rule
+from harness.estimator.spectrum import DTYPES
+from harness.registry import ModelEntry
+from harness.training import Problem, load_problem
+from harness.training.stages import PRETRAINING_SEED, checkpoint_path
+from spectra_db.heterogeneity import TRUNCATION
+from spectra_db.load import NotFound
+
+# Relative to the norm of the first product. float32 against float64 differed by up to 200 eps on
+# perceptrons of 266,000 parameters; another probe differs by 1 / sqrt(num_params) and more.
+_MOMENT_EPS = 1000
+# Rules of the same probe differed by up to 1.2 times the change from 3/4 of their steps where each
+# product was disturbed by one rounding error of float32 (small and demo models).
+_TRUNCATIONS = 2.0
+# Of the arithmetic that a row says it was made in.
+_PRECISION_EPS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came of one row.
+
+    Attributes:
+        model, stage, partition, block, probe: Which row.
+        outcome: agrees, deviates, or unverifiable: it can't be recomputed here.
+        deviation: Wasserstein-1 distance between the published rule and the recomputed one, over
+            the published rule's rms eigenvalue; None where nothing was recomputed.
+        allowed: The largest deviation that rounding and the row's truncation error explain.
+        reason: Why the outcome is not agrees.
+    """
+
+    model: str
+    stage: str
+    partition: str
+    block: str
+    probe: int
+    outcome: str
+    deviation: float | None = None
+    allowed: float | None = None
+    reason: str | None = None
+
+
+class Unverifiable(UserError):  # noqa: N818
+    """A row that can't be recomputed here; the text says why."""
+
+
+def sample_rows(rows: pd.DataFrame, num_rows: int, seed: int) -> pd.DataFrame:
+    """Draw rows of table `spectra` that hold a rule, without replacement, in random order."""
+    known = rows[rows["status"] == "ok"]
+    return known.sample(n=min(num_rows, len(known)), random_state=seed)
+
+
+def verify(
+    row: dict[Any, Any],
+    entry: ModelEntry,
+    stages: pd.DataFrame,
+    *,
+    data_root: Path | None = None,
+    checkpoint_dir: Path | None = None,
+    device: str | None = None,
+) -> Check:
+    """Recompute one row of table `spectra` and compare.
+
+    Two things must hold: the first two moments of the probe, v·Hv and |Hv|, agree to 1,000 rounding
+    errors; and the rules are no further apart than num_steps rounding errors of the largest node
+    plus twice the published rule's change against three quarters of its steps. Later alphas and
+    betas are not compared one by one: once an eigenvalue has converged, rounding decides them,
+    while the rule stays (Greenbaum 1989, Linear Algebra Appl. 113).
+
+    Args:
+        row: The published row.
+        entry: Its entry.
+        stages: Rows of table `stages` published beside it; they have the checkpoints' sha256.
+        data_root: Folder of data sets.
+        checkpoint_dir: Folder of checkpoints; stages after init need theirs.
+        device: Where to compute.
+    """
+    try:
+        problem = _problem(row, entry, stages, data_root, checkpoint_dir)
+        alphas, betas, nodes, weights = _recompute(row, problem, device)
+    except Unverifiable as error:
+        return _check(row, "unverifiable", reason=str(error))
+    except _Wrong as error:
+        return _check(row, "deviates", reason=str(error))
+    rms = float(np.sqrt(row["weights"] @ row["nodes"] ** 2))
+    if rms == 0.0:
+        return _check(row, "deviates", reason="the published rule is zero, its status is ok")
+    eps = max(torch.finfo(DTYPES[row["dtype"]]).eps, _PRECISION_EPS[row["matmul_precision"]])
+    deviation = float(wasserstein_distance(nodes, row["nodes"], weights, row["weights"])) / rms
+    allowed = len(nodes) * eps * float(np.abs(row["nodes"]).max()) / rms
+    reason = None
+    if row["method"] == "slq":
+        allowed += _TRUNCATIONS * _truncation_error(row) / rms
+        first = np.abs([row["alphas"][0] - alphas[0], row["betas"][0] - betas[0]]).max() / rms
+        if first > _MOMENT_EPS * eps:
+            reason = f"the first product differs by {first:.1e} of its norm: another probe or batch"
+    if reason is None and deviation > allowed:
+        reason = "the rules are further apart than rounding and truncation explain"
+    outcome = "agrees" if reason is None else "deviates"
+    return _check(row, outcome, deviation=deviation, allowed=allowed, reason=reason)
+
+
+def verify_sample(
+    rows: pd.DataFrame,
+    stages: pd.DataFrame,
+    find_entry: Callable[[str], ModelEntry],
+    *,
+    budget: float,
+    data_root: Path | None = None,
+    checkpoint_dir: Path | None = None,
+    device: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Check]:
+    """Verify rows one after another; begin none that would not end within the budget.
+
+    Args:
+        rows: Rows of table `spectra`, as `sample_rows` returns them.
+        stages: Table `stages` beside them.
+        find_entry: Name ↦ entry; raises UserError for a name it doesn't know.
+        budget: Seconds. A row is expected to take what it says it took.
+        data_root: Folder of data sets.
+        checkpoint_dir: Folder of checkpoints.
+        device: Where to compute.
+        on_progress: Called with (rows done, rows in all).
+
+    Returns:
+        One check per row that was begun, in the order of the rows.
+    """
+    begin = time.monotonic()
+    checks = []
+    for done, row in enumerate(rows.to_dict("records")):
+        on_progress(done, len(rows))
+        if time.monotonic() - begin + row["seconds"] > budget:
+            continue
+        try:
+            entry = find_entry(row["model"])
+        except UserError as error:
+            checks.append(_check(row, "unverifiable", reason=str(error)))
+            continue
+        mine = stages[stages["model"].isin([entry.name, entry.pretrained])]
+        where: dict[str, Any] = {
+            "data_root": data_root,
+            "checkpoint_dir": checkpoint_dir,
+            "device": device,
+        }
+        checks.append(verify(row, entry, mine, **where))
+    on_progress(len(rows), len(rows))
+    return checks
+
+
+def _check(row: dict[Any, Any], outcome: str, **found: Any) -> Check:
+    names = ("model", "stage", "partition", "block", "probe")
+    return Check(**{name: row[name] for name in names}, outcome=outcome, **found)
+
+
+class _Wrong(Exception):  # noqa: N818
+    """What a row says of itself is not so."""
+
+
+def _problem(
+    row: dict[Any, Any],
+    entry: ModelEntry,
+    published: pd.DataFrame,
+    data_root: Path | None,
+    checkpoint_dir: Path | None,
+) -> Problem:
+    """Load the row's problem, from weights and data that are provably the published ones."""
+    model, stage, seed = entry.name, row["stage"], row["init_seed"]
+    if stage == "init" and entry.pretrained is not None:
+        model, stage, seed = entry.pretrained, "final", PRETRAINING_SEED
+    if stage != "init":
+        _check_checkpoint(published, model, stage, seed, checkpoint_dir)
+    try:
+        problem = load_problem(
+            entry,
+            row["stage"],
+            row["init_seed"],
+            data_root=data_root,
+            checkpoint_dir=checkpoint_dir,
+        )
+    except UserError as error:
+        raise Unverifiable(str(error)) from error
+    if batch_hash(problem.batches) != row["batch_hash"]:
+        if problem.data_source != row["data_source"]:
+            raise Unverifiable(f"data are {problem.data_source}, not {row['data_source']}")
+        raise _Wrong("the data are the same, the batch is not")
+    return problem
+
+
+def _check_checkpoint(
+    published: pd.DataFrame, model: str, stage: str, seed: int, checkpoint_dir: Path | None
+) -> None:
+    """Raise unless the checkpoint lies here and is the published one."""
+    known = published[
+        (published["model"] == model)
+        & (published["stage"] == stage)
+        & (published["seed"] == seed)
+        & (published["optimizer"] == "adamw")
+    ]
+    if known.empty:
+        raise Unverifiable(f"table stages has no checkpoint of {model} at {stage}")
+    path = checkpoint_path(checkpoint_dir or "", model, seed, stage)
+    if checkpoint_dir is None or not path.is_file():
+        raise Unverifiable(f"the checkpoint of {model} at {stage} is not here")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != known.iloc[0]["checkpoint_sha256"]:
+        raise Unverifiable(f"the checkpoint of {model} at {stage} here is not the published one")
+
+
+def _recompute(
+    row: dict[Any, Any], problem: Problem, device: str | None
+) -> tuple[list[float], list[float], np.ndarray, np.ndarray]:
+    """Return alphas, betas, nodes and weights of the row's block and probe."""
+    entry = problem.entry
+    found = find_blocks(problem.model, row["partition"], paper_blocks=entry.paper_blocks)
+    block = next((b for b in found if b.name == row["block"]), None)
+    if block is None:
+        raise _Wrong(f"{entry.name} has no block {row['block']!r} in {row['partition']}")
+    if block.num_params != row["num_params"]:
+        raise _Wrong(f"the block has {block.num_params} parameters, not {row['num_params']}")
+    target = choose_device(problem.model, device)
+    with fixed_arithmetic(problem.model, row["matmul_precision"]):
+        hessian = BlockHessian(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            [block],
+            batch_weights=problem.batch_weights,
+            device=target,
+            dtype=DTYPES[row["dtype"]],
+            norm_mode=row["norm_mode"],
+            memory_budget=device_memory(target) // 2,
+        )
+        if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
+            raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
+        if row["method"] == "exact":
+            eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
+            return [], [], eigenvalues, np.full(len(eigenvalues), 1 / len(eigenvalues))
+        names = (row["init_seed"], row["model"], row["stage"], row["block"], row["probe"])
+        if probe_seed(*names) != row["probe_seed"]:
+            raise _Wrong("the probe's seed is not the one of its name")
+        v0 = draw_probe(block.num_params, row["probe_seed"], row["probe_distribution"])
+        run = lanczos(
+            lambda v: hessian.products([(0, v)])[0],
+            v0.to(target, hessian.dtype),
+            row["num_steps"],
+            reorthogonalize=row["reorthogonalized"],
+        )
+    nodes, weights = gauss_rule(run.alphas, run.betas)
+    return run.alphas, run.betas, nodes, weights
+
+
+def _truncation_error(row: dict[Any, Any]) -> float:
+    """Return the distance between the published rule and one of three quarters of its steps."""
+    steps = max(1, int(TRUNCATION * len(row["alphas"])))
+    if row["breakdown"]:
+        return 0.0
+    nodes, weights = gauss_rule(row["alphas"][:steps], row["betas"][:steps])
+    return float(wasserstein_distance(row["nodes"], nodes, row["weights"], weights))
+
+
+def load_published(source: Path | None, model: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return tables `spectra` and `stages` of a folder, or of the bundled release.
+
+    Raises:
+        NotFound: The folder holds no spectra, or none of the model.
+    """
+    only = {} if model is None else {"model": model}
+    spectra = spectra_db.load("spectra", source=source, **only)
+    try:
+        stages = spectra_db.load("stages", source=source)
+    except NotFound:  # initial spectra alone
+        stages = pd.DataFrame(columns=spectra_db.schema.TABLES["stages"].names)
+    return spectra, stages

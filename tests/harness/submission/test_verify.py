@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import spectra_db
+from harness.cli import main
+from harness.registry import get
+from harness.submission.verify import sample_rows, verify, verify_sample
+from spectra_db import store
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with the spectra of a trained model at two stages, and its checkpoints."""
+    out = tmp_path_factory.mktemp("published")
+    call = CliRunner().invoke
+    assert call(main, ["train", "cnn-digits", "--lr", "0.003", "--out", str(out)]).exit_code == 0
+    for stage in ("init", "final"):
+        arguments = ["spectrum", "cnn-digits", "--stage", stage, "--num-steps", "12"]
+        assert call(main, [*arguments, "--out", str(out)]).exit_code == 0
+    return out
+
+
+@pytest.fixture
+def folder(published, tmp_path):
+    return Path(shutil.copytree(published, tmp_path / "copy"))
+
+
+def rows_of(folder: Path, **only: object) -> pd.DataFrame:
+    return spectra_db.load("spectra", source=folder, **only)
+
+
+def check_of(folder: Path, row: dict, **changes: object):
+    stages = spectra_db.load("stages", source=folder)
+    return verify(row | changes, get("cnn-digits"), stages, checkpoint_dir=folder / "checkpoints")
+
+
+def test_rows_of_every_kind_and_stage_agree_to_the_last_bit_on_the_machine_that_made_them(folder):
+    rows = sample_rows(rows_of(folder), 100, seed=0)
+    assert set(rows["method"]) == {"slq", "exact"}
+    assert set(rows["stage"]) == {"init", "final"}
+    stages = spectra_db.load("stages", source=folder)
+    checks = verify_sample(rows, stages, get, budget=1e9, checkpoint_dir=folder / "checkpoints")
+    assert len(checks) == len(rows)
+    assert {check.outcome for check in checks} == {"agrees"}
+    assert max(check.deviation for check in checks) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1.02, 0.98, -1.0])
+def test_a_spectrum_that_was_stretched_deviates(folder, factor):
+    row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
+    changed = {"nodes": factor * row["nodes"]}
+    changed |= {"alphas": factor * row["alphas"], "betas": abs(factor) * row["betas"]}
+    assert check_of(folder, row, **changed).outcome == "deviates"
+
+
+def test_an_exact_spectrum_with_one_eigenvalue_altered_deviates(folder):
+    row = rows_of(folder, stage="init", method="exact").iloc[0].to_dict()
+    nodes = row["nodes"].copy()
+    nodes[-1] *= 1.05
+    assert check_of(folder, row, nodes=nodes).outcome == "deviates"
+
+
+def test_another_probe_passed_off_as_this_one_deviates(folder):
+    rows = rows_of(folder, stage="init", method="slq").to_dict("records")
+    names = ("alphas", "betas", "nodes", "weights")
+    check = check_of(folder, rows[0], **{name: rows[1][name] for name in names})
+    assert check.outcome == "deviates"
+    assert "another probe" in check.reason
+
+
+def test_a_seed_that_is_not_the_probe_s_own_is_told(folder):
+    row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
+    check = check_of(folder, row, probe_seed=7)
+    assert check.outcome == "deviates"
+    assert "seed" in check.reason
+
+
+def test_another_batch_of_the_same_data_deviates_and_other_data_can_t_be_verified(folder):
+    row = rows_of(folder, stage="init").iloc[0].to_dict()
+    assert check_of(folder, row, batch_hash="0" * 16).outcome == "deviates"
+    elsewhere = check_of(folder, row, batch_hash="0" * 16, data_source="other digits")
+    assert elsewhere.outcome == "unverifiable"
+    assert "other digits" in elsewhere.reason
+
+
+@pytest.mark.parametrize("harm", ["altered", "missing"])
+def test_a_trained_stage_whose_checkpoint_is_not_the_published_one_can_t_be_verified(folder, harm):
+    row = rows_of(folder, stage="final").iloc[0].to_dict()
+    path = next((folder / "checkpoints").rglob("final.safetensors"))
+    path.write_bytes(path.read_bytes() + b" ") if harm == "altered" else path.unlink()
+    check = check_of(folder, row)
+    assert check.outcome == "unverifiable"
+    assert check.deviation is None
+    assert "checkpoint of cnn-digits at final" in check.reason
+
+
+def test_the_sample_follows_from_the_seed_and_holds_no_row_twice(folder):
+    rows = rows_of(folder)
+    first, again, other = (sample_rows(rows, 8, seed) for seed in (1, 1, 2))
+    assert list(first.index) == list(again.index) != list(other.index)
+    assert first.index.is_unique
+
+
+def test_a_row_that_would_not_end_within_the_budget_is_not_begun(folder):
+    rows = rows_of(folder, stage="init").assign(seconds=np.inf)
+    rows.loc[rows.index[3], "seconds"] = 0.0
+    checks = verify_sample(rows, spectra_db.load("stages", source=folder), get, budget=1000)
+    assert [check.block for check in checks] == [rows.iloc[3]["block"]]
+
+
+def test_the_command_ends_with_0_only_if_all_agree(folder):
+    command = ["verify", str(folder), "--sample", "4", "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert {check["outcome"] for check in json.loads(result.stdout)} == {"agrees"}
+    rows = rows_of(folder)
+    rows["nodes"] = rows["nodes"] * 1.5
+    rows["alphas"] = rows["alphas"] * 1.5
+    rows["betas"] = rows["betas"] * 1.5
+    store.write(folder, "spectra", rows)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "4 deviate" in result.stderr
+
+
+def test_the_command_fails_where_nothing_can_be_verified(folder):
+    rows = rows_of(folder).assign(model="stranger")
+    (folder / "spectra" / "cnn-digits.parquet").unlink()
+    store.write(folder, "spectra", rows)
+    result = CliRunner().invoke(main, ["verify", "stranger", "--source", str(folder)])
+    assert result.exit_code == 1
+    assert "not verifiable here (10)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-model"], "no model 'no-such-model'"),
+        (["--sample", "0"], "0 is not in the range"),
+        (["--budget", "-1"], "must be positive"),
+        (["--budget", "nan"], "must be positive"),
+    ],
+)
+def test_arguments_out_of_range_are_usage_errors(folder, arguments, message):
+    result = CliRunner().invoke(main, ["verify", "--source", str(folder), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output

@@ -134,9 +134,14 @@ def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the remaining time; yields a function of (done, total)."""
-    console = Console(stderr=True)  # what a command prints may be read by a program
+    # What a command prints may be read by a program, and its errors too.
+    console = Console(stderr=True)
     with Progress(
-        *_COLUMNS, TimeElapsedColumn(), TimeRemainingColumn(), console=console
+        *_COLUMNS,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -73,18 +73,23 @@ def run_entries(
         _run_here(agenda, job)
     else:
         _run_in_workers(agenda, job, jobs)
-    failed = agenda.failed
     for entry in live:
-        if entry.trains and entry.recipe is not None:
-            reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
-            for unit in missing(entry, job.out) if reasons else ():
-                if unit.kind == "spectrum" and not unit.ready:
-                    _write_failed(unit, job, f"its stage was not trained: {reasons[0]}")
-            row = gap(entry.name, rows_of(job.out, "training", entry.name), entry.recipe)
-            if reasons:
-                row |= {"status": "failed", "reason": reasons[0]}
-            store.write(job.out, "gaps", [row])
-    return failed
+        _finish(entry, job, agenda.failed)
+    return agenda.failed
+
+
+def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
+    """Write an entry's gap, and rows for the stages that a failed run left without weights."""
+    if not entry.trains or entry.recipe is None:
+        return
+    reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
+    for unit in missing(entry, job.out) if reasons else ():
+        if unit.kind == "spectrum" and not unit.ready:
+            _write_failed(unit, job, f"its stage was not trained: {reasons[0]}")
+    row = gap(entry.name, rows_of(job.out, "training", entry.name), entry.recipe)
+    if reasons:
+        row |= {"status": "failed", "reason": reasons[0]}
+    store.write(job.out, "gaps", [row])
 
 
 class _Agenda:
@@ -113,6 +118,8 @@ class _Agenda:
             entry = self._job.entries[name]
             if unit.model in (name, entry.pretrained):
                 self._left[name] = list(missing(entry, self._job.out))
+                if not self._left[name]:  # others may take hours yet
+                    _finish(entry, self._job, self.failed)
         self._on_event("done" if reason is None else "failed", unit)
 
 

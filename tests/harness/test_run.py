@@ -107,7 +107,7 @@ def test_only_the_units_at_the_best_rate_wait_for_the_grid(tmp_path):
 
 def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
     # Ten steps are so few that the highest rate is the best: each extension is one more unit.
-    _, started = do(tmp_path, tiny(recipe=replace(RECIPE, extend_grid=True), stages=("init",)))
+    _, started = do(tmp_path, tiny(recipe=replace(RECIPE, extend_grid=True)))
     on_the_grid = [unit for unit in started if unit.kind == "train" and unit.seed == 0]
     assert len(on_the_grid) > 2 * RECIPE.num_lrs
 
@@ -348,7 +348,7 @@ def test_a_stopped_command_leaves_no_worker_and_continues(tmp_path, stop):
         "from harness.registry import get\n"
         "demo = get('cnn-digits')\n"
         "recipe = replace(demo.recipe, num_lrs=2, num_steps=40, extend_grid=False)\n"
-        "ENTRIES = (replace(demo, name='mine', recipe=recipe, stages=('init',), full_stages=()),)\n"
+        "ENTRIES = (replace(demo, name='mine', recipe=recipe, full_stages=()),)\n"
     )
     command = [sys.executable, "-m", "harness", "run", "mine", "--jobs", "2", "--device", "cpu"]
     command += ["--out", str(out), "--registry", str(tmp_path / "registry")]
@@ -372,7 +372,7 @@ def test_a_stopped_command_leaves_no_worker_and_continues(tmp_path, stop):
     assert 0 < done < 10
 
     entry = get("mine", registry_dir=tmp_path / "registry")
-    assert len(do(out, entry)[1]) == 11 - done
+    assert len(do(out, entry)[1]) == 12 - done
     assert len(spectra_db.load("training", source=out, step=0, split="train", metric="loss")) == 10
     assert set(spectra_db.load("gaps", source=out)["status"]) == {"ok"}
 
@@ -407,3 +407,16 @@ def test_an_entry_of_tier_paper_takes_the_paper_s_blocks_and_is_not_trained_for_
     assert (surveyed.num_units, surveyed.num_blocks, surveyed.training_flops) == (1, 4, 0.0)
     assert list(missing(entry, tmp_path)) == []
     assert not (tmp_path / "gaps").exists()
+
+
+def test_the_gap_of_a_model_is_written_before_the_next_model_starts(tmp_path):
+    first, second = tiny(), tiny(name="tiny-b")
+    gaps = {}
+
+    def on_event(what: str, unit: Unit) -> None:
+        if unit.model == "tiny-b":
+            gaps.setdefault(what, (tmp_path / "gaps" / "tiny.parquet").exists())
+
+    surveys = [survey(entry, None) for entry in (first, second)]
+    run_entries(surveys, job_of(tmp_path, first, second), on_event=on_event)
+    assert gaps["start"]

@@ -42,16 +42,17 @@ def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
     Console(markup=False).print(table)
 
 
-def print_blocks(blocks: Sequence[Block], cost: Forecast) -> None:
-    """Print blocks with their kind, shape, size and the cost of one product."""
+def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
+    """Print blocks with their kind, shape, size and, where known, the cost of one product."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("block", overflow="fold")
     table.add_column("kind", overflow="fold")
-    for name in ("shape", "parameters", "GFLOP"):
+    for name in ("shape", "parameters", *(["GFLOP"] if cost else [])):
         table.add_column(name, justify="right")
-    for block, flops in zip(blocks, cost.block_flops, strict=True):
+    for i, block in enumerate(blocks):
         shape = " × ".join(map(str, block.shape))
-        table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", f"{flops / 1e9:.3g}")
+        flops = [f"{cost.block_flops[i] / 1e9:.3g}"] if cost else []
+        table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", *flops)
     Console(markup=False).print(table)  # brackets in names are slices
 
 

@@ -269,6 +269,12 @@ def _check_twice_differentiable(gradients: Gradients) -> None:
 
 def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
     """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UserError(
+                f"the parameter {name} is {parameter.dtype}; keep its real and imaginary parts as "
+                "one real parameter and use torch.view_as_complex on it in forward"
+            )
     try:
         clone = copy.deepcopy(model)
     except Exception as error:

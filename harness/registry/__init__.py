@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from difflib import get_close_matches
@@ -11,8 +12,10 @@ from harness.errors import UserError
 from harness.registry import bert, cnn, gpt, mixer, mlp, paper, recurrent, vit
 from harness.registry.entry import TIERS, ModelEntry, Recipe
 
-__all__ = ["TIERS", "ModelEntry", "Recipe", "entries", "get"]
+__all__ = ["SUBMITTED", "TIERS", "ModelEntry", "Recipe", "defines_entries", "entries", "get"]
 
+# Entries that were submitted, one file each, as `harness add-model` writes them.
+SUBMITTED = Path(__file__).parent / "submitted"
 _FAMILIES = (cnn, vit, mixer, gpt, mlp, recurrent, bert, paper)
 
 
@@ -21,7 +24,7 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
 
     Args:
         tier: demo, small or paper; None for all.
-        registry_dir: Folder of further entry files (Python, defining ENTRIES); they are
+        registry_dir: Folder of further entry files (Python); those that define ENTRIES are
             executed, so name only a folder you trust.
 
     Raises:
@@ -30,8 +33,14 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
     if tier is not None and tier not in TIERS:
         raise UserError(f"unknown tier {tier!r}; choose one of {', '.join(TIERS)}")
     found = [entry for family in _FAMILIES for entry in family.ENTRIES]
+    found += _read_folder(SUBMITTED)
     if registry_dir is not None:
-        found += _outside(Path(registry_dir))
+        folder = Path(registry_dir)
+        if not folder.is_dir():
+            raise UserError(f"--registry {folder} is not a folder")
+        if (here := str(folder.resolve())) not in sys.path:
+            sys.path.append(here)  # for networks in files beside the entries
+        found += _read_folder(folder)
     names = [entry.name for entry in found]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
@@ -54,21 +63,28 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
     raise UserError(f"unknown model {name!r}; {hint}")
 
 
-def _outside(folder: Path) -> list[ModelEntry]:
-    """Execute the Python files of a folder and gather the entries of those that define any."""
-    if not folder.is_dir():
-        raise UserError(f"--registry {folder} is not a folder")
-    if (here := str(folder.resolve())) not in sys.path:
-        sys.path.append(here)  # for networks in files beside the entries
+def defines_entries(path: Path) -> bool:
+    """Tell whether a Python file defines ENTRIES, without executing it."""
+    try:
+        body = ast.parse(path.read_bytes(), str(path)).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    names = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
+    names |= {a.asname or a.name for n in body if isinstance(n, ast.ImportFrom) for a in n.names}
+    return "ENTRIES" in names
+
+
+def _read_folder(folder: Path) -> list[ModelEntry]:
+    """Execute the Python files of a folder that define entries, and gather these."""
     found: list[ModelEntry] = []
-    for path in sorted(folder.glob("*.py")):
+    for path in filter(defines_entries, sorted(folder.glob("*.py"))):
         spec = importlib.util.spec_from_file_location(f"harness_registry_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-            found += getattr(module, "ENTRIES", ())
+            found += module.ENTRIES
         except UserError:
             raise
         except Exception as error:

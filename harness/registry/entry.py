@@ -75,6 +75,14 @@ def partition_of(tier: str) -> str:
     return "paper" if tier == "paper" else "weights"
 
 
+def check_slug(what: str, given: str) -> None:
+    """Raise unless a name can name files and rows."""
+    if not _SLUG.fullmatch(given):
+        raise UserError(
+            f"{what} is {given!r}; use lower-case letters, digits, '.', '_', '-', as in vit-digits"
+        )
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """A model that the harness can build, train and take spectra of.
@@ -132,8 +140,7 @@ class ModelEntry:
             raise UserError(f"entry {self.name!r}: {attribute} is {given!r}; {allowed}")
 
         for attribute in ("name", "family"):
-            if not _SLUG.fullmatch(getattr(self, attribute)):
-                refuse(attribute, "use lower-case letters, digits, '.', '_', '-', as in vit-digits")
+            check_slug(f"entry {self.name!r}: {attribute}", getattr(self, attribute))
         if self.tier not in TIERS:
             refuse("tier", f"choose one of {', '.join(TIERS)}")
         if not _FACTORY.fullmatch(self.factory):
@@ -192,6 +199,8 @@ class ModelEntry:
             torch.manual_seed(seed)
             try:
                 model = factory(**options)
+            except UserError as error:  # says what to do already
+                raise UserError(f"entry {self.name!r}: {error}") from error
             except Exception as error:
                 raise UserError(
                     f"entry {self.name!r}: {self.factory} failed with {type(error).__name__}: "

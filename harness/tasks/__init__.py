@@ -53,16 +53,23 @@ def get(name: str, **options: Any) -> Task:
     >>> get("digits").metric
     'accuracy'
 
+    Args:
+        name: one of `names()`, or "module:Class" of a `Task` of your own.
+        options: the task's fields.
+
     Raises:
         UnknownTaskError: no such name; the message gives close matches.
         UserError: the task has no such option; the message lists those that it has.
     """
-    if name not in _TASKS:
+    if ":" in name:
+        task = _own(name)
+    elif name in _TASKS:
+        module, attribute = _TASKS[name].split(":")
+        task = getattr(import_module(f"harness.tasks.{module}"), attribute)
+    else:
         close = difflib.get_close_matches(name, _TASKS, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"tasks: {', '.join(_TASKS)}"
-        raise UnknownTaskError(f"unknown task {name!r}; {hint}")
-    module, attribute = _TASKS[name].split(":")
-    task = getattr(import_module(f"harness.tasks.{module}"), attribute)
+        raise UnknownTaskError(f"unknown task {name!r}; {hint}, or module:Class of your own")
     allowed = [field.name for field in fields(task)]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
@@ -71,6 +78,24 @@ def get(name: str, **options: Any) -> Task:
             f"its options are: {', '.join(allowed) or 'none'}"
         )
     return task(**options)
+
+
+def _own(name: str) -> type[Task]:
+    """Import a task that is not of this package."""
+    from harness.tasks.base import Task
+
+    module, _, attribute = name.partition(":")
+    try:
+        task = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownTaskError(f"task {name!r} can't be imported ({error})") from error
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UnknownTaskError(f"task {name!r} is no subclass of harness.tasks.base.Task")
+    missing = sorted(getattr(task, "__abstractmethods__", ()))
+    missing += [a for a in ("name", "metric") if not hasattr(task, a)]
+    if missing:
+        raise UnknownTaskError(f"task {name!r} lacks {', '.join(missing)}; define them")
+    return task
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -28,10 +28,13 @@ class ImageTask(Task):
     Attributes:
         train_size: keep the first so many training images; None keeps all.
         test_size: keep the first so many test images; None keeps all.
+        image_size: resize the images to squares of this side (bilinear, antialiased); None leaves
+            them as they are.
     """
 
     train_size: int | None = None
     test_size: int | None = None
+    image_size: int | None = None
 
     metric: ClassVar[str] = "accuracy"
     mean: ClassVar[tuple[float, ...]]
@@ -39,11 +42,16 @@ class ImageTask(Task):
     max_pixel: ClassVar[int] = 255
 
     def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
-        """Gather and normalise; nothing here is random."""
+        """Gather, normalise, resize; nothing here is random."""
         pixels, labels = data.part(split)
         shift = torch.tensor(self.mean).view(-1, 1, 1) * self.max_pixel
         scale = 1 / (torch.tensor(self.std).view(-1, 1, 1) * self.max_pixel)
-        return pixels[indices].float().sub_(shift).mul_(scale), labels[indices]
+        images = pixels[indices].float().sub_(shift).mul_(scale)
+        if self.image_size is not None:
+            images = functional.interpolate(
+                images, size=[self.image_size] * 2, mode="bilinear", antialias=True
+            )
+        return images, labels[indices]
 
     def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
         """Average the cross entropy over the images."""
@@ -58,7 +66,8 @@ class ImageTask(Task):
         return len(batch[0])
 
     def _data(self, train: Batch, test: Batch, source: str, checksum: str, classes: int) -> Data:
-        size = {"image_size": train[0].shape[-1], "in_channels": train[0].shape[1]}
+        side = self.image_size or train[0].shape[-1]
+        size = {"image_size": side, "in_channels": train[0].shape[1]}
         return Data(train, test, source, checksum, {"num_classes": classes, **size})
 
 

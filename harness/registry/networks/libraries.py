@@ -2,9 +2,104 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
+
+from harness.errors import UserError
+
+
+def timm_model(
+    model_name: str, *, num_classes: int, in_channels: int, image_size: int, **options: Any
+) -> nn.Module:
+    """Build a model of timm by its name.
+
+    Args:
+        model_name: As in `timm.list_models()`.
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
+        image_size: Their side; passed on where the model has one fixed size.
+        options: Further arguments of `timm.create_model`.
+    """
+    import timm
+
+    if not timm.is_model(model_name):
+        raise _unknown("timm", "model", model_name, timm.list_models())
+    if timm.models.get_pretrained_cfg_value(model_name, "fixed_input_size"):
+        options = {"img_size": image_size} | options
+    return timm.create_model(
+        model_name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options
+    )
+
+
+def transformers_model(
+    model_type: str,
+    *,
+    head: str,
+    vocab_size: int | None = None,
+    context: int | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    in_channels: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a model of transformers by the type of its configuration.
+
+    Without dropout, without a cache, and without ids of special tokens, whose defaults lie outside
+    a vocabulary of characters. Of the arguments after `head` the configuration gets those that it
+    has.
+
+    Args:
+        model_type: As in `transformers.CONFIG_MAPPING`: llama, mamba, vit, ...
+        head: CausalLM, MaskedLM or ImageClassification.
+        vocab_size: Size of the vocabulary, of a language model.
+        context: Tokens of a sequence.
+        num_classes: Number of classes, of a classifier of images.
+        image_size: Side of the images.
+        in_channels: Their channels.
+        options: Fields of the configuration; they win.
+    """
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise _unknown("transformers", "type", model_type, transformers.CONFIG_MAPPING)
+    default = transformers.AutoConfig.for_model(model_type)
+    # A configuration takes any field, and a misspelt one without a word.
+    fields = {*default.to_dict(), *default.attribute_map}
+    strange = sorted(set(options) - fields)
+    if strange:
+        raise _unknown("transformers", f"field of {model_type}'s configuration", strange[0], fields)
+    task = {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": context,
+        "num_labels": num_classes,
+        "image_size": image_size,
+        "num_channels": in_channels,
+    }
+    known = {k: v for k, v in task.items() if v is not None and hasattr(default, k)}
+    dropout = {
+        k: 0.0 for k in fields if ("dropout" in k or "pdrop" in k) and getattr(default, k, None)
+    }
+    fixed = {"use_cache": False, **_NO_IDS}
+    fixed = {k: v for k, v in fixed.items() if k in fields}
+    config = transformers.AutoConfig.for_model(model_type, **fixed | dropout | known | options)
+    try:
+        builder = getattr(transformers, f"AutoModelFor{head}")
+        return builder.from_config(config)
+    except ValueError as error:
+        if "Unrecognized configuration" not in str(error):
+            raise
+        raise UserError(
+            f"transformers has no {model_type} with the head {head}, which the task needs; "
+            "choose another type or task"
+        ) from error
+
+
+def _unknown(library: str, what: str, name: str, known: Any) -> UserError:
+    close = get_close_matches(name, list(known), n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"see {library}'s documentation"
+    return UserError(f"{library} has no {what} {name!r}; {hint}")
 
 
 def mixer(

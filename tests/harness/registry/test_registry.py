@@ -124,7 +124,7 @@ def test_a_name_taken_twice_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_entry_file_that_fails_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    (tmp_path / "broken.py").write_text("import no_such_module\nENTRIES = ()\n")
     with pytest.raises(UserError, match=r"broken\.py can't be read: ModuleNotFoundError"):
         registry.entries(registry_dir=tmp_path)
     with pytest.raises(UserError, match="is not a folder"):

@@ -1,0 +1,108 @@
+"""Commands by which a model comes into the dataset: add-model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli.base import main, options
+from harness.errors import UserError
+
+
+@main.command("add-model")
+@click.argument("name")
+@click.option(
+    "--from",
+    "source",
+    required=True,
+    metavar="SOURCE",
+    help="module:factory, timm:NAME or transformers:TYPE; arguments as in 'timm:NAME?depth=4&...'.",
+)
+@click.option(
+    "--task",
+    required=True,
+    metavar="TASK",
+    help="Data and loss: a name, or module:Class of your own; options as in 'books?context=32'.",
+)
+@click.option("--family", help="Family of architectures.  [default: what SOURCE suggests]")
+@click.option("--reference", help="Paper or page that defines the architecture.")
+@click.option("--licence", help="Licence of the architecture's code.")
+@click.option("--description", help="One sentence.")
+@click.option("--stages", help="Stages with spectra, such as init,final; init alone: no training.")
+@click.option("--train-steps", type=click.IntRange(1), help="Steps of a training run.")
+@click.option("--dry-run", is_flag=True, help="Print the entry and what it costs, write nothing.")
+@click.option("--force", is_flag=True, help="Replace the entry of this name.")
+@options("registry", "data_root")
+def add_model(
+    name: str,
+    source: str,
+    task: str,
+    stages: str | None,
+    dry_run: bool,
+    force: bool,
+    registry: Path | None,
+    data_root: Path | None,
+    **given: Any,
+) -> None:
+    """Write the entry of a new model, from a factory and a task.
+
+    The task tells the factory vocab_size and context, or num_classes, image_size and in_channels,
+    as far as it has arguments of these names. The entry is one file NAME.py in the folder that
+    --registry names, or in the tree.
+    """
+    from harness import registry as catalogue
+    from harness.display import cost_line, print_blocks
+    from harness.registry.entry import check_slug
+    from harness.spectra import forecast_of
+    from harness.submission import draft, entry_file
+    from harness.training import load_problem
+
+    check_slug("NAME", name)
+    if given["family"] is not None:
+        check_slug("--family", given["family"])
+    folder = catalogue.SUBMITTED if registry is None else registry
+    path = entry_file.path_of(folder, name)
+    entry_file.check_free(path, force=force)
+    known = catalogue.entries(registry_dir=registry if folder.is_dir() else None)
+    replaces = force and path.exists()
+    if name in [entry.name for entry in known] and not replaces:
+        raise UserError(f"the registry has a model {name!r} already; choose another name")
+    entry, data = draft.draft(
+        name,
+        source,
+        task,
+        folder=registry,
+        data_root=data_root,
+        stages=None if stages is None else tuple(stages.split(",")),
+        **given,
+    )
+    draft.check_size(entry, data)
+    findings = draft.inspect_model(draft.build(entry, data))
+    try:
+        problem = load_problem(entry, data_root=data_root)
+        cost = forecast_of(problem, entry.partition, entry.num_probes, entry.num_steps)
+        forecast = cost_line(entry.num_probes, entry.num_steps, cost)
+    except Exception as error:  # of the model: `validate` finds the module and the remedy
+        cost, forecast = None, f"no forecast: {' '.join(str(error).split())}"
+    text = entry_file.render(entry)
+    if dry_run:
+        click.echo(text)
+    click.echo(f"{entry.name}: family {entry.family}, task {entry.task}")
+    click.echo(f"parameters {findings.num_params:,}, blocks {len(findings.blocks)}")
+    if cost is not None:
+        click.echo("GFLOP: of one product with the block")
+    print_blocks(findings.blocks, cost)
+    for line in findings.notes():
+        click.echo(line)
+    click.echo(forecast)
+    if dry_run:
+        click.echo(f"dry run: {path} is not written")
+        return
+    entry_file.write(path, text)
+    click.echo(f"entry: {path}")
+    for field in entry_file.todo(entry):
+        click.echo(f"fill in there: {field}")
+    where = "" if registry is None else f" --registry {registry}"
+    click.echo(f"next: harness validate {name}{where}")

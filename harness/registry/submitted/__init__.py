@@ -1,0 +1,1 @@
+"""Entries that were submitted, one file each; `harness add-model` writes them."""

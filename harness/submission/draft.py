@@ -1,0 +1,232 @@
+"""Draft the entry of a new model: its data, its recipe, its size."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness import tasks
+from harness.errors import UserError
+from harness.estimator import Block, find_blocks
+from harness.estimator.device import device_memory
+from harness.registry import recipes
+from harness.registry.entry import ModelEntry
+from harness.submission.entry_file import TODO
+from harness.submission.source import check_factory, parse_options, parse_source
+from harness.tasks.base import Data, Task
+from harness.tasks.images import ImageTask
+from harness.tasks.masked import Cornell
+
+# Bytes per parameter that training with AdamW takes at least: weight, gradient, two moments.
+_TRAINING_BYTES = 16
+_TASKS: dict[str, dict[str, Any]] = {
+    "cifar10": recipes.CIFAR10,
+    "mnist": recipes.MNIST,
+    "tiny-shakespeare": recipes.SHAKESPEARE,
+    "books": recipes.BOOKS,
+}
+_IMAGES: dict[str, Any] = {"recipe": recipes.IMAGES, "hessian_batch_size": 128}
+_LANGUAGE: dict[str, Any] = {"recipe": recipes.LANGUAGE, "hessian_batch_size": 32}
+_EVAL_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a model looks like from inside.
+
+    Attributes:
+        num_params: Its parameters, frozen ones included.
+        blocks: Its blocks of partition `weights`.
+        unclassified: Parameters of two or more dimensions that belong to none of them, since no
+            module that is known owns them.
+        frozen: Names of the parameters that are not trained.
+        tied: Other names of parameters that have several.
+    """
+
+    num_params: int
+    blocks: list[Block]
+    unclassified: list[Block]
+    frozen: list[str]
+    tied: list[str]
+
+    def notes(self) -> list[str]:
+        """Say what the table of the blocks doesn't show, a line each."""
+        lines = []
+        if self.unclassified:
+            count = sum(b.num_params for b in self.unclassified)
+            names = _names([b.name for b in self.unclassified])
+            lines.append(
+                f"unclassified, in no block: {names} ({count:,} parameters); weights of nn.Linear, "
+                "nn.Conv and nn.Embedding modules are blocks"
+            )
+        if self.tied:
+            lines.append(f"tied, one block under the first name: {_names(self.tied)}")
+        if self.frozen:
+            lines.append(f"frozen, in no block: {_names(self.frozen)}")
+        return lines
+
+
+def draft(
+    name: str,
+    source_text: str,
+    task_text: str,
+    *,
+    folder: Path | None,
+    data_root: Path | None,
+    **given: Any,
+) -> tuple[ModelEntry, Data]:
+    """Draft an entry from what the command line says.
+
+    Args:
+        name: Of the model.
+        source_text: --from.
+        task_text: --task, a name or module:Class, with `?option=value` where wanted.
+        folder: Where the entry is to lie; None for the tree.
+        data_root: Folder of data sets.
+        given: Fields of the entry that win over what suggests itself; None counts as not given.
+            `train_steps` is the recipe's num_steps.
+
+    Raises:
+        UserError: Something of it can't be; the data are missing; the factory can't be called.
+    """
+    task_name, options = parse_options(task_text)
+    options = dict(_TASKS.get(task_name, {}).get("task_options", {})) | options
+    task = tasks.get(task_name, **options)
+    source = parse_source(source_text, task)
+    if isinstance(task, ImageTask) and isinstance(side := source.options.get("img_size"), int):
+        options["image_size"] = side  # the images are resized to what the model takes
+        task = tasks.get(task_name, **options)
+    data = task.load(data_root)
+    check_factory(source, data, folder)
+    given = {key: value for key, value in given.items() if value is not None}
+    train_steps = given.pop("train_steps", None)
+    entry = ModelEntry(
+        **{
+            "name": name,
+            "family": source.family,
+            "tier": "small",
+            "factory": source.factory,
+            "options": source.options,
+            "task": task_name,
+            "task_options": options,
+            "source": source.source,
+            "reference": f"{TODO}: the paper or page that defines the architecture",
+            "licence": source.licence or f"{TODO}: the licence of the architecture's code",
+            "description": f"{source_text.partition('?')[0]} on {task_name}",
+            "stages": recipes.SMALL["stages"],
+            **_sizes(task_name, task, data),
+            **given,
+        }
+    )
+    if entry.recipe is not None and train_steps is not None:
+        warmup = min(entry.recipe.warmup_steps, train_steps // 10)
+        recipe = replace(entry.recipe, num_steps=train_steps, warmup_steps=warmup)
+        entry = replace(entry, recipe=recipe)
+    if "init" not in entry.stages:
+        raise UserError(f"--stages is {','.join(entry.stages)}; it must begin with init")
+    full = tuple(s for s in recipes.SMALL["full_stages"] if s in entry.stages)
+    if entry.stages == ("init",):
+        entry = replace(entry, recipe=None)
+    return replace(entry, full_stages=full), data
+
+
+def _sizes(task_name: str, task: Task, data: Data) -> dict[str, Any]:
+    """Choose the recipe and the Hessian's batch, as far as the data go."""
+    images = task.metric == "accuracy"
+    usual = _TASKS.get(task_name) or (_IMAGES if images else _LANGUAGE)
+    recipe, batch = usual["recipe"], usual["hessian_batch_size"]
+    if not images:
+        recipe = replace(recipe, eval_size=_EVAL_TOKENS // data.model_options.get("context", 64))
+    if isinstance(task, Cornell):  # a seventh of the words are terms
+        batch *= 2
+    available = task.size(data, "train")
+    if available < recipe.eval_size:
+        recipe = replace(recipe, eval_size=available)
+    if available < recipe.batch_size:
+        recipe = replace(recipe, batch_size=available)
+    return {"recipe": recipe, "hessian_batch_size": min(batch, available)}
+
+
+def check_size(entry: ModelEntry, data: Data) -> int | None:
+    """Raise if the model is too large for this machine; nothing is allocated for it.
+
+    Returns:
+        The number of parameters; None where the factory doesn't work on the meta device.
+    """
+    try:
+        with torch.device("meta"):
+            model = entry.build(data.model_options, seed=0)
+    except UserError:
+        return None  # whatever it is, building it in earnest says so
+    num_params = sum(p.numel() for p in model.parameters())
+    memory = device_memory(torch.device("cpu"))
+    if _TRAINING_BYTES * num_params > memory:
+        raise UserError(
+            f"the model has {num_params:,} parameters: to train it takes at least "
+            f"{_TRAINING_BYTES * num_params / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f} GiB; choose a smaller configuration"
+        )
+    return num_params
+
+
+def build(entry: ModelEntry, data: Data) -> nn.Module:
+    """Build the model, in no more memory than this machine has.
+
+    Raises:
+        UserError: It doesn't fit, or the factory fails.
+    """
+    with _memory_limit(device_memory(torch.device("cpu"))):
+        return entry.build(data.model_options, seed=1)
+
+
+@contextmanager
+def _memory_limit(num_bytes: int) -> Iterator[None]:
+    """Let allocations beyond so many further bytes fail instead of filling the machine."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():  # no Linux
+        yield
+        return
+    used = int(pages.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + num_bytes
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def inspect_model(model: nn.Module) -> Findings:
+    """Find the blocks of a model and what is left out of them.
+
+    Raises:
+        UserError: It has no block.
+    """
+    every = dict(model.named_parameters(remove_duplicate=False))
+    once = dict(model.named_parameters())
+    return Findings(
+        num_params=sum(p.numel() for p in once.values()),
+        blocks=find_blocks(model),
+        unclassified=[b for b in find_blocks(model, "all") if _is_unclassified(b)],
+        frozen=[n for n, p in once.items() if not p.requires_grad],
+        tied=[n for n in every if n not in once],
+    )
+
+
+def _is_unclassified(block: Block) -> bool:
+    """Tell whether a block could be a weight; class tokens and scales are vectors."""
+    return block.kind == "other" and sum(side > 1 for side in block.shape) > 1
+
+
+def _names(names: list[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,208 @@
+"""Networks that a stranger might bring, good and bad; the tests copy this file into a registry."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class Encoder(nn.Module):
+    """Embed the pixels' rows and encode them by torch's own Transformer, with class scores."""
+
+    def __init__(self, num_classes: int, image_size: int, width: int = 16):
+        super().__init__()
+        self.embed = nn.Linear(image_size, width)
+        layer = nn.TransformerEncoderLayer(width, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.head(self.encoder(self.embed(images[:, 0])).mean(1))
+
+
+class Perceptron(nn.Module):
+    """A perceptron of one hidden layer, between them what subclasses put there."""
+
+    def __init__(self, num_classes: int, image_size: int, width: int = 12):
+        super().__init__()
+        self.hidden = nn.Linear(image_size**2, width)
+        self.middle = nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.head(self.middle(torch.tanh(self.hidden(images.flatten(1)))))
+
+
+def with_middle(middle):
+    """Return a factory of the perceptron with a module in its middle."""
+
+    def build(num_classes: int, image_size: int) -> nn.Module:
+        network = Perceptron(num_classes, image_size)
+        network.middle = middle(12)
+        return network
+
+    return build
+
+
+def frozen(num_classes: int, image_size: int) -> nn.Module:
+    network = Perceptron(num_classes, image_size)
+    network.hidden.requires_grad_(False)
+    network.middle = nn.Linear(12, 12)
+    return network
+
+
+class RandomMask(nn.Module):
+    """Dropout that evaluation mode doesn't switch off."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class InPlace(nn.Module):
+    """Overwrites what the second derivative needs, and the first doesn't."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return _Square.apply(self.linear(x))
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        slope = torch.exp(x.log_())  # in place: the second backward meets another version of x
+        return 2 * g * slope
+
+
+class FusedAttention(nn.Module):
+    """Calls the fused kernel itself, so that no context can choose another one."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv = nn.Linear(1, 24)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x[..., None])[:, None].chunk(3, -1)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return self.out(kernel(q, k, v)[0][:, 0])[..., 0]
+
+
+class Rounded(nn.Module):
+    """A custom function without a second derivative: the straight-through estimator."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return _Once.apply(x)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Logarithm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return torch.log(x)
+
+
+class BatchMates(nn.Module):
+    """A batch norm without running statistics."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class Matrix(nn.Module):
+    """A weight that no module of torch owns."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(width, width) / width**0.5)
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+class Complex(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(width // 2 + 1, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=x.shape[-1])
+
+
+class Integer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        order = torch.randperm(width)
+        self.order = nn.Parameter(order, requires_grad=False)
+
+    def forward(self, x):
+        return x[:, self.order]
+
+
+dropout_on = with_middle(RandomMask)
+in_place = with_middle(InPlace)
+fused_attention = with_middle(FusedAttention)
+once = with_middle(Rounded)
+nan = with_middle(Logarithm)
+batch_mates = with_middle(BatchMates)
+matrix = with_middle(Matrix)
+complex_filter = with_middle(Complex)
+integer_order = with_middle(Integer)
+
+
+def raises(num_classes: int) -> nn.Module:
+    raise FileNotFoundError("weights.pt is not there")
+
+
+def needs_arguments(num_classes: int, width: int, *, depth: int) -> nn.Module:
+    return nn.Linear(width * depth, num_classes)
+
+
+def huge(num_classes: int, image_size: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 10**11), nn.Linear(10**11, 10))
+
+
+def huge_at_once(num_classes: int) -> nn.Module:
+    """Can't be built on the meta device, for it reads numbers; and doesn't fit."""
+    float(torch.ones(1))
+    return nn.Linear(10**12, num_classes)
+
+
+def no_module() -> dict:
+    return {}
+
+
+def wrong_classes(image_size: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 7))

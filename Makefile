@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench paper clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ bench: $(READY)
 	$(BIN)/asv machine --yes
 	$(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
 		--set-commit-hash $$(git rev-parse HEAD) --bench '^(accuracy|pieces|cost.(Step|Memory|Rebuilt))'
+
+# The tables and figures of the paper from the release: docs/paper.md.
+paper: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/harness paper
 
 clean:
 	rm -rf .venv build

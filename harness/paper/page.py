@@ -1,0 +1,63 @@
+"""docs/paper.md: claims beside our numbers, then the sections. Generated whole, never edited."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from harness.errors import UserError
+from harness.paper import claims, result
+
+
+def write(out: Path) -> Path:
+    """Write OUT/paper.md from the JSON files in OUT/paper.
+
+    Raises:
+        UserError: The file can't be written.
+    """
+    path = out / "paper.md"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_text(render(out / "paper"), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def render(folder: Path) -> str:
+    """Return the page."""
+    from harness.paper.sections import SECTIONS
+
+    records = {name: result.load(name, folder) for name in SECTIONS}
+    rows = []
+    for claim in claims.CLAIMS:
+        status, ours, note = claims.verdict(claim, records[claim.section])
+        rows.append({"claim": claim, "status": status, "ours": ours, "note": note})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness.paper"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("paper.md").render(
+        rows=rows,
+        counts=Counter(row["status"] for row in rows),
+        sections={
+            name: {"title": section.title, "record": records[name]}
+            for name, section in SECTIONS.items()
+        },
+    )
+
+
+def _cell(value: Any) -> str:
+    """Make a text fit a cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", " ").strip() or "–"

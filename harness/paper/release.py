@@ -1,0 +1,93 @@
+"""What the paper's figures read from the dataset: spectra, gaps and runs of models, if there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import spectra_db
+from spectra_db.load import NotFound
+from spectra_db.schema import TABLES
+
+# Folder of tables, or None for the bundled release.
+Source = Path | str | None
+# The settings of the protocol's spectra; a folder may hold others beside them.
+_STANDARD = {
+    "operator": "hessian",
+    "norm_mode": "eval",
+    "dtype": "float32",
+    "probe_distribution": "gaussian",
+    "init_seed": 1,
+}
+
+
+def rows(table: str, source: Source, **filters: Any) -> pd.DataFrame:
+    """Load rows of a table; none where the table or the model is not there."""
+    try:
+        return spectra_db.load(table, source=source, **filters)
+    except NotFound:
+        return pd.DataFrame(columns=TABLES[table].names)
+
+
+def models(source: Source) -> pd.DataFrame:
+    """Return table `models`, indexed by model.
+
+    Raises:
+        NotFound: The source has no such table: there is nothing to draw.
+    """
+    return spectra_db.load("models", source=source).set_index("model")
+
+
+def spectrum(
+    source: Source, model: str, stage: str = "init", partition: str | None = None
+) -> pd.DataFrame:
+    """Return the rows of one spectrum, blocks in the order of the network; none if not there.
+
+    A spectrum whose blocks are not all there yet, or failed, counts as not there: metrics are
+    written with its last block.
+
+    Args:
+        source: Where from.
+        model: Whose.
+        stage: At which stage.
+        partition: None for the blocks (paper or weights, whichever there is), or "full".
+    """
+    wanted = [partition] if partition else ["paper", "weights"]
+    found = rows("spectra", source, model=model, stage=stage)
+    for column, value in _STANDARD.items():
+        found = found[found[column] == value]
+    for name in wanted:
+        part = found[found["partition"] == name]
+        metrics = rows("heterogeneity", source, model=model, stage=stage, partition=name)
+        complete = len(part) > 0 and (name == "full" or len(metrics) > 0)
+        if complete and part["status"].isin(["ok", "zero"]).all():
+            return in_order(part)
+    return found[:0]
+
+
+def in_order(part: pd.DataFrame) -> pd.DataFrame:
+    """Sort blocks as a network is read: what comes first, layers by their numbers, the head."""
+    ends = {"embedding": 0, "position": 0, "head": 2}
+    places = []
+    for row in part.itertuples():
+        words = re.findall(r"\d+|\D+", str(row.block))
+        numbered = [(int(w), "") if w.isdigit() else (-1, w) for w in words]
+        # The first convolution, where it has a name of its own.
+        first = 0 if re.match(r"(stem|conv1|patch_embed)\b", str(row.block)) else 1
+        places.append((ends.get(str(row.block_kind), first), numbered, row.probe))
+    return part.iloc[sorted(range(len(part)), key=places.__getitem__)]
+
+
+def first_spectrum(
+    source: Source, names: Sequence[str], stage: str = "init"
+) -> tuple[str, pd.DataFrame] | None:
+    """Return the first of some models that has a spectrum, with its rows."""
+    for name in names:
+        found = spectrum(source, name, stage)
+        if len(found):
+            return name, found
+    return None

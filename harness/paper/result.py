@@ -1,0 +1,100 @@
+"""What a section of the paper leaves: numbers as JSON, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Digits that are kept: more would differ between processors.
+_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """Hold what came of a section.
+
+    Attributes:
+        values: Numbers, texts and lists of them.
+        figures: Name of the file -> figure.
+        missing: What it would show but is not in the release, a text each.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+
+def save(name: str, result: Result, out: Path) -> None:
+    """Write OUT/NAME.json and each figure as SVG and PNG; the same result gives the same bytes.
+
+    Raises:
+        UserError: The folder can't be written to.
+    """
+    import matplotlib as mpl
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for figure_name, figure in result.figures.items():
+            with mpl.rc_context({"svg.hashsalt": figure_name}):
+                figure.savefig(out / f"{figure_name}.svg", metadata={"Date": None})
+            figure.savefig(out / f"{figure_name}.png", dpi=110, metadata={"Software": None})
+        record = {"figures": sorted(result.figures), "missing": list(result.missing)}
+        write_json(out / f"{name}.json", record | {"values": result.values})
+    except OSError as error:
+        raise UserError(f"{out} can't be written to: {error.strerror}") from error
+
+
+def load(name: str, out: Path) -> dict[str, Any] | None:
+    """Return what `save` wrote of a section, None where it was not computed.
+
+    Raises:
+        UserError: The file is not what `save` writes.
+    """
+    path = out / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"values": record["values"], **record}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a result of `harness paper`; delete it") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, numbers rounded to a few significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        text = json.dumps(rounded(value), indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rounded(value: Any) -> Any:
+    """Round floats to significant digits; what is not finite becomes a text, as JSON has none.
+
+    >>> rounded({"a": [0.123456, 3], "b": float("inf")})
+    {'a': [0.1235, 3], 'b': 'inf'}
+    """
+    if isinstance(value, dict):
+        return {str(k): rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else str(value)
+    return value

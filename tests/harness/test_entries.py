@@ -1,0 +1,65 @@
+"""Every step of every entry: its real architecture and real data, on batches of two samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import registry, tasks
+from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.hessian import BlockHessian
+from harness.registry import ModelEntry, Recipe
+from harness.spectra import blocks_of
+from harness.training import load_problem, train
+from harness.training.stages import checkpoint_path
+
+# One of the sweep stands for all: they differ in a factor.
+ENTRIES = [
+    entry
+    for entry in registry.entries()
+    if entry.status == "ok" and (entry.family != "mlp-sweep" or entry.name == "mlp-mnist-c3")
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
+    entry: ModelEntry, data_root: Path, tmp_path: Path
+) -> None:
+    assert isinstance(entry.recipe, Recipe)
+    recipe = replace(entry.recipe, num_steps=2, batch_size=2, warmup_steps=0, eval_size=2)
+    tiny = replace(
+        entry,
+        recipe=recipe,
+        stages=("init", "final"),
+        full_stages=(),
+        pretrained=None,
+        hessian_batch_size=2,
+        microbatch_size=None,
+    )
+    data = tasks.get(tiny.task, **tiny.task_options).load(data_root)
+    for optimizer, rates in (("sgd", recipe.sgd_lrs), ("adamw", recipe.adamw_lrs)):
+        run = train(tiny, data, optimizer=optimizer, lr=rates[0], seed=1, checkpoint_dir=tmp_path)
+        assert run.final_loss != run.init_loss or run.diverged
+
+    problem = load_problem(tiny, "final", 1, data_root=data_root, checkpoint_dir=tmp_path)
+    checkpoint_path(tmp_path, tiny.name, 1, "final").unlink()
+    assert problem.step == 2
+    block = min(blocks_of(problem, entry.partition), key=lambda block: block.num_params)
+    with fixed_arithmetic(problem.model, "highest"):
+        hessian = BlockHessian(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            [block],
+            batch_weights=problem.batch_weights,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            norm_mode="eval",
+            memory_budget=8 << 30,
+        )
+        [product] = hessian.products([(0, torch.ones(block.num_params))])
+    assert product.isfinite().all()
+    assert product.any()

@@ -133,7 +133,7 @@ def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the remaining time; yields a function of (done, total)."""
     # What a command prints may be read by a program, and its errors too.
     console = Console(stderr=True)
@@ -142,7 +142,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     ) as progress:
         bar = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from spectra_db.schema import PROTOCOL_VERSION, TABLES
 if TYPE_CHECKING:
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
+    from harness.scale.distributed import Team
     from harness.training import Problem, TrainingRun
 
 _LISTS = ("alphas", "betas", "nodes", "weights")
@@ -60,15 +61,25 @@ def blocks_of(problem: Problem, partition: str) -> list[Block]:
     return find_blocks(problem.model, partition, paper_blocks=problem.entry.paper_blocks)
 
 
-def forecast_of(problem: Problem, partition: str, num_probes: int, num_steps: int) -> Forecast:
-    """Return what a spectrum of a problem costs, from one product per block on one sample."""
+def forecast_of(
+    problem: Problem,
+    partition: str,
+    num_probes: int,
+    num_steps: int,
+    *,
+    blocks: list[Block] | None = None,
+) -> Forecast:
+    """Return what a spectrum of a problem, or of some blocks of it, costs.
+
+    Found from one product per block on one sample.
+    """
     from harness.estimator.cost import forecast
 
     return forecast(
         problem.model,
         problem.loss_fn,
         problem.batches,
-        blocks_of(problem, partition),
+        blocks_of(problem, partition) if blocks is None else blocks,
         num_probes=num_probes,
         num_steps=num_steps,
     )
@@ -81,14 +92,23 @@ def take_spectrum(
     *,
     command: str,
     on_progress: Callable[[int, int], None] | None = None,
+    together: Team | None = None,
 ) -> pd.DataFrame:
     """Compute what is missing of a problem's spectrum and write it block by block.
 
     Blocks whose rows with the same key, probes and steps are in the store already are kept. When
     all blocks are there the tables `blocks` and `heterogeneity` follow (not for `full`).
 
+    Args:
+        problem: What is taken.
+        settings: How.
+        out: Folder of the tables; with several processes that of process 0, which alone uses it.
+        command: What the table `runs` says of how it was started.
+        on_progress: Called with (products done, products in all).
+        together: The processes that share the work, if there are several.
+
     Returns:
-        All rows of the spectrum.
+        All rows of the spectrum; none in processes that only help.
     """
     from harness.estimator import estimate_spectra
     from harness.estimator.spectrum import DTYPES
@@ -97,8 +117,21 @@ def take_spectrum(
     entry = problem.entry
     blocks = blocks_of(problem, settings.partition)
     identity = _identity(problem, settings)
-    done = _finished_rows(out, identity, blocks, settings)
-    todo = [block for block in blocks if block.name not in set(done["block"])]
+    leads = together is None or together.leads
+    done = _finished_rows(out, identity, blocks, settings) if leads else pd.DataFrame()
+    todo = [block for block in blocks if leads and block.name not in set(done["block"])]
+    estimate: Callable[..., pd.DataFrame] = estimate_spectra
+    if together is not None:
+        from harness.scale.distributed import estimate_together
+
+        names = together.agree([block.name for block in todo])
+        todo = [block for block in blocks if block.name in names]
+
+        def cost() -> Forecast:
+            numbers = (settings.num_probes, settings.num_steps)
+            return forecast_of(problem, settings.partition, *numbers, blocks=todo)
+
+        estimate = partial(estimate_together, together, cost)
     count_terms = tasks.get(entry.task, **entry.task_options).num_terms
     if not todo and on_progress is not None:
         on_progress(0, 0)
@@ -109,7 +142,7 @@ def take_spectrum(
             store.write(out, "runs", [run])
             store.write(out, "spectra", rows)
 
-        fresh = estimate_spectra(
+        fresh = estimate(
             problem.model,
             problem.loss_fn,
             problem.batches,
@@ -136,6 +169,8 @@ def take_spectrum(
             on_block=write_block,
         )
         done = fresh if done.empty else pd.concat([done, fresh], ignore_index=True)
+    if not leads:
+        return done
     order = {block.name: i for i, block in enumerate(blocks)}
     rows = done.sort_values(
         ["block", "probe"], key=lambda c: c.map(order) if c.name == "block" else c

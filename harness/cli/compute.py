@@ -83,6 +83,13 @@ def describe(
 @choice("matmul-precision", "highest", "high", "medium")
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
+@click.option(
+    "--share",
+    type=click.Choice(["auto", "probes", "samples"]),
+    default="auto",
+    show_default=True,
+    help="What processes of torchrun share.",
+)
 @options("registry", "data_root", "out", "seed", "device")
 def spectrum(
     model: str,
@@ -90,6 +97,7 @@ def spectrum(
     num_probes: int | None,
     num_steps: int | None,
     memory_budget: float | None,
+    share: str,
     registry: Path | None,
     data_root: Path | None,
     out: Path,
@@ -97,10 +105,15 @@ def spectrum(
     device: str | None,
     **settings: Any,
 ) -> None:
-    """Take the spectrum of a model at a stage and write it to the tables."""
+    """Take the spectrum of a model at a stage and write it to the tables.
+
+    Started by torchrun, its processes share the work, one per device:
+    torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
+    """
     from harness.display import cost_line, progress_bar
     from harness.estimator.device import choose_device
     from harness.registry import get
+    from harness.scale.distributed import team
     from harness.spectra import Settings, command_line, forecast_of, take_spectrum
     from harness.training import load_problem
     from spectra_db.heterogeneity import MIN_PROBES
@@ -119,10 +132,22 @@ def spectrum(
         entry, stage, seed, data_root=data_root, checkpoint_dir=out / "checkpoints"
     )
     choose_device(problem.model, chosen.device)
-    cost = forecast_of(problem, chosen.partition, chosen.num_probes, chosen.num_steps)
-    click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
-    with progress_bar(f"{entry.name} {stage}") as on_progress:
-        rows = take_spectrum(problem, chosen, out, command=command_line(), on_progress=on_progress)
+    with team(str(chosen.device), share) as together:
+        leads = together is None or together.leads
+        if leads:
+            cost = forecast_of(problem, chosen.partition, chosen.num_probes, chosen.num_steps)
+            click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
+        with progress_bar(f"{entry.name} {stage}", shown=leads) as on_progress:
+            rows = take_spectrum(
+                problem,
+                chosen,
+                out,
+                command=command_line(),
+                on_progress=on_progress,
+                together=together,
+            )
+    if not leads:
+        return
     click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
     if rows.loc[rows["status"] == "ok", "block"].nunique() > 1:
         import spectra_db

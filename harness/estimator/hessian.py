@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.estimator.blocks import Block
 from harness.estimator.checks import Batch, LossFn, check_deterministic, leading_size, take
 from harness.estimator.convolution import PrunedConvolutions
+from harness.estimator.share import Share
 
 Gradients = dict[str, torch.Tensor | None]
 NumTerms = Callable[[Batch], float]
@@ -33,7 +34,8 @@ class BlockHessian:
 
     Attributes:
         blocks: As given.
-        batches: The microbatches on the device, halved if they would not fit.
+        batches: The microbatches on the device, halved if they would not fit; with a share, this
+            process's.
         weights: t_b / Σ t per microbatch.
         num_terms: Σ t.
         batch_size: Samples in all microbatches.
@@ -54,10 +56,12 @@ class BlockHessian:
         dtype: torch.dtype = torch.float32,
         norm_mode: str = "eval",
         memory_budget: int,
+        share: Share | None = None,
     ) -> None:
         """Copy the model, place the batches, check the loss, size the graphs.
 
-        To be used inside `checks.fixed_arithmetic`.
+        To be used inside `checks.fixed_arithmetic`. With a share every process is given all
+        batches and keeps its part of them.
 
         Raises:
             UserError: Bad batches, weights or blocks, a loss that is not deterministic, or a
@@ -86,7 +90,16 @@ class BlockHessian:
         self.num_terms = sum(terms)
         self.weights = [t / self.num_terms for t in terms]
         self.microbatch_size = max(leading_size(b) for b in self.batches)
-        self.keeps_graphs = len(self.batches) * self.graph_bytes <= memory_budget
+        num_batches = len(self.batches)
+        self._share = share
+        if share is not None:
+            whole = self.microbatch_size
+            # The same numbers in all processes, which must go through the same products.
+            num_batches, self.microbatch_size = share.sizes(self.batches, cut=may_split)
+            self.graph_bytes = self.graph_bytes * self.microbatch_size // whole
+            cuttable = count if may_split else None
+            self.batches, self.weights = share.of(self.batches, self.weights, cuttable)
+        self.keeps_graphs = num_batches * self.graph_bytes <= memory_budget
         self._kept: list[Gradients] = []
 
     def products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
@@ -100,6 +113,8 @@ class BlockHessian:
         for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
             for result, (index, vector) in zip(results, requests, strict=True):
                 self._add_product(result, gradients, self.blocks[index], vector, weight)
+        if self._share is not None:
+            self._share.add_up(results)
         return results
 
     def dense(self, index: int) -> torch.Tensor:
@@ -112,13 +127,19 @@ class BlockHessian:
     def gradient(self) -> Gradients:
         """Return the gradient of the mean loss with respect to every parameter of the blocks."""
         names = {part.parameter for block in self.blocks for part in block.parts}
-        total: Gradients = dict.fromkeys(names)
+        total: Gradients = dict.fromkeys(sorted(names))  # one order in all processes
         for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
             for name, g in gradients.items():
                 if g is not None:
                     so_far = total[name]
                     scaled = weight * g.detach()
                     total[name] = scaled if so_far is None else so_far + scaled
+        if self._share is not None:
+            sums = [
+                torch.zeros_like(self.parameter(n)) if t is None else t for n, t in total.items()
+            ]
+            self._share.add_up(sums)
+            total = dict(zip(total, sums, strict=True))
         return total
 
     def parameter(self, name: str) -> torch.Tensor:

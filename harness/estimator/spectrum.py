@@ -20,6 +20,7 @@ from harness.estimator.device import choose_device, device_memory, device_name, 
 from harness.estimator.hessian import BlockHessian, NumTerms
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
+from harness.estimator.share import Share
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 PRECISIONS = ("highest", "high", "medium")
@@ -49,6 +50,8 @@ def estimate_spectra(
     identity: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_block: Callable[[list[Row]], None] | None = None,
+    probes: Mapping[str, Sequence[int]] | None = None,
+    share: Share | None = None,
 ) -> pd.DataFrame:
     """Estimate the spectra of a model's Hessian blocks by stochastic Lanczos quadrature.
 
@@ -80,6 +83,9 @@ def estimate_spectra(
         identity: Values of further columns of the rows: model, stage, init_seed, ...
         on_progress: Called with (products done, products in all).
         on_block: Called with the rows of each block as soon as it is finished.
+        probes: The probes of each block to take here, by its name; None: all. See
+            `harness.scale.distributed`, which gives the others to other processes.
+        share: This process's part of the samples, if several make each product together.
 
     Returns:
         One row per block and probe with the columns of table `spectra`. `spectra_db.js0` takes it.
@@ -113,6 +119,7 @@ def estimate_spectra(
             dtype=dtype,
             norm_mode=norm_mode,
             memory_budget=budget,
+            share=share,
         )
         shared = {
             "model": type(model).__name__,
@@ -142,7 +149,13 @@ def estimate_spectra(
             **(identity or {}),
         }
         plan = _Plan(
-            hessian, num_probes, num_steps, seed, probe_distribution, reorthogonalize, exact_size
+            hessian,
+            probes or {block.name: range(num_probes) for block in blocks},
+            num_steps,
+            seed,
+            probe_distribution,
+            reorthogonalize,
+            exact_size,
         )
         rows: list[Row] = []
         for block_rows in _run(plan, shared, budget, on_progress or (lambda done, total: None)):
@@ -159,7 +172,7 @@ class _Plan:
     """What is asked of one Hessian."""
 
     hessian: BlockHessian
-    num_probes: int
+    probes: Mapping[str, Sequence[int]]
     num_steps: int
     seed: int
     probe_distribution: str
@@ -176,8 +189,10 @@ def _run(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
     blocks = plan.hessian.blocks
-    sampled = plan.num_probes * plan.num_steps
-    total = sum(b.num_params if plan.is_exact(b) else sampled for b in blocks)
+    total = sum(
+        b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * plan.num_steps
+        for b in blocks
+    )
     done = 0
     finished: dict[int, list[Row]] = {}
     for index, block in enumerate(blocks):
@@ -208,7 +223,7 @@ def _run(
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])
             rows.append(_slq_row(plan, shared, index, probe, seed, state, seconds))
-            if len(rows) == plan.num_probes:
+            if len(rows) == len(plan.probes[blocks[index].name]):
                 yield _unless_zero(finished.pop(index))
 
 
@@ -226,7 +241,7 @@ def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
     for index, block in enumerate(hessian.blocks):
         if plan.is_exact(block):
             continue
-        for probe in range(plan.num_probes):
+        for probe in plan.probes[block.name]:
             size = vectors * block.num_params * hessian.dtype.itemsize
             full = used + size > free or (hessian.keeps_graphs and group and group[0][0] != index)
             if group and full:

@@ -1,0 +1,1 @@
+"""Past one machine: one spectrum over many devices, a campaign over a cluster."""

@@ -1,0 +1,353 @@
+"""One spectrum over the processes that torchrun started, one per device.
+
+Two ways to share the work. By probes: each process takes some (block, probe) pairs, on the whole
+batch, and hands the finished rows to process 0; nothing is communicated in between, and the rows
+are those of one process bit for bit. By samples: each process takes a part of every microbatch,
+and each product is the sum of all parts; so is a single large block shared, and so fits a graph
+that is too large for one device. The rows are those of one process to rounding.
+
+Process 0 alone reads and writes the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from harness.estimator import Block, estimate_spectra
+from harness.estimator.cost import EXACT_SIZE, Forecast
+from harness.estimator.device import choose_device, device_memory
+from harness.estimator.share import Share
+from spectra_db.schema import TABLES
+
+WAYS = ("auto", "probes", "samples")
+# What a byte over the wire costs in operations: 10 TFLOP/s at 100 GB/s, 100 GFLOP/s at 1 GB/s.
+FLOPS_PER_BYTE = 100
+_BUCKET = 1 << 24  # elements summed at once
+_POLL = 0.05  # seconds
+
+Row = dict[str, Any]
+Probes = dict[str, list[int]]  # of each block
+
+
+@dataclass
+class Team:
+    """The processes of a job.
+
+    Attributes:
+        rank, size: Which process this is, of how many.
+        device: Where it computes.
+        way: probes or samples; auto takes what is forecast to be faster.
+    """
+
+    rank: int
+    size: int
+    device: str
+    way: str
+    _store: Any
+    _sent: int = 0
+    _taken: list[int] = field(default_factory=list)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is process 0, which reads, writes and prints."""
+        return self.rank == 0
+
+    def agree(self, value: Any) -> Any:
+        """Return process 0's value in all processes."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def add_up(self, tensors: list[torch.Tensor]) -> None:
+        """Replace tensors by their sums over all processes."""
+        start = 0
+        while start < len(tensors):
+            stop, size = start, 0
+            while stop < len(tensors) and (
+                stop == start or size + tensors[stop].numel() <= _BUCKET
+            ):
+                size += tensors[stop].numel()
+                stop += 1
+            some = tensors[start:stop]
+            flat = torch.cat([t.flatten() for t in some])
+            dist.all_reduce(flat)
+            for t, total in zip(some, flat.split([t.numel() for t in some]), strict=True):
+                t.copy_(total.view_as(t))
+            start = stop
+
+    def send(self, what: Any) -> None:
+        """Leave something for process 0 to fetch."""
+        self._store.set(f"{self.rank}/{self._sent}", json.dumps(what))
+        self._sent += 1
+
+    def fetch(self) -> Iterator[tuple[int, Any]]:
+        """Yield what other processes have left so far, each with the process."""
+        self._taken = self._taken or [0] * self.size
+        for rank in range(1, self.size):
+            while self._store.check([key := f"{rank}/{self._taken[rank]}"]):
+                self._taken[rank] += 1
+                yield rank, json.loads(self._store.get(key))
+                self._store.delete_key(key)
+
+
+@contextmanager
+def team(device: str, way: str = "auto") -> Iterator[Team | None]:
+    """Join the processes that torchrun started; None if it did not start this one.
+
+    On CUDA each process takes the device of its local rank, and sums go through NCCL; on CPU,
+    through gloo.
+
+    Raises:
+        RuntimeError: Another process was lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+        )
+        yield Team(rank, size, device, way, dist.PrefixStore("rows", store))
+        dist.destroy_process_group()
+    except (dist.DistError, RuntimeError) as error:
+        if not _is_loss(error):
+            raise
+        raise RuntimeError(
+            "another process of the job was lost (killed, out of memory, or its machine); what "
+            "was finished is kept, the same command continues"
+        ) from error
+
+
+def estimate_together(
+    together: Team,
+    cost: Callable[[], Forecast],
+    *problem: Any,
+    blocks: Sequence[Block],
+    num_probes: int,
+    num_steps: int,
+    on_block: Callable[[list[Row]], None],
+    on_progress: Callable[[int, int], None] | None = None,
+    memory_budget: int | None = None,
+    exact_size: int = EXACT_SIZE,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Take a spectrum with all processes: `estimate_spectra` for each process to call.
+
+    Args:
+        together: The processes.
+        cost: Forecasts the cost of the blocks; called in process 0.
+        *problem: Model, loss and batches, as in `estimate_spectra`; as all that follows the same
+            in all processes.
+        blocks: What to take.
+        num_probes: Probes per block.
+        num_steps: Steps per probe.
+        on_block: Called in process 0 with the rows of each block as soon as it is finished.
+        on_progress: Called in process 0 with (products done, products in all).
+        memory_budget: Bytes per process; None: half of the device's memory, on CPU shared among
+            the processes of the machine.
+        exact_size: Blocks of at most this many parameters are diagonalised.
+        **settings: As in `estimate_spectra`.
+
+    Returns:
+        All rows in process 0, none in the others.
+    """
+    if memory_budget is None:
+        memory = device_memory(choose_device(problem[0], together.device)) // 2
+        own = torch.device(together.device).type == "cuda"
+        memory_budget = memory // (1 if own else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    parts: list[Probes] | None = None
+    if together.leads:
+        parts = divide(
+            cost(),
+            blocks,
+            num_probes,
+            num_steps,
+            way=together.way,
+            size=together.size,
+            memory_budget=memory_budget,
+            exact_size=exact_size,
+        )
+    parts, memory_budget = together.agree((parts, memory_budget))
+    options = settings | {
+        "num_probes": num_probes,
+        "num_steps": num_steps,
+        "memory_budget": memory_budget,
+        "exact_size": exact_size,
+        "device": together.device,
+    }
+    if parts is None:
+        share = Share(together.rank, together.size, together.add_up)
+        lead = together.leads
+        rows = estimate_spectra(
+            *problem,
+            blocks=blocks,
+            share=share,
+            on_block=on_block if lead else None,
+            on_progress=on_progress if lead else None,
+            **options,
+        )
+        return rows if lead else rows.iloc[:0]
+    mine = parts[together.rank]
+    own_blocks = [block for block in blocks if block.name in mine]
+    sampled = num_probes * num_steps
+    total = sum(b.num_params if b.num_params <= exact_size else sampled for b in blocks)
+    desk = _Desk(together, parts, on_block, on_progress, total)
+    if own_blocks:
+        estimate_spectra(
+            *problem,
+            blocks=own_blocks,
+            probes=mine,
+            on_block=desk.take,
+            on_progress=desk.note,
+            **options,
+        )
+    if not together.leads:
+        return pd.DataFrame(columns=TABLES["spectra"].names)
+    while desk.is_waiting:
+        desk.collect()
+        time.sleep(_POLL)
+    return pd.DataFrame(desk.rows, columns=TABLES["spectra"].names)
+
+
+class _Desk:
+    """Where finished rows come together: process 0 gathers, the others send."""
+
+    def __init__(
+        self,
+        together: Team,
+        parts: list[Probes],
+        on_block: Callable[[list[Row]], None],
+        on_progress: Callable[[int, int], None] | None,
+        total: int,
+    ) -> None:
+        self._team, self._parts, self._total = together, parts, total
+        self._on_block, self._on_progress = on_block, on_progress
+        self._left: Counter[str] = Counter()  # probes of each block
+        for part in parts:
+            self._left.update({name: len(probes) for name, probes in part.items()})
+        self._parts_of: dict[str, list[list[Row]]] = {}
+        self._done = [0] * together.size
+        self._looked = 0.0
+        self.rows: list[Row] = []
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether rows are to come still."""
+        return any(self._left.values())
+
+    def take(self, rows: list[Row]) -> None:
+        """Accept the rows of a block's probes that this process took."""
+        if self._team.leads:
+            self._accept(0, rows)
+        else:
+            self._team.send(rows)
+
+    def note(self, done: int, total: int) -> None:
+        """Accept this process's progress; look, a few times a second, what the others have."""
+        now = time.monotonic()
+        self._done[self._team.rank] = done
+        if now - self._looked < 5 * _POLL and done < total:
+            return
+        self._looked = now
+        if self._team.leads:
+            self.collect()
+        else:
+            self._team.send(done)
+
+    def collect(self) -> None:
+        """Take what the other processes sent."""
+        for rank, what in self._team.fetch():
+            if isinstance(what, int):
+                self._done[rank] = what
+            else:
+                self._accept(rank, what)
+        if self._on_progress is not None:
+            self._on_progress(sum(self._done), self._total)
+
+    def _accept(self, rank: int, rows: list[Row]) -> None:
+        name = rows[0]["block"]
+        self._parts_of.setdefault(name, []).append(rows)
+        self._left[name] -= len(self._parts[rank][name])
+        if self._left[name] == 0:
+            whole = _join(self._parts_of.pop(name))
+            self.rows += whole
+            self._on_block(whole)
+
+
+def divide(
+    cost: Forecast,
+    blocks: Sequence[Block],
+    num_probes: int,
+    num_steps: int,
+    *,
+    way: str,
+    size: int,
+    memory_budget: int,
+    exact_size: int = EXACT_SIZE,
+) -> list[Probes] | None:
+    """Return the probes of each of `size` processes; None if they shall share the samples.
+
+    The pairs (block, probe) are laid out in a row, as long as they cost, and cut into equal
+    lengths: blocks stay whole but at the cuts. Auto compares the longest part, with the shared
+    passes that each process then makes on the whole batch, with an equal part of everything and
+    the sums: 2 (N - 1) / N vectors over the wire per product.
+    """
+    pairs: list[tuple[str, int, float]] = []
+    traffic = 0.0
+    for block, flops in zip(blocks, cost.block_flops, strict=True):
+        exact = block.num_params <= exact_size
+        products = block.num_params if exact else num_steps
+        probes = 1 if exact else num_probes
+        pairs += [(block.name, probe, flops * products) for probe in range(probes)]
+        traffic += 4 * block.num_params * products * probes  # bytes of float32
+    total = sum(weight for *_, weight in pairs)
+    parts: list[Probes] = [{} for _ in range(size)]
+    loads = [0.0] * size
+    before = 0.0
+    for name, probe, weight in pairs:
+        rank = min(size - 1, int(size * (before + weight / 2) / total)) if total else 0
+        before += weight
+        parts[rank].setdefault(name, []).append(probe)
+        loads[rank] += weight
+    if way == "auto":
+        passes = cost.pass_flops * (1 if cost.graph_bytes <= memory_budget else num_steps)
+        by_probes = max(loads) + passes
+        wire = 2 * (size - 1) / size * traffic * FLOPS_PER_BYTE
+        by_samples = (total + passes) / size + wire
+        return parts if by_probes <= by_samples else None
+    return parts if way == "probes" else None
+
+
+def _join(parts: list[list[Row]]) -> list[Row]:
+    """Return the rows of one block in the order of the probes; an exactly zero one has one row."""
+    rows = sorted((row for part in parts for row in part), key=lambda row: row["probe"])
+    if len(parts) == 1 or any(row["status"] != "zero" for row in rows):
+        return rows
+    return [rows[0] | {"num_products": sum(row["num_products"] for row in rows)}]
+
+
+def _is_loss(error: Exception) -> bool:
+    """Tell whether an error of the communication means that another process has gone."""
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError):
+        return True
+    signs = ("closed by peer", "Connection reset", "Broken pipe", "gloo/transport")
+    return any(sign in str(error) for sign in signs)

@@ -1,0 +1,88 @@
+"""What torchrun starts in test_distributed.py: several spectra by all processes together.
+
+Usage: torchrun -m tests.harness.scale.job FOLDER; process 0 leaves FOLDER/CASE.pickle.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from harness import estimate_spectra, find_blocks
+from harness.estimator.cost import forecast
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.share import Share
+from harness.scale.distributed import estimate_together, team
+from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
+
+SETTINGS = {"num_probes": 3, "num_steps": 8, "exact_size": 20, "batch_weights": num_terms}
+# Name of the model, way, sizes of microbatches, further settings.
+CASES = {
+    "probes": ("gpt", "probes", (6,), {}),
+    "probes in float32": ("vit", "probes", (3, 3), {"dtype": torch.float32}),
+    "zero block": ("zero head", "probes", (6,), {}),
+    "more processes than probes": ("mlp", "probes", (6,), {"num_probes": 1, "blocks": "full"}),
+    "samples": ("gpt", "samples", (6,), {}),
+    "samples of uneven microbatches": ("gpt", "samples", (4, 3, 1, 2, 1), {}),
+    "samples of even microbatches": ("gpt", "samples", (2, 2, 1, 1), {}),
+    "samples without kept graphs": ("cnn", "samples", (3, 3, 1), {"memory_budget": 40_000}),
+    "batch statistics": ("cnn", "samples", (3, 2, 3), {"norm_mode": "train"}),
+    "full by samples": ("mlp", "samples", (5,), {"blocks": "full"}),
+}
+
+
+def inputs(case: str):
+    """Return (model, microbatches, settings) of a case."""
+    name, _, sizes, further = CASES[case]
+    model, batch = problem("mlp" if name == "zero head" else name, sum(sizes))
+    if name == "zero head":
+        torch.nn.init.zeros_(model[3].weight)  # the first layer's Hessian vanishes
+    settings = SETTINGS | {"dtype": torch.float64} | further
+    settings["blocks"] = find_blocks(model, str(settings.get("blocks", "weights")))
+    model.to(settings["dtype"])
+    return model, split(batch, sizes), settings
+
+
+def alone(case: str) -> pd.DataFrame:
+    """Return the rows that one process makes."""
+    model, batches, settings = inputs(case)
+    return estimate_spectra(model, cross_entropy, batches, **settings)
+
+
+def main(folder: Path) -> None:
+    for case, (_, way, _, _) in CASES.items():
+        model, batches, settings = inputs(case)
+        numbers = {name: settings[name] for name in ("num_probes", "num_steps")}
+        blocks: list[pd.DataFrame] = []
+
+        def cost(model=model, batches=batches, settings=settings, numbers=numbers):
+            return forecast(model, cross_entropy, batches, settings["blocks"], **numbers)
+
+        together.way = way
+        rows = estimate_together(
+            together, cost, model, cross_entropy, batches,
+            on_block=lambda some, blocks=blocks: blocks.append(some), **settings,
+        )  # fmt: skip
+        if together.leads:
+            assert sum(map(len, blocks)) == len(rows)
+            rows.to_pickle(folder / f"{case}.pickle")
+        else:
+            assert not len(rows)
+            assert not blocks
+    model, batches, settings = inputs("samples of uneven microbatches")
+    share = Share(together.rank, together.size, together.add_up)
+    hessian = BlockHessian(
+        model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
+        device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30, share=share,
+    )  # fmt: skip
+    gradient = hessian.gradient()
+    if together.leads:
+        torch.save(gradient, folder / "gradient.pt")
+
+
+if __name__ == "__main__":
+    with team("cpu") as together:
+        main(Path(sys.argv[1]))

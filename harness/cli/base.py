@@ -33,7 +33,9 @@ class _Group(click.Group):
         except click.Abort as error:
             if isinstance(error.__cause__, EOFError):  # nobody's wish, though click takes it so
                 _fail(f"a file or pipe ended early: {error.__cause__}", 1)
-            click.echo("Stopped: what was finished is kept, the same command continues.", err=True)
+            why = ", or another process of the job was lost" if _processes() > 1 else ""
+            kept = "what was finished is kept, the same command continues."
+            click.echo(f"Stopped{why}: {kept}", err=True)
             sys.exit(STOPPED)
         except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,6 +46,11 @@ class _Group(click.Group):
             # What spectra_db refuses is the user's to mend, too; it knows no UserError.
             ours = isinstance(error, UserError) or type(error).__module__.startswith("spectra_db")
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
+
+
+def _processes() -> int:
+    """Return how many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -117,8 +124,14 @@ def options(*names: str) -> Callable[[Any], Any]:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hessian-spectra")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Compute Hessian spectra of neural networks, and the dataset made of them."""
+    if _processes() > 1 and ctx.invoked_subcommand != "spectrum":
+        raise UserError(
+            f"`{ctx.invoked_subcommand}` runs in {_processes()} processes of torchrun, which would "
+            "all do the same: only `spectrum` shares its work among them"
+        )
     # A stop asked for by the system is a stop asked for by the user.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

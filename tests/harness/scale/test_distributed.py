@@ -174,6 +174,7 @@ def test_a_killed_worker_ends_the_job_with_a_clear_message_and_the_same_command_
     os.kill(worker_of(process.pid, rank=1), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert "another process of the job was lost" in errors
     assert "the same command continues" in errors
     assert "Signal 9 (SIGKILL)" in errors  # torchrun's, on which process it was
     some = spectra_db.load("spectra", source=out)
@@ -189,6 +190,14 @@ def test_a_killed_worker_ends_the_job_with_a_clear_message_and_the_same_command_
     kept = rows.merge(some[["block", "probe", "seconds"]], on=["block", "probe", "seconds"])
     assert len(kept) == len(some)
     assert len(spectra_db.load("heterogeneity", source=out))
+
+
+def test_commands_that_share_nothing_refuse_to_run_several_times():
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "harness", "train", "cnn-digits", "--out", "/nowhere"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "only `spectrum` shares its work" in done.stderr
 
 
 def worker_of(agent: int, rank: int) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
     from harness.plan import Survey, Unit
     from harness.registry import ModelEntry
+    from harness.submission.validate import Finding
     from harness.submission.verify import Check
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -122,6 +123,16 @@ def print_checks(checks: Sequence[Check]) -> None:
     console.print(table)
     for reason, count in reasons.most_common():
         console.print(f"not verifiable here ({count}): {reason}")
+
+
+def print_finding(finding: Finding) -> None:
+    """Print what came of a check, the text indented under itself."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    line.add_column(width=7)
+    line.add_column(width=18)
+    line.add_column(overflow="fold")
+    line.add_row(finding.outcome, finding.check, finding.text)
+    Console(markup=False, highlight=False).print(line)
 
 
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:

@@ -1,7 +1,9 @@
-"""Commands by which a model comes into the dataset: add-model."""
+"""Commands by which a model comes into the dataset: add-model, validate."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,41 @@ def add_model(
         click.echo(f"fill in there: {field}")
     where = "" if registry is None else f" --registry {registry}"
     click.echo(f"next: harness validate {name}{where}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--budget", default=120.0, show_default=True, help="Seconds, about.")
+@options("registry", "data_root", "json")
+def validate(
+    model: str, budget: float, registry: Path | None, data_root: Path | None, as_json: bool
+) -> None:
+    """Run every check that a review of an entry would make.
+
+    Each failure comes with its cause and what to do. The exit code is 0 if none failed; warnings
+    would pass a review.
+    """
+    from dataclasses import asdict
+
+    from harness.display import print_finding
+    from harness.registry import get
+    from harness.submission.validate import validate as run_checks
+
+    if not 0 < budget < float("inf"):
+        raise UserError(f"--budget is {budget}; it must be positive, in seconds")
+    entry = get(model, registry_dir=registry)
+    findings = []
+    for finding in run_checks(entry, data_root=data_root, budget=budget):
+        findings.append(finding)
+        if not as_json:
+            print_finding(finding)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    counts = {o: sum(f.outcome == o for f in findings) for o in ("failed", "warning", "skipped")}
+    if counts["failed"]:
+        click.echo(
+            f"{model} is not ready: {counts['failed']} failed, {counts['skipped']} skipped",
+            err=True,
+        )
+        sys.exit(1)
+    click.echo(f"{model} is ready; warnings: {counts['warning']}", err=True)

@@ -350,7 +350,7 @@ def _second_derivative_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
+        text = str(error).splitlines()[0].split(" Hint:")[0]
         causes = {
             "is not implemented": "an operation of the model has no second derivative; replace it "
             "by differentiable ones (for attention, torch's scaled_dot_product_attention)",

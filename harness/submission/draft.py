@@ -61,15 +61,15 @@ class Findings:
         lines = []
         if self.unclassified:
             count = sum(b.num_params for b in self.unclassified)
-            names = _names([b.name for b in self.unclassified])
+            listed = names([b.name for b in self.unclassified])
             lines.append(
-                f"unclassified, in no block: {names} ({count:,} parameters); weights of nn.Linear, "
-                "nn.Conv and nn.Embedding modules are blocks"
+                f"unclassified, in no block: {listed} ({count:,} parameters); only weights "
+                "of nn.Linear, nn.Conv and nn.Embedding modules are blocks"
             )
         if self.tied:
-            lines.append(f"tied, one block under the first name: {_names(self.tied)}")
+            lines.append(f"tied, one block under the first name: {names(self.tied)}")
         if self.frozen:
-            lines.append(f"frozen, in no block: {_names(self.frozen)}")
+            lines.append(f"frozen, in no block: {names(self.frozen)}")
         return lines
 
 
@@ -227,6 +227,7 @@ def _is_unclassified(block: Block) -> bool:
     return block.kind == "other" and sum(side > 1 for side in block.shape) > 1
 
 
-def _names(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def names(found: list[str], most: int = 4) -> str:
+    """List the first of some names, and how many more there are."""
+    rest = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -63,27 +64,26 @@ class RandomMask(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Overwrites what the second derivative needs, and the first doesn't."""
+    """A custom function that saves memory where the second derivative needs it."""
 
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, x):
-        return _Square.apply(self.linear(x))
+        return _Tanh.apply(self.linear(x))
 
 
-class _Square(torch.autograd.Function):
+class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return x**2
+        return torch.tanh(x)
 
     @staticmethod
     def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        slope = torch.exp(x.log_())  # in place: the second backward meets another version of x
-        return 2 * g * slope
+        h = torch.tanh(ctx.saved_tensors[0])
+        return g * h.square_().neg_().add_(1)  # 1 - tanh², saving an allocation
 
 
 class FusedAttention(nn.Module):
@@ -101,7 +101,7 @@ class FusedAttention(nn.Module):
 
 
 class Rounded(nn.Module):
-    """A custom function without a second derivative: the straight-through estimator."""
+    """A custom function without a second derivative."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -141,6 +141,80 @@ class BatchMates(nn.Module):
         return self.norm(x)
 
 
+class Straight(nn.Module):
+    """A straight-through estimator: it rounds, and its gradient says that it doesn't."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return x + (torch.round(8 * x) / 8 - x).detach()
+
+
+class Detached(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return x * torch.exp(x.detach())
+
+
+class Wrong(nn.Module):
+    """A custom function whose backward forgets a factor."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return _Cube.apply(x)
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x**2
+
+
+class OwnGenerator(nn.Module):
+    """Initialised by numpy, whose generator no seed of ours reaches."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        values = np.random.default_rng().normal(size=(width, width)) / width**0.5
+        self.linear.weight = nn.Parameter(torch.tensor(values, dtype=torch.float32))
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Unused(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x
+
+
+class Branch(nn.Module):
+    """A residual branch whose last scale starts at zero."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return x + self.scale * self.linear(x)
+
+
 class Matrix(nn.Module):
     """A weight that no module of torch owns."""
 
@@ -171,6 +245,12 @@ class Integer(nn.Module):
         return x[:, self.order]
 
 
+straight = with_middle(Straight)
+detached = with_middle(Detached)
+wrong = with_middle(Wrong)
+own_generator = with_middle(OwnGenerator)
+unused = with_middle(Unused)
+zero_branch = with_middle(Branch)
 dropout_on = with_middle(RandomMask)
 in_place = with_middle(InPlace)
 fused_attention = with_middle(FusedAttention)
@@ -180,6 +260,13 @@ batch_mates = with_middle(BatchMates)
 matrix = with_middle(Matrix)
 complex_filter = with_middle(Complex)
 integer_order = with_middle(Integer)
+
+
+def zero_head(num_classes: int, image_size: int) -> nn.Module:
+    network = Perceptron(num_classes, image_size)
+    network.middle = nn.Linear(12, 12)
+    nn.init.zeros_(network.head.weight)
+    return network
 
 
 def raises(num_classes: int) -> nn.Module:

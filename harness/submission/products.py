@@ -1,0 +1,319 @@
+"""The checks of an entry's Hessian: it exists, it is one, and it is what the estimator computes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from harness.errors import UserError
+from harness.estimator import Block, find_blocks
+from harness.estimator.checks import Batch, fixed_arithmetic, take
+from harness.estimator.cost import EXACT_SIZE, forecast
+from harness.estimator.device import device_memory
+from harness.estimator.hessian import BlockHessian
+from harness.submission import locate
+from harness.submission.draft import names
+from harness.submission.subject import CPU, Caution, Failed, Subject
+from harness.tasks.base import Task
+from harness.training.gap import SEEDS
+
+# Relative, by the precision of the arithmetic.
+_SYMMETRY = {torch.float64: 1e-7, torch.float32: 1e-3}
+_DENSE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_DENSE_BLOCKS = 2
+
+
+def second_derivatives(s: Subject) -> str:
+    """Take one product with each block; say which blocks are zero or unused."""
+    with fixed_arithmetic(s.model):
+        try:
+            hessian = s.hessian(torch.float32)
+            vectors = _draw(hessian.blocks, torch.float32)
+            products = hessian.products(list(enumerate(vectors)))
+        except UserError as error:
+            where = locate.without_second_derivative(s.model, s.task.loss, take(s.batch, 0, 2))
+            raise Failed(f"in {where}: {error}" if where else str(error)) from error
+        if odd := [
+            b.name
+            for b, p in zip(hessian.blocks, products, strict=True)
+            if not torch.isfinite(p).all()
+        ]:
+            raise Failed(
+                f"products with {names(odd)} are not finite; look for sqrt, norm or abs at zero, "
+                "whose derivatives are infinite there"
+            )
+        return _about_zero_blocks(s, hessian, products)
+
+
+def _about_zero_blocks(s: Subject, hessian: BlockHessian, products: list[torch.Tensor]) -> str:
+    blocks = hessian.blocks
+    zero = [i for i, p in enumerate(products) if not p.any()]
+    if zero:  # perhaps of these samples alone
+        wider = s.hessian(torch.float32, s.mates)
+        vectors = _draw(blocks, torch.float32)
+        again = wider.products([(i, vectors[i]) for i in zero])
+        zero = [i for i, p in zip(zero, again, strict=True) if not p.any()]
+    unused = [
+        n for n, g in hessian.gradient().items() if g is None and s.model.get_parameter(n).numel()
+    ]
+    told = f"{len(blocks) - len(zero)} of {len(blocks)} blocks have a Hessian that isn't zero"
+    if unused:
+        told += f"; not used by the loss, so remove or freeze them: {names(unused)}"
+    if alike := [blocks[i].name for i in zero if blocks[i].parts[0].parameter not in unused]:
+        told += f"; exactly zero, so left out of comparisons at initialisation: {names(alike)}"
+    if all(i in zero or b.kind == "head" for i, b in enumerate(blocks)):
+        raise Failed(
+            f"{told}; that is all but the head. Does the head, or the last scale of the branches, "
+            "start at zero? Start it elsewhere (timm: zero_init_last=False)"
+        )
+    if zero or unused:
+        raise Caution(told)
+    return told
+
+
+def symmetric(s: Subject) -> str:
+    """Compare uᵀHv with vᵀHu, block by block."""
+    worst, done = 0.0, 0
+    with fixed_arithmetic(s.model):
+        hessian = _precise(s)
+        tolerance = _SYMMETRY[s.precision]
+        us, vs = _draw(hessian.blocks, s.dtype, 1), _draw(hessian.blocks, s.dtype, 2)
+        until = s.time_for(0.3)
+        for i in _shuffled(len(us)):
+            if done and time.monotonic() > until:
+                break
+            Hu, Hv = hessian.products([(i, us[i]), (i, vs[i])])
+            scale = float(Hv.norm() * us[i].norm())
+            error = abs(float(us[i] @ Hv - vs[i] @ Hu)) / scale if scale else 0.0
+            worst, done = max(worst, error), done + 1
+            if error > tolerance:
+                raise Failed(
+                    f"uᵀHv and vᵀHu of {hessian.blocks[i].name} differ by {error:.1e} of "
+                    f"|u||Hv|{_gradient_hint(s)}"
+                )
+    return f"uᵀHv = vᵀHu on {done} of {len(us)} blocks, within {worst:.0e} of |u||Hv|"
+
+
+def differences(s: Subject) -> str:
+    """Compare Hv with central differences of the gradient, block by block."""
+    worst, done = 0.0, 0
+    with fixed_arithmetic(s.model):
+        hessian = _precise(s)
+        model = copy.deepcopy(s.model).to(s.dtype)
+        batch = hessian.batches[0]
+        vectors = _draw(hessian.blocks, s.dtype)
+        until = s.time_for(0.5)
+        for i in _shuffled(len(vectors)):
+            if done and time.monotonic() > until:
+                break
+            product = hessian.products([(i, vectors[i])])[0]
+            error = _deviation(s.task, model, batch, hessian.blocks[i], vectors[i], product)
+            worst, done = max(worst, error), done + 1
+            if error > locate.TOLERANCES[s.precision]:
+                raise Failed(
+                    f"Hv of {hessian.blocks[i].name} is {error:.1e} of its norm off the "
+                    f"differences of the gradient{_gradient_hint(s)}"
+                )
+    return (
+        f"Hv equals differences of the gradient on {done} of {len(vectors)} blocks, within "
+        f"{worst:.0e} of its norm"
+    )
+
+
+def _deviation(
+    task: Task, model: nn.Module, batch: Batch, block: Block, v: torch.Tensor, product: torch.Tensor
+) -> float:
+    """Return the least deviation of a product from central differences of the gradient."""
+    parameters = [model.get_parameter(part.parameter) for part in block.parts]
+    pairs = list(zip(block.parts, parameters, strict=True))
+    pieces = v.split([part.of(p).numel() for part, p in pairs])
+
+    def move(length: float) -> None:
+        with torch.no_grad():
+            for (part, p), piece in zip(pairs, pieces, strict=True):
+                part.of(p).add_(piece.view_as(part.of(p)), alpha=length)
+
+    def gradient(length: float) -> torch.Tensor:
+        move(length)
+        loss = task.loss(model, batch)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        move(-length)
+        return torch.cat([part.of(g).flatten() for part, g in zip(block.parts, found, strict=True)])
+
+    scale = max(float(torch.cat([part.of(p).detach().flatten() for part, p in pairs]).norm()), 1e-3)
+    errors = []
+    for step in locate.STEPS:
+        length = step * scale / float(v.norm())
+        slope = (gradient(length) - gradient(-length)) / (2 * length)
+        size = float(slope.norm() + product.norm())
+        errors.append(float((slope - product).norm()) / size if size else 0.0)
+    return min(errors)
+
+
+def dense(s: Subject) -> str:
+    """Compare the smallest blocks with Hessians of torch.autograd.functional."""
+    with fixed_arithmetic(s.model):
+        hessian = _precise(s)
+        small = [i for i, b in enumerate(hessian.blocks) if b.num_params <= EXACT_SIZE]
+        small.sort(key=lambda i: hessian.blocks[i].num_params)
+        if not small:
+            return f"no block has at most {EXACT_SIZE:,} parameters"
+        model = copy.deepcopy(s.model).to(s.dtype)
+        told: list[str] = []
+        until = s.time_for(1.0)
+        for i in small[:_DENSE_BLOCKS]:
+            if told and time.monotonic() > until:
+                break
+            block = hessian.blocks[i]
+            H, known = hessian.dense(i), _dense_hessian(s.task, model, hessian.batches[0], block)
+            error = float((H - known).norm() / max(float(known.norm()), 1e-30))
+            if known.any() and error > _DENSE[s.precision]:
+                raise Failed(
+                    f"the Hessian of {block.name} is {error:.1e} of its norm off the dense one"
+                    f"{_gradient_hint(s)}"
+                )
+            told.append(f"{block.name} ({block.num_params})")
+    return f"equal to the dense Hessian: {', '.join(told)}"
+
+
+def _dense_hessian(task: Task, model: nn.Module, batch: Batch, block: Block) -> torch.Tensor:
+    """Return a block's Hessian by torch.autograd.functional, shape (n, n)."""
+    [part] = block.parts
+    whole = model.get_parameter(part.parameter).detach()
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        changed = w.view(block.shape)
+        if part.dim is not None:
+            before = whole.narrow(part.dim, 0, part.start)
+            after = whole.narrow(part.dim, part.stop, whole.shape[part.dim] - part.stop)
+            changed = torch.cat([before, changed, after], part.dim)
+
+        return functional_call(_Loss(model, task), {f"model.{part.parameter}": changed}, (batch,))
+
+    return torch.autograd.functional.hessian(loss, part.of(whole).flatten())
+
+
+class _Loss(nn.Module):
+    """The loss of a model as a module, so that its parameters can be replaced."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.task.loss(self.model, batch)
+
+
+def cost(s: Subject) -> str:
+    """Forecast time and memory, at the speed of this machine."""
+    entry = s.entry
+    batch = s.task.fixed(s.data, "train", entry.hessian_batch_size)
+    stages = {entry.partition: entry.stages, "full": entry.full_stages}
+    costs = {
+        partition: forecast(
+            s.model,
+            s.task.loss,
+            [batch],
+            find_blocks(s.model, partition, paper_blocks=entry.paper_blocks),
+            num_probes=entry.num_probes,
+            num_steps=entry.num_steps,
+        )
+        for partition, some in stages.items()
+        if some
+    }
+    graph_bytes = max(cost.graph_bytes for cost in costs.values())
+    memory = device_memory(CPU)
+    per_sample = graph_bytes / entry.hessian_batch_size
+    if per_sample > memory / 2:
+        raise Failed(
+            f"the graph of one sample takes {per_sample / 2**30:,.1f} GiB, half of this machine's "
+            f"memory is {memory / 2**31:,.1f} GiB; choose a smaller configuration"
+        )
+    flops = sum(cost.flops * len(stages[partition]) for partition, cost in costs.items())
+    pass_flops = costs[entry.partition].pass_flops / entry.hessian_batch_size
+    if entry.trains and entry.recipe is not None:
+        runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
+        flops += round(runs * entry.recipe.num_steps * entry.recipe.batch_size * pass_flops)
+    speed = _speed(s, pass_flops)
+    return (
+        f"a spectrum about {_duration(costs[entry.partition].flops / speed)} here, the whole entry "
+        f"{flops / 1e12:.3g} TFLOP, about {_duration(flops / speed)}; graph of the batch "
+        f"{graph_bytes / 2**20:,.0f} MiB, of {memory / 2**21:,.0f} MiB that may be used"
+    )
+
+
+def _speed(s: Subject, per_sample: float) -> float:
+    """Measure the operations per second of forward and backward passes."""
+    parameters = [p for p in s.model.parameters() if p.requires_grad]
+    begin, passes = time.perf_counter(), 0
+    while passes < 2 or (passes < 20 and time.perf_counter() - begin < 0.5):
+        torch.autograd.grad(s.task.loss(s.model, s.mates), parameters, allow_unused=True)
+        passes += 1
+    return passes * len(s.mates[0]) * max(per_sample, 1.0) / (time.perf_counter() - begin)
+
+
+def _precise(s: Subject) -> BlockHessian:
+    """Return the block Hessian in float64, or in float32 where the model knows no other."""
+    if s.dtype == torch.float64:
+        try:
+            hessian = s.hessian(torch.float64)
+        except (RuntimeError, UserError):
+            s.dtype = s.precision = torch.float32
+        else:
+            if _has_float32(copy.deepcopy(s.model).double(), s.task, hessian.batches[0]):
+                s.precision = torch.float32
+            return hessian
+    return s.hessian(torch.float32)
+
+
+def _has_float32(model: nn.Module, task: Task, batch: Batch) -> bool:
+    """Tell whether a model in float64 computes in float32 somewhere, as some norms do."""
+    found: set[torch.dtype] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            found.update(t.dtype for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with torch.no_grad(), Watch():
+        task.loss(model, batch)
+    return bool(found & {torch.float32, torch.float16, torch.bfloat16})
+
+
+def _gradient_hint(s: Subject) -> str:
+    """Return what to say of a gradient that isn't that of the loss."""
+    model = copy.deepcopy(s.model).to(s.dtype)
+    few = take(s.batch, 0, 2)
+    batch = tuple(t.to(s.dtype) if t.is_floating_point() else t for t in few)
+    where = locate.with_wrong_gradient(model, s.task.loss, batch, s.precision)
+    return (
+        f": the gradient of {where or 'some module'} isn't the slope of its output; look for a "
+        "custom backward, a straight-through estimator, or detach"
+    )
+
+
+def _draw(blocks: list[Block], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = [torch.randn(b.num_params, generator=generator) for b in blocks]
+    return [v.to(dtype) for v in vectors]
+
+
+def _shuffled(count: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,73 @@
+"""What the checks of an entry hand on to each other, and how they object."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness.errors import UserError
+from harness.estimator import find_blocks
+from harness.estimator.checks import Batch
+from harness.estimator.device import device_memory
+from harness.estimator.hessian import BlockHessian
+from harness.registry.entry import ModelEntry
+from harness.tasks.base import Data, Task
+
+CPU = torch.device("cpu")
+
+
+class Failed(UserError):  # noqa: N818
+    """A check's refusal: cause; remedy."""
+
+
+class Caution(UserError):  # noqa: N818
+    """A check's objection that a review would accept."""
+
+
+@dataclass
+class Subject:
+    """What the checks hand on to each other.
+
+    Attributes:
+        entry: The entry.
+        data_root: Folder of data sets.
+        deadline: When checks that go through many blocks are to end.
+        task, data, model: Of the entry.
+        batch: Few samples, for products.
+        mates: More, for the comparison of halves.
+        dtype: Of the products that are compared with others.
+        precision: Of the coarsest operation among them.
+    """
+
+    entry: ModelEntry
+    data_root: Path | None
+    deadline: float
+    task: Task = field(init=False)
+    data: Data = field(init=False)
+    model: nn.Module = field(init=False)
+    batch: Batch = field(init=False)
+    mates: Batch = field(init=False)
+    dtype: torch.dtype = torch.float64
+    precision: torch.dtype = torch.float64
+
+    def time_for(self, share: float) -> float:
+        """Return until when a check may take that share of the time that is left."""
+        now = time.monotonic()
+        return now + share * max(0.0, self.deadline - now)
+
+    def hessian(self, dtype: torch.dtype, batch: Batch | None = None) -> BlockHessian:
+        """Return the block Hessian on few samples."""
+        return BlockHessian(
+            self.model,
+            self.task.loss,
+            [self.batch if batch is None else batch],
+            find_blocks(self.model, self.entry.partition, paper_blocks=self.entry.paper_blocks),
+            batch_weights=self.task.num_terms,
+            device=CPU,
+            dtype=dtype,
+            memory_budget=device_memory(CPU) // 2,
+        )

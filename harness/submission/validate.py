@@ -1,0 +1,267 @@
+"""Every check that a review of an entry would make, each with cause and remedy."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from harness import tasks
+from harness.errors import UserError
+from harness.estimator import find_blocks
+from harness.estimator.checks import check_deterministic, fixed_arithmetic, take
+from harness.registry.entry import ModelEntry
+from harness.submission import draft, entry_file, locate, products
+from harness.submission.draft import names
+from harness.submission.subject import Caution, Failed, Subject
+
+SEED = 1
+_SAMPLES = 4  # of products: what is wrong with an architecture is wrong with few
+_MATES = 16  # of the comparison of halves
+_MOST_LEFT_OUT = 0.1  # of the parameters: more, and the spectrum is not the model's
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one check.
+
+    Attributes:
+        check: Its name.
+        outcome: ok, warning, failed, or skipped: it needs one that failed.
+        text: What was found; if it failed, the cause and the remedy.
+        seconds: How long it took.
+    """
+
+    check: str
+    outcome: str
+    text: str
+    seconds: float = 0.0
+
+
+def validate(
+    entry: ModelEntry, *, data_root: Path | None = None, budget: float = 120.0
+) -> Iterator[Finding]:
+    """Run the checks of an entry, one after another.
+
+    Args:
+        entry: The entry.
+        data_root: Folder of data sets.
+        budget: Seconds, about: checks that go through the blocks go through as many as fit, and
+            through at least one. A check that was begun is finished.
+
+    Yields:
+        A finding per check as it ends.
+    """
+    subject = Subject(entry, data_root, time.monotonic() + budget)
+    failed: set[str] = set()
+    for name, (check, needs) in _CHECKS.items():
+        begin = time.monotonic()
+        if lacks := [need for need in needs if need in failed]:
+            failed.add(name)
+            yield Finding(name, "skipped", f"needs {lacks[0]}")
+            continue
+        try:
+            outcome, text = "ok", check(subject)
+        except Caution as warning:
+            outcome, text = "warning", str(warning)
+        except UserError as error:
+            outcome, text = "failed", str(error)
+        except Exception as error:  # of the author's code
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            outcome, text = "failed", said + locate.frame_of(error)
+        if outcome == "failed":
+            failed.add(name)
+        yield Finding(name, outcome, text, time.monotonic() - begin)
+
+
+def _entry(s: Subject) -> str:
+    if missing := entry_file.todo(s.entry):
+        raise Failed(f"{', '.join(missing)} not filled in yet; edit the entry's file")
+    if s.entry.status != "ok":
+        raise Failed(f"the status is {s.entry.status} ({s.entry.reason}); make it ok")
+    return f"reference {s.entry.reference}; licence {s.entry.licence}"
+
+
+def _data(s: Subject) -> str:
+    s.task = tasks.get(s.entry.task, **s.entry.task_options)
+    s.data = s.task.load(s.data_root)
+    size = s.entry.hessian_batch_size
+    available = s.task.size(s.data, "train")
+    if size > available:
+        raise Failed(f"hessian_batch_size is {size}; the data have {available} training samples")
+    first, again = (s.task.fixed(s.data, "train", size) for _ in range(2))
+    drawn = [
+        next(s.task.batches(s.data, min(8, available), torch.Generator().manual_seed(5)))
+        for _ in range(2)
+    ]
+    for what, (a, b) in (("fixed batches", (first, again)), ("training batches", drawn)):
+        if not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+            raise Failed(
+                f"two {what} of task {s.entry.task} differ; draw whatever is random in `take` with "
+                "the generator that it gets, and nothing in `read` without a seed"
+            )
+    if not locate.finite(first):
+        raise Failed(f"the data of task {s.entry.task} hold a nan or an infinity; clean them")
+    s.batch, s.mates = take(first, 0, _SAMPLES), take(first, 0, min(_MATES, size))
+    return f"{s.data.source}; {available:,} training samples, the Hessian's batch {size}"
+
+
+def _size(s: Subject) -> str:
+    num_params = draft.check_size(s.entry, s.data)
+    if num_params is None:
+        return "not known beforehand: the factory doesn't work on the meta device"
+    return f"{num_params:,} parameters"
+
+
+def _build(s: Subject) -> str:
+    s.model = draft.build(s.entry, s.data)
+    s.model.eval()
+    mine, other = s.model.state_dict(), s.entry.build(s.data.model_options, SEED).state_dict()
+    if list(mine) != list(other):
+        raise Failed("two builds have other parameters; let nothing but the options decide them")
+    differ = [n for n, t in mine.items() if not torch.equal(t.nan_to_num(), other[n].nan_to_num())]
+    if differ:
+        raise Failed(
+            f"two builds from one seed differ in {names(differ)}; draw initial values from "
+            "torch's global generator (numpy.random and random are not seeded)"
+        )
+    another = s.entry.build(s.data.model_options, SEED + 1).state_dict()
+    if all(torch.equal(t, another[n]) for n, t in mine.items()):
+        raise Caution("builds from two seeds are the same: the initialisation ignores the seed")
+    copy.deepcopy(s.model)  # or the estimator can't
+    return "two builds from one seed agree, another seed gives another"
+
+
+def _parameters(s: Subject) -> str:
+    named = dict(s.model.named_parameters())
+    if odd := [n for n, p in named.items() if p.is_complex()]:
+        raise Failed(
+            f"complex parameters: {names(odd)}; keep real and imaginary part as one real parameter "
+            "and use torch.view_as_complex on it in forward"
+        )
+    if odd := [n for n, p in named.items() if not torch.isfinite(p).all()]:
+        raise Failed(f"nan or infinite at initialisation: {names(odd)}; initialise them")
+    if odd := [n for n, p in named.items() if not p.is_floating_point()]:
+        raise Caution(f"integers, in no block: {names(odd)}; register_buffer is their place")
+    if odd := [n for n, p in named.items() if p.dtype != torch.float32]:
+        raise Caution(f"not float32: {names(odd)}; products are taken in float32 all the same")
+    frozen = [n for n, p in named.items() if not p.requires_grad]
+    return f"{len(named)} real tensors" + (f"; frozen: {names(frozen)}" if frozen else "")
+
+
+def _blocks(s: Subject) -> str:
+    found = draft.inspect_model(s.model)
+    trainable = {n: p.numel() for n, p in s.model.named_parameters() if p.requires_grad}
+    covered: dict[str, int] = dict.fromkeys(trainable, 0)
+    for block in find_blocks(s.model, "all"):
+        for part in block.parts:
+            covered[part.parameter] += part.of(s.model.get_parameter(part.parameter)).numel()
+    if covered != trainable:
+        odd = [n for n in trainable if covered[n] != trainable[n]]
+        raise Failed(f"the blocks don't cover {names(odd)} once; please report this model")
+    if len(found.blocks) < 2:
+        raise Failed(
+            f"one block alone, {found.blocks[0].name}: there is nothing to compare it with; the "
+            "weights of nn.Linear, nn.Conv and nn.Embedding modules are blocks"
+        )
+    text = f"{len(found.blocks)} disjoint blocks"
+    if found.tied:
+        text += f"; tied: {names(found.tied)}"
+    if found.unclassified:
+        left_out = sum(b.num_params for b in found.unclassified)
+        share = left_out / sum(trainable.values())
+        text += (
+            f"; in none of them: {names([b.name for b in found.unclassified])}, {share:.0%} of the "
+            "parameters; make them weights of nn.Linear, nn.Conv or nn.Embedding modules"
+        )
+        raise (Failed if share > _MOST_LEFT_OUT else Caution)(text)
+    return text
+
+
+def _forward(s: Subject) -> str:
+    with torch.no_grad(), fixed_arithmetic(s.model):
+        logits = s.task.logits(s.model, s.mates)
+        if not isinstance(logits, torch.Tensor):
+            raise Failed(
+                f"forward returns {type(logits).__name__}; it must return the logits, a tensor (or "
+                "an object with `logits`)"
+            )
+        classes = s.data.model_options.get("num_classes") or s.data.model_options.get("vocab_size")
+        if classes is not None and logits.shape[-1] != classes:
+            raise Failed(
+                f"forward returns {tuple(logits.shape)}; the last dimension must be the task's "
+                f"{classes} classes: let the factory take "
+                f"{'num_classes' if 'num_classes' in s.data.model_options else 'vocab_size'}"
+            )
+        loss = s.task.loss(s.model, s.mates)
+        if not torch.isfinite(loss):
+            where = locate.not_finite(s.model, s.task.loss, s.mates) or "the loss"
+            raise Failed(
+                f"the loss is {float(loss)}: {where} makes it of finite inputs; look for log, "
+                "sqrt or division of what can be zero or negative"
+            )
+    return f"logits {tuple(logits.shape)}, loss {float(loss):.4f}"
+
+
+def _deterministic(s: Subject) -> str:
+    model = copy.deepcopy(s.model).eval()
+    with fixed_arithmetic(model):
+        args = (model, s.task.loss, [s.mates], s.task.num_terms)
+        check_deterministic(*args, batch_mates=False)
+        try:
+            check_deterministic(*args, batch_mates=True)
+        except UserError as error:
+            where = locate.with_batch_mates(model, s.task.loss, s.mates)
+            if where is None:
+                raise
+            training = [n for n, m in model.named_modules() if m.training]
+            also = f"; eval() leaves {names(training)} in training mode" if training else ""
+            raise Failed(
+                f"samples depend on their batch mates in {where}{also}; use running statistics in "
+                "evaluation mode (track_running_stats=True), or a norm over each sample"
+            ) from error
+    return "two passes agree, and halves with the whole batch"
+
+
+def _training(s: Subject) -> str:
+    if not s.entry.trains:
+        return "not trained: initialisation alone"
+    model = copy.deepcopy(s.model).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        loss = s.task.loss(model, s.mates)
+        loss.backward()
+    odd = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
+    if odd or not torch.isfinite(loss):
+        raise Failed(
+            f"in training mode the loss is {loss.item():.4g} and the gradient not finite in "
+            f"{names(odd) or 'nothing'}; look at what differs in training mode"
+        )
+    return f"loss {loss.item():.4f} in training mode, finite gradients"
+
+
+# In this order; each needs those named to have passed.
+_CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
+    "entry": (_entry, ()),
+    "data": (_data, ()),
+    "size": (_size, ("data",)),
+    "build": (_build, ("size",)),
+    "parameters": (_parameters, ("build",)),
+    "blocks": (_blocks, ("parameters",)),
+    "forward": (_forward, ("parameters",)),
+    "deterministic": (_deterministic, ("forward",)),
+    "second derivatives": (products.second_derivatives, ("deterministic",)),
+    "symmetric": (products.symmetric, ("second derivatives",)),
+    "differences": (products.differences, ("second derivatives",)),
+    "dense": (products.dense, ("second derivatives",)),
+    "training": (_training, ("forward",)),
+    "cost": (products.cost, ("second derivatives",)),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pandas as pd
 
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
@@ -133,6 +135,27 @@ def print_finding(finding: Finding) -> None:
     line.add_column(overflow="fold")
     line.add_row(finding.outcome, finding.check, finding.text)
     Console(markup=False, highlight=False).print(line)
+
+
+def print_differences(changes: Mapping[str, pd.DataFrame], num_rows: int) -> None:
+    """Print how many rows of each table changed and how, and the first that changed for good."""
+    table = Table("table", box=SIMPLE_HEAD, pad_edge=False)
+    kinds = ("added", "removed", "changed", "within")
+    for kind in (*kinds[:-1], "within errors"):
+        table.add_column(kind, justify="right")
+    for name, rows in changes.items():
+        counts = rows["change"].value_counts()
+        table.add_row(name, *(f"{counts.get(kind, 0):,}" for kind in kinds))
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    for name, rows in changes.items():
+        changed = rows[rows["change"] == "changed"]
+        for _, row in changed.head(num_rows).iterrows():
+            place = ", ".join(str(x) for x in row.iloc[: row.index.get_loc("change")])
+            move = f"{row['before']} → {row['after']} (allowed {row['allowed']:.2g})"
+            console.print(f"{name}: {place}: {row['column']} {move}")
+        if len(changed) > num_rows:
+            console.print(f"{name}: {len(changed) - num_rows} more; --rows prints them")
 
 
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:

@@ -81,13 +81,18 @@ class BlockSpectrum:
         rules = []
         for (alphas, betas), breakdown in zip(self.tridiagonals, self.breakdowns, strict=True):
             asked = num_steps if breakdown else len(alphas)
-            m = min(len(alphas), max(1, int(asked * fraction)))
-            nodes, vectors = scipy.linalg.eigh_tridiagonal(alphas[:m], betas[: m - 1])
-            rules.append((nodes, vectors[0] ** 2))
+            rules.append(truncated_rule(alphas, betas, max(1, int(asked * fraction))))
         if not rules:
             return self
         nodes, weights = zip(*rules, strict=True)
         return replace(self, nodes=nodes, weights=weights)
+
+
+def truncated_rule(alphas: Array, betas: Array, num_steps: int) -> tuple[Array, Array]:
+    """Return the nodes and weights after at most so many of a probe's Lanczos steps."""
+    m = min(len(alphas), num_steps)
+    nodes, vectors = scipy.linalg.eigh_tridiagonal(alphas[:m], betas[: m - 1])
+    return nodes, vectors[0] ** 2
 
 
 def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:

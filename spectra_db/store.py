@@ -303,12 +303,42 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
     return new.sort_by([(key, "ascending") for key in keys])
 
 
+def rewrite(source: Path, target: Path, table: str) -> int:
+    """Copy a file as this version writes it, and return its number of rows.
+
+    Raises:
+        InvalidTable: The file is not valid; nothing is written.
+    """
+    content = read(source, table)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _replace(target, _upsert(table, None, content))
+    return content.num_rows
+
+
+def _encoding(schema: pa.Schema) -> dict[str, Any]:
+    """Return how a file is written: bytes of equal rank of the floats side by side, and zstd.
+
+    A quarter smaller than a dictionary of floats, which hardly ever repeat.
+    """
+    floats = {
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: field.name
+        for field in schema
+        if pa.types.is_floating(getattr(field.type, "value_type", field.type))
+    }
+    return {
+        "compression": "zstd",
+        "compression_level": 9,
+        "use_dictionary": [name for name in schema.names if name not in floats.values()],
+        "column_encoding": dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+    }
+
+
 def _replace(path: Path, content: pa.Table) -> None:
     """Write a file beside the old one, force it to disk, and rename it over."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            pq.write_table(content, file, compression="zstd")
+            pq.write_table(content, file, **_encoding(content.schema))
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import norm
+
+from spectra_db import store
+from spectra_db.heterogeneity import metrics
 
 COMMON: dict[str, Any] = {
     "model": "made-up",
@@ -133,3 +138,44 @@ def like_a_network(generator: np.random.Generator, n: int) -> np.ndarray:
     values = sizes * np.where(generator.random(n) < 0.3, -1, 1)
     values[:10] = 10 ** generator.uniform(0, 1.5, 10)
     return np.sort(values) * 10 ** generator.normal(0, 1)
+
+
+def write_tables(root: Path, models: Sequence[str] = ("digits-cnn", "digits-mlp")) -> Path:
+    """Write all tables of some models, two blocks with three probes each, at init and final."""
+    for seed, model in enumerate(models):
+        generator = np.random.default_rng(seed)
+        spectra = [like_a_network(generator, 60), like_a_network(generator, 80)]
+        parts = []
+        for stage, run in (("init", ""), ("final", "adamw-seed1")):
+            rows = slq_rows(spectra, 3, 10, generator)
+            parts.append(rows.assign(model=model, stage=stage, train_run=run))
+            store.write(root, "heterogeneity", metrics(parts[-1]))
+            key = {"model": model, "stage": stage, "protocol_version": 1, "seed": 1, "step": 0}
+            rest = {"optimizer": "adamw", "loss": 1.5, "lr": 0.1, "checkpoint_sha256": "0" * 64}
+            store.write(root, "stages", [key | rest])
+        store.write(root, "spectra", pd.concat(parts, ignore_index=True))
+        store.write(root, "models", [model_row(model)])
+        store.write(root, "gaps", [gap_row(model)])
+        store.write(root, "runs", [run_row(model)])
+        curve = {"optimizer": "adamw", "lr": 0.1, "seed": 1, "split": "train", "metric": "loss"}
+        curve |= {"model": model, "protocol_version": 1, "diverged": False}
+        store.write(root, "training", [curve | {"step": i, "value": 2 / (1 + i)} for i in range(5)])
+    return root
+
+
+def model_row(model: str, **changes: Any) -> dict[str, Any]:
+    row = {"model": model, "family": "mlp", "tier": "demo", "task": "digits", "num_params": 140}
+    row |= {"num_blocks": 2, "source": "here", "licence": "Apache-2.0", "reference": "none"}
+    return row | {"status": "ok", "protocol_version": 1} | changes
+
+
+def gap_row(model: str, **changes: Any) -> dict[str, Any]:
+    row = {"model": model, "gap": 0.2, "standard_error": 0.02, "at_edge": False, "num_lrs": 5}
+    return row | {"num_seeds": 3, "status": "ok", "protocol_version": 1} | changes
+
+
+def run_row(model: str, **changes: Any) -> dict[str, Any]:
+    row = {"model": model, "run_id": "run", "code_version": "0.1.0+abc", "torch_version": "2.6"}
+    row |= {"device": "cpu", "num_threads": 1, "seeds": [1], "command": "harness run " + model}
+    started = datetime(2026, 1, 1, tzinfo=UTC)
+    return row | {"started": started, "protocol_version": 1} | changes

@@ -1,0 +1,107 @@
+"""Commands that make, check and compare releases of the dataset."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import click
+
+from harness.cli.base import main, options
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@main.group()
+def dataset() -> None:
+    """Make, check and compare releases."""
+
+
+@dataset.command()
+@click.argument("source", type=_FOLDER)
+@click.option(
+    "--version",
+    required=True,
+    metavar="X.Y.Z",
+    help="MAJOR protocol or schema, MINOR models or columns, PATCH text.",
+)
+@click.option("--note", "notes", multiple=True, help="A line for the data's changelog.")
+@options("out", "registry")
+def release(
+    source: Path, version: str, notes: tuple[str, ...], out: Path, registry: Path | None
+) -> None:
+    """Make a release of the tables in SOURCE: validated, with card, changelog and manifest.
+
+    Models that `harness run` has not finished stay out, unless rows of status failed or pending
+    say why. What lay at --out is replaced as a whole; SOURCE may be --out, to bring a release up
+    to date.
+    """
+    from harness.publication import derive, unfinished
+    from spectra_db import check
+    from spectra_db.release import release as make
+
+    left_out = unfinished(source, registry)
+    known = {path.stem for path in (source / "models").glob("*.parquet")}
+    made = make(
+        source,
+        out,
+        version,
+        models=known - set(left_out),
+        notes=notes,
+        derive=partial(derive, registry_dir=registry),
+    )
+    for model, reason in left_out.items():
+        click.echo(f"left out: {model}: {reason}")
+    size = sum(file.bytes for file in made.files.values())
+    click.echo(
+        f"{len(made.models())} models, {len(made.files)} files, {size / 1e6:.1f} MB in {out}"
+    )
+    _report(check.problems(out), f"{out} is a sound release, version {made.version}")
+
+
+@dataset.command("check")
+@click.argument("folder", type=_FOLDER, required=False)
+@click.option("--previous", type=_FOLDER, help="The release before: no row of it may be lost.")
+def check_(folder: Path | None, previous: Path | None) -> None:
+    """Check a release: manifest, schema, invariants, keys, card, size, and what it follows.
+
+    FOLDER is the bundled release if not given.
+    """
+    from spectra_db import check, manifest
+    from spectra_db.load import BUNDLED
+
+    folder = folder or BUNDLED
+    found = check.problems(folder, previous)
+    known = None if found else manifest.read(folder)
+    _report(found, f"{folder} is a sound release, version {known.version}" if known else "")
+
+
+@dataset.command()
+@click.argument("old", type=_FOLDER)
+@click.argument("new", type=_FOLDER)
+@click.option("--rows", "num_rows", default=10, show_default=True, help="Rows to print per table.")
+@options("json")
+def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
+    """Say which rows were added, removed, or changed beyond their stated errors."""
+    from harness.display import print_differences
+    from spectra_db.diff import compare
+    from spectra_db.schema import TABLES
+
+    changes = {table: compare(old, new, table) for table in TABLES}
+    if as_json:
+        rows = {t: json.loads(c.to_json(orient="records")) for t, c in changes.items() if len(c)}
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        print_differences(changes, num_rows)
+
+
+def _report(found: list[str], sound: str) -> None:
+    """Print problems and exit with 1, or say that there are none."""
+    for problem in found:
+        click.echo(problem, err=True)
+    if found:
+        click.echo(f"{len(found)} problems", err=True)
+        sys.exit(1)
+    click.echo(sound)

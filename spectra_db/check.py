@@ -1,0 +1,167 @@
+"""Checking a release: every file, every row, and what the version before it had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from spectra_db import card, diff, manifest, store
+from spectra_db.manifest import InvalidRelease, Manifest
+from spectra_db.release import list_files
+from spectra_db.schema import TABLES
+
+# A release comes with the package and with every clone.
+MAX_BYTES = 100_000_000
+_SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
+
+
+def problems(folder: Path, previous: Path | None = None) -> list[str]:
+    """Return what is wrong with a release, each with its file and reason; none if it is sound.
+
+    The manifest and the files agree; every table is valid (schema, types, invariants, no key
+    twice, one protocol); rows of different tables fit together; the card is that of the tables;
+    the size stays below 100 MB. Against an earlier release: no row is lost, and the version goes
+    up by what changed.
+
+    Args:
+        folder: The release.
+        previous: The release before.
+    """
+    try:
+        known = manifest.read(folder)
+    except InvalidRelease as error:
+        return [str(error)]
+    if known is None:
+        return [f"{folder}: no {manifest.NAME}, so it is no release; `harness dataset release`"]
+    found = [*_files(folder, known), *_tables(folder, known)]
+    if not found:  # else what follows would say the same again
+        found += _fits(folder)
+        if (folder / manifest.CARD).read_text(encoding="utf-8") != card.render(
+            folder, known.version
+        ):
+            found.append(f"{folder / manifest.CARD}: not the card of these tables")
+    if previous is not None:
+        found += _follows(folder, known, previous)
+    return found
+
+
+def _files(folder: Path, known: Manifest) -> Iterator[str]:
+    """Compare the files with the manifest, names, sizes and contents."""
+    for path in [manifest.CARD, manifest.CHANGELOG]:
+        if path not in known.files:
+            yield f"{folder / path}: a release has one"
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    if links:
+        yield f"{links[0]}: a link; a release holds files alone"
+    for path in sorted({*known.files, *list_files(folder)}):
+        try:
+            manifest.check_file(folder, known, path)
+        except InvalidRelease as error:
+            yield str(error)
+    size = sum(file.bytes for file in known.files.values())
+    if size > MAX_BYTES:
+        yield f"{folder}: {size / 1e6:.0f} MB; a release has at most {MAX_BYTES / 1e6:.0f}"
+    if "models" not in known.rows():
+        yield f"{folder}: no table models"
+
+
+def _tables(folder: Path, known: Manifest) -> Iterator[str]:
+    """Validate every table."""
+    for path, file in sorted(known.files.items()):
+        if file.rows is None or not (folder / path).is_file():
+            continue
+        try:
+            rows = store.read(folder / path, path.partition("/")[0]).num_rows
+        except ValueError as error:
+            yield str(error)
+            continue
+        if rows != file.rows:
+            yield f"{folder / path}: {rows} rows; the manifest says {file.rows}"
+
+
+def _fits(folder: Path) -> Iterator[str]:
+    """Compare tables with each other."""
+    tables = {
+        "spectra": [*_SPECTRUM, "run_id", "status"],
+        "heterogeneity": _SPECTRUM,
+        "stages": ["model", "stage", "optimizer", "seed"],
+        "runs": ["model", "run_id"],
+    }
+    read = {table: _read(folder, table, columns) for table, columns in tables.items()}
+    models = {path.stem for path in (folder / "models").glob("*.parquet")}
+    for table in TABLES:
+        if table != "leaderboard":
+            for path in sorted((folder / table).glob("*.parquet")):
+                if path.stem not in models:
+                    yield f"{path}: table models has no model {path.stem}"
+    made = read["spectra"][read["spectra"]["status"].isin(["ok", "zero"])]
+    yield from _without(made, read["runs"], ["model", "run_id"], folder / "spectra", "runs")
+    trained = made[made["stage"] != "init"]
+    yield from _without(trained, read["stages"], ["model", "stage"], folder / "spectra", "stages")
+    place = folder / "heterogeneity"
+    yield from _without(read["heterogeneity"], made, _SPECTRUM, place, "spectra")
+
+
+def _without(
+    rows: pd.DataFrame, other: pd.DataFrame, columns: list[str], place: Path, table: str
+) -> Iterator[str]:
+    """Name the first row whose values are not in another table."""
+    there = pd.MultiIndex.from_frame(other[columns])
+    missing = ~pd.MultiIndex.from_frame(rows[columns]).isin(there)
+    if missing.any():
+        first = rows[missing].iloc[0]
+        values = ", ".join(f"{column} {first[column]!r}" for column in columns[1:])
+        path = place / f"{first['model']}.parquet"
+        yield f"{path}: {missing.sum()} rows that table {table} does not have, first: {values}"
+
+
+def _read(folder: Path, table: str, columns: list[str]) -> pd.DataFrame:
+    parts = [
+        store.read(path, table, columns=columns).to_pandas()
+        for path in sorted((folder / table).glob("*.parquet"))
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def _follows(folder: Path, known: Manifest, previous: Path) -> Iterator[str]:
+    """Compare with the release before: its rows, and how the version goes up."""
+    try:
+        before = manifest.read(previous)
+    except InvalidRelease as error:
+        yield str(error)
+        return
+    if before is None:
+        yield f"{previous}: no {manifest.NAME}, so it is no release to compare with"
+        return
+    if before == known:
+        return
+    new, old = manifest.version_of(known.version), manifest.version_of(before.version)
+    if new <= old:
+        yield f"{folder}: version {known.version} does not follow {before.version}"
+    if new[0] > old[0]:
+        return
+    lost = diff.removed(previous, folder)
+    for table, keys in lost.items():
+        yield (
+            f"{folder / table}: {len(keys)} rows of {before.version} are lost, "
+            f"the first {keys.iloc[0].to_dict()}; only a MAJOR version may lose rows"
+        )
+    schemas = [(_columns(root, table), table) for table in TABLES for root in (previous, folder)]
+    for (was, table), (now, _) in zip(schemas[::2], schemas[1::2], strict=True):
+        if was and not was.items() <= now.items():
+            yield f"{folder / table}: columns changed; that takes a MAJOR version"
+        elif now and was != now and new[:2] == old[:2]:
+            yield f"{folder / table}: has new columns; that takes a MINOR version"
+    added = sorted(set(known.models()) - set(before.models()))
+    if added and new[:2] == old[:2]:
+        yield f"{folder}: has new models ({', '.join(added[:3])}); that takes a MINOR version"
+
+
+def _columns(folder: Path, table: str) -> dict[str, str]:
+    """Return the columns of a table with their types, from its first file."""
+    paths = sorted((folder / table).glob("*.parquet"))
+    schema = pq.read_schema(paths[0]) if paths else []
+    return {field.name: str(field.type) for field in schema}

@@ -1,0 +1,198 @@
+"""What changed between two versions of the tables: rows added, removed, or beyond their errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import wasserstein_distance
+
+from spectra_db.density import truncated_rule
+from spectra_db.heterogeneity import TRUNCATION
+from spectra_db.schema import KEYS, TABLES
+from spectra_db.store import InvalidTable
+
+# Which column states the error of which.
+ERRORS = {
+    "blocks": {
+        name: f"{name}_error" for name in ("trace", "frobenius", "lambda_max", "lambda_min")
+    },
+    "heterogeneity": {"value": "standard_error", "corrected": "standard_error"},
+    "gaps": {"gap": "standard_error"},
+}
+# Standard errors of a difference that chance explains.
+_ERRORS = 2.0
+# Numbers without a stated error come from float32; a recomputation moves them by a few roundings.
+_RELATIVE = 1e-5
+# How a row came about, not what it says.
+_CIRCUMSTANCES = {"run_id", "seconds", "peak_bytes", "started", "device", "microbatch_size"}
+# Rules of one probe are as in `harness verify`: rounding of each step, and twice the truncation.
+_EPS, _TRUNCATIONS = float(np.finfo(np.float32).eps), 2.0
+_LISTS = ("alphas", "betas", "nodes", "weights")
+COLUMNS = ["change", "column", "before", "after", "allowed"]
+
+
+def compare(old: Path, new: Path, table: str) -> pd.DataFrame:
+    """Return the rows of a table that two folders do not have alike.
+
+    Returns:
+        The key's columns; change (added, removed, changed, or within: a number that moved by no
+        more than the errors explain); and for the last two, per row, the column with the largest
+        move next to what is allowed: column, before, after, allowed.
+
+    Raises:
+        InvalidTable: A file can't be read.
+    """
+    key = list(KEYS[table])
+    parts = []
+    for name in sorted({*_files(old, table), *_files(new, table)}):
+        was, now = (_read(root / table / name, table) for root in (old, new))
+        joined = was[key].merge(now[key], on=key, how="outer", indicator=True)
+        for side, change in (("left_only", "removed"), ("right_only", "added")):
+            alone = joined.loc[joined["_merge"] == side, key]
+            parts.append(alone.assign(change=change))
+        parts.append(_changes(table, was, now))
+    columns = [*key, *COLUMNS]
+    parts = [part for part in parts if len(part)]
+    return (
+        pd.concat(parts, ignore_index=True).reindex(columns=columns)
+        if parts
+        else pd.DataFrame(columns=columns)
+    )
+
+
+def removed(old: Path, new: Path) -> dict[str, pd.DataFrame]:
+    """Return the keys that a later version lacks, per table; `leaderboard` is derived anew."""
+    lost = {}
+    for table in TABLES:
+        if table == "leaderboard":
+            continue
+        key, parts = list(KEYS[table]), []
+        for name in _files(old, table):
+            was, now = (_read(root / table / name, table, key) for root in (old, new))
+            there = pd.MultiIndex.from_frame(now[key])
+            parts.append(was[~pd.MultiIndex.from_frame(was[key]).isin(there)])
+        found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=key)
+        if len(found):
+            lost[table] = found
+    return lost
+
+
+def _files(folder: Path, table: str) -> list[str]:
+    return sorted(path.name for path in (folder / table).glob("*.parquet"))
+
+
+def _read(path: Path, table: str, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read a file of any version: columns that it lacks are empty."""
+    names = columns or TABLES[table].names
+    if not path.exists():
+        return TABLES[table].empty_table().select(names).to_pandas()
+    try:
+        content = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidTable(f"{path}: not readable as Parquet: {reason}") from error
+    for name in names:
+        if name not in content.schema.names:
+            empty = pa.nulls(content.num_rows, TABLES[table].field(name).type)
+            content = content.append_column(name, empty)
+    return content.select(names).to_pandas()
+
+
+def _changes(table: str, was: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of the same key that differ, each with its largest move."""
+    key = list(KEYS[table])
+    was, now = (rows.drop_duplicates(key).set_index(key) for rows in (was, now))
+    common = was.index.intersection(now.index)
+    was, now = was.loc[common], now.loc[common]
+    names = [c for c in was.columns if c not in _CIRCUMSTANCES and c not in _LISTS]
+    moves = {name: _move(table, name, was, now) for name in names if table != "runs"}
+    if table == "spectra":
+        moves["nodes"] = _rules(was, now)
+    if not moves or common.empty:
+        return pd.DataFrame(columns=[*key, *COLUMNS])
+    ratios = np.column_stack([move.ratio for move in moves.values()])
+    largest = np.argmax(np.nan_to_num(ratios, nan=-1.0, posinf=np.inf), axis=1)
+    rows = []
+    for at in np.flatnonzero(~np.isnan(ratios).all(axis=1)).tolist():
+        name = list(moves)[largest[at]]
+        move = moves[name]
+        change = "changed" if ratios[at, largest[at]] > 1 else "within"
+        place = common[at] if len(key) > 1 else (common[at],)
+        rows.append([*place, change, name, move.before[at], move.after[at], move.allowed[at]])
+    return pd.DataFrame(rows, columns=[*key, *COLUMNS])
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A column of rows of the same key, shape (rows,) each.
+
+    ratio is the move over what is allowed: nan where there is none, inf where none is allowed.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    allowed: np.ndarray
+    ratio: np.ndarray
+
+
+def _move(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> _Move:
+    before, after = was[column], now[column]
+    same = np.asarray((before == after) | (before.isna() & after.isna()), dtype=bool)
+    allowed = np.zeros(len(was))
+    if pd.api.types.is_float_dtype(before) and pd.api.types.is_float_dtype(after):
+        allowed = _allowed(table, column, was, now)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(after.to_numpy() - before.to_numpy()) / allowed
+        ratio[np.asarray(before.isna() != after.isna()) | np.isnan(ratio)] = np.inf
+    else:
+        ratio = np.full(len(was), np.inf)
+    ratio[same] = np.nan
+    return _Move(before.to_numpy(), after.to_numpy(), allowed, ratio)
+
+
+def _allowed(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> np.ndarray:
+    """Return by how much a number may move: its rounding, and twice its stated errors."""
+
+    def numbers(name: str) -> np.ndarray:
+        both = np.stack([was[name].to_numpy(dtype=float), now[name].to_numpy(dtype=float)])
+        return np.nan_to_num(both)
+
+    size = np.abs(numbers(column)).max(axis=0)
+    stated = ERRORS.get(table, {})
+    if column in stated:
+        return _RELATIVE * size + _ERRORS * np.hypot(*numbers(stated[column]))
+    if table == "leaderboard":  # a statistic is known to its interval
+        return _RELATIVE * size + np.abs(numbers("ci_high") - numbers("ci_low")).max(axis=0)
+    if column in stated.values():  # an error of few probes is known to a part of itself
+        return size
+    return _RELATIVE * size
+
+
+def _rules(was: pd.DataFrame, now: pd.DataFrame) -> _Move:
+    """Compare the rules of probes; before and after are the means of |θ|."""
+    pairs = zip(was.to_dict("records"), now.to_dict("records"), strict=True)
+    columns = np.array([_rule(old, new) for old, new in pairs], dtype=float).reshape(-1, 4).T
+    return _Move(*columns)
+
+
+def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:
+    """Return the mean |θ| of both, what is allowed, and the distance over it."""
+    a, u, b, v = old["nodes"], old["weights"], new["nodes"], new["weights"]
+    sizes = [float(w @ np.abs(nodes)) if len(nodes) else np.nan for nodes, w in ((a, u), (b, v))]
+    if np.array_equal(a, b) and np.array_equal(u, v):
+        return [*sizes, 0.0, np.nan]
+    if not len(a) or not len(b) or old["method"] != new["method"]:
+        return [*sizes, 0.0, np.inf]
+    allowed = max(len(a), len(b)) * _EPS * max(np.abs(a).max(), np.abs(b).max())
+    if old["method"] == "slq" and not old["breakdown"]:
+        steps = max(1, int(TRUNCATION * len(old["alphas"])))
+        nodes, weights = truncated_rule(old["alphas"], old["betas"], steps)
+        allowed += _TRUNCATIONS * wasserstein_distance(a, nodes, u, weights)
+    distance = wasserstein_distance(a, b, u, v)
+    return [*sizes, allowed, distance / allowed if allowed else np.inf]

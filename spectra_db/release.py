@@ -1,0 +1,185 @@
+"""Making a release: a folder of validated tables with card, changelog and manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from spectra_db import card, manifest, store
+from spectra_db.manifest import InvalidRelease, Manifest
+from spectra_db.schema import PROTOCOL_VERSION, TABLES
+
+_HEADING = (
+    "# Changelog of the data\n\nMAJOR: protocol or schema; MINOR: models or columns; PATCH: text.\n"
+)
+_COUNTS = "- Holds "
+
+
+def release(
+    source: Path,
+    out: Path,
+    version: str,
+    *,
+    models: Collection[str] | None = None,
+    notes: Sequence[str] = (),
+    derive: Callable[[Path], None] | None = None,
+) -> Manifest:
+    """Write a release of a folder's tables; what lay at `out` is replaced as a whole.
+
+    Every file is read, validated and written anew; checkpoints, locks and what else lies in the
+    folder stay out. The same tables and version give the same bytes. `source` may be `out`, which
+    brings card and manifest up to date.
+
+    Args:
+        source: Folder of tables.
+        out: Folder of the release: empty, absent, or an earlier release.
+        version: MAJOR.MINOR.PATCH, no lower than that of the release at `out`.
+        models: Models to take; None for all of table `models`.
+        notes: Lines for the changelog.
+        derive: Writes derived tables into a folder of tables.
+
+    Raises:
+        InvalidRelease: The version is lower, `out` is something else, or there are no models.
+        InvalidTable: A table is not valid.
+    """
+    wanted = manifest.version_of(version)
+    before = _earlier(out)
+    if before is not None and wanted < manifest.version_of(before.version):
+        raise InvalidRelease(f"{out} is version {before.version}; {version} is lower")
+    known = {path.stem for path in (source / "models").glob("*.parquet")}
+    chosen = known if models is None else known & set(models)
+    if not chosen:
+        raise InvalidRelease(f"{source} has no model to release")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    try:
+        _copy(source, staging, chosen)
+        if derive is not None:
+            derive(staging)
+        for leftover in [*staging.glob("*/.*"), *staging.glob(".*")]:
+            leftover.unlink()  # locks
+        text = _changelog(out, staging, before, version, notes)
+        (staging / manifest.CHANGELOG).write_text(text, encoding="utf-8")
+        (staging / manifest.CARD).write_text(card.render(staging, version), encoding="utf-8")
+        written = Manifest(version, PROTOCOL_VERSION, describe_files(staging))
+        manifest.write(staging, written)
+        staging.chmod(0o755)
+        _swap(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return written
+
+
+def describe_files(folder: Path) -> dict[str, manifest.File]:
+    """Return the entries of all files of a folder but the manifest.
+
+    Raises:
+        InvalidRelease: A file is none of a release's.
+        InvalidTable: A table is not valid.
+    """
+    files = {}
+    for path in list_files(folder):
+        if not manifest.belongs(path):
+            raise InvalidRelease(f"{folder / path}: no file of a release")
+        table = path.partition("/")[0]
+        parquet = path.endswith(".parquet")
+        rows = store.read(folder / path, table).num_rows if parquet else None
+        files[path] = manifest.describe(folder / path, rows)
+    return files
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the relative paths of all files in a folder but the manifest, locks left out."""
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    locks = re.compile(r"(.*/)?\.[^/]*\.lock")
+    return [name for name in names if name != manifest.NAME and not locks.fullmatch(name)]
+
+
+def _earlier(out: Path) -> Manifest | None:
+    """Return the manifest of the release to be replaced; refuse to replace anything else."""
+    if not out.exists():
+        return None
+    known = manifest.read(out) if out.is_dir() else None
+    strange = [p for p in list_files(out) if not manifest.belongs(p)] if out.is_dir() else ["."]
+    if strange:
+        raise InvalidRelease(
+            f"{out} is no release: it holds {strange[0]}; name an empty folder, or a release"
+        )
+    return known
+
+
+def _copy(source: Path, staging: Path, models: Collection[str]) -> None:
+    """Copy the tables of some models, and the note on which of them were verified."""
+    for table in TABLES:
+        for path in sorted((source / table).glob("*.parquet")):
+            if path.stem in models or table == "leaderboard":
+                store.rewrite(path, staging / table / path.name, table)
+    for path in sorted((source / "leaderboard").glob("*.csv")):
+        shutil.copyfile(path, staging / "leaderboard" / path.name)
+    _copy_verified(source, staging)
+
+
+def _copy_verified(source: Path, staging: Path) -> None:
+    """Copy the note of `harness verify`, bound to the files as they are now written."""
+    path = source / "verified.json"
+    if not path.exists():
+        return
+    notes = json.loads(path.read_text(encoding="utf-8"))
+    kept = {}
+    for model, note in notes.items():
+        old, new = (store.path_of(root, "spectra", model) for root in (source, staging))
+        if new.exists() and note.get("spectra_sha256") == manifest.describe(old).sha256:
+            kept[model] = note | {"spectra_sha256": manifest.describe(new).sha256}
+    text = json.dumps(kept, indent=2, sort_keys=True) + "\n"
+    (staging / path.name).write_text(text, encoding="utf-8")
+
+
+def _changelog(
+    out: Path, staging: Path, before: Manifest | None, version: str, notes: Sequence[str]
+) -> str:
+    """Return the changelog with a section for the version.
+
+    Released again under its own version, the section keeps its lines and gets the new counts.
+    """
+    files = describe_files(staging)
+    now = Manifest(version, PROTOCOL_VERSION, files)
+    path = out / manifest.CHANGELOG
+    text = path.read_text(encoding="utf-8") if path.exists() else _HEADING
+    heading, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    lines = [f"- {note}" for note in notes]
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    if sections and sections[0].startswith(f"## {version} "):
+        title, *old = sections.pop(0).strip().splitlines()
+        date = title.split()[-1].strip("()")
+        lines = [line for line in old if line and not line.startswith(_COUNTS)] + lines
+    elif before is not None:
+        added = sorted(set(now.models()) - set(before.models()))
+        gone = sorted(set(before.models()) - set(now.models()))
+        lines += [f"- New models: {', '.join(added)}."] if added else []
+        lines += [f"- Without {', '.join(gone)}."] if gone else []
+    counts = ", ".join(f"{count:,} rows of {table}" for table, count in now.rows().items())
+    lines.append(f"{_COUNTS}{len(now.models())} models: {counts}.")
+    section = "\n".join([f"## {version} ({date})", "", *lines, ""])
+    return "\n".join([heading.rstrip() + "\n", section, *(s.rstrip() + "\n" for s in sections)])
+
+
+def _swap(staging: Path, out: Path) -> None:
+    """Put the new folder in the place of the old one, which is kept until the new one is there."""
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
+    out.rename(old / out.name)
+    try:
+        staging.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from harness.cli import main
+from spectra_db import store
+from spectra_db.load import BUNDLED
+from spectra_db.schema import TABLES
+
+MODEL = "mlp-mnist-c1"
+
+pytestmark = pytest.mark.skipif(
+    not (BUNDLED / "spectra" / f"{MODEL}.parquet").exists(), reason="no release is bundled"
+)
+
+
+def run(*arguments):
+    """Return exit code and output of a command line."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Return the tables of one model of the bundled release."""
+    for table in TABLES:
+        path = BUNDLED / table / f"{MODEL}.parquet"
+        if path.exists():
+            (tmp_path / "tables" / table).mkdir(parents=True)
+            shutil.copyfile(path, tmp_path / "tables" / table / path.name)
+    return tmp_path / "tables"
+
+
+def test_a_release_is_made_checked_and_compared_by_command(source, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    code, output = run("dataset", "release", source, "--out", old, "--version", "0.1.0")
+    assert code == 0, output
+    assert "old is a sound release, version 0.1.0" in output
+    code, output = run("dataset", "check", old)
+    assert (code, output.strip()) == (0, f"{old} is a sound release, version 0.1.0")
+
+    rows = store.read(source / "gaps" / f"{MODEL}.parquet", "gaps").to_pandas()
+    store.write(source, "gaps", rows.assign(gap=rows["gap"] + 10 * rows["standard_error"]))
+    assert run("dataset", "release", source, "--out", new, "--version", "0.1.1")[0] == 0
+    code, output = run("dataset", "diff", old, new)
+    assert code == 0
+    [line] = [line for line in output.splitlines() if line.startswith("gaps: ")]
+    assert line.startswith(f"gaps: {MODEL}, 1: gap ")
+    answer = json.loads(run("dataset", "diff", old, new, "--json")[1])
+    assert [row["change"] for row in answer["gaps"]] == ["changed"]
+
+    (new / "gaps" / f"{MODEL}.parquet").unlink()
+    code, output = run("dataset", "check", new)
+    assert code == 1
+    assert f"gaps/{MODEL}.parquet: the manifest lists it, it is not there" in output
+
+
+def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path):
+    out = tmp_path / "out"
+    (source / "gaps" / f"{MODEL}.parquet").unlink()
+    code, output = run("dataset", "release", source, "--out", out, "--version", "0.1.0")
+    assert code == 2
+    assert "has no model to release" in output
+    assert not out.exists()
+    from harness.publication import unfinished
+
+    assert unfinished(source) == {MODEL: "its gap is missing"}
+    (source / "spectra" / f"{MODEL}.parquet").unlink()
+    assert "units are missing, the first" in unfinished(source)[MODEL]
+
+
+def test_a_failure_with_its_reason_is_released(source):
+    from harness.publication import unfinished
+
+    rows = store.read(source / "gaps" / f"{MODEL}.parquet", "gaps").to_pandas()
+    store.write(source, "gaps", rows.assign(status="failed", reason="all runs diverged", gap=None))
+    training = store.read(source / "training" / f"{MODEL}.parquet", "training").to_pandas()
+    path = source / "training" / f"{MODEL}.parquet"
+    path.unlink()
+    store.write(source, "training", training[training["seed"] != 2])
+    assert unfinished(source) == {}
+
+
+def test_a_model_that_the_registry_does_not_know_stays_out(source):
+    from harness.publication import unfinished
+
+    rows = store.read(source / "models" / f"{MODEL}.parquet", "models").to_pandas()
+    store.write(source, "models", rows.assign(model="stranger"))
+    assert unfinished(source) == {"stranger": "not in the registry; --registry DIR adds entries"}

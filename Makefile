@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench paper clean
+.PHONY: demo test lint bench paper leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,14 @@ bench: $(READY)
 # The tables and figures of the paper from the release: docs/paper.md.
 paper: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/harness paper
+
+# Which measure predicts the SGD-Adam gap: the table of the release, and the README's part of it.
+leaderboard: $(READY)
+	$(BIN)/harness leaderboard --out spectra_db/data --readme README.md
+
+# The release as static pages; open build/site/index.html.
+site: $(READY)
+	$(BIN)/harness site --out build/site
 
 clean:
 	rm -rf .venv build

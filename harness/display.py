@@ -107,6 +107,20 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     Console(markup=False).print(table)
 
 
+def print_leaderboard(
+    rows: Sequence[dict[str, Any]], columns: Mapping[str, str], stage: str
+) -> None:
+    """Print what predicts the gap, a measure a line, with 95 % intervals."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(f"measure at {stage}")
+    for name in ("products", *columns.values()):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [str(row[c]) if c in row else "–" for c in columns]
+        table.add_row(row["label"], f"{row['num_products']:.0f}", *cells)
+    Console(markup=False, highlight=False).print(table)
+
+
 def print_checks(checks: Sequence[Check]) -> None:
     """Print what came of verified rows, those that can't be verified gathered by reason."""
     table = Table("model", "stage", "block", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -219,17 +219,18 @@ TABLES: dict[str, pa.Schema] = {
     "leaderboard": pa.schema(
         [
             _column("stage", _TEXT, "Stage of the metric"),
-            _column("metric", _TEXT, "Spectral metric"),
+            _column("metric", _TEXT, "Measure of heterogeneity, as in table heterogeneity"),
             _column("scale", _TEXT, "Scale of the metric"),
-            _column("sigma", _FLOAT, "Width of the smoothing"),
+            _column("sigma", _FLOAT, "Width of the smoothing, 0 if none"),
             _column("statistic", _TEXT, "spearman, kendall, pearson_log, accuracy, auc, ..."),
+            _column("left_out", _TEXT, "Family that is left out, empty for none"),
             _PROTOCOL,
-            _float("value", "Value of the statistic"),
+            _float("value", "Value of the statistic, null where too few models have it"),
             _float("ci_low", "Lower end of the 95 % bootstrap interval"),
             _float("ci_high", "Upper end of the 95 % bootstrap interval"),
             _column("num_models", _INT, "Models that entered", "models"),
-            _column("num_families", _INT, "Families resampled", "families"),
-            _float("num_products", "Median cost per block", "products"),
+            _column("num_families", _INT, "Families that entered", "families"),
+            _float("num_products", "Median over models of the products per block", "products"),
         ]
     ),
 }
@@ -254,5 +255,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "stages": ("model", "stage", "optimizer", "seed", "protocol_version"),
     "gaps": ("model", "protocol_version"),
     "runs": ("model", "run_id"),
-    "leaderboard": ("stage", "metric", "scale", "sigma", "statistic", "protocol_version"),
+    "leaderboard": (
+        *("stage", "metric", "scale", "sigma", "statistic", "left_out"),
+        "protocol_version",
+    ),
 }

@@ -47,7 +47,13 @@ def path_of(root: Path | str, table: str, model: str) -> Path:
     return Path(root) / table / f"{model}.parquet"
 
 
-def write(root: Path | str, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> None:
+def write(
+    root: Path | str,
+    table: str,
+    rows: pd.DataFrame | Sequence[Mapping[str, Any]],
+    *,
+    replace: bool = False,
+) -> None:
     """Insert rows, replacing those of the same key; in `spectra` all probes of the block at once.
 
     Each model's file is replaced as a whole by an atomic rename, under a lock: readers see the
@@ -57,6 +63,7 @@ def write(root: Path | str, table: str, rows: pd.DataFrame | Sequence[Mapping[st
         root: Folder of the dataset.
         table: Name of the table.
         rows: The rows; columns that may be null may be left out.
+        replace: Keep no other rows of these files: for tables that are derived as a whole.
 
     Raises:
         InvalidTable: The rows, or those already in a file, are not valid; nothing is written.
@@ -76,7 +83,8 @@ def write(root: Path | str, table: str, rows: pd.DataFrame | Sequence[Mapping[st
         path = paths[model]
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            merged = _upsert(table, read(path, table) if path.exists() else None, new)
+            old = read(path, table) if path.exists() and not replace else None
+            merged = _upsert(table, old, new)
             validate(table, merged, where=str(path))
             _replace(path, merged)
 

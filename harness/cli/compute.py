@@ -276,12 +276,14 @@ def run(
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
 )
+@click.option("--mark", is_flag=True, help="Note the models that agree in verified.json.")
 @options("source", "registry", "data_root", "seed", "device", "json")
 def verify(
     target: str,
     sample: int,
     budget: float,
     checkpoints: Path | None,
+    mark: bool,
     source: Path | None,
     registry: Path | None,
     data_root: Path | None,
@@ -300,7 +302,9 @@ def verify(
 
     from harness.display import print_checks, progress_bar
     from harness.registry import get
+    from harness.submission.verified import mark_verified
     from harness.submission.verify import load_published, sample_rows, verify_sample
+    from spectra_db.load import BUNDLED
 
     if not 0 < budget < float("inf"):
         raise UserError(f"--budget is {budget}; it must be positive, in seconds")
@@ -333,6 +337,8 @@ def verify(
         click.echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
         print_checks(checks)
+    if mark:
+        mark_verified(source or BUNDLED, checks)
     counts = {o: sum(c.outcome == o for c in checks) for o in ("agrees", "deviates")}
     left = len(checks) - sum(counts.values())
     click.echo(

@@ -1,0 +1,41 @@
+"""The files of `harness leaderboard`: Parquet of the dataset, and CSV for spreadsheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from harness.leaderboard.statistics import measurements
+from harness.leaderboard.tables import Dataset
+from spectra_db import store
+
+# Of `measurements`, what a reader of the CSV needs.
+COLUMNS = [
+    *("model", "family", "tier", "task", "num_params", "stage", "partition"),
+    *("metric", "scale", "sigma", "estimate", "standard_error", "truncation_error"),
+    *("num_products", "block_products", "gap", "gap_standard_error", "gap_ci_low", "gap_ci_high"),
+    *("adam_needed", "provenance", "enters"),
+]
+
+
+def export(data: Dataset, board: pd.DataFrame, out: Path) -> list[Path]:
+    """Write table `leaderboard` and the CSV files beside it; return their paths.
+
+    The table is derived: what an earlier one had is gone.
+    """
+    store.write(out, "leaderboard", board, replace=True)
+    folder = out / "leaderboard"
+    joined = measurements(data.models, data.heterogeneity, data.gaps)
+    of_model = data.models.set_index("model")["provenance"]
+    joined["provenance"] = joined["model"].map(of_model)
+    files = {
+        "leaderboard.csv": board,
+        "models.csv": joined[COLUMNS].sort_values(["model", "stage", "metric", "scale"]),
+        "pending.csv": data.pending,
+    }
+    for name, rows in files.items():
+        part = folder / f".{name}.part"
+        rows.to_csv(part, index=False)
+        part.replace(folder / name)
+    return [store.path_of(out, "leaderboard", "all"), *(folder / name for name in files)]

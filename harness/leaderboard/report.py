@@ -1,0 +1,219 @@
+"""The leaderboard in words: what README, terminal and site say of table `leaderboard`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.errors import UserError
+from harness.leaderboard.statistics import REFERENCE, TIERS
+from harness.leaderboard.tables import Dataset
+from spectra_db.schema import STAGES
+
+BEGIN = "<!-- leaderboard: written by `harness leaderboard --readme` -->"
+END = "<!-- end of leaderboard -->"
+# The scale that a metric is judged at; the others are further readings.
+SCALES = ("lambda10", "none")
+LABELS = {
+    "js0": "JS⁰",
+    "js0_paper": "JS⁰ as in the paper",
+    "w1": "Wasserstein-1",
+    "lambda_rms_spread": "spread of rms eigenvalue",
+    "lambda_max_spread": "spread of largest eigenvalue",
+    "trace_spread": "spread of trace",
+    "gradient_rms_spread": "spread of gradient rms",
+}
+COLUMNS = {
+    "spearman": "Spearman",
+    "kendall": "Kendall",
+    "pearson_log": "Pearson (log)",
+    "spearman_families": "between families",
+    "partial_spearman": "given size",
+    "auc": "AUC",
+    "accuracy": "accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A statistic with its interval; nan where not known."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.value != self.value:
+            return "–"
+        if self.low != self.low:
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "−")
+
+
+def ranking(
+    board: pd.DataFrame, stage: str = "init", *, all_readings: bool = False
+) -> list[dict[str, Any]]:
+    """Return the readings of a stage, the best predictors first, each with its statistics.
+
+    Args:
+        board: Table `leaderboard`.
+        stage: A stage.
+        all_readings: Every scale; otherwise a metric's first alone.
+
+    Returns:
+        Dicts of metric, scale, sigma, label, num_products, num_models, num_families, and a `Cell`
+        per statistic, ordered by the size of Spearman's correlation.
+    """
+    rows = board[(board["stage"] == stage) & (board["left_out"] == "")]
+    if not all_readings:
+        rows = rows[rows["scale"].isin(SCALES)]
+    table = []
+    for (metric, scale, sigma), group in rows.groupby(["metric", "scale", "sigma"]):
+        first = group.iloc[0]
+        named = group.set_index("statistic")[["value", "ci_low", "ci_high"]]
+        cells = {str(name): Cell(*map(float, row)) for name, row in named.iterrows()}
+        label = LABELS.get(str(metric), str(metric))
+        table.append(
+            {
+                "metric": metric,
+                "scale": scale,
+                "sigma": sigma,
+                "label": label if scale in SCALES else f"{label}, {scale}",
+                "num_products": float(first["num_products"]),
+                "num_models": int(first["num_models"]),
+                "num_families": int(first["num_families"]),
+                **cells,
+            }
+        )
+    return sorted(table, key=lambda row: -abs(_known(row["spearman"].value)))
+
+
+def sentences(board: pd.DataFrame) -> list[str]:
+    """Say what the statistics answer, in a few sentences; one says so if there are too few models.
+
+    The questions: does JS⁰ at initialisation predict the gap; does a measure for a hundredth of its
+    products do as well; how does heterogeneity change in training.
+    """
+    rows = {row["metric"]: row for row in ranking(board)}
+    js0 = rows.get(REFERENCE[0])
+    if js0 is None or js0["spearman"].value != js0["spearman"].value:
+        count = 0 if js0 is None else js0["num_models"]
+        return [
+            f"{count} trained models of the tiers {' and '.join(TIERS)} are too few for statistics."
+        ]
+    spearman = js0["spearman"]
+    verdict = "the interval holds 0, so that the data decide nothing"
+    if spearman.low > 0:
+        verdict = "more heterogeneous models have the larger gaps"
+    elif spearman.high < 0:
+        verdict = "more heterogeneous models have the smaller gaps"
+    said = [
+        f"Over {js0['num_models']} models of {js0['num_families']} families the rank correlation "
+        f"of JS⁰ at initialisation and the gap is {spearman}, that of the families' means "
+        f"{js0['spearman_families']}: {verdict}.",
+        f"{_left_out(board)} Given the number of parameters it is {js0['partial_spearman']}.",
+        f"As a classifier of “Adam needed”, JS⁰ has an AUC of {js0['auc']} (0.5 is chance) and an "
+        f"accuracy of {js0['accuracy']} on families that its threshold was not set on, where the "
+        f"majority's answer has {js0['accuracy_majority']}.",
+        _cheap(rows, js0["num_products"]),
+    ]
+    return said + _stages(board)
+
+
+def readme_block(board: pd.DataFrame, data: Dataset) -> str:
+    """Return the README's part between the markers: the sentences and the table, as Markdown."""
+    rows = ranking(board)
+    head = ["measure at initialisation", "products per block", *COLUMNS.values()]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in rows:
+        cells = [row["label"], f"{row['num_products']:.0f}", *(str(row[c]) for c in COLUMNS)]
+        lines.append("| " + " | ".join(cells) + " |")
+    if not rows:
+        lines = []
+    day = "unknown date" if data.updated is None else f"{data.updated:%Y-%m-%d}"
+    said = "\n".join(f"- {sentence}" for sentence in sentences(board))
+    caption = (
+        f"Correlations with the SGD-Adam gap, 95 % intervals in brackets; data of {day}. "
+        "What each column means is in [docs/leaderboard.md](docs/leaderboard.md)."
+    )
+    return "\n\n".join([BEGIN, said, *(["\n".join(lines)] if lines else []), caption, END])
+
+
+def write_readme(path: Path, block: str) -> None:
+    """Put the block between the markers of a file.
+
+    Raises:
+        UserError: The file can't be read or has no markers.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--readme {path} can't be read: {error.strerror}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"--readme {path} needs a line '{BEGIN}' and after it a line '{END}'")
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
+    part.replace(path)
+
+
+def _left_out(board: pd.DataFrame) -> str:
+    """Say between which values JS⁰'s correlation moves when a family is left out."""
+    one = board[(board["stage"] == "init") & (board["statistic"] == "spearman")]
+    one = one[(one["metric"] == REFERENCE[0]) & (one["scale"] == REFERENCE[1])]
+    one = one[(one["left_out"] != "") & one["value"].notna()].sort_values("value")
+    if one.empty:
+        return ""
+    low, high = one.iloc[0], one.iloc[-1]
+    text = (
+        f"With one family left out it lies between {low['value']:.2f} (without {low['left_out']}) "
+        f"and {high['value']:.2f} (without {high['left_out']})."
+    )
+    return text.replace(" -", " −")
+
+
+def _cheap(rows: dict[str, Any], reference: float) -> str:
+    """Say whether measures for less than a tenth of JS⁰'s products predict as well."""
+    parts = []
+    for row in sorted(rows.values(), key=lambda row: row["num_products"]):
+        if row["metric"] == REFERENCE[0] or row["num_products"] > reference / 10:
+            continue
+        price = "no products" if row["num_products"] == 0 else f"{row['num_products']:.0f} products"
+        gain = row["advantage"]
+        outcome = "not told apart"
+        if gain.low > 0 or gain.high < 0:
+            outcome = "better" if gain.low > 0 else "worse"
+        parts.append(f"{row['label']} ({price}) {gain}, {outcome}")
+    if not parts:
+        return "No measure for a tenth of the products of JS⁰ is in the data."
+    return (
+        f"Cheap measures against JS⁰ ({reference:.0f} products per block), by how much larger "
+        f"their correlation is in size: {'; '.join(parts)}."
+    )
+
+
+def _stages(board: pd.DataFrame) -> list[str]:
+    """Say how JS⁰ changes in training."""
+    of_js0 = board[(board["metric"] == REFERENCE[0]) & (board["scale"] == REFERENCE[1])]
+    parts, sizes = [], set()
+    for stage in STAGES[1:]:
+        row = of_js0[(of_js0["stage"] == stage) & (of_js0["statistic"] == "ratio_to_init")]
+        if len(row) and row["value"].notna().all():
+            first = row.iloc[0]
+            parts.append(f"{Cell(first['value'], first['ci_low'], first['ci_high'])} at {stage}")
+            sizes.add(int(first["num_models"]))
+    if not parts:
+        return []
+    count = "–".join(str(size) for size in sorted({min(sizes), max(sizes)}))
+    return [
+        "In training under AdamW JS⁰ is, relative to initialisation (geometric mean over "
+        f"{count} models), {', '.join(parts)}."
+    ]
+
+
+def _known(value: float) -> float:
+    return value if value == value else 0.0

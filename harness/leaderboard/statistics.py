@@ -1,0 +1,379 @@
+"""Which measure predicts the SGD-Adam gap: tables in, statistics with intervals out. No torch.
+
+docs/leaderboard.md defines the statistics. Everything here works on arrays of shape (B, n): B
+draws of n models, of which draw b counts model i weights[b, i] times.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from harness.errors import UserError
+from spectra_db.schema import PROTOCOL_VERSION, STAGES, TABLES
+
+Array = npt.NDArray[np.float64]
+
+READING = ["stage", "metric", "scale", "sigma"]
+REFERENCE = ("js0", "lambda10")
+# Demo models are there to try the tools: 8×8 images, some seconds of training.
+TIERS = ("small", "paper")
+LEVEL = 0.95
+NUM_DRAWS = 1000
+THRESHOLD = 0.1  # of "Adam needed", as docs/protocol.md has it
+MIN_MODELS = 4
+# Draws of a metric are kept above this part of its value: logarithms are taken.
+_FLOOR = 0.1
+# Sign matrices of shape (B, n, n) are made for so many entries at a time.
+_CHUNK = 1 << 23
+
+
+def measurements(
+    models: pd.DataFrame, heterogeneity: pd.DataFrame, gaps: pd.DataFrame
+) -> pd.DataFrame:
+    """Join each model's metrics with its gap, both with their errors.
+
+    Args:
+        models: Table `models`.
+        heterogeneity: Table `heterogeneity`, one spectrum per model and stage; `block_products`
+            beside it if known.
+        gaps: Table `gaps`.
+
+    Returns:
+        A row per model, stage and reading of a metric: `estimate` (corrected where there are
+        enough probes, else plug-in), `standard_error` (0 where not known), the gap's columns, and
+        whether the model `enters` the statistics.
+
+    Raises:
+        UserError: The tables are of several protocols.
+    """
+    versions = {int(v) for t in (models, heterogeneity, gaps) for v in t["protocol_version"]}
+    if versions - {PROTOCOL_VERSION}:
+        raise UserError(
+            f"the tables are of protocol versions {sorted(versions)}; a statistic is over rows of "
+            f"one, and this code reads {PROTOCOL_VERSION} alone"
+        )
+    of_model = models[["model", "family", "tier", "task", "num_params"]]
+    columns = ["gap", "standard_error", "ci_low", "ci_high", "num_seeds", "adam_needed", "status"]
+    of_gap = gaps[["model", *columns]].rename(
+        columns={c: f"gap_{c}" for c in ("standard_error", "ci_low", "ci_high", "status")}
+    )
+    joined = heterogeneity.merge(of_model, on="model").merge(of_gap, on="model", how="left")
+    if "block_products" not in joined:
+        joined["block_products"] = joined["num_products"] / joined["num_blocks"]
+    estimate = joined["corrected"].where(joined["corrected"] > 0, joined["value"])
+    enters = joined["gap_status"].eq("ok") & joined["tier"].isin(TIERS) & (estimate > 0)
+    return joined.assign(
+        estimate=estimate, standard_error=joined["standard_error"].fillna(0.0), enters=enters
+    )
+
+
+def leaderboard(
+    models: pd.DataFrame,
+    heterogeneity: pd.DataFrame,
+    gaps: pd.DataFrame,
+    *,
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return table `leaderboard`: every statistic of every reading at every stage.
+
+    Intervals are percentiles over `num_draws` draws. A draw resamples families with replacement,
+    all models of a family together, and adds to each metric and gap an error of its standard
+    error's size: Gaussian, and Student's t with num_seeds - 1 degrees of freedom for the gap.
+
+    Args:
+        models: Table `models`.
+        heterogeneity: Table `heterogeneity`, one spectrum per model and stage.
+        gaps: Table `gaps`.
+        num_draws: Draws of the bootstrap.
+        seed: Seeds them.
+
+    Raises:
+        UserError: The tables are of several protocols.
+    """
+    joined = measurements(models, heterogeneity, gaps)
+    joined = joined[joined["enters"]]
+    rows = []
+    for stage in STAGES:
+        at_stage = joined[joined["stage"] == stage]
+        if len(at_stage):
+            rows += _stage_rows(at_stage, joined[joined["stage"] == "init"], num_draws, seed)
+    names = TABLES["leaderboard"].names
+    board = pd.DataFrame(rows, columns=[n for n in names if n != "protocol_version"])
+    board.insert(names.index("protocol_version"), "protocol_version", PROTOCOL_VERSION)
+    return board.sort_values([*READING, "statistic", "left_out"], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Draws of some models at a stage; the first draw is the data as they are.
+
+    Attributes:
+        names: The models, n of them.
+        families: The family of each, as a number; F of them.
+        family_names: Their names.
+        weights: How often a draw holds a model, shape (B, n).
+        gap: Shape (B, n).
+        needed: "Adam needed" by the drawn gaps, shape (B, n).
+        log_size: log10 of the number of parameters, shape (n,).
+        normal: Standard normal errors for the metrics, shape (B, n).
+    """
+
+    names: list[str]
+    families: npt.NDArray[np.intp]
+    family_names: list[str]
+    weights: Array
+    gap: Array
+    needed: Array
+    log_size: Array
+    normal: Array
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, num_draws: int, seed: int) -> _Sample:
+        """Draw families and errors; `rows` has a row per model."""
+        generator = np.random.default_rng(seed)
+        families, family_names = pd.factorize(rows["family"], sort=True)
+        count = len(family_names)
+        picked = generator.multinomial(count, np.full(count, 1 / count), size=num_draws)
+        weights = np.vstack([np.ones(len(rows)), picked[:, families]])
+        error = rows["gap_standard_error"].fillna(0.0).to_numpy(np.float64)
+        dof = np.maximum(rows["num_seeds"].to_numpy(np.float64) - 1, 1)
+        noise = generator.standard_t(dof, size=(num_draws, len(rows))) * error
+        gap = rows["gap"].to_numpy(np.float64) + np.vstack([np.zeros(len(rows)), noise])
+        needed = (gap > THRESHOLD) & (gap > 2 * error)
+        normal = generator.standard_normal((num_draws, len(rows)))
+        return cls(
+            names=rows["model"].tolist(),
+            families=families,
+            family_names=list(family_names),
+            weights=weights,
+            gap=gap,
+            needed=needed.astype(np.float64),
+            log_size=np.log10(np.maximum(rows["num_params"].to_numpy(np.float64), 1)),
+            normal=np.vstack([np.zeros(len(rows)), normal]),
+        )
+
+    def log_metric(self, rows: pd.DataFrame) -> tuple[Array, Array]:
+        """Return draws of log10 of a metric, shape (B, n), and the weights of models that have it.
+
+        Models that lack it have a weight of 0.
+        """
+        found = rows.set_index("model").reindex(self.names)
+        value = found["estimate"].to_numpy(np.float64)
+        error = found["standard_error"].to_numpy(np.float64)
+        missing = np.isnan(value)
+        value, error = np.where(missing, 1.0, value), np.where(missing, 0.0, error)
+        drawn = np.maximum(value + error * self.normal, _FLOOR * value)
+        return np.log10(drawn), np.where(missing, 0.0, self.weights)
+
+
+def _stage_rows(
+    at_stage: pd.DataFrame, at_init: pd.DataFrame, num_draws: int, seed: int
+) -> list[dict[str, object]]:
+    """Return the rows of one stage."""
+    sample = _Sample.of(at_stage.drop_duplicates("model"), num_draws, seed)
+    readings = dict(list(at_stage.groupby(READING, sort=False)))
+    draws = {reading: _all_statistics(sample, rows) for reading, rows in readings.items()}
+    reference = [r for r in readings if (r[1], r[2]) == REFERENCE]
+    table: list[dict[str, object]] = []
+    for reading, rows in readings.items():
+        found = dict(draws[reading])
+        if reference and reading != reference[0]:
+            other = draws[reference[0]]["spearman"]
+            found["advantage"] = np.abs(found["spearman"]) - np.abs(other)
+        if reading[0] != "init":
+            before = at_init[(at_init[READING[1:]] == list(reading[1:])).all(axis=1)]
+            found |= _changes(sample, rows, before)
+        shared = dict(zip(READING, reading, strict=True))
+        shared |= {"num_products": float(rows["block_products"].median())}
+        counts = {"num_models": len(rows), "num_families": rows["family"].nunique()}
+        for name, values in found.items():
+            low, high = _interval(values[1:]) if counts["num_families"] > 1 else (np.nan, np.nan)
+            value = {"value": values[0], "ci_low": low, "ci_high": high}
+            if counts["num_models"] < MIN_MODELS:
+                value = dict.fromkeys(value, np.nan)
+            table.append(shared | counts | value | {"statistic": name, "left_out": ""})
+        table += [shared | row for row in _without_each_family(sample, rows)]
+    return table
+
+
+def _all_statistics(sample: _Sample, rows: pd.DataFrame) -> dict[str, Array]:
+    """Return the statistics of one reading in every draw, each of shape (B,)."""
+    x, weights = sample.log_metric(rows)
+    num_families = len(sample.family_names)
+    step = max(1, _CHUNK // x.shape[1] ** 2)
+    parts = [
+        _correlations(x[i], sample.gap[i], sample.log_size, sample.needed[i], weights[i])
+        for i in (slice(start, start + step) for start in range(0, len(x), step))
+    ]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    found["spearman_families"] = _between(x, sample.gap, sample.families, num_families, weights)
+    accuracy, majority = left_out_accuracy(x, sample.needed, sample.families, weights)
+    return found | {"accuracy": accuracy, "accuracy_majority": majority}
+
+
+def _correlations(
+    x: Array, y: Array, log_size: Array, needed: Array, weights: Array
+) -> dict[str, Array]:
+    """Return rank statistics, from the signs of all differences, and Pearson's correlation."""
+    sx, sy = _signs(x), _signs(y)
+    sz = _signs(np.broadcast_to(log_size, x.shape))
+    ranks = [_apply(s, weights) for s in (sx, sy, sz)]
+    xy, xz, yz = (_pearson(ranks[i], ranks[j], weights) for i, j in ((0, 1), (0, 2), (1, 2)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Undefined where all models are of one size, or size says all.
+        partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+        pairs = np.sqrt(_total(np.abs(sx), weights) * _total(np.abs(sy), weights))
+        kendall = _total(sx * sy, weights) / pairs
+        positive, negative = weights * needed, weights * (1 - needed)
+        wins = (positive * (_apply(sx, negative) + negative.sum(1, keepdims=True))).sum(1) / 2
+        auc = wins / (positive.sum(1) * negative.sum(1))
+    return {
+        "spearman": xy,
+        "kendall": kendall,
+        "pearson_log": _pearson(x, y, weights),
+        "partial_spearman": partial,
+        "auc": auc,
+    }
+
+
+def left_out_accuracy(
+    x: Array, needed: Array, families: npt.NDArray[np.intp], weights: Array
+) -> tuple[Array, Array]:
+    """Return how often a threshold set on the other families tells whether Adam is needed.
+
+    Adam is predicted where x is at or above the threshold: the direction is the paper's and not
+    fitted. The threshold makes the fewest errors on the other families; of several, the one in the
+    widest gap.
+
+    Args:
+        x: The metric in B draws, shape (B, n).
+        needed: 1 where Adam is needed, shape (B, n).
+        families: Number of each model's family, shape (n,).
+        weights: How often each model counts, shape (B, n).
+
+    Returns:
+        The accuracy, and that of the majority of the other families; both of shape (B,).
+    """
+    order = np.argsort(x, axis=1, kind="stable")
+    xs, labels, w = (np.take_along_axis(a, order, axis=1) for a in (x, needed, weights))
+    family = families[order]
+    one_hot = np.eye(int(families.max()) + 1)[family]  # (B, n, F)
+    below = _cumulative((w * labels)[..., None] * one_hot)  # (B, n + 1, F): missed
+    beneath = _cumulative((w * (1 - labels))[..., None] * one_hot)
+    own = below + beneath[:, -1:] - beneath  # and false alarms at or above
+    errors = own.sum(2, keepdims=True) - own
+    gaps = np.diff(xs, axis=1)
+    widest = np.maximum(gaps.max(axis=1, keepdims=True), 1e-300)
+    margin = np.pad(gaps / widest, ((0, 0), (1, 1)))
+    tied = np.pad(gaps == 0, ((0, 0), (1, 1)))
+    score = errors - 0.5 * margin[..., None] + np.where(tied, np.inf, 0.0)[..., None]
+    best = score.argmin(axis=1)  # (B, F)
+    ends = np.pad((xs[:, 1:] + xs[:, :-1]) / 2, ((0, 0), (1, 1)), constant_values=np.inf)
+    ends[:, 0] = -np.inf
+    threshold = np.take_along_axis(ends, best, axis=1)
+    total = np.maximum(w.sum(axis=1), 1e-300)
+    predicted = xs >= np.take_along_axis(threshold, family, axis=1)
+    accuracy = (w * (predicted == labels)).sum(axis=1) / total
+    balance = below[:, -1] - beneath[:, -1]  # (B, F): needed less not needed
+    others = balance.sum(axis=1, keepdims=True) - balance
+    majority = np.take_along_axis((others > 0).astype(float), family, axis=1)
+    return accuracy, (w * (majority == labels)).sum(axis=1) / total
+
+
+def _between(
+    x: Array, y: Array, families: npt.NDArray[np.intp], num_families: int, weights: Array
+) -> Array:
+    """Return Spearman's correlation of the families' means, each family drawn counting once."""
+    one_hot = np.eye(num_families)[families]
+    counts = weights @ one_hot
+    size = np.maximum(counts, 1e-300)
+    sizes = (weights > 0).astype(float) @ one_hot  # a family twice drawn counts twice
+    times = counts / np.maximum(sizes, 1)
+    means = [(weights * v) @ one_hot / size for v in (x, y)]
+    ranks = [_apply(_signs(mean), times) for mean in means]
+    return _pearson(ranks[0], ranks[1], times)
+
+
+def _changes(sample: _Sample, now: pd.DataFrame, before: pd.DataFrame) -> dict[str, Array]:
+    """Return how a metric stands against initialisation: its mean ratio, and how often it rose."""
+    x, weights = sample.log_metric(now)
+    start, there = sample.log_metric(before)
+    # The errors of two stages are independent; the first draw has none.
+    shifted = start.copy()
+    shifted[1:] = np.roll(start[1:], 1, axis=0)
+    weights = np.where(there > 0, weights, 0.0)
+    total = np.maximum(weights.sum(axis=1), 1e-300)
+    change = x - shifted
+    return {
+        "ratio_to_init": 10 ** ((weights * change).sum(axis=1) / total),
+        "fraction_rising": (weights * (change > 0)).sum(axis=1) / total,
+    }
+
+
+def _without_each_family(sample: _Sample, rows: pd.DataFrame) -> list[dict[str, object]]:
+    """Return Spearman's correlation and the AUC without one family at a time."""
+    x, weights = sample.log_metric(rows)
+    count = len(sample.family_names)
+    if count < 2:
+        return []
+    kept = weights[0] * (np.arange(count)[:, None] != sample.families)
+    repeated = [np.repeat(a[:1], count, axis=0) for a in (x, sample.gap, sample.needed)]
+    found = _correlations(repeated[0], repeated[1], sample.log_size, repeated[2], kept)
+    table: list[dict[str, object]] = []
+    for f, family in enumerate(sample.family_names):
+        num_models = int(kept[f].sum())
+        counts = {"num_models": num_models, "num_families": count - 1, "left_out": family}
+        for name in ("spearman", "auc"):
+            value = found[name][f] if num_models >= MIN_MODELS else np.nan
+            table.append(counts | {"statistic": name, "value": value})
+    return table
+
+
+def _signs(x: Array) -> npt.NDArray[np.float32]:
+    """Return sign(x_i - x_j), shape (B, n, n)."""
+    return np.sign(x[:, :, None] - x[:, None, :]).astype(np.float32)
+
+
+def _apply(signs: npt.NDArray[np.float32], weights: Array) -> Array:
+    """Return Σ_j w_j sign_ij: twice the rank of i among the weighted models, centred."""
+    return np.matmul(signs, weights.astype(np.float32)[..., None])[..., 0].astype(np.float64)
+
+
+def _total(matrix: npt.NDArray[np.float32], weights: Array) -> Array:
+    return (weights * _apply(matrix, weights)).sum(axis=1)
+
+
+def _pearson(x: Array, y: Array, weights: Array) -> Array:
+    """Return the weighted correlation of each draw; nan where one of both is constant."""
+    total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+    dx = x - (weights * x).sum(axis=1, keepdims=True) / total
+    dy = y - (weights * y).sum(axis=1, keepdims=True) / total
+    variances = [(weights * a * a).sum(axis=1) for a in (dx, dy)]
+    scale = np.sqrt(variances[0] * variances[1])
+    flat = scale <= 1e-12 * total[:, 0]
+    result: Array = np.where(
+        flat, np.nan, (weights * dx * dy).sum(axis=1) / np.where(flat, 1, scale)
+    )
+    return result
+
+
+def _cumulative(values: Array) -> Array:
+    """Return sums of the first 0, 1, ..., n of axis 1."""
+    return np.pad(values.cumsum(axis=1), ((0, 0), (1, 0), (0, 0)))
+
+
+def _interval(values: Array) -> tuple[float, float]:
+    """Return the percentile interval; nan where most draws leave the statistic undefined."""
+    if np.isnan(values).mean() > 0.5:
+        return np.nan, np.nan
+    tail = 100 * (1 - LEVEL) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return float(low), float(high)

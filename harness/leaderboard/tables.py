@@ -1,0 +1,194 @@
+"""What the leaderboard is made of: the tables of a source, brought to one form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import spectra_db
+from harness.registry import entries
+from harness.registry.entry import partition_of
+from harness.submission.verified import verified_models
+from spectra_db import heterogeneity as measures
+from spectra_db.load import BUNDLED, NotFound
+from spectra_db.schema import TABLES
+
+_SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
+_COUNTED = [*_SPECTRUM, "block", "block_kind", "method", "num_products"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The tables that statistics are made from.
+
+    Attributes:
+        models: Table `models`, with entries of the registry that the tables don't hold as pending;
+            `missing` says what a model lacks, `provenance` who vouches for its rows: verified
+            (recomputed by `harness verify --mark`) or self-reported.
+        heterogeneity: Table `heterogeneity`, one spectrum per model and stage, of partition
+            `weights` where the blocks allow it; with `block_products`, the products that a metric
+            takes per block that is sampled.
+        gaps: Table `gaps`.
+        runs: Table `runs`.
+    """
+
+    models: pd.DataFrame
+    heterogeneity: pd.DataFrame
+    gaps: pd.DataFrame
+    runs: pd.DataFrame
+
+    @property
+    def pending(self) -> pd.DataFrame:
+        """The models that lack something, with what it is as `reason`."""
+        rows = self.models[self.models["missing"] != ""]
+        columns = ["model", "family", "tier", "task", "missing"]
+        return rows[columns].rename(columns={"missing": "reason"}).reset_index(drop=True)
+
+    @property
+    def updated(self) -> datetime | None:
+        """When the last of its runs started; None where there is none."""
+        return None if self.runs.empty else self.runs["started"].max().to_pydatetime()
+
+    @property
+    def age(self) -> str:
+        """Say how old the data are."""
+        if self.updated is None:
+            return "no runs are recorded"
+        days = (datetime.now(UTC) - self.updated).days
+        ago = "today" if days <= 0 else "a day ago" if days == 1 else f"{days} days ago"
+        return f"last computed {self.updated:%Y-%m-%d}, {ago}"
+
+
+def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Dataset:
+    """Read a source's tables.
+
+    Metrics over different blocks are different metrics, and the blocks of partition `paper` have
+    biases: a trained model of that partition is compared by its weights alone, the metrics taken
+    anew from its spectra.
+
+    Args:
+        source: Folder of tables or id of a dataset on the Hub; None for the bundled release.
+        registry_dir: Folder of further entries.
+
+    Raises:
+        NotFound: The source has no table `models`.
+        InvalidTable: A file is not valid, or of another protocol.
+    """
+    models = spectra_db.load("models", source=source)
+    gaps = optional("gaps", source)
+    metrics = _one_spectrum(optional("heterogeneity", source), models)
+    spectra = optional("spectra", source, columns=_COUNTED)
+    paper = set(models.loc[models["tier"].map(partition_of) == "paper", "model"])
+    has_gap = set(gaps.loc[gaps["status"] == "ok", "model"])
+    has_weights = set(metrics.loc[metrics["partition"] == "weights", "model"])
+    for model in sorted((paper & has_gap) - has_weights):
+        ours = metrics[metrics["model"] == model]
+        derived = _of_weights(model, ours, source)
+        metrics = pd.concat([metrics[metrics["model"] != model], derived], ignore_index=True)
+    folder = BUNDLED if source is None else Path(source)
+    verified = verified_models(folder) if folder.is_dir() else set()
+    return Dataset(
+        models=_with_pending(models, metrics, gaps, registry_dir).assign(
+            provenance=lambda m: (
+                m["model"].isin(verified).map({True: "verified", False: "self-reported"})
+            )
+        ),
+        heterogeneity=metrics.assign(block_products=_block_products(metrics, spectra)),
+        gaps=gaps,
+        runs=optional("runs", source),
+    )
+
+
+def optional(table: str, source: Path | str | None, **filters: Any) -> pd.DataFrame:
+    """Load rows of a table; none where the table or the model is not there."""
+    try:
+        return spectra_db.load(table, source=source, **filters)
+    except NotFound:
+        return TABLES[table].empty_table().to_pandas()
+
+
+def _one_spectrum(metrics: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
+    """Keep one partition of a model, `weights` if there is, and one seed of a stage, the lowest."""
+    known = metrics[metrics["model"].isin(set(models["model"]))]
+    order = known.assign(rank=(known["partition"] != "weights").astype(int))
+    order = order.sort_values(["model", "stage", "rank", "init_seed", "train_run"], kind="stable")
+    first = order.groupby(["model", "stage"])[["partition", "init_seed", "train_run"]]
+    kept = (order[["partition", "init_seed", "train_run"]] == first.transform("first")).all(axis=1)
+    return order[kept].drop(columns="rank").reset_index(drop=True)
+
+
+def _of_weights(model: str, ours: pd.DataFrame, source: Path | str | None) -> pd.DataFrame:
+    """Return the metrics of partition `weights` of a model whose spectra have biases too."""
+    rows = spectra_db.load("spectra", source=source, model=model, partition="paper")
+    blocks = optional("blocks", source, model=model)
+    parts = []
+    for _, spectrum in ours.drop_duplicates("stage")[_SPECTRUM].iterrows():
+        at_stage = rows[(rows[_SPECTRUM] == spectrum).all(axis=1) & (rows["block_kind"] != "bias")]
+        where = [c for c in _SPECTRUM if c != "partition"]
+        beside = blocks[(blocks[where] == spectrum[where]).all(axis=1)]
+        found = measures.metrics(at_stage, block_rows=beside if len(beside) else None)
+        parts.append(found.assign(partition="weights"))
+    return pd.concat(parts, ignore_index=True)[ours.columns]
+
+
+def _block_products(metrics: pd.DataFrame, spectra: pd.DataFrame) -> pd.Series:
+    """Return the products per sampled block: without those that diagonalise small blocks."""
+    place = ["model", "stage"]
+    chosen = metrics[_SPECTRUM].drop_duplicates(place)
+    ours = spectra[spectra["partition"] != "full"].merge(chosen, on=_SPECTRUM[:-1])
+    ours = ours[(ours["partition_y"] != "weights") | (ours["block_kind"] != "bias")]
+    ours = ours.drop_duplicates([*place, "block"])
+    exact = ours[ours["method"] == "exact"].groupby(place)["num_products"].sum()
+    sampled = ours[ours["method"] == "slq"].groupby(place)["block"].nunique()
+    index = pd.MultiIndex.from_frame(metrics[place])
+    spent = metrics["num_products"] - exact.reindex(index, fill_value=0).to_numpy()
+    per_block = spent.clip(lower=0) / sampled.reindex(index).to_numpy()
+    return per_block.where(metrics["num_products"] > 0, 0.0)
+
+
+def _with_pending(
+    models: pd.DataFrame, metrics: pd.DataFrame, gaps: pd.DataFrame, registry_dir: Path | None
+) -> pd.DataFrame:
+    """Give every model that lacks a metric or a gap the reason; add entries that are not there."""
+    known = set(models["model"])
+    tiers = set(models["tier"])
+    absent = [
+        {
+            "model": entry.name,
+            "family": entry.family,
+            "tier": entry.tier,
+            "task": entry.task,
+            "num_params": 0,
+            "num_blocks": 0,
+            "source": entry.source,
+            "licence": entry.licence,
+            "reference": entry.reference,
+            "status": "pending",
+            "reason": entry.reason or "not computed yet",
+            "protocol_version": spectra_db.PROTOCOL_VERSION,
+        }
+        for entry in entries(registry_dir=registry_dir)
+        if entry.tier in tiers and entry.name not in known
+    ]
+    if absent:
+        models = pd.concat([models, pd.DataFrame(absent)], ignore_index=True)
+    measured = set(metrics["model"])
+    of_gap = gaps.set_index("model")
+
+    def missing(row: Any) -> str:
+        if row.status != "ok":
+            return str(row.reason)
+        if row.model not in measured:
+            return "no spectrum at initialisation yet"
+        if row.model not in of_gap.index:
+            return "no gap: not trained with both optimizers yet"
+        gap = of_gap.loc[row.model]
+        return "" if gap["status"] == "ok" else f"gap {gap['status']}: {gap['reason']}"
+
+    return models.assign(missing=[missing(row) for row in models.itertuples()]).sort_values(
+        "model", ignore_index=True
+    )

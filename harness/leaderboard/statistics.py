@@ -136,6 +136,7 @@ class _Sample:
     @classmethod
     def of(cls, rows: pd.DataFrame, num_draws: int, seed: int) -> _Sample:
         """Draw families and errors; `rows` has a row per model."""
+        rows = rows.sort_values("model")
         generator = np.random.default_rng(seed)
         families, family_names = pd.factorize(rows["family"], sort=True)
         count = len(family_names)
@@ -204,17 +205,17 @@ def _stage_rows(
 
 def _all_statistics(sample: _Sample, rows: pd.DataFrame) -> dict[str, Array]:
     """Return the statistics of one reading in every draw, each of shape (B,)."""
-    x, weights = sample.log_metric(rows)
-    num_families = len(sample.family_names)
-    step = max(1, _CHUNK // x.shape[1] ** 2)
-    parts = [
-        _correlations(x[i], sample.gap[i], sample.log_size, sample.needed[i], weights[i])
-        for i in (slice(start, start + step) for start in range(0, len(x), step))
-    ]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    found["spearman_families"] = _between(x, sample.gap, sample.families, num_families, weights)
-    accuracy, majority = left_out_accuracy(x, sample.needed, sample.families, weights)
-    return found | {"accuracy": accuracy, "accuracy_majority": majority}
+    every_x, every_weight = sample.log_metric(rows)
+    num_families, step = len(sample.family_names), max(1, _CHUNK // every_x.shape[1] ** 2)
+    parts = []
+    for i in (slice(start, start + step) for start in range(0, len(every_x), step)):
+        x, y, needed, weights = every_x[i], sample.gap[i], sample.needed[i], every_weight[i]
+        found = _correlations(x, y, sample.log_size, needed, weights)
+        found["spearman_families"] = _between(x, y, sample.families, num_families, weights)
+        accuracy = left_out_accuracy(x, needed, sample.families, weights)
+        found["accuracy"], found["accuracy_majority"] = accuracy
+        parts.append(found)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _correlations(
@@ -268,15 +269,21 @@ def left_out_accuracy(
     beneath = _cumulative((w * (1 - labels))[..., None] * one_hot)
     own = below + beneath[:, -1:] - beneath  # and false alarms at or above
     errors = own.sum(2, keepdims=True) - own
-    gaps = np.diff(xs, axis=1)
-    widest = np.maximum(gaps.max(axis=1, keepdims=True), 1e-300)
-    margin = np.pad(gaps / widest, ((0, 0), (1, 1)))
-    tied = np.pad(gaps == 0, ((0, 0), (1, 1)))
-    score = errors - 0.5 * margin[..., None] + np.where(tied, np.inf, 0.0)[..., None]
-    best = score.argmin(axis=1)  # (B, F)
-    ends = np.pad((xs[:, 1:] + xs[:, :-1]) / 2, ((0, 0), (1, 1)), constant_values=np.inf)
-    ends[:, 0] = -np.inf
-    threshold = np.take_along_axis(ends, best, axis=1)
+    # A threshold lies in the middle between two models that it may know of.
+    known = (one_hot == 0) & (w > 0)[..., None]
+    under = np.maximum.accumulate(np.where(known, xs[..., None], -np.inf), axis=1)
+    above = np.minimum.accumulate(np.where(known, xs[..., None], np.inf)[:, ::-1], axis=1)
+    under = np.pad(under, ((0, 0), (1, 0), (0, 0)), constant_values=-np.inf)
+    above = np.pad(above[:, ::-1], ((0, 0), (0, 1), (0, 0)), constant_values=np.inf)
+    gap = above - under
+    margin = np.where(np.isfinite(gap), gap, 0.0)
+    widest = np.maximum(margin.max(axis=1, keepdims=True), 1e-300)
+    score = np.where(gap > 0, errors - 0.5 * margin / widest, np.inf)
+    best = score.argmin(axis=1, keepdims=True)  # (B, 1, F)
+    ends = [np.take_along_axis(side, best, axis=1)[:, 0] for side in (under, above)]
+    outside = ~np.isfinite(ends[0]) | ~np.isfinite(ends[1])
+    middle = np.where(outside, 0.0, ends[0]) + np.where(outside, 0.0, ends[1] - ends[0]) / 2
+    threshold = np.where(outside, np.where(np.isfinite(ends[1]), -np.inf, np.inf), middle)
     total = np.maximum(w.sum(axis=1), 1e-300)
     predicted = xs >= np.take_along_axis(threshold, family, axis=1)
     accuracy = (w * (predicted == labels)).sum(axis=1) / total

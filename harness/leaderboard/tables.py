@@ -136,7 +136,10 @@ def _of_weights(model: str, ours: pd.DataFrame, source: Path | str | None) -> pd
 
 
 def _block_products(metrics: pd.DataFrame, spectra: pd.DataFrame) -> pd.Series:
-    """Return the products per sampled block: without those that diagonalise small blocks."""
+    """Return the products per sampled block: without those that diagonalise small blocks.
+
+    The mean over all blocks where none is sampled, or no spectrum is there to tell.
+    """
     place = ["model", "stage"]
     chosen = metrics[_SPECTRUM].drop_duplicates(place)
     ours = spectra[spectra["partition"] != "full"].merge(chosen, on=_SPECTRUM[:-1])
@@ -147,6 +150,7 @@ def _block_products(metrics: pd.DataFrame, spectra: pd.DataFrame) -> pd.Series:
     index = pd.MultiIndex.from_frame(metrics[place])
     spent = metrics["num_products"] - exact.reindex(index, fill_value=0).to_numpy()
     per_block = spent.clip(lower=0) / sampled.reindex(index).to_numpy()
+    per_block = per_block.fillna(metrics["num_products"] / metrics["num_blocks"])
     return per_block.where(metrics["num_products"] > 0, 0.0)
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import spectra_db
 from harness.cli import main
 from harness.registry import get
+from harness.submission.verified import verified_models
 from harness.submission.verify import sample_rows, verify, verify_sample
 from spectra_db import store
 
@@ -153,3 +154,11 @@ def test_arguments_out_of_range_are_usage_errors(folder, arguments, message):
     result = CliRunner().invoke(main, ["verify", "--source", str(folder), *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_what_agrees_is_marked_as_verified_on_request(folder):
+    arguments = ["verify", str(folder), "--sample", "2"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert verified_models(folder) == set()
+    assert CliRunner().invoke(main, [*arguments, "--mark"]).exit_code == 0
+    assert verified_models(folder) == {"cnn-digits"}

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import spectra_db
+from harness.cli import main
+from harness.leaderboard import report, statistics, tables
+from harness.submission.verified import mark_verified
+from harness.submission.verify import Check
+from spectra_db import store
+from spectra_db.load import BUNDLED
+from tests.harness.leaderboard.tables import gap_row, made_up, model_row
+
+ROOT = Path(__file__).parents[3]
+FAMILIES = ["a", "a", "b", "b", "c", "c", "d", "d"]
+released = pytest.mark.skipif(
+    not any(BUNDLED.glob("gaps/*.parquet")), reason="no release is bundled with this checkout"
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Return a folder of tables: eight models, of which JS⁰ orders the gaps and w1 does not."""
+    gaps = np.r_[np.linspace(0, 0.05, 4), np.linspace(0.2, 0.3, 4)]
+    values = {"js0": np.exp(gaps), "w1": np.r_[1:5, 1:5] + gaps}
+    parts = made_up(values, gaps, FAMILIES, errors=1e-4)
+    for table, rows in zip(("models", "heterogeneity", "gaps"), parts, strict=True):
+        store.write(tmp_path / "data", table, rows)
+    return tmp_path / "data"
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(main, ["leaderboard", *map(str, arguments)])
+
+
+def test_the_files_hold_the_numbers_that_are_printed(folder, tmp_path):
+    result = call("--source", folder, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    stored = spectra_db.load("leaderboard", source=tmp_path / "out")
+    csv = pd.read_csv(tmp_path / "out" / "leaderboard" / "leaderboard.csv")
+    printed = pd.DataFrame(facts["leaderboard"])
+    np.testing.assert_allclose(stored["value"], csv["value"], rtol=1e-12)
+    np.testing.assert_allclose(stored["value"], printed["value"].astype(float), rtol=1e-12)
+    models = pd.read_csv(tmp_path / "out" / "leaderboard" / "models.csv")
+    assert len(models) == 16
+    assert set(models["provenance"]) == {"self-reported"}
+    assert models["enters"].all()
+
+
+def test_what_an_earlier_table_held_is_gone(folder, tmp_path):
+    assert call("--source", folder, "--out", tmp_path / "out").exit_code == 0
+    store.write(folder, "models", [model_row("m0", family="z")])
+    assert call("--source", folder, "--out", tmp_path / "out").exit_code == 0
+    assert "z" in set(spectra_db.load("leaderboard", source=tmp_path / "out")["left_out"])
+    store.write(folder, "models", [model_row("m0", family="a")])
+    assert call("--source", folder, "--out", tmp_path / "out").exit_code == 0
+    assert "z" not in set(spectra_db.load("leaderboard", source=tmp_path / "out")["left_out"])
+
+
+def test_the_sentences_answer_the_questions_with_n_and_intervals(folder):
+    result = call("--source", folder)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert "Over 8 models of 4 families" in text
+    assert "is 1.00 [" in text
+    assert "more heterogeneous models have the larger gaps" in text
+    assert "AUC of 1.00" in text
+    assert "no runs are recorded" in text
+
+
+def test_the_readme_gets_the_table_between_its_markers_and_keeps_the_rest(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{report.BEGIN}\noutdated\n{report.END}\n\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        assert call("--source", folder, "--readme", readme).exit_code == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n\n<!--")
+    assert text.endswith("-->\n\nafter\n")
+    assert "outdated" not in text
+    assert text.count("| JS⁰ | 120 | 1.00 [") == 1
+
+
+def test_a_readme_without_markers_is_left_as_it_is(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing", encoding="utf-8")
+    result = call("--source", folder, "--readme", readme)
+    assert result.exit_code == 2
+    assert "needs a line" in result.stderr
+    assert readme.read_text(encoding="utf-8") == "nothing"
+
+
+def test_an_unknown_stage_is_refused_with_those_there_are(folder):
+    result = call("--source", folder, "--stage", "end")
+    assert result.exit_code == 2
+    assert "choose one of init, p10, p25, p50, final" in result.stderr
+
+
+def test_few_models_are_said_to_be_few(tmp_path):
+    store.write(tmp_path, "models", [model_row("m0", tier="demo")])
+    result = call("--source", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "0 trained models of the tiers small and paper are too few" in result.stdout
+
+
+def test_every_model_without_a_number_is_pending_with_the_reason(folder):
+    store.write(folder, "models", [model_row("late", status="pending", reason="no data")])
+    store.write(folder, "models", [model_row("dull")])
+    store.write(folder, "gaps", [gap_row("m1", 0.1, status="failed", reason="undefined")])
+    pending = tables.read(folder).pending.set_index("model")["reason"]
+    assert pending["late"] == "no data"
+    assert pending["dull"] == "no spectrum at initialisation yet"
+    assert pending["m1"] == "gap failed: undefined"
+    assert pending["vit-cifar10"] == "not computed yet"  # of the registry, in the same tier
+    assert "cnn-digits" not in pending  # another tier
+    assert "m0" not in pending
+
+
+def test_a_verified_model_is_told_from_a_self_reported_one_until_its_rows_change(folder):
+    for model in ("m0", "m1", "m2"):
+        path = store.path_of(folder, "spectra", model)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(model.encode())
+    outcomes = {"m0": ["agrees", "agrees"], "m1": ["agrees", "deviates"], "m2": ["agrees"]}
+    checks = [
+        Check(model, "init", "weights", "w", i, outcome)
+        for model, several in outcomes.items()
+        for i, outcome in enumerate(several)
+    ]
+    mark_verified(folder, checks)
+    store.path_of(folder, "spectra", "m2").write_bytes(b"changed")
+    found = tables.verified_models(folder)
+    assert found == {"m0"}
+
+
+def test_a_model_of_blocks_with_biases_is_compared_by_its_weights(tmp_path):
+    # Partition paper of the MLP sweep has biases; the released heterogeneity has them in it.
+    rows = spectra_db.load("spectra", source=_perceptron(tmp_path), model="p")
+    with_biases = spectra_db.load("heterogeneity", source=tmp_path, model="p", metric="js0")
+    found = tables.read(tmp_path).heterogeneity
+    found = found[(found["metric"] == "js0") & (found["scale"] == "lambda10")].iloc[0]
+    expected = spectra_db.js0(rows[rows["block_kind"] != "bias"])
+    assert found["partition"] == "weights"
+    assert found["corrected"] == pytest.approx(expected.corrected)
+    assert found["num_blocks"] == 3
+    assert with_biases["num_blocks"].iloc[0] == 4
+    assert found["block_products"] == 3 * 5  # not those that diagonalise the exact block
+
+
+def _perceptron(folder: Path) -> Path:
+    """Write a model of partition paper with a bias, two sampled blocks and an exact one."""
+    from spectra_db.heterogeneity import metrics
+    from tests.harness.leaderboard.test_site import spectrum_rows
+
+    rows = spectrum_rows("p")
+    bias = rows[-1] | {"block": "layers.2.b", "block_kind": "bias", "nodes": [0.5, 3.0]}
+    rows = [row | {"partition": "paper"} for row in [*rows, bias]]
+    store.write(folder, "models", [model_row("p", tier="paper")])
+    store.write(folder, "gaps", [gap_row("p", 0.1)])
+    store.write(folder, "spectra", rows)
+    stored = spectra_db.load("spectra", source=folder, model="p")
+    store.write(folder, "heterogeneity", metrics(stored))
+    return folder
+
+
+@released
+def test_the_readme_shows_the_release():
+    data = tables.read(None)
+    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.readme_block(board, data) in text, "run: make leaderboard"
+
+
+@released
+def test_the_table_of_the_release_is_that_of_its_tables(tmp_path):
+    if not (BUNDLED / "leaderboard" / "all.parquet").exists():
+        pytest.skip("the release has no table leaderboard yet")
+    for table in ("models", "heterogeneity", "gaps", "spectra", "blocks", "runs"):
+        shutil.copytree(BUNDLED / table, tmp_path / table)
+    assert call("--source", tmp_path, "--out", tmp_path).exit_code == 0
+    ours, stored = (spectra_db.load("leaderboard", source=s) for s in (tmp_path, None))
+    pd.testing.assert_frame_equal(ours, stored)

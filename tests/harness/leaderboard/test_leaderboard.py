@@ -78,7 +78,9 @@ def test_the_sentences_answer_the_questions_with_n_and_intervals(folder):
 
 def test_the_readme_gets_the_table_between_its_markers_and_keeps_the_rest(folder, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{report.BEGIN}\noutdated\n{report.END}\n\nafter\n", encoding="utf-8")
+    readme.write_text(
+        f"before\n\n{report.BEGIN}\noutdated\n{report.END}\n\nafter\n", encoding="utf-8"
+    )
     for _ in range(2):
         assert call("--source", folder, "--readme", readme).exit_code == 0
     text = readme.read_text(encoding="utf-8")

@@ -52,4 +52,11 @@ def _explained(unit: Unit, source: Path) -> bool:
 
 
 def derive(folder: Path, registry_dir: Path | None = None) -> None:
-    """Write the derived tables of a folder of tables."""
+    """Write the derived tables of a folder of tables: `leaderboard`, with its CSV files."""
+    from harness.leaderboard import statistics, tables
+    from harness.leaderboard.export import export
+
+    data = tables.read(folder, registry_dir=registry_dir)
+    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+    if len(board):
+        export(data, board, folder)

@@ -24,8 +24,12 @@ def export(data: Dataset, board: pd.DataFrame, out: Path) -> list[Path]:
 
     The table is derived: what an earlier one had is gone.
     """
-    store.write(out, "leaderboard", board, replace=True)
-    folder = out / "leaderboard"
+    folder, table = out / "leaderboard", store.path_of(out, "leaderboard", "all")
+    if len(board):
+        store.write(out, "leaderboard", board, replace=True)
+    else:
+        table.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     joined = measurements(data.models, data.heterogeneity, data.gaps)
     of_model = data.models.set_index("model")["provenance"]
     joined["provenance"] = joined["model"].map(of_model)
@@ -38,4 +42,4 @@ def export(data: Dataset, board: pd.DataFrame, out: Path) -> list[Path]:
         part = folder / f".{name}.part"
         rows.to_csv(part, index=False)
         part.replace(folder / name)
-    return [store.path_of(out, "leaderboard", "all"), *(folder / name for name in files)]
+    return [*([table] if len(board) else []), *(folder / name for name in files)]

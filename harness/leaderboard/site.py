@@ -1,172 +1,203 @@
-"""The page that shows the tables of a folder: one HTML file and its figures."""
+"""The site: static pages that show the dataset and the leaderboard, also from file://."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 
 import spectra_db
 from harness.errors import UserError
-from harness.registry.entry import partition_of
-from spectra_db import plot
-from spectra_db.heterogeneity import Estimate
-from spectra_db.load import NotFound
+from harness.leaderboard import model_page, report
+from harness.leaderboard.export import export
+from harness.leaderboard.statistics import leaderboard, measurements
+from harness.leaderboard.tables import Dataset, read
+from spectra_db import store
+from spectra_db.load import BUNDLED
 from spectra_db.schema import STAGES, TABLES
 
-# Of every interval on the page.
-LEVEL = 0.95
-# The settings of PROTOCOL's spectra; a folder may hold others beside them.
-STANDARD = {
-    "operator": "hessian",
-    "norm_mode": "eval",
-    "dtype": "float32",
-    "probe_distribution": "gaussian",
-}
+_STATIC = Path(__file__).parent / "static"
+_DIGITS = 6
 
 
 def build(source: Path | str | None, out: Path) -> Path:
-    """Write `index.html` and `figures/` into a folder.
+    """Write `index.html`, a page per model, and what they need, into a folder.
 
     Args:
-        source: Folder of tables, or None for the bundled release.
-        out: Folder to write to; links to the tables work if it is the source itself.
+        source: Folder of tables, id of a dataset on the Hub, or None for the bundled release.
+        out: Folder to write to. Tables of a local source are copied there for download, unless it
+            is the source itself.
 
     Returns:
-        The path of the page.
+        The path of the first page.
 
     Raises:
         NotFound: The source has no table `models`.
         UserError: The folder can't be written to.
     """
-    models = _load("models", source, required=True)
-    figures = out / "figures"
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{figures} can't be made: {error.strerror}") from error
+    data = read(source)
+    board = leaderboard(data.models, data.heterogeneity, data.gaps)
+    for folder in (out, out / "models", out / "data" / "models"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} can't be made: {error.strerror}") from error
+    shutil.copytree(_STATIC, out / "static", dirs_exist_ok=True)
+    export(data, board, out)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("harness.leaderboard"), autoescape=True
+        loader=jinja2.PackageLoader("harness.leaderboard"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    sections = [_section(dict(row), source, out) for _, row in models.iterrows()]
-    same = source is not None and Path(source).resolve() == out.resolve()
+    environment.filters["number"] = lambda x: f"{x:,}" if x else "–"
+    joined = measurements(data.models, data.heterogeneity, data.gaps)
+    models = _models(data, joined)
+    shared = {"updated": data.updated, "protocol_version": spectra_db.PROTOCOL_VERSION}
     page = environment.get_template("index.html").render(
-        models=sections, links=same, protocol_version=spectra_db.PROTOCOL_VERSION
+        models=models,
+        sentences=report.sentences(board),
+        num_pending=len(data.pending),
+        has_board=len(board) > 0,
+        stages=[s for s in STAGES if s in set(joined["stage"])],
+        **shared,
     )
+    _write_js(out / "data" / "index.js", index_data(models, joined, board))
+    for model in models:
+        if not model["has_page"]:
+            continue
+        name = model["model"]
+        charts = model_page.charts(name, model["tier"], source)
+        _write_js(out / "data" / "models" / f"{name}.js", charts)
+        runs = data.runs[data.runs["model"] == name].sort_values("started")
+        html = environment.get_template("model.html").render(
+            m=model,
+            charts=charts,
+            metrics=_metric_table(joined[joined["model"] == name]),
+            runs=runs.to_dict("records"),
+            downloads=_downloads(name, source, out),
+            stages=STAGES,
+            **shared,
+        )
+        (out / "models" / f"{name}.html").write_text(html, encoding="utf-8")
     path = out / "index.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _section(model: dict[str, Any], source: Path | str | None, out: Path) -> dict[str, Any]:
-    """Gather what the page says of one model, and draw its figures."""
-    name = model["model"]
-    rows = _in_order(_load("spectra", source, model=name))
-    partition = partition_of(model["tier"])
-    stages = []
-    for stage in STAGES:
-        at_stage = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == partition)])
-        if len(at_stage):
-            full = _standard(rows[(rows["stage"] == stage) & (rows["partition"] == "full")])
-            stages.append(_stage(name, stage, at_stage, full, out))
-    training = _load("training", source, model=name)
-    curves = None
-    if len(training):
-        curves = _save(out, f"{name}-training", lambda: plot.training_curves(training))
-    gaps = _load("gaps", source, model=name)
-    runs = _load("runs", source, model=name).sort_values("started")
+def index_data(
+    models: list[dict[str, Any]], joined: pd.DataFrame, board: pd.DataFrame
+) -> dict[str, Any]:
+    """Return what the first page's script needs.
+
+    `points` has, per stage and reading, rows of [index of the model, estimate, standard error];
+    `board` has table `leaderboard` without the rows of families left out, as rows of `columns`.
+    """
+    order = {model["model"]: i for i, model in enumerate(models)}
+    points: dict[str, dict[str, list[list[float | None]]]] = {}
+    for (stage, metric, scale), rows in joined.groupby(["stage", "metric", "scale"]):
+        measured = zip(rows["model"], rows["estimate"], rows["standard_error"], strict=True)
+        found = [[order[m], _short(x), _short(e)] for m, x, e in measured]
+        points.setdefault(str(stage), {})[f"{metric}:{scale}"] = found
+    whole = board[board["left_out"] == ""]
+    columns = ["stage", "metric", "scale", "statistic", "value", "ci_low", "ci_high"]
+    columns += ["num_models", "num_families", "num_products"]
+    rows = json.loads(whole[columns].to_json(orient="values", double_precision=15))
+    keys = ("model", "family", "tier", "task", "gap", "low", "high", "needed", "enters")
     return {
-        **model,
-        "stages": stages,
-        "js0": next((s["js0"] for s in stages if s["stage"] == "init"), None),
-        "curves": curves,
-        "gap": _gap(gaps.iloc[0]) if len(gaps) else None,
-        "runs": runs.to_dict("records"),
-        "tables": [table for table in TABLES if len(_load(table, source, model=name))],
+        "models": [{key: model[key] for key in keys} for model in models],
+        "points": points,
+        "columns": columns,
+        "board": rows,
+        "labels": report.LABELS,
+        "statistics": report.COLUMNS,
     }
 
 
-def _standard(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
-    if rows.empty:
-        return rows
-    settings = list(STANDARD)
-    rank = (rows[settings] != pd.Series(STANDARD)).sum(axis=1)
-    spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
-    first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
-    return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
+def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return what the pages say of each model."""
+    js0 = joined[(joined["metric"] == "js0") & (joined["scale"] == "lambda10")]
+    js0 = js0[js0["stage"] == "init"].set_index("model")
+    gaps = data.gaps[data.gaps["status"] == "ok"].set_index("model")
+    measured = set(joined["model"]) | set(data.runs["model"]) | set(data.gaps["model"])
+    entering = set(joined.loc[joined["enters"], "model"])
+    models = []
+    for row in sorted(data.models.to_dict("records"), key=lambda row: _natural(row["model"])):
+        name = row["model"]
+        facts: dict[str, Any] = dict.fromkeys(("gap", "low", "high", "needed", "js0"))
+        facts |= {"enters": name in entering, "has_page": name in measured}
+        if name in gaps.index:
+            gap = gaps.loc[name]
+            facts["gap"], facts["low"], facts["high"] = (
+                _short(gap[column]) for column in ("gap", "ci_low", "ci_high")
+            )
+            facts["needed"] = bool(gap["adam_needed"])
+        if name in js0.index:
+            facts["js0"] = _short(js0.loc[name, "estimate"])
+            facts["js0_error"] = _short(js0.loc[name, "standard_error"])
+        models.append({str(key): value for key, value in row.items()} | facts)
+    return models
 
 
-def _stage(
-    name: str, stage: str, at_stage: pd.DataFrame, full: pd.DataFrame, out: Path
-) -> dict[str, Any]:
-    """Draw a stage's figures and compute its JS⁰."""
-    facts: dict[str, Any] = {"stage": stage, "js0": None}
-    failed = at_stage[at_stage["status"] == "failed"]
-    if len(failed):
-        return facts | {"reason": failed["reason"].iloc[0]}
-    prefix = f"{name}-{stage}"
-    facts["spectra"] = _save(out, f"{prefix}-blocks", lambda: plot.spectra(at_stage))
-    if len(full) and (full["status"] == "ok").all():
-        facts["full"] = _save(out, f"{prefix}-full", lambda: plot.spectra(full))
-    nonzero = at_stage.loc[at_stage["status"] == "ok", "block"].nunique()
-    if nonzero >= 2:
-        facts["heatmap"] = _save(out, f"{prefix}-js", lambda: plot.js_heatmap(at_stage))
-        facts["js0"] = _interval(spectra_db.js0(at_stage))
-    return facts
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts c2 before c10."""
+    words = re.findall(r"\d+|\D+", name)
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in words]
 
 
-def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """Sort blocks as a network is read: embeddings, layers by their numbers, the head."""
-    ends = {"embedding": 0, "position": 0, "head": 2}
-
-    def place(row: Any) -> tuple[int, list[tuple[int, str]], int]:
-        words = re.findall(r"\d+|\D+", row.block)
-        numbered = [(int(word), "") if word.isdigit() else (-1, word) for word in words]
-        return ends.get(row.block_kind, 1), numbered, row.probe
-
-    places = [place(row) for row in rows.itertuples()]
-    return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]
-
-
-def _interval(estimate: Estimate) -> str:
-    """Write an estimate with its interval."""
-    if estimate.corrected != estimate.corrected:
-        return f"{estimate.value:.3f} (plug-in)"
-    low, high = estimate.interval(LEVEL)
-    return f"{estimate.corrected:.3f} [{low:.3f}, {high:.3f}]"
+def _metric_table(joined: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a row per reading, with estimate and error at each stage."""
+    table = []
+    for (metric, scale), rows in joined.groupby(["metric", "scale"], sort=False):
+        at = rows.set_index("stage")
+        cells = {
+            stage: _with_error(at.loc[stage, "estimate"], at.loc[stage, "standard_error"])
+            for stage in at.index
+        }
+        products = int(rows["num_products"].iloc[0])
+        label = report.LABELS.get(str(metric), str(metric))
+        table.append({"label": label, "scale": scale, "num_products": products, **cells})
+    return table
 
 
-def _gap(row: pd.Series) -> dict[str, Any]:
-    """Write a gap with its interval, or why there is none."""
-    if row["status"] != "ok":
-        return {"ok": False, "text": f"{row['status']}: {row['reason']}"}
-    text = f"{row['gap']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-    return {"ok": True, "text": text, "adam_needed": bool(row["adam_needed"])}
+def _with_error(value: float, error: float) -> str:
+    """Write a value with two digits of its error, or four of its own."""
+    if not 1e-6 * abs(value) < error < abs(value):
+        return f"{value:.4g}"
+    digits = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def _save(out: Path, name: str, draw: Callable[[], Any]) -> str:
-    """Save a figure as SVG and return its path relative to the page."""
-    import matplotlib as mpl
+def _downloads(name: str, source: Path | str | None, out: Path) -> list[tuple[str, str]]:
+    """Return the model's tables and their links from its page, copied if they lie elsewhere."""
+    folder = BUNDLED if source is None else Path(source)
+    found = []
+    for table in TABLES:
+        path = store.path_of(folder, table, name)
+        if not path.is_file():
+            continue
+        if folder.resolve() != out.resolve():
+            target = out / "tables" / table / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            found.append((table, f"../tables/{table}/{path.name}"))
+        else:
+            found.append((table, f"../{table}/{path.name}"))
+    return found
 
-    relative = f"figures/{name}.svg"
-    # No date and fixed ids: the same tables give the same bytes.
-    with mpl.rc_context({"svg.hashsalt": name}):
-        draw().savefig(out / relative, metadata={"Date": None})
-    return relative
+
+def _write_js(path: Path, content: dict[str, Any]) -> None:
+    """Write data as a script: a page from file:// may not fetch, but it may load scripts."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    path.write_text(f"window.DATA={text};\n", encoding="utf-8")
 
 
-def _load(
-    table: str, source: Path | str | None, *, required: bool = False, **filters: Any
-) -> pd.DataFrame:
-    """Load rows; none where the table or the model is not there and need not be."""
-    try:
-        return spectra_db.load(table, source=source, **filters)
-    except NotFound:
-        if required:
-            raise
-        return pd.DataFrame(columns=TABLES[table].names)
+def _short(value: float) -> float | None:
+    """Round to six digits; None for nan."""
+    return float(f"{value:.{_DIGITS}g}") if value == value else None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import html
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,11 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import spectra_db
 from harness.errors import UserError
+from harness.leaderboard import report
 from harness.leaderboard.site import build
+from harness.leaderboard.statistics import leaderboard
+from harness.leaderboard.tables import read
 from spectra_db import store
 from spectra_db.load import NotFound
 from spectra_db.schema import TABLES
+from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row
 
 
 def spectrum_rows(model: str) -> list[dict[str, object]]:
@@ -38,126 +45,200 @@ def spectrum_rows(model: str) -> list[dict[str, object]]:
     return [*rows, shared | exact | rule | {"block": "embed.w", "block_kind": "embedding"}]
 
 
-def model_row(model: str, **changes: object) -> dict[str, object]:
-    return {
-        "model": model, "family": "cnn", "tier": "demo", "task": "digits", "num_params": 4002,
-        "num_blocks": 3, "source": "ours", "licence": "Apache-2.0", "reference": "a <paper>",
-        "status": "ok", "protocol_version": 1,
-    } | changes  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    """Return the page of one complete model, a pending one, and one whose spectrum failed."""
-    out = tmp_path_factory.mktemp("site")
-    store.write(
-        out,
-        "models",
-        [
-            model_row("good"),
-            model_row("late", num_params=0, num_blocks=0, status="pending", reason="no data"),
-            model_row("bad"),
-        ],
-    )
-    store.write(out, "spectra", spectrum_rows("good"))
+def write_tables(out: Path) -> None:
+    """Write models with numbers alone, a complete one, a pending one, one whose spectrum failed."""
+    gaps = np.r_[np.linspace(0, 0.05, 4), np.linspace(0.2, 0.3, 4)]
+    values = {"js0": np.exp(gaps) / 2, "w1": np.r_[1:5, 1:5] + gaps}
+    families = ["a", "a", "b", "b", "c", "c", "d", "d"]
+    tables = ("models", "heterogeneity", "gaps")
+    for table, rows in zip(tables, made_up(values, gaps, families, errors=1e-3), strict=True):
+        store.write(out, table, rows)
+    store.write(out, "heterogeneity", [
+        metric_row("m0", "js0", 0.4, stage="final", standard_error=0.01),
+        metric_row("good", "js0", 0.6, standard_error=0.01),
+    ])  # fmt: skip
+    late = model_row("late", num_params=0, num_blocks=0, status="pending", reason="no <data>")
+    store.write(out, "models", [model_row("good"), late, model_row("bad")])
+    final = [row | {"stage": "final", "train_run": "adamw-seed1"} for row in spectrum_rows("good")]
+    store.write(out, "spectra", [*spectrum_rows("good"), *final])
     failed = {"nodes": [], "weights": [], "alphas": [], "betas": [], "status": "failed"}
     [row] = [row for row in spectrum_rows("bad") if row["method"] == "exact"]
     store.write(out, "spectra", [row | failed | {"reason": "out of memory"}])
-    gap = {"model": "good", "protocol_version": 1, "gap": 0.25, "standard_error": 0.01}
-    gap |= {"ci_low": 0.2, "ci_high": 0.3, "at_edge": False, "num_lrs": 5, "num_seeds": 3}
-    store.write(out, "gaps", [gap | {"adam_needed": True, "status": "ok"}])
+    store.write(out, "gaps", [gap_row("good", 0.25, 0.01)])
+    store.write(out, "gaps", [gap_row("bad", 0.25, 0.01, status="failed", reason="undefined")])
     curves = [
         {
-            "model": "good", "optimizer": optimizer, "lr": 0.1, "seed": 0, "step": step,
-            "split": split, "metric": "loss", "protocol_version": 1, "value": 2.0 - step / 10,
+            "model": "good", "optimizer": optimizer, "lr": lr, "seed": 0, "step": step,
+            "split": split, "metric": "loss", "protocol_version": 1, "value": 2.0 - lr * step,
             "diverged": False,
         }
         for optimizer in ("sgd", "adamw")
+        for lr in (0.01, 0.1)
         for split, step in (("train", 0), ("batch", 0), ("batch", 5), ("train", 10))
     ]  # fmt: skip
     store.write(out, "training", curves)
-    return build(out, out)
+
+
+@pytest.fixture(scope="session")
+def tables_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    write_tables(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def page(tables_folder, tmp_path_factory) -> Path:
+    return build(tables_folder, tmp_path_factory.mktemp("site"))
+
+
+def data_of(page: Path, name: str = "index") -> dict:
+    text = (page.parent / "data" / f"{name}.js").read_text(encoding="utf-8")
+    return json.loads(text.removeprefix("window.DATA=").removesuffix(";\n"))
 
 
 class Links(HTMLParser):
-    """Gathers what a page refers to, and the images without a text."""
+    """Gathers what a page refers to, and its ids."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.targets: list[str] = []
         self.ids: list[str] = []
-        self.silent: list[str] = []
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.targets += [found[key] for key in ("href", "src") if key in found]
         self.ids += [found["id"]] if "id" in found else []
-        if tag == "img" and len(found.get("alt") or "") < 20:
-            self.silent.append(found["src"])
 
 
-def test_everything_the_page_shows_lies_beside_it(page):
-    links = Links(page)
-    local = [target for target in links.targets if not target.startswith(("#", "https://arxiv"))]
-    assert len([target for target in local if target.endswith(".svg")]) == 3
-    assert all((page.parent / target).is_file() for target in local)
-    assert all(t[1:] in links.ids for t in links.targets if t.startswith("#"))
+def test_everything_the_pages_refer_to_lies_beside_them(page):
+    pages = [page, *(page.parent / "models").glob("*.html")]
+    assert len(pages) == 11  # not of the model that is pending
+    for path in pages:
+        links = Links(path)
+        local = [t for t in links.targets if not t.startswith(("#", "https://arxiv", "data:"))]
+        assert all((path.parent / target).is_file() for target in local), path
+        assert all(t[1:] in links.ids for t in links.targets if t.startswith("#"))
 
 
-def test_the_page_asks_nothing_of_the_network(page):
+def test_the_pages_ask_nothing_of_the_network(page):
+    for path in page.parent.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"<(iframe|img)|@import|(src|action)=\"http|<link[^>]*http", text)
+    for path in page.parent.glob("static/*"):
+        if path.is_file():
+            assert not re.search(r"https?:|fetch\(|XMLHttp", path.read_text(encoding="utf-8"))
+
+
+def test_the_site_shows_the_numbers_of_the_command_and_of_the_readme(page, tables_folder):
+    data = read(tables_folder)
+    board = leaderboard(data.models, data.heterogeneity, data.gaps)
+    shown = data_of(page)
+    whole = board[board["left_out"] == ""][shown["columns"]].to_dict("records")
+    assert len(whole) == len(shown["board"]) > 20
+    for row, expected in zip(shown["board"], whole, strict=True):
+        for found, (column, value) in zip(row, expected.items(), strict=True):
+            if found is None:
+                assert value != value, column
+            else:
+                assert found == (value if isinstance(value, str) else pytest.approx(value, 1e-12))
     text = page.read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link|iframe)|@import|url\(|src=\"http", text)
+    readme = report.readme_block(board, data)
+    for sentence in report.sentences(board):
+        assert sentence in readme
+        assert sentence in html.unescape(text)
 
 
-def test_every_figure_has_a_text_for_those_who_do_not_see_it(page):
-    assert Links(page).silent == []
-
-
-def test_the_table_gives_js0_and_the_gap_with_intervals(page):
+def test_a_model_that_is_pending_or_failed_says_why_and_text_is_escaped(page):
     text = page.read_text(encoding="utf-8")
-    row = re.search(r'<tr><td class="name"><a href="#good">.*?</tr>', text, re.DOTALL)
+    assert "pending: no &lt;data&gt;" in text
+    bad = (page.parent / "models" / "bad.html").read_text(encoding="utf-8")
+    assert "Stage init: out of memory" in bad
+    assert "Pending: no spectrum at initialisation yet" in bad
+    assert "a &lt;paper&gt;" in bad
+
+
+def test_the_table_gives_js0_and_the_gap_with_their_errors(page):
+    text = page.read_text(encoding="utf-8")
+    row = re.search(r'<tr[^>]*>\s*<th scope="row"><a href="models/good.html">.*?</tr>', text, re.S)
     assert row is not None
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", row.group())[1:]
-    assert cells[:3] == ["cnn", "4,002", "3"]
-    assert re.fullmatch(r"\d\.\d{3} \[-?\d\.\d{3}, \d\.\d{3}\]", cells[3])
-    assert cells[4:] == ["0.250 [0.200, 0.300]", "yes"]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row.group())
+    assert cells == [
+        "cnn", "digits", "4,002", "0.600 ± 0.010", "0.250 [0.230, 0.270]", "yes", "self-reported",
+    ]  # fmt: skip
 
 
-def test_what_failed_or_is_pending_says_why(page):
-    text = page.read_text(encoding="utf-8")
-    assert "pending: no data" in text
-    assert "Failed: out of memory" in text
+def test_the_blocks_stand_in_the_order_of_the_network(page):
+    charts = data_of(page, "models/good")
+    assert [b["name"] for b in charts["blocks"]] == ["embed.w", "layers.2.w", "layers.10.w"]
+    assert list(charts["spectra"]) == ["init", "final"]
 
 
-def test_text_from_tables_is_escaped(page):
-    assert "a &lt;paper&gt;" in page.read_text(encoding="utf-8")
+def test_the_binned_density_keeps_every_peak_of_the_density(page, tables_folder):
+    charts = data_of(page, "models/good")
+    rows = spectra_db.load("spectra", source=tables_folder, model="good", stage="init")
+    densities = spectra_db.density(rows)
+    for block in densities:
+        first, *values = charts["spectra"]["init"][block]
+        logs = np.array([np.nan if v is None else v / 100 for v in values])
+        assert np.nanmax(logs) == pytest.approx(np.log10(densities[block].max()), abs=0.006)
+        # At the eigenvalue where it is highest, too.
+        place = np.sinh((first + np.nanargmax(logs) + 0.5) / charts["bins_per_unit"])
+        assert place == pytest.approx(densities[block].idxmax(), abs=0.1)
 
 
-def test_blocks_stand_in_the_order_of_the_network(page):
-    figure = (page.parent / "figures" / "good-init-blocks.svg").read_text(encoding="utf-8")
-    titles = re.findall(r"<!-- (embed|layers)\.(\w+)", figure)
-    assert titles == [("embed", "w"), ("layers", "2"), ("layers", "10")]
+def test_the_heatmap_holds_the_pairwise_distances(page, tables_folder):
+    heatmap = data_of(page, "models/good")["heatmaps"]["init"]
+    rows = spectra_db.load("spectra", source=tables_folder, model="good", stage="init")
+    expected = spectra_db.heterogeneity.pairwise_js(rows)
+    order = heatmap["blocks"]
+    np.testing.assert_allclose(
+        np.array(heatmap["values"]) / 1000, expected.loc[order, order], atol=6e-4
+    )
 
 
-def test_the_same_tables_give_the_same_page(page, tmp_path):
-    again = build(page.parent, tmp_path)
-    for figure in sorted((page.parent / "figures").iterdir()):
-        assert (tmp_path / "figures" / figure.name).read_bytes() == figure.read_bytes()
-    assert "good.parquet" in page.read_text(encoding="utf-8")
-    assert "good.parquet" not in again.read_text(encoding="utf-8")  # the tables are elsewhere
+def test_the_best_curve_of_each_optimizer_is_marked(page):
+    curves = data_of(page, "models/good")["curves"]
+    assert [(c["optimizer"], c["lr"]) for c in curves if c["best"]] == [
+        ("adamw", 0.1),
+        ("sgd", 0.1),
+    ]
+    assert len(curves) == 4
 
 
 def test_of_several_spectra_of_a_stage_the_standard_one_of_the_lowest_seed_is_shown(page, tmp_path):
     first = spectrum_rows("good")
     store.write(tmp_path, "models", [model_row("good")])
+    store.write(tmp_path, "gaps", [gap_row("good", 0.1)])
     for changes in ({"init_seed": 5}, {"dtype": "bfloat16"}, {"norm_mode": "train"}, {}):
         odd = {"nodes": [-1.0, 1.0], "weights": [0.5, 0.5]} if changes else {}
         exact = [row | odd if row["method"] == "exact" else row for row in first]
         store.write(tmp_path, "spectra", [row | changes for row in exact])
+    charts = data_of(build(tmp_path, tmp_path), "models/good")
+    assert charts["heatmaps"]["init"] == data_of(page, "models/good")["heatmaps"]["init"]
+
+
+def test_the_same_tables_give_the_same_site(page, tables_folder, tmp_path):
+    build(tables_folder, tmp_path)
+    for path in page.parent.rglob("*"):
+        if path.suffix in (".html", ".js", ".csv", ".css"):
+            again = tmp_path / path.relative_to(page.parent)
+            assert again.read_bytes() == path.read_bytes(), path
+
+
+def test_tables_beside_the_site_are_linked_and_others_copied(page, tmp_path):
+    assert '"../tables/spectra/good.parquet"' in (page.parent / "models" / "good.html").read_text()
+    store.write(tmp_path, "models", [model_row("good", tier="demo")])
+    store.write(tmp_path, "spectra", spectrum_rows("good"))
+    store.write(tmp_path, "gaps", [gap_row("good", 0.1)])
     build(tmp_path, tmp_path)
-    name = "figures/good-init-js.svg"
-    assert (tmp_path / name).read_bytes() == (page.parent / name).read_bytes()
+    text = (tmp_path / "models" / "good.html").read_text()
+    linked = set(re.findall(r"\.\./(\w+)/good\.parquet", text))
+    assert linked == {"models", "spectra", "gaps"} <= set(TABLES)
+    assert not (tmp_path / "tables").exists()
+    # Demo models have no statistics, and none of the links is dead.
+    links = Links(tmp_path / "index.html").targets
+    assert "leaderboard/all.parquet" not in links
 
 
 def test_a_source_without_models_is_refused(tmp_path):
@@ -166,13 +247,7 @@ def test_a_source_without_models_is_refused(tmp_path):
     assert not (tmp_path / "site").exists()
 
 
-def test_an_out_that_is_a_file_is_refused(page, tmp_path):
+def test_an_out_that_is_a_file_is_refused(tables_folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be made"):
-        build(page.parent, tmp_path / "file")
-
-
-def test_every_table_has_a_name_the_page_can_link(page):
-    linked = {target.split("/")[0] for target in Links(page).targets if "parquet" in target}
-    assert linked == {"models", "spectra", "training", "gaps"}
-    assert linked <= set(TABLES)
+        build(tables_folder, tmp_path / "file")

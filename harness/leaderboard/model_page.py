@@ -1,0 +1,141 @@
+"""What a model's page draws: densities per block and stage, distances, training curves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.leaderboard.tables import optional
+from harness.registry.entry import partition_of
+from spectra_db.density import density
+from spectra_db.heterogeneity import pairwise_js
+from spectra_db.schema import STAGES
+
+# The settings of PROTOCOL's spectra; a folder may hold others beside them.
+STANDARD = {
+    "operator": "hessian",
+    "norm_mode": "eval",
+    "dtype": "float32",
+    "probe_distribution": "gaussian",
+}
+# Densities below this are not drawn: less than one eigenvalue of any block.
+FLOOR = 1e-5
+_BINS_PER_UNIT = 20  # of the axis, which is arsinh of the eigenvalue: σ = 0.05 near zero
+_POINTS = 250  # of a training curve
+
+
+def charts(name: str, tier: str, source: Path | str | None) -> dict[str, Any]:
+    """Return the data of a model's figures.
+
+    `blocks` names the blocks, in the network's order, and their kinds; `spectra` has per stage and
+    block the density as [first bin, log10 in hundredths, ...] over bins of arsinh of the scaled
+    eigenvalue, null where it is below the floor; `heatmaps` per stage the distances in
+    thousandths; `full` the spectra of all parameters as one block; `curves` the training runs.
+    """
+    rows = optional("spectra", source, model=name)
+    partition = partition_of(tier)
+    found: dict[str, Any] = {
+        "bins_per_unit": _BINS_PER_UNIT,
+        "floor": FLOOR,
+        "blocks": [],
+        "spectra": {},
+        "heatmaps": {},
+        "full": {},
+        "failed": {},
+        "curves": _curves(optional("training", source, model=name)),
+    }
+    named: dict[str, str] = {}
+    for stage in [stage for stage in STAGES if stage in set(rows["stage"])]:
+        at_stage = rows[rows["stage"] == stage]
+        ours = _in_order(_standard(at_stage[at_stage["partition"] == partition]))
+        full = _standard(at_stage[at_stage["partition"] == "full"])
+        if len(full) and (full["status"] == "ok").all():
+            found["full"][stage] = _binned(density(full))["__full__"]
+        if ours.empty:
+            continue
+        named |= dict(zip(ours["block"], ours["block_kind"], strict=True))
+        lacking = ours[ours["status"].isin(["failed", "pending"])]
+        if len(lacking):
+            found["failed"][stage] = str(lacking["reason"].iloc[0])
+            continue
+        found["spectra"][stage] = _binned(density(ours[ours["status"] == "ok"]))
+        if ours.loc[ours["status"] == "ok", "block"].nunique() >= 2:
+            distances = pairwise_js(ours)
+            found["heatmaps"][stage] = {
+                "blocks": list(distances.columns),
+                "values": (1000 * distances.to_numpy()).round().astype(int).tolist(),
+            }
+    found["blocks"] = [{"name": block, "kind": kind} for block, kind in named.items()]
+    return found
+
+
+def _binned(densities: pd.DataFrame) -> dict[str, list[int | None]]:
+    """Reduce densities to the highest of each bin of the axis, so that no peak is lost."""
+    bins = np.floor(np.arcsinh(densities.index.to_numpy()) * _BINS_PER_UNIT).astype(int)
+    highest = densities.groupby(bins).max()
+    result: dict[str, list[int | None]] = {}
+    for block in highest:
+        column = highest[block]
+        column = column[column > FLOOR].reindex(range(bins.min(), bins.max() + 1))
+        known = np.flatnonzero(column.notna())
+        if not len(known):
+            result[str(block)] = []
+            continue
+        column = column.iloc[known[0] : known[-1] + 1]
+        logs = 100 * np.log10(column.to_numpy())
+        values = [None if np.isnan(v) else round(float(v)) for v in logs]
+        result[str(block)] = [int(column.index[0]), *values]
+    return result
+
+
+def _curves(training: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the minibatch losses of the grid's runs, those of the lowest seed, and their ends."""
+    if training.empty:
+        return []
+    losses = training[(training["metric"] == "loss") & (training["seed"] == training["seed"].min())]
+    ends = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]
+    curves = []
+    batch = losses[losses["split"] == "batch"].dropna(subset="value")
+    for (optimizer, lr), run in batch.groupby(["optimizer", "lr"]):
+        of_optimizer = ends[ends["optimizer"] == optimizer].groupby("lr")["value"].last()
+        run = run.sort_values("step")
+        run = run.iloc[:: max(1, len(run) // _POINTS)]
+        curves.append(
+            {
+                "optimizer": optimizer,
+                "lr": float(f"{lr:.3g}"),
+                "best": bool(len(of_optimizer) > 0 and lr == of_optimizer.idxmin()),
+                "diverged": bool(run["diverged"].any()),
+                "steps": run["step"].tolist(),
+                "losses": [float(f"{v:.4g}") for v in run["value"]],
+            }
+        )
+    return curves
+
+
+def _standard(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
+    if rows.empty:
+        return rows
+    settings = list(STANDARD)
+    rank = (rows[settings] != pd.Series(STANDARD)).sum(axis=1)
+    spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
+    first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
+    return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Sort blocks as a network is read: embeddings, layers by their numbers, the head."""
+    ends = {"embedding": 0, "position": 0, "head": 2}
+
+    def place(row: Any) -> tuple[int, list[tuple[int, str]], int]:
+        words = re.findall(r"\d+|\D+", row.block)
+        numbered = [(int(word), "") if word.isdigit() else (-1, word) for word in words]
+        return ends.get(row.block_kind, 1), numbered, row.probe
+
+    places = [place(row) for row in rows.itertuples()]
+    return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]

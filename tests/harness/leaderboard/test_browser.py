@@ -1,0 +1,204 @@
+"""The site in a real browser, opened from file://."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from harness.leaderboard.report import ranking
+from harness.leaderboard.site import build
+from harness.leaderboard.statistics import leaderboard
+from harness.leaderboard.tables import read
+from spectra_db import store
+from tests.harness.leaderboard.tables import made_up
+from tests.harness.leaderboard.test_site import page, tables_folder  # noqa: F401
+
+
+def column(tab_page, table: str, number: int) -> list[str]:
+    return tab_page.eval_on_selector_all(
+        f"#{table} tbody tr:not([hidden])",
+        f"rows => rows.map(r => r.cells[{number}]?.textContent.trim() ?? '')",
+    )
+
+
+def numbers(cells: list[str]) -> list[float]:
+    known = [c.replace("−", "-").split()[0] for c in cells if c and c[0] not in "–p"]
+    return [float(c.replace(",", "")) for c in known]
+
+
+def test_a_click_on_a_head_sorts_by_number_and_a_second_one_turns_it(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    head = shown.locator("#models th", has_text="SGD-Adam gap")
+    head.locator("button").click()
+    falling = column(shown, "models", 5)
+    assert numbers(falling) == sorted(numbers(falling), reverse=True)
+    assert len(numbers(falling)) == 9
+    assert falling[0][0] != "p"  # what is pending comes last
+    assert head.get_attribute("aria-sort") == "descending"
+    head.locator("button").click()
+    rising = column(shown, "models", 5)
+    assert numbers(rising) == sorted(numbers(rising))
+    assert rising[0][0] != "p"
+
+
+def test_the_keyboard_alone_sorts_selects_and_opens_a_model(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("document.activeElement.textContent") == "Skip to the content"
+    head = shown.locator("#models th button", has_text="family")
+    head.focus()
+    shown.keyboard.press("Enter")
+    families = column(shown, "models", 1)
+    assert families == sorted(families)
+    shown.locator("#reading").focus()
+    shown.keyboard.press("ArrowDown")
+    assert shown.locator("#reading").input_value() == "w1:lambda10"
+    shown.locator("#scatter svg a").first.focus()
+    shown.keyboard.press("Enter")
+    shown.wait_for_url("**/models/*.html")
+
+
+def test_search_and_filters_narrow_the_table(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    every = len(column(shown, "models", 0))
+    shown.fill("#search", "GOOD")
+    assert column(shown, "models", 0) == ["good"]
+    assert shown.inner_text("#count").startswith("1 of ")
+    shown.fill("#search", "")
+    shown.select_option("#family", "c")
+    assert column(shown, "models", 0) == ["m4", "m5"]
+    shown.select_option("#family", "")
+    shown.select_option("#show", "pending")
+    pending = column(shown, "models", 0)
+    assert {"late", "bad"} <= set(pending)
+    assert "m0" not in pending
+    assert len(pending) + 9 == every
+
+
+def test_measure_stage_and_family_choose_what_the_scatter_shows(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    assert shown.locator("#scatter svg a").count() == 9
+    assert "Spearman" in shown.inner_text("#statistics")
+    shown.select_option("#reading", "w1:lambda10")
+    assert shown.locator("#scatter svg a").count() == 8
+    assert shown.get_by_role("link", name=re.compile("^m0: Wasserstein-1")).count() == 1
+    shown.select_option("#scatter-family", "a")
+    assert shown.locator("#scatter svg a").count() == 2
+    shown.select_option("#scatter-family", "")
+    shown.select_option("#reading", "js0:lambda10")
+    shown.select_option("#stage", "final")
+    assert shown.locator("#scatter svg a").count() == 1
+    assert shown.url.endswith("stage=final")
+    assert "measure at final" in shown.inner_text("#ranking thead").lower()
+
+
+def test_an_address_with_a_fragment_opens_that_view(tab, page):  # noqa: F811
+    shown = tab.open(page, "#reading=w1%3Alambda10&stage=init")
+    assert shown.locator("#reading").input_value() == "w1:lambda10"
+    shown = tab.open(page, "#reading=nothing&stage=nowhere")
+    assert shown.locator("#stage").input_value() == "init"
+
+
+def test_the_browser_shows_the_numbers_of_the_command(tab, page, tables_folder):  # noqa: F811
+    data = read(tables_folder)
+    rows = ranking(leaderboard(data.models, data.heterogeneity, data.gaps))
+    shown = tab.open(page)
+    assert column(shown, "ranking", 0) == [row["label"] for row in rows]
+    for number, statistic in enumerate(
+        ("spearman", "kendall", "pearson_log", "spearman_families", "partial_spearman"), start=2
+    ):
+        cells = column(shown, "ranking", number)
+        expected = [row[statistic].value for row in rows]
+        # Undefined where size alone orders the gaps.
+        assert [cell == "–" for cell in cells] == [bool(np.isnan(v)) for v in expected]
+        known = [value for value in expected if not np.isnan(value)]
+        assert numbers(cells) == pytest.approx(known, abs=0.00501)
+
+
+def test_a_point_leads_to_its_model_and_back(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    # By the name that a screen reader says, which has the numbers too.
+    shown.get_by_role("link", name=re.compile(r"^good: JS⁰ 0\.600 ± 0\.01, gap 0\.250")).click()
+    shown.wait_for_url("**/models/good.html")
+    assert shown.inner_text("h1") == "good"
+    shown.locator("nav a").click()
+    shown.wait_for_url("**/index.html")
+
+
+def test_a_models_page_draws_spectra_distances_and_curves(tab, page):  # noqa: F811
+    shown = tab.open(page.parent / "models" / "good.html")
+    shown.wait_for_selector("#spectra svg")
+    assert shown.locator("#spectra figcaption").all_inner_texts() == [
+        "embed.w (embedding)",
+        "layers.2.w (conv)",
+        "layers.10.w (conv)",
+    ]
+    lines = "#spectra figure:first-child [aria-label=line] path"
+    assert shown.locator(lines).count() == 2
+    shown.uncheck("#stages input[value=final]")
+    shown.wait_for_selector("#spectra svg")
+    assert shown.locator(lines).count() == 1
+    assert shown.locator("#heatmap [aria-label=cell] rect").count() == 9
+    assert "At init their mean" in shown.inner_text("#heatmap-note")
+    shown.select_option("#heatmap-stage", "final")
+    assert "At final their mean" in shown.inner_text("#heatmap-note")
+    assert shown.locator("#curves svg").count() == 2
+    assert "best at learning rate 0.1" in shown.inner_text("#curves")
+
+
+def test_every_model_page_of_numbers_alone_or_failures_opens(tab, page):  # noqa: F811
+    for name in ("m0", "bad"):
+        shown = tab.open(page.parent / "models" / f"{name}.html")
+        assert shown.inner_text("h1") == name
+
+
+@pytest.mark.parametrize("where", ["index.html", "models/good.html"])
+def test_a_phone_scrolls_downwards_alone(tab, page, where):  # noqa: F811
+    tab.page.set_viewport_size({"width": 360, "height": 740})
+    shown = tab.open(page.parent / where)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_dark_mode_is_light_on_dark_and_the_charts_follow(tab, page):  # noqa: F811
+    luminance = """selector => {
+      const colour = getComputedStyle(document.querySelector(selector));
+      const of = c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765;
+      return [of(getComputedStyle(document.body).backgroundColor), of(colour.color)];
+    }"""
+    for scheme, dark in (("light", False), ("dark", True)):
+        tab.page.emulate_media(color_scheme=scheme)
+        shown = tab.open(page)
+        for selector in ("body", "#scatter svg", "#models th button"):
+            back, ink = shown.evaluate(luminance, selector)
+            assert abs(back - ink) > 0.6, selector
+            assert (back < ink) == dark
+
+
+def test_those_who_do_not_see_are_told(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    assert "Scatter of the SGD-Adam gap" in shown.get_attribute(
+        "#scatter svg >> nth=-1", "aria-label"
+    )
+    unnamed = shown.evaluate(
+        "[...document.querySelectorAll('input, select, button, a[href]')].filter(e => "
+        "!(e.textContent.trim() || e.labels?.length || e.ariaLabel || "
+        "e.querySelector('[aria-label]') || e.getAttribute('aria-label'))).length"
+    )
+    assert unnamed == 0
+    assert shown.evaluate("[...document.querySelectorAll('table th')].every(t => t.scope)")
+    assert shown.locator("[aria-live=polite]").count() == 2
+
+
+def test_two_hundred_models_are_all_there(tab, tmp_path):
+    generator = np.random.default_rng(0)
+    x = generator.lognormal(size=200)
+    families = [f"family-{i % 15}" for i in range(200)]
+    tables = made_up({"js0": x}, 0.1 * np.log(x) + 0.1, families)
+    for table, rows in zip(("models", "heterogeneity", "gaps"), tables, strict=True):
+        store.write(tmp_path, table, rows)
+    shown = tab.open(build(tmp_path, tmp_path / "site"))
+    assert shown.locator("#scatter svg a").count() == 200
+    shown.select_option("#family", "family-3")
+    assert len(column(shown, "models", 0)) == families.count("family-3")

@@ -293,25 +293,32 @@ def verify(
 ) -> None:
     """Recompute a sample of published rows, one probe each, and compare.
 
-    TARGET is a model, or a folder of tables such as a submission; by default all models of the
-    bundled release. Rows whose data or weights are not here are listed as unverifiable. The exit
-    code is 0 if all that was recomputed agrees, and something was.
+    TARGET is a model, a folder of tables, or a submission; by default all models of the bundled
+    release. Reading a submission executes none of its code; to recompute it, read the code, then
+    pass --registry SUBMISSION/entry. Rows whose data or weights are not here are listed as
+    unverifiable. The exit code is 0 if all that was recomputed agrees, and something was.
     """
     from dataclasses import asdict
     from functools import partial
 
     from harness.display import print_checks, progress_bar
     from harness.registry import get
+    from harness.submission.submit import check_registry, reseal, tables_of
     from harness.submission.verified import mark_verified
     from harness.submission.verify import load_published, sample_rows, verify_sample
     from spectra_db.load import BUNDLED
 
     if not 0 < budget < float("inf"):
         raise UserError(f"--budget is {budget}; it must be positive, in seconds")
+    folder: Path | None = None
     if Path(target).is_dir() and target:
         if source is not None:
             raise UserError(f"{target} is a folder, and --source names another: pass one of them")
-        source, target = Path(target), ""
+        folder, target = Path(target), ""
+        source, beside = tables_of(folder)
+        check_registry(folder, registry)
+        if checkpoints is None and beside.is_dir():
+            checkpoints = beside
     rows, stages = load_published(source, target or None)
     chosen = sample_rows(rows, sample, seed)
     if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
@@ -339,6 +346,8 @@ def verify(
         print_checks(checks)
     if mark:
         mark_verified(source or BUNDLED, checks)
+        if folder is not None and source != folder:
+            reseal(folder)  # a submission lists its files
     counts = {o: sum(c.outcome == o for c in checks) for o in ("agrees", "deviates")}
     left = len(checks) - sum(counts.values())
     click.echo(

@@ -1,4 +1,4 @@
-"""Commands by which a model comes into the dataset: add-model, validate."""
+"""Commands by which a model comes into the dataset: add-model, validate, submit."""
 
 from __future__ import annotations
 
@@ -146,3 +146,65 @@ def validate(
         )
         sys.exit(1)
     click.echo(f"{model} is ready; warnings: {counts['warning']}", err=True)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--checkpoints/--no-checkpoints",
+    default=True,
+    show_default=True,
+    help="Send the weights of the stages along, by which these can be verified.",
+)
+@click.option("--create-pr", is_flag=True, help="Open a pull request on the Hub.")
+@click.option("--repo", metavar="OWNER/NAME", help="The dataset on the Hub, for --create-pr.")
+@options("source", "registry", "data_root", "out")
+def submit(
+    model: str,
+    checkpoints: bool,
+    create_pr: bool,
+    repo: str | None,
+    source: Path | None,
+    registry: Path | None,
+    data_root: Path | None,
+    out: Path,
+) -> None:
+    """Assemble the submission of a finished model: tables, entry, code and a report.
+
+    --source is the folder that `harness run` wrote. --out is a folder ready to be sent, if not by
+    --create-pr, then by any other way.
+    """
+    from harness.publication import unfinished
+    from harness.registry import get
+    from harness.spectra import code_version
+    from harness.submission import hub
+    from harness.submission.submit import assemble
+
+    if source is None:
+        raise UserError("--source is missing: the folder that `harness run` wrote")
+    if create_pr:
+        hub.check_can_send(repo)
+    entry = get(model, registry_dir=registry)
+    if reason := unfinished(source, registry).get(model):
+        raise UserError(f"{model} is not finished: {reason}; `harness run {model}` continues")
+    found = assemble(
+        entry,
+        source,
+        out,
+        code_version=code_version(),
+        registry=registry,
+        data_root=data_root,
+        checkpoints=checkpoints,
+    )
+    for problem in found:
+        click.echo(problem, err=True)
+    if found:
+        click.echo(f"problems: {len(found)}; it is not ready to be sent", err=True)
+        sys.exit(1)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    click.echo((out / "README.md").read_text(encoding="utf-8"))
+    click.echo(f"submission: {out}, {len(files)} files, {size / 1e6:.1f} MB, checked")
+    if create_pr:
+        assert repo is not None
+        click.echo(f"pull request: {hub.open_pull_request(out, model, repo)}")

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import spectra_db
+from harness.cli import main
+from harness.submission import submit
+from harness.submission.verified import verified_models
+from spectra_db import store
+
+NAME = "net"
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def add(registry: Path, name: str = NAME, **options: str) -> Result:
+    given = {"licence": "MIT", "reference": "Rosenblatt 1958", "stages": "init,final"} | options
+    more = [part for key, value in given.items() if value for part in (f"--{key}", value)]
+    source = ["--from", "strangers:Perceptron?width=5", "--task", "digits", "--train-steps", "4"]
+    return call("add-model", name, *source, "--registry", registry, "--force", *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Return a folder with a registry, and the tables of its model in `out`."""
+    folder = tmp_path_factory.mktemp("finished")
+    registry = folder / "registry"
+    registry.mkdir()
+    shutil.copy(Path(__file__).with_name("strangers.py"), registry)
+    path, modules = list(sys.path), set(sys.modules)
+    sys.modules.pop("strangers", None)
+    for result in (
+        add(registry),
+        call("run", NAME, "--registry", registry, "--out", folder / "out", "--device", "cpu"),
+    ):
+        assert result.exit_code == 0, result.output
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name == "strangers":
+            del sys.modules[name]
+    return folder
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch) -> Path:
+    """Return a copy of that folder; nothing of it was imported yet."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    sys.modules.pop("strangers", None)
+    return Path(shutil.copytree(finished, tmp_path / "place"))
+
+
+def submitted(place: Path, *more: object) -> Result:
+    where = ("--registry", place / "registry", "--source", place / "out")
+    return call("submit", NAME, *where, "--out", place / "submission", *more)
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code == 2, result.output
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+@pytest.fixture
+def submission(place) -> Path:
+    result = submitted(place)
+    assert result.exit_code == 0, result.output
+    sys.path[:] = [path for path in sys.path if str(place) not in path]
+    sys.modules.pop("strangers", None)
+    return place / "submission"
+
+
+def test_a_submission_holds_tables_entry_code_weights_and_a_report(submission):
+    assert submit.problems(submission) == []
+    files = {path.relative_to(submission).as_posix() for path in submission.rglob("*.*")}
+    weights = f"checkpoints/{NAME}/adamw-seed1/final.safetensors"
+    assert {f"entry/{NAME}.py", "entry/strangers.py", weights, "README.md"} <= files
+    rows = spectra_db.load("spectra", source=submission / "data")
+    assert set(rows["stage"]) == {"init", "final"}
+    facts = submit.read(submission)
+    assert facts["model"] == NAME
+    assert facts["code_version"]
+
+
+def test_the_report_says_what_was_found_and_where_the_model_would_stand(submission):
+    report = (submission / "README.md").read_text()
+    assert "Rosenblatt 1958" in report
+    [js0] = spectra_db.load(
+        "heterogeneity", source=submission / "data", metric="js0", scale="lambda10", stage="init"
+    )["corrected"]
+    assert f"| init | {js0:.3f} |" in report
+    assert "SGD-Adam gap" in report
+    assert "place " in report
+
+
+def test_the_place_among_others_is_that_of_its_values(finished):
+    import pandas as pd
+
+    from harness.submission.report import _place
+
+    others = pd.DataFrame({"model": ["a", "b", "c"], "gap": [0.3, 0.1, 0.2]})
+    assert _place(0.15, others, "gap") == (
+        "place 3 of 4 from the largest, after c (0.200), before b (0.100)"
+    )
+    assert _place(0.5, others, "gap") == "place 1 of 4 from the largest, before a (0.300)"
+    assert _place(0.0, others, "gap") == "place 4 of 4 from the largest, after b (0.100)"
+
+
+def test_a_submission_verifies_elsewhere_from_its_own_folder(submission):
+    result = call("verify", submission, "--registry", submission / "entry", "--sample", 4)
+    assert result.exit_code == 0, result.output
+    assert "4 agree" in result.stderr
+    assert submit.problems(submission) == []
+
+
+def test_a_verified_submission_says_so_and_is_still_sound(submission):
+    arguments = ("verify", submission, "--registry", submission / "entry", "--sample", 2)
+    assert call(*arguments).exit_code == 0
+    assert not (submission / "data" / "verified.json").exists()
+    assert call(*arguments, "--mark").exit_code == 0
+    assert verified_models(submission / "data") == {NAME}
+    assert submit.problems(submission) == []
+
+
+def test_reading_a_submission_executes_nothing_of_it(submission):
+    for name in (f"{NAME}.py", "strangers.py"):
+        path = submission / "entry" / name
+        path.write_text(f"ENTRIES = ()\nraise SystemExit('{name} was executed')\n")
+    submit._seal(submission, submit.read(submission))
+    assert submit.problems(submission) == []
+    line = refused(call("verify", submission))
+    assert f"pass --registry {submission / 'entry'}, which executes it" in line
+    assert "strangers" not in sys.modules
+
+
+def test_what_was_submitted_once_is_replaced_and_nothing_else(place):
+    assert submitted(place).exit_code == 0
+    (place / "submission" / "stray.txt").write_text("of the submission that is replaced\n")
+    assert submitted(place, "--no-checkpoints").exit_code == 0
+    assert not (place / "submission" / "stray.txt").exists()
+    assert not (place / "submission" / "checkpoints").exists()
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.tex").write_text("kept")
+    again = submitted(place, "--out", place / "mine")
+    assert "is there already; name another folder" in refused(again)
+    assert (place / "mine" / "thesis.tex").read_text() == "kept"
+    assert [path.name for path in place.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda s: (s / "README.md").unlink(), "README.md: submission.json lists it, it is not"),
+        (lambda s: (s / "entry" / "x.py").write_text("1"), "x.py: submission.json does not list"),
+        (lambda s: (s / "entry" / f"{NAME}.py").write_text("1"), "not the file that submission"),
+        (lambda s: (s / "README.md").write_text("better"), "README.md: not the file that"),
+        (lambda s: (s / "link").symlink_to("/etc"), "link: a link; a submission holds files"),
+        (lambda s: (s / "submission.json").write_text("{}"), "submission.json is broken"),
+        (lambda s: (s / "submission.json").write_text("[" * 10**5), "submission.json is broken"),
+    ],
+)
+def test_a_submission_that_was_altered_is_refused(submission, harm, said):
+    harm(submission)
+    assert said in refused(call("verify", submission, "--registry", submission / "entry"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda s: (s / "entry" / "fast.so").write_bytes(b"\x7fELF"), "fast.so: no Python source"),
+        (lambda s: (s / "entry" / f"{NAME}.py").write_text("x = 1\n"), "no file of the entry"),
+        (lambda s: (s / "entry" / f"{NAME}.py").write_text("x = (\n"), "can't be read: SyntaxErr"),
+        (lambda s: (s / "README.md").unlink(), "no README.md, the report"),
+        (lambda s: _multiply_rules(s / "data"), "manifest"),
+    ],
+)
+def test_contents_are_checked_however_well_they_are_sealed(submission, harm, said):
+    facts = submit.read(submission)
+    harm(submission)
+    submit._seal(submission, facts)
+    assert any(said in problem for problem in submit.problems(submission))
+
+
+def _multiply_rules(data: Path) -> None:
+    rows = spectra_db.load("spectra", source=data)
+    store.write(data, "spectra", rows.assign(seconds=2 * rows["seconds"]))
+
+
+def test_tables_of_another_model_do_not_belong_to_a_submission(submission):
+    facts = submit.read(submission)
+    models = spectra_db.load("models", source=submission / "data")
+    store.write(submission / "data", "models", models.assign(model="other"))
+    submit.reseal(submission)
+    assert facts["model"] == NAME
+    assert any("a table of another model" in p for p in submit.problems(submission))
+
+
+def test_an_entry_that_was_changed_after_its_run_is_refused(place):
+    assert add(place / "registry", reference="Someone else 2020").exit_code == 0
+    line = refused(submitted(place))
+    assert "reference is 'Rosenblatt 1958' there and 'Someone else 2020' in the entry" in line
+    path = place / "registry" / "strangers.py"
+    add(place / "registry")
+    path.write_text(
+        path.read_text().replace(
+            "nn.Linear(width, num_classes)", "nn.Linear(width, 10, bias=False)"
+        )
+    )
+    sys.modules.pop("strangers", None)
+    assert "holds another net: num_params is 385 there and 375" in refused(submitted(place))
+    assert not (place / "submission").exists()
+
+
+def test_what_is_not_ready_is_refused_and_writes_nothing(place):
+    registry = place / "registry"
+    for result, said in (
+        (call("submit", NAME, "--registry", registry, "--out", place / "s"), "--source is missing"),
+        (call("submit", "nte", "--source", place / "out", "--out", place / "s"), "unknown model"),
+        (submitted(place, "--create-pr"), "--repo is None; name the dataset on the Hub"),
+        (submitted(place, "--source", place), "has no table of net"),
+    ):
+        assert said in refused(result)
+    add(registry, licence="")
+    assert "licence not filled in yet" in refused(submitted(place))
+    add(registry, stages="init,p50,final")
+    assert "is not finished" in refused(submitted(place))
+    assert not (place / "submission").exists()
+    assert not (place / "s").exists()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a pull request needs; keeps what was sent."""
+
+    sent: list[tuple[str, bytes]]
+    allows = True
+
+    def do_GET(self):
+        self._answer({"sha": "0" * 40, "siblings": []})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).sent.append((self.path, body))
+        if "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            modes = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+            ]
+            self._answer({"files": modes})
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif "/commit/" in self.path and self.allows:
+            address = f"http://{self.headers['Host']}/datasets/owner/name"
+            self._answer(
+                {
+                    "commitUrl": f"{address}/commit/1",
+                    "commitOid": "1" * 40,
+                    "success": True,
+                    "pullRequestUrl": f"{address}/discussions/7",
+                    "hookOutput": "",
+                }
+            )
+        else:
+            self._answer({"error": "no such dataset"}, 404)
+
+    def _answer(self, content: object, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Serve a Hub on this machine, which the client talks to as to the real one."""
+    handler = type("Hub", (_Hub,), {"sent": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    yield handler
+    server.shutdown()
+
+
+def test_a_pull_request_sends_the_submission_and_says_where_it_is(place, hub):
+    result = submitted(place, "--create-pr", "--repo", "owner/name")
+    assert result.exit_code == 0, result.output
+    assert "/datasets/owner/name/discussions/7" in result.stdout.splitlines()[-1]
+    path, body = hub.sent[-1]
+    assert path.startswith("/api/datasets/owner/name/commit/main")
+    assert "create_pr=1" in path
+    lines = [json.loads(line) for line in body.splitlines()]
+    sent = {line["value"]["path"] for line in lines if line["key"] == "file"}
+    files = [p for p in (place / "submission").rglob("*") if p.is_file()]
+    names = {f"submissions/{NAME}/{p.relative_to(place / 'submission').as_posix()}" for p in files}
+    assert sent == names
+
+
+def test_a_pull_request_that_fails_leaves_a_folder_ready_to_be_sent(place, hub, monkeypatch):
+    monkeypatch.setattr(hub, "allows", False)
+    line = refused(submitted(place, "--create-pr", "--repo", "owner/name"))
+    assert "the pull request on owner/name failed" in line
+    assert "is ready to be sent" in line
+    assert submit.problems(place / "submission") == []
+
+
+def test_without_a_token_nothing_is_begun(place, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    line = refused(submitted(place, "--create-pr", "--repo", "owner/name"))
+    assert "run `hf auth login`" in line
+    assert not (place / "submission").exists()

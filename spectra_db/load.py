@@ -11,8 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spectra_db import store
-from spectra_db.schema import TABLES
+from spectra_db import manifest, store
+from spectra_db.schema import STAGES, TABLES
 
 BUNDLED = Path(__file__).parent / "data"
 
@@ -35,7 +35,8 @@ def load(
         table: models, spectra, blocks, heterogeneity, training, stages, gaps, runs, leaderboard.
         source: A folder (what `--out` wrote), or the id of a dataset on the Hugging Face Hub;
             None for the release bundled with the package.
-        revision: Tag, branch or commit of the Hub's dataset.
+        revision: Tag, branch or commit of the Hub's dataset. A folder has the one version that its
+            manifest names.
         columns: Columns to return; None for all.
         **filters: Column = value, or a list of values, that rows must have.
 
@@ -43,8 +44,10 @@ def load(
         The rows, sorted by their key; list columns hold numpy arrays.
 
     Raises:
-        NotFound: Unknown table, column, model or source.
+        NotFound: Unknown table, column, model, source or revision.
         InvalidTable: A file breaks the schema.
+        InvalidRelease: A file is not the one that the release's manifest lists.
+        HubError: The Hub can't be reached, and the cache lacks the revision.
 
     Example:
         >>> load("spectrum")
@@ -53,15 +56,16 @@ def load(
         spectra_db.load.NotFound: unknown table 'spectrum'; did you mean spectra?
     """
     if table not in TABLES:
-        raise NotFound(f"unknown table {table!r}; {_hint(table, TABLES)}")
+        raise NotFound(f"unknown table {table!r}; {hint(table, TABLES)}")
     names = TABLES[table].names
     columns = names if columns is None else _values(columns)
     for column in [*columns, *filters]:
         if column not in names:
-            raise NotFound(f"table {table} has no column {column!r}; {_hint(column, names)}")
+            raise NotFound(f"table {table} has no column {column!r}; {hint(column, names)}")
     folder = _folder(source, revision, table)
+    known = manifest.read(folder)
     # By the names of the models, as in the key: "a" before "a-b".
-    paths = sorted((folder / table).glob("*.parquet"), key=lambda path: path.stem)
+    paths = sorted(_paths(folder, table, known), key=lambda path: path.stem)
     if not paths:
         raise _no_table(table, source, revision, folder)
     wanted = _values(filters["model"]) if "model" in filters else None
@@ -69,9 +73,12 @@ def load(
         models = {path.stem: path for path in paths}
         for model in wanted:
             if model not in models:
-                raise NotFound(f"no model {model!r} in table {table}; {_hint(str(model), models)}")
+                raise NotFound(f"no model {model!r} in table {table}; {hint(str(model), models)}")
         paths = [path for path in paths if path.stem in wanted]
     where = _condition(table, filters)
+    if known is not None:
+        for path in paths:
+            manifest.check_file(folder, known, f"{table}/{path.name}")
     parts = [store.read(path, table, columns=columns, where=where) for path in paths]
     return pa.concat_tables(parts).to_pandas()
 
@@ -84,6 +91,9 @@ def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
         if pa.types.is_list(kind):
             raise NotFound(f"column {column} holds lists; filter on another")
         values = _values(value)
+        for stage in values if column == "stage" else ():
+            if stage not in STAGES:
+                raise NotFound(f"no stage {stage!r}; {hint(str(stage), STAGES)}")
         try:
             allowed = pa.array([v for v in values if v is not None], type=kind)
         except (pa.ArrowException, TypeError, ValueError) as error:
@@ -103,37 +113,39 @@ def _values(value: Any) -> list[Any]:
 
 def _folder(source: Path | str | None, revision: str | None, table: str) -> Path:
     """Return the local folder of a source, downloading a Hub dataset's table."""
-    if source is None:
-        if not any(BUNDLED.glob("*/*.parquet")):
-            raise NotFound(
-                "no release is bundled with this version yet; give source=DIR (a folder that "
-                "`harness run --out DIR` wrote) or source='owner/name' (a dataset on the Hub)"
-            )
-        return BUNDLED
-    folder = Path(source)
+    if source is None and not any(BUNDLED.glob("*/*.parquet")):
+        raise NotFound(
+            "no release is bundled with this version yet; give source=DIR (a folder that "
+            "`harness run --out DIR` wrote) or source='owner/name' (a dataset on the Hub)"
+        )
+    folder = BUNDLED if source is None else Path(source)
     if folder.is_dir():
+        known = manifest.read(folder)
+        if revision is not None and (known is None or revision not in _revisions(known)):
+            version = "has no versions" if known is None else f"is version {known.version}"
+            raise NotFound(f"{folder} {version}; revision {revision!r} is not to be had from it")
         return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise NotFound(f"source {str(source)!r} is neither a folder nor a Hub id like owner/name")
-    import huggingface_hub
+    from spectra_db import hub
 
-    try:
-        path = huggingface_hub.snapshot_download(
-            str(source),
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=[f"{table}/*.parquet"],
-        )
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFound(
-            f"dataset {str(source)!r} at revision {revision or 'main'} can't be had from the "
-            f"Hub: {reason}"
-        ) from error
-    return Path(path)
+    return hub.fetch(str(source), revision, [table])
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
+def _revisions(known: manifest.Manifest) -> tuple[str, str]:
+    return known.version, f"v{known.version}"
+
+
+def _paths(folder: Path, table: str, known: manifest.Manifest | None) -> list[Path]:
+    """Return the files of a table: those that the manifest lists, where there is one."""
+    if known is None:
+        return list((folder / table).glob("*.parquet"))
+    listed = (folder / path for path in known.files if path.startswith(f"{table}/"))
+    return [path for path in listed if path.suffix == ".parquet"]
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """Return close matches of a word, or all that is known."""
     known = list(known)
     close = get_close_matches(word, known, n=3)
     return f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(known)}"

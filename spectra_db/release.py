@@ -68,8 +68,7 @@ def release(
         (staging / manifest.CARD).write_text(card.render(staging, version), encoding="utf-8")
         written = Manifest(version, PROTOCOL_VERSION, describe_files(staging))
         manifest.write(staging, written)
-        staging.chmod(0o755)
-        _swap(staging, out)
+        replace_folder(staging, out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -100,6 +99,29 @@ def list_files(folder: Path) -> list[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in found)
     locks = re.compile(r"(.*/)?\.[^/]*\.lock")
     return [name for name in names if name != manifest.NAME and not locks.fullmatch(name)]
+
+
+def replace_folder(staging: Path, out: Path) -> None:
+    """Put a finished folder in the place of a release, or of nothing.
+
+    The old one is kept until the new one is there.
+
+    Raises:
+        InvalidRelease: What lies at `out` is no release.
+    """
+    _earlier(out)
+    staging.chmod(0o755)
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
+    out.rename(old / out.name)
+    try:
+        staging.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def _earlier(out: Path) -> Manifest | None:
@@ -168,18 +190,3 @@ def _changelog(
     lines.append(f"{_COUNTS}{len(now.models())} models: {counts}.")
     section = "\n".join([f"## {version} ({date})", "", *lines, ""])
     return "\n".join([heading.rstrip() + "\n", section, *(s.rstrip() + "\n" for s in sections)])
-
-
-def _swap(staging: Path, out: Path) -> None:
-    """Put the new folder in the place of the old one, which is kept until the new one is there."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
-    out.rename(old / out.name)
-    try:
-        staging.rename(out)
-    except BaseException:
-        (old / out.name).rename(out)
-        raise
-    shutil.rmtree(old)

@@ -44,7 +44,9 @@ class _Group(click.Group):
             if os.environ.get("HARNESS_TRACEBACK"):
                 raise
             # What spectra_db refuses is the user's to mend, too; it knows no UserError.
-            ours = isinstance(error, UserError) or type(error).__module__.startswith("spectra_db")
+            ours = isinstance(error, UserError) or (
+                isinstance(error, ValueError) and type(error).__module__.startswith("spectra_db")
+            )
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
 
 

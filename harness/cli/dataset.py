@@ -1,4 +1,4 @@
-"""Commands that make, check and compare releases of the dataset."""
+"""Commands that make, check and compare releases of the dataset, and bring them to the Hub."""
 
 from __future__ import annotations
 
@@ -105,3 +105,51 @@ def _report(found: list[str], sound: str) -> None:
         click.echo(f"{len(found)} problems", err=True)
         sys.exit(1)
     click.echo(sound)
+
+
+@main.command()
+@click.argument("repo")
+@click.option("--source", type=_FOLDER, help="A release.  [default: the bundled one]")
+@click.option(
+    "--dry-run/--no-dry-run", default=True, show_default=True, help="Print what would change."
+)
+@click.option("--create-pr", is_flag=True, help="A pull request instead of a commit to main.")
+def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> None:
+    """Publish a release as dataset REPO (owner/name) on the Hugging Face Hub.
+
+    One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    from spectra_db import hub
+    from spectra_db.load import BUNDLED
+
+    folder = source or BUNDLED
+    planned = hub.plan(folder, repo)
+    for sign, paths in zip("+~-", (planned.added, planned.changed, planned.removed), strict=True):
+        for path in paths:
+            click.echo(f"{sign} {path}")
+    counts = f"{len(planned.added)} added, {len(planned.changed)} changed"
+    click.echo(
+        f"{repo}: {counts}, {len(planned.removed)} removed, {planned.num_bytes / 1e6:.1f} MB"
+    )
+    if planned.is_empty and planned.tagged:
+        click.echo(f"{planned.tag} is published already")
+    elif dry_run:
+        click.echo(f"dry run: nothing is published; --no-dry-run publishes {planned.tag}")
+    else:
+        click.echo(f"published: {hub.publish(folder, planned, create_pr=create_pr)}")
+
+
+@main.command()
+@click.argument("repo")
+@click.option("--revision", help="Tag, branch or commit.  [default: main]")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to put a copy in."
+)
+def pull(repo: str, revision: str | None, out: Path | None) -> None:
+    """Download a release from the Hugging Face Hub and check it; offline it is there afterwards."""
+    from spectra_db import hub
+
+    folder, known = hub.pull(repo, revision, out)
+    models = len(known.models())
+    click.echo(f"{repo} {known.version}: {models} models, every file as the manifest lists it")
+    click.echo(f"in {folder}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ import pytest
 import spectra_db
 from spectra_db import store
 from spectra_db.load import NotFound
+from spectra_db.manifest import InvalidRelease
+from spectra_db.release import release
 from spectra_db.store import InvalidTable
 
-from .synthetic import exact_row
+from .synthetic import exact_row, model_row
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,8 @@ def test_rows_of_several_models_are_sorted_by_key(tmp_path):
         ({"table": "spectra", "model": "vgg"}, "known are digits-cnn, digits-mlp"),
         ({"table": "spectra", "step": "first"}, "column step can't be 'first'"),
         ({"table": "spectra", "nodes": 1.0}, "column nodes holds lists"),
+        ({"table": "spectra", "stage": "p5"}, r"no stage 'p5'; did you mean p50"),
+        ({"table": "spectra", "stage": ["init", "end"]}, "no stage 'end'; .* init, p10, p25, p50"),
         ({"table": "gaps"}, "holds no table gaps; it has spectra"),
     ],
 )
@@ -98,43 +103,40 @@ def test_the_bundled_release_is_read_by_default(source, monkeypatch):
     assert len(spectra_db.load("spectra")) == 8
 
 
-def test_a_hub_id_downloads_the_tables_parquet_at_the_revision(source, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot_download(repo, **options):
-        asked.update(options, repo=repo)
-        return str(source)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    rows = spectra_db.load("spectra", source="owner/name", revision="v1", model="digits-cnn")
-    assert len(rows) == 4
-    assert asked == {
-        "repo": "owner/name",
-        "repo_type": "dataset",
-        "revision": "v1",
-        "allow_patterns": ["spectra/*.parquet"],
-    }
+@pytest.fixture
+def released(source, tmp_path):
+    store.write(tmp_path / "tables", "models", [model_row(m) for m in ("digits-cnn", "digits-mlp")])
+    shutil.copytree(source / "spectra", tmp_path / "tables" / "spectra")
+    release(tmp_path / "tables", tmp_path / "data", "0.1.0")
+    return tmp_path / "data"
 
 
-def test_a_hub_dataset_without_the_table_names_its_page(tmp_path, monkeypatch):
-    import huggingface_hub
+def test_a_release_has_the_one_version_that_it_says(released):
+    load = spectra_db.load
+    assert len(load("spectra", source=released, revision="v0.1.0")) == 8
+    assert len(load("spectra", source=released, revision="0.1.0")) == 8
+    with pytest.raises(NotFound, match=r"data is version 0\.1\.0; revision 'v0\.2\.0' is not"):
+        load("spectra", source=released, revision="v0.2.0")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(NotFound, match=r"'owner/name' holds no table gaps; .*name/tree/v1"):
-        spectra_db.load("gaps", source="owner/name", revision="v1")
+
+def test_a_folder_without_a_manifest_has_no_revisions(source):
+    with pytest.raises(NotFound, match="has no versions; revision 'v1' is not to be had"):
+        spectra_db.load("spectra", source=source, revision="v1")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_readable_line(monkeypatch):
-    import huggingface_hub
+def test_files_of_a_release_are_compared_with_its_manifest(released):
+    store.write(released, "spectra", [exact_row(np.ones(1), "a") | {"model": "digits-cnn"}])
+    assert len(spectra_db.load("spectra", source=released, model="digits-mlp")) == 4
+    with pytest.raises(InvalidRelease, match=r"digits-cnn\.parquet: not the file that the manif"):
+        spectra_db.load("spectra", source=released)
+    (released / "spectra" / "digits-cnn.parquet").unlink()
+    with pytest.raises(InvalidRelease, match=r"digits-cnn\.parquet: .* it is not there"):
+        spectra_db.load("spectra", source=released)
 
-    def snapshot_download(*_, **__):
-        raise ConnectionError("no route to host\nmore")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(NotFound, match=r"'owner/name' at revision main can't be had .* no route"):
-        spectra_db.load("spectra", source="owner/name")
+def test_files_that_the_manifest_does_not_list_are_no_part_of_a_release(released):
+    store.write(released, "spectra", [exact_row(np.ones(1), "a") | {"model": "stranger"}])
+    assert set(spectra_db.load("spectra", source=released)["model"]) == {"digits-cnn", "digits-mlp"}
 
 
 def test_a_corrupt_file_is_refused_by_name(source, tmp_path):

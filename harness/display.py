@@ -121,6 +121,44 @@ def print_leaderboard(
     Console(markup=False, highlight=False).print(table)
 
 
+def print_prediction(result: Mapping[str, Any]) -> None:
+    """Print whether a model will need Adam, why, how sure that is, and what it cost."""
+    from harness.leaderboard.report import LABELS
+
+    console = Console(markup=False, highlight=False)
+    console.print(f"{result['target']}: {result['answer']}")
+    console.print(
+        f"probability that it needs Adam {result['probability']:.2f} "
+        f"[{result['low']:.2f}, {result['high']:.2f}], from {result['num_models']} models of "
+        f"{result['num_families']} families"
+        + (", its own rows left out" if result["in_leaderboard"] else "")
+    )
+    table = Table("measure", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("value", "larger than", "nearest models (gap)"):
+        table.add_column(name, justify="left" if name.startswith("nearest") else "right")
+    for row in result["measures"]:
+        table.add_row(
+            LABELS[row["metric"]],
+            f"{row['value']:.3g} ± {row['standard_error']:.1g}",
+            f"{row['num_smaller']} of {result['num_models']}",
+            ", ".join(f"{near['model']} ({near['gap']:.2f})" for near in row["nearest"]),
+        )
+    console.print(table)
+    for reason in result["reasons"]:
+        console.print(f"unclear: {reason}")
+    test = result["held_out"]
+    console.print(
+        f"on families left out this is right for {test['accuracy']:.0%} of {test['num_models']} "
+        f"models (the majority's answer for {test['majority']:.0%}); it has a clear answer for "
+        f"{test['num_clear']}, of which {test['clear_correct']} are right"
+    )
+    cost = result["cost"]
+    console.print(
+        f"cost: {cost['num_products']:,} products of {cost['num_blocks']} blocks, "
+        f"{cost['seconds']:.1f} s; data {result['data']}"
+    )
+
+
 def print_checks(checks: Sequence[Check]) -> None:
     """Print what came of verified rows, those that can't be verified gathered by reason."""
     table = Table("model", "stage", "block", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

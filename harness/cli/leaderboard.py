@@ -1,4 +1,4 @@
-"""Commands that ask the dataset: leaderboard, site."""
+"""Commands that ask the dataset: leaderboard, site, predict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.base import main, options
+from harness.cli.base import device_of, main, options
 
 
 @main.command()
@@ -73,3 +73,42 @@ def site(source: Path | None, out: Path) -> None:
     from harness.leaderboard.site import build
 
     click.echo(f"page: {build(source, out)}")
+
+
+@main.command()
+@click.argument("target")
+@click.option("--task", help="Task of a target that is no entry; options as in 'books?context=32'.")
+@click.option("--js0", "with_js0", is_flag=True, help="Take the whole spectrum, for JS⁰ too.")
+@options("source", "registry", "data_root", "device", "json")
+def predict(
+    target: str,
+    task: str | None,
+    with_js0: bool,
+    source: Path | None,
+    registry: Path | None,
+    data_root: Path | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Say, before any training, whether a model will need Adam.
+
+    TARGET is an entry of the registry, or module:factory, timm:NAME or 'transformers:TYPE?...'
+    with --task. Without --js0 it takes six products per block.
+    """
+    from harness.display import print_prediction, progress_bar
+    from harness.leaderboard import predict as prediction
+
+    entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
+    with progress_bar(target) as on_progress:
+        found, cost = prediction.measure(
+            entry,
+            with_js0=with_js0,
+            data_root=data_root,
+            device=device_of(device),
+            on_progress=on_progress,
+        )
+    result = prediction.predict(entry, found, source) | {"target": target, "cost": cost}
+    if as_json:
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_prediction(result)

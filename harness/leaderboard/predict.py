@@ -1,0 +1,204 @@
+"""`harness predict`: measure a model that is not trained yet, and ask the leaderboard about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from harness import registry, tasks
+from harness.errors import UserError
+from harness.leaderboard import classifier
+from harness.leaderboard.statistics import measurements
+from harness.leaderboard.tables import read
+from harness.registry import ModelEntry
+from spectra_db.heterogeneity import MIN_PROBES, metrics
+
+if TYPE_CHECKING:
+    from harness.training import Problem
+
+# v·Hv and |Hv|² follow from a rule of two steps.
+CHEAP_STEPS = 2
+SEED = 1
+
+
+def resolve(
+    target: str, task: str | None, *, registry_dir: Path | None, data_root: Path | None
+) -> ModelEntry:
+    """Return the entry that a target names.
+
+    Args:
+        target: A registry entry, or module:factory, timm:NAME or transformers:TYPE.
+        task: Task of a target that is no entry.
+        registry_dir: Folder of further entries, and of modules; modules of the working folder are
+            found without it.
+        data_root: Folder of data sets.
+
+    Raises:
+        UserError: There is no such entry; the task is missing or superfluous; the model can't be
+            built.
+    """
+    if ":" not in target:
+        if task is not None:
+            raise UserError(f"--task goes with a factory; the entry {target!r} has its own")
+        return registry.get(target, registry_dir=registry_dir)
+    if task is None:
+        raise UserError(f"{target!r} is no entry of the registry: pass --task, such as cifar10")
+    from harness.submission.draft import check_size, draft
+
+    folder = registry_dir or Path()
+    registry.entries(registry_dir=folder)  # makes the folder's modules importable
+    entry, data = draft("target", target, task, folder=folder, data_root=data_root)
+    check_size(entry, data)
+    return entry
+
+
+def measure(
+    entry: ModelEntry,
+    *,
+    with_js0: bool,
+    data_root: Path | None = None,
+    device: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Measure a model at initialisation, on the blocks of partition `weights`.
+
+    Args:
+        entry: Its entry; nothing is trained.
+        with_js0: Take the whole spectrum, for JS⁰, at the entry's number of steps; else two steps.
+        data_root: Folder of data sets.
+        device: Where to compute.
+        on_progress: Called with (products done, products in all).
+
+    Returns:
+        Rows of table `heterogeneity` of those measures, and what it cost: num_products, seconds,
+        num_params, num_blocks.
+
+    Raises:
+        UserError: The model has fewer than two blocks that are not zero, or can't be measured.
+    """
+    from harness.estimator import estimate_spectra, find_blocks
+    from harness.estimator.summary import block_summaries
+    from harness.training import load_problem
+
+    problem: Problem = load_problem(entry, "init", SEED, data_root=data_root)
+    begin = time.perf_counter()
+    blocks = find_blocks(problem.model, "weights")
+    count_terms = tasks.get(entry.task, **entry.task_options).num_terms
+    options: dict[str, Any] = {"num_steps": CHEAP_STEPS, "exact_size": 0}
+    if with_js0:
+        options = {"num_steps": entry.num_steps}
+    rows = estimate_spectra(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        blocks=blocks,
+        num_probes=max(entry.num_probes, MIN_PROBES),
+        seed=SEED,
+        device=device,
+        batch_weights=count_terms,
+        # The probes are those of a published spectrum of the same name.
+        identity={"model": entry.name, "stage": "init", "partition": "weights"},
+        on_progress=on_progress,
+        **options,
+    )
+    nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
+    if nonzero < 2:
+        raise UserError(
+            f"{entry.name!r} has {nonzero} blocks that are not exactly zero at initialisation; "
+            "heterogeneity is between at least two"
+        )
+    summaries = pd.DataFrame(
+        block_summaries(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            blocks,
+            rows,
+            batch_weights=count_terms,
+        )
+    )
+    wanted = classifier.WITH_JS0 if with_js0 else classifier.CHEAP
+    found = metrics(rows, block_rows=summaries)
+    found = found[found["metric"].isin(wanted) & found["scale"].isin(["lambda10", "none"])]
+    cost = {
+        "num_products": int(rows["num_products"].sum()),
+        "seconds": time.perf_counter() - begin,
+        "num_params": sum(p.numel() for p in problem.model.parameters()),
+        "num_blocks": len(blocks),
+    }
+    return found, cost
+
+
+def predict(entry: ModelEntry, found: pd.DataFrame, source: Path | str | None) -> dict[str, Any]:
+    """Say whether a model needs Adam, from its measures and the leaderboard's models.
+
+    Args:
+        entry: The model; its own rows of the leaderboard are left out.
+        found: Its measures, from `measure`.
+        source: Tables of the leaderboard.
+
+    Returns:
+        answer, and the `reasons` if it is unclear; probability, low, high, outside; `measures`:
+        each with its value, error, and place among the leaderboard's models; num_models,
+        num_families, held_out (what `summary` says), data (how old they are).
+
+    Raises:
+        UserError: The leaderboard has too few models; a measure is not positive.
+    """
+    data = read(source)
+    measured = measurements(data.models, data.heterogeneity, data.gaps)
+    rows = found.set_index("metric")
+    names = [m for m in classifier.WITH_JS0 if m in rows.index]
+    every = classifier.Examples.of(measured, names)
+    others = every.only(np.array([name != entry.name for name in every.names]))
+    corrected = rows["corrected"].where(rows["corrected"] > 0, rows["value"])
+    value = corrected.loc[names].to_numpy(np.float64)
+    error = rows["standard_error"].fillna(0.0).loc[names].to_numpy(np.float64)
+    if not (value > 0).all():
+        flat = names[int(np.argmin(value))]
+        raise UserError(f"{flat} of {entry.name!r} is 0: its blocks don't differ in it at all")
+    x, spread = np.log10(value), error / value / np.log(10)
+    result = asdict(classifier.classify(others, x, spread))
+    test = classifier.summary(classifier.held_out(every))
+    reasons = [f"{name} lies outside the leaderboard's range" for name in result["outside"]]
+    # A rule that has shown no skill where it could be tested has no clear answer to give.
+    if not test["accuracy"] > test["majority"]:
+        reasons.append("on families left out the rule is no better than the majority's answer")
+    if not reasons and result["answer"] == classifier.ANSWERS[2]:
+        reasons.append("the interval holds one half")
+    if reasons:
+        result["answer"] = classifier.ANSWERS[2]
+    result |= {
+        "model": entry.name,
+        "measures": [
+            {"metric": name, "value": float(value[j]), "standard_error": float(error[j])}
+            | _place(others, j, float(x[j]))
+            for j, name in enumerate(names)
+        ],
+        "num_models": len(others.names),
+        "num_families": len(set(others.families)),
+        "in_leaderboard": entry.name in every.names,
+        "reasons": reasons,
+        "held_out": test,
+        "data": data.age,
+    }
+    return result
+
+
+def _place(examples: classifier.Examples, j: int, x: float) -> dict[str, Any]:
+    """Return how many models have a smaller measure, and the nearest with their gaps."""
+    column = examples.x[:, j]
+    nearest = np.argsort(np.abs(column - x), kind="stable")[:3]
+    return {
+        "num_smaller": int((column < x).sum()),
+        "nearest": [
+            {"model": examples.names[i], "value": float(10 ** column[i]), "gap": examples.gap[i]}
+            for i in nearest
+        ],
+    }

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from harness import estimate_spectra, registry, tasks
+from harness.cli import main
+from harness.leaderboard.predict import measure
+from harness.training import load_problem
+from spectra_db import store
+from spectra_db.heterogeneity import metrics
+from tests.harness.leaderboard.tables import made_up
+
+MEASURES = ("gradient_rms_spread", "lambda_rms_spread", "trace_spread")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return tables of 24 models whose gap each cheap measure tells."""
+    generator = np.random.default_rng(0)
+    level = np.linspace(-0.6, 0.6, 24)
+    values = {m: 10 ** (level + 0.05 * generator.normal(size=24)) for m in MEASURES}
+    gaps = np.where(level > 0, 0.3, 0.01)
+    families = [f"f{i // 2}" for i in range(24)]
+    tables = ("models", "heterogeneity", "gaps")
+    for table, rows in zip(tables, made_up(values, gaps, families, errors=1e-3), strict=True):
+        store.write(tmp_path / "data", table, rows)
+    return tmp_path / "data"
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(main, ["predict", *map(str, arguments)])
+
+
+def test_the_cheap_measures_are_those_of_a_whole_spectrum_of_sampled_blocks():
+    # The first two moments don't need more than two steps.
+    entry = registry.get("cnn-digits")
+    found, cost = measure(entry, with_js0=False)
+    problem = load_problem(entry)
+    rows = estimate_spectra(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        num_probes=3,
+        num_steps=6,
+        seed=1,
+        exact_size=0,
+        batch_weights=tasks.get(entry.task).num_terms,
+        identity={"model": entry.name, "stage": "init", "partition": "weights"},
+    )
+    expected = metrics(rows).set_index("metric")
+    cheap = found.set_index("metric")
+    for name in ("lambda_rms_spread", "trace_spread"):
+        for column in ("corrected", "standard_error"):
+            assert cheap.loc[name, column] == pytest.approx(expected.loc[name, column], rel=1e-3)
+    assert cost["num_products"] == 6 * cost["num_blocks"]
+
+
+def test_an_entry_gets_an_answer_with_its_place_its_uncertainty_and_its_cost(folder):
+    result = call("cnn-digits", "--source", folder, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["answer"] in ("SGD should do", "use Adam", "unclear")
+    assert 0 <= facts["low"] <= facts["probability"] <= facts["high"] <= 1
+    assert [row["metric"] for row in facts["measures"]] == list(MEASURES)
+    for row in facts["measures"]:
+        assert 0 <= row["num_smaller"] <= 24
+        assert len(row["nearest"]) == 3
+    assert facts["held_out"]["accuracy"] > facts["held_out"]["majority"]
+    assert facts["cost"]["num_products"] == 6 * facts["cost"]["num_blocks"]
+    assert (facts["answer"] == "unclear") == bool(facts["reasons"])
+
+
+def test_a_rule_without_skill_gives_no_clear_answer(folder):
+    generator = np.random.default_rng(2)
+    values = {m: 10 ** generator.normal(size=24) for m in MEASURES}
+    gaps = np.where(np.arange(24) % 3 == 0, 0.3, 0.01)
+    _, metrics_, gaps_ = made_up(values, gaps, ["f"] * 24, errors=1e-3)
+    store.write(folder, "heterogeneity", metrics_)
+    store.write(folder, "gaps", gaps_)
+    result = call("cnn-digits", "--source", folder)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("cnn-digits: unclear")
+    assert "no better than the majority's answer" in " ".join(result.stdout.split())
+
+
+def test_a_factory_with_a_task_is_predicted_without_an_entry(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "def two_layers(num_classes, image_size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(image_size ** 2, 16), nn.Tanh(),\n"
+        "                         nn.Linear(16, num_classes))\n"
+    )
+    result = call("nets:two_layers", "--task", "digits", "--source", folder, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["cost"]["num_params"] == 64 * 16 + 16 + 160 + 10
+    assert facts["cost"]["num_blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet8-cifar"], "did you mean resnet8-cifar10"),
+        (["timm:resnet18"], "pass --task"),
+        (["cnn-digits", "--task", "mnist"], "has its own"),
+        (["nowhere:factory", "--task", "digits"], "neither installed nor in"),
+    ],
+)
+def test_targets_that_can_not_be_are_refused_with_the_remedy(folder, arguments, message):
+    result = call(*arguments, "--source", folder)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_leaderboard_of_too_few_models_is_refused(folder, tmp_path):
+    for table in ("models", "heterogeneity", "gaps"):
+        target = tmp_path / "few" / table
+        target.mkdir(parents=True)
+        (target / "m0.parquet").write_bytes(store.path_of(folder, table, "m0").read_bytes())
+    result = call("cnn-digits", "--source", tmp_path / "few")
+    assert result.exit_code == 2
+    assert "too few to predict from" in result.stderr

@@ -82,17 +82,17 @@ def add_model(
     )
     draft.check_size(entry, data)
     findings = draft.inspect_model(draft.build(entry, data))
+    text = entry_file.render(entry)
+    if dry_run:
+        click.echo(text)
+    click.echo(f"{entry.name}: family {entry.family}, task {entry.task}")
+    click.echo(f"parameters {findings.num_params:,}, blocks {len(findings.blocks)}")
     try:
         problem = load_problem(entry, data_root=data_root)
         cost = forecast_of(problem, entry.partition, entry.num_probes, entry.num_steps)
         forecast = cost_line(entry.num_probes, entry.num_steps, cost)
     except Exception as error:  # of the model: `validate` finds the module and the remedy
         cost, forecast = None, f"no forecast: {' '.join(str(error).split())}"
-    text = entry_file.render(entry)
-    if dry_run:
-        click.echo(text)
-    click.echo(f"{entry.name}: family {entry.family}, task {entry.task}")
-    click.echo(f"parameters {findings.num_params:,}, blocks {len(findings.blocks)}")
     if cost is not None:
         click.echo("GFLOP: of one product with the block")
     print_blocks(findings.blocks, cost)

@@ -28,9 +28,15 @@ def timm_model(
         raise _unknown("timm", "model", model_name, timm.list_models())
     if timm.models.get_pretrained_cfg_value(model_name, "fixed_input_size"):
         options = {"img_size": image_size} | options
-    return timm.create_model(
-        model_name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options
-    )
+    try:
+        return timm.create_model(
+            model_name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options
+        )
+    except TypeError as error:  # that of its class, or of a dict on the way there
+        raise UserError(
+            f"timm's {model_name} doesn't take {', '.join(options) or 'the data'} ({error}); its "
+            "class takes what its name fixes, as in timm.models.convmixer:ConvMixer?dim=64"
+        ) from error
 
 
 def transformers_model(

@@ -210,6 +210,56 @@ def print_differences(changes: Mapping[str, pd.DataFrame], num_rows: int) -> Non
             console.print(f"{name}: {len(changed) - num_rows} more; --rows prints them")
 
 
+def print_provenance(found: dict[str, Any]) -> None:
+    """Print a model's numbers, and the spectra, training runs and commands they come from."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    model = found["model"]
+    version = f"release {found['version']}" if found["version"] else "no release"
+    console.print(f"{model['model']} ({model['family']}, {model['task']}), {version}")
+    gap = found["gap"]
+    if gap is None or gap["status"] != "ok":
+        console.print(f"gap: {'none' if gap is None else gap['status']}")
+    else:
+        console.print(
+            f"gap {gap['gap']:.4f} ± {gap['standard_error']:.4f} = (L_sgd − L_adam) / (L_init − "
+            f"L_adam), L_sgd {gap['sgd_loss']:.4g} at rate {gap['sgd_lr']:.3g}, L_adam "
+            f"{gap['adam_loss']:.4g} at {gap['adam_lr']:.3g}, L_init {gap['init_loss']:.4g}"
+        )
+    for run in found["training"]:
+        best = gap is not None and run["lr"] == gap[f"{run['optimizer'].removesuffix('w')}_lr"]
+        if best and run["seed"] > 0:
+            line = f"seed {run['seed']}: loss {run['loss']:.4g} after {run['step']} steps"
+            console.print(f"  {run['optimizer']} at {run['lr']:.3g}, {line}")
+    for row in found["measurements"]:
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+        value = "–" if row["corrected"] is None else f"{row['corrected']:.4f}"
+        name = f"{row['metric']} ({row['scale']}, σ {row['sigma']:g})"
+        console.print(f"{name} at {row['stage']} {value}{error}, partition {row['partition']}")
+    for row in found["entered"]:
+        value = f"{row['estimate']:.4f} ± {row['standard_error']:.4f}"
+        what = f"over the blocks of partition {row['partition']}"
+        done = "enters the leaderboard" if row["enters"] else "does not enter the leaderboard"
+        console.print(f"{row['metric']} at {row['stage']} {value} {what} {done}")
+    for row in found["spectra"]:
+        counts = f"{row['blocks']} blocks, {row['probes']} probes, {row['rows']} rows"
+        weights = f", checkpoint {row['checkpoint_sha256']}" if row["progress"] > 0 else ""
+        place = f"{row['stage']}, partition {row['partition']}"
+        made = f"run {row['run_id']}, batch {row['batch_hash']}{weights}"
+        console.print(f"spectra at {place}: {counts}; {made}")
+    for source in dict.fromkeys(row["data_source"] for row in found["spectra"]):
+        console.print(f"data: {source}")
+    labels = [("code_version", "code"), ("torch_version", "torch"), ("device", "on")]
+    for run in found["runs"]:
+        facts = ", ".join(f"{label} {run[name]}" for name, label in labels)
+        seeds = ", ".join(map(str, run["seeds"]))
+        console.print(f"run {run['run_id']}: {facts}, seeds {seeds}, {run['started'][:16]}")
+    for command in dict.fromkeys(run["command"] for run in found["runs"]):
+        console.print(f"by: {command}")
+    for path, sha256 in found["files"].items():
+        console.print(f"file {path}: sha256 {sha256}")
+    console.print(f"recompute a sample of the rows: harness verify {model['model']}")
+
+
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
     """Return the forecast of one spectrum in a line."""
     return (

@@ -33,33 +33,16 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
         scale: What eigenvalues are divided by, as in `spectra_db.density`.
         sigma: Width of the smoothing, in units of the scale.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     blocks = rows.drop_duplicates("block").set_index("block")
     densities = density(rows, scale=scale, sigma=sigma)
-    columns = min(4 if len(blocks) <= 24 else 8, len(blocks))
-    shape = (ceil(len(blocks) / columns), columns)
-    # A single panel is drawn larger; it stands alone.
-    size = (5.2, 3.4) if len(blocks) == 1 else (2.6 * columns, 1.9 * shape[0] + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
-    top = 1.5 * float(densities.to_numpy().max())
-    axes[0].set(yscale="log", ylim=(_FLOOR, top))
-    axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
-    axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
-    titles = _short(list(blocks.index))
-    for ax, title, (name, block) in zip(axes, titles, blocks.iterrows(), strict=False):
-        ax.set_title(_title(title, str(block["block_kind"])), fontsize=8)
-        ax.tick_params(labelsize=7)
+    figure, axes, columns = _panels(blocks, 1.5 * float(densities.to_numpy().max()), scale)
+    for ax, (name, block) in zip(axes, blocks.iterrows(), strict=False):
         if block["status"] == "zero":
             ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center", fontsize=8)
         else:
             _draw_density(ax, densities[name], _colour(str(block["block_kind"])))
-    for ax in axes[len(blocks) - columns : len(blocks)]:
-        ax.tick_params(labelbottom=True)
-    for ax in axes[len(blocks) :]:
-        ax.set_axis_off()
     kinds = [k for k in _KINDS if k in set(blocks["block_kind"])]
     others = sorted(set(blocks["block_kind"]) - set(_KINDS))
     patches = [Patch(color=_colour(k), alpha=0.6, label=k) for k in kinds]
@@ -70,9 +53,47 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
         figure.legend(
             handles=patches, loc="outside upper left", ncols=ncols, fontsize=8, frameon=False
         )
-    unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {_SCALE_NAMES[scale]}"
-    figure.supxlabel(unit, fontsize=9)
-    figure.supylabel("density", fontsize=9)
+    return figure
+
+
+def stages(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
+    """Draw each block's spectral density at every stage of training, from dark to light.
+
+    Args:
+        rows: Rows of table `spectra` of one model and partition at several stages; of some blocks,
+            where fewer panels are wanted.
+        scale: What eigenvalues are divided by at each stage, as in `spectra_db.density`; `raw`
+            shows how they grow.
+        sigma: Width of the smoothing, in units of the scale.
+
+    Raises:
+        ValueError: The rows of a stage are of several spectra, or there are none.
+    """
+    from matplotlib import colormaps
+
+    order = rows.sort_values(["progress", "step"])["stage"].drop_duplicates()
+    parts = {stage: rows[rows["stage"] == stage] for stage in order}
+    densities = {stage: density(part, scale=scale, sigma=sigma) for stage, part in parts.items()}
+    if not densities:
+        raise ValueError("there are no rows; check the filters")
+    blocks = rows.drop_duplicates("block").set_index("block")
+    top = 1.5 * max(float(values.to_numpy().max()) for values in densities.values())
+    figure, axes, _ = _panels(blocks, top, scale)
+    # The light end of the map is too pale for a line on white.
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(densities)))
+    for shade, (stage, values) in zip(shades, densities.items(), strict=True):
+        part = parts[stage]
+        zero = set(part.loc[part["status"] == "zero", "block"])
+        progress = float(part["progress"].iloc[0])
+        lines = []
+        for ax, name in zip(axes, blocks.index, strict=False):
+            if name in values.columns and name not in zero:
+                x, y = _broken(values[name])
+                lines += ax.plot(x, y, color=shade, linewidth=1.0)
+        if lines:
+            share = "" if stage in ("init", "final") else f" ({progress:.0%} of the steps)"
+            lines[0].set_label(f"{stage}{share}")
+    figure.legend(loc="outside upper left", ncols=min(5, len(axes)), fontsize=8, frameon=False)
     return figure
 
 
@@ -145,16 +166,48 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
-    """Fill the area under a density, broken where the lattice has gaps."""
+def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[Axes], int]:
+    """Return a figure with a titled panel per block, density logarithmic, and its columns."""
+    from matplotlib.figure import Figure
+
+    columns = min(4 if len(blocks) <= 24 else 8, len(blocks))
+    shape = (ceil(len(blocks) / columns), columns)
+    # A single panel is drawn larger; it stands alone.
+    size = (5.2, 3.4) if len(blocks) == 1 else (2.6 * columns, 1.9 * shape[0] + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
+    axes[0].set(yscale="log", ylim=(_FLOOR, top))
+    axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
+    axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
+    kinds = blocks["block_kind"].astype(str)
+    for ax, title, kind in zip(axes, _short(list(blocks.index)), kinds, strict=False):
+        ax.set_title(_title(title, kind), fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in axes[len(blocks) - columns : len(blocks)]:
+        ax.tick_params(labelbottom=True)
+    for ax in axes[len(blocks) :]:
+        ax.set_axis_off()
+    unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {_SCALE_NAMES[scale]}"
+    figure.supxlabel(unit, fontsize=9)
+    figure.supylabel("density", fontsize=9)
+    return figure, list(axes), columns
+
+
+def _broken(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Return a density's points above the floor, with nan where the line is to break."""
     x, y = values.index.to_numpy(), np.maximum(values.to_numpy(), _FLOOR)
     spacing = np.diff(x).min()
     drawn = np.convolve(y > _FLOOR, [True, True, True], mode="same") > 0
     x, y = x[drawn], y[drawn]
     gaps = np.flatnonzero(np.diff(x) > 1.5 * spacing) + 1
-    for left, right in zip(np.split(x, gaps), np.split(y, gaps), strict=True):
-        ax.fill_between(left, _FLOOR, right, color=colour, alpha=0.35, linewidth=0)
-        ax.plot(left, right, color=colour, linewidth=0.9)
+    return np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan)
+
+
+def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
+    """Fill the area under a density, broken where the lattice has gaps."""
+    x, y = _broken(values)
+    ax.fill_between(x, _FLOOR, y, color=colour, alpha=0.35, linewidth=0)
+    ax.plot(x, y, color=colour, linewidth=0.9)
 
 
 def _colour(kind: str) -> str:

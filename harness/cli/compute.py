@@ -32,11 +32,32 @@ def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
 @main.command()
 @click.argument("model")
 @choice("partition", "weights", "paper", "all", "full")
-@options("registry", "data_root", "json")
+@click.option(
+    "--provenance", is_flag=True, help="Where its published numbers come from, row by row."
+)
+@options("source", "registry", "data_root", "json")
 def describe(
-    model: str, partition: str, registry: Path | None, data_root: Path | None, as_json: bool
+    model: str,
+    partition: str,
+    provenance: bool,
+    source: Path | None,
+    registry: Path | None,
+    data_root: Path | None,
+    as_json: bool,
 ) -> None:
     """Describe a model: its blocks and what its spectrum costs."""
+    if provenance:
+        from harness.display import print_provenance
+        from spectra_db.provenance import trace
+
+        found = trace(model, source)
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+        else:
+            print_provenance(found)
+        return
+    if source is not None:
+        raise UserError("--source names published tables; it goes with --provenance")
     from harness.display import cost_line, print_blocks
     from harness.registry import get
     from harness.spectra import blocks_of, forecast_of

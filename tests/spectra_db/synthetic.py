@@ -171,6 +171,7 @@ def model_row(model: str, **changes: Any) -> dict[str, Any]:
 
 def gap_row(model: str, **changes: Any) -> dict[str, Any]:
     row = {"model": model, "gap": 0.2, "standard_error": 0.02, "at_edge": False, "num_lrs": 5}
+    row |= {"sgd_loss": 0.4, "adam_loss": 0.0, "init_loss": 2.0, "sgd_lr": 0.1, "adam_lr": 0.01}
     return row | {"num_seeds": 3, "status": "ok", "protocol_version": 1} | changes
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from spectra_db import plot
 
-from .synthetic import like_a_network, slq_rows, zero_row
+from .synthetic import exact_rows, like_a_network, slq_rows, zero_row
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,30 @@ def test_figures_touch_no_global_state(rows):
     before = "matplotlib.pyplot" in sys.modules  # another test's
     plot.spectra(rows)
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_stages_are_lines_in_the_order_of_training_from_dark_to_light(rows):
+    later = [rows.assign(stage=s, progress=p) for s, p in (("final", 1.0), ("p25", 0.25))]
+    figure = plot.stages(pd.concat([*later, rows]))
+    assert figure.axes[0].get_yscale() == "log"
+    lines = figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["init", "p25 (25% of the steps)", "final"]
+    brightness = [sum(line.get_color()[:3]) for line in lines]
+    assert brightness == sorted(brightness)
+    assert [len(ax.get_lines()) for ax in figure.axes[:7]] == [3] * 6 + [0]  # the last is zero
+    assert drawn(figure)
+
+
+def test_stages_of_several_models_are_refused(rows):
+    with pytest.raises(ValueError, match="several spectra"):
+        plot.stages(pd.concat([rows, rows.assign(model="other")]))
+    with pytest.raises(ValueError, match="there are no rows"):
+        plot.stages(rows[:0])
+
+
+def test_lines_break_where_a_spectrum_has_gaps():
+    spectrum = np.array([0.0, 0.1, 50.0])
+    [line] = plot.stages(exact_rows([spectrum])).axes[0].get_lines()
+    y = line.get_ydata()
+    assert np.isnan(y).sum() == 1
+    assert np.nanmax(y[np.flatnonzero(np.isnan(y))[0] :]) > 1

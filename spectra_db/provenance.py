@@ -1,0 +1,130 @@
+"""From a model's numbers to the rows, runs, commands, code and seeds that they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectra_db import manifest
+from spectra_db.load import BUNDLED, NotFound, load
+from spectra_db.manifest import Manifest
+from spectra_db.schema import STAGES, TABLES
+
+# The reading that the leaderboard shows first.
+_READING = {"metric": "js0", "scale": "lambda10"}
+
+
+def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
+    """Return where the numbers of a model come from.
+
+    A statistic of table `leaderboard` is over models; each enters by a measurement (a row of
+    `heterogeneity` at the stage) and its row of `gaps`. The measurement comes from the rows of
+    `spectra` of its stage, those from runs and, after init, a checkpoint; the gap comes from the
+    ends of training runs. Every step is a list of rows, and the files that hold them come with
+    their sha256, where the source is a release.
+
+    Args:
+        model: Name of the model.
+        source: As of `load`.
+
+    Returns:
+        version (None if no release), model (its row), entered (what the leaderboard took, by
+        stage), measurements, gap, training, spectra, runs, files; of JSON's types.
+
+    Raises:
+        NotFound: The source has no such model.
+    """
+    row = load("models", source=source, model=model)
+    measured = _rows("heterogeneity", source, model=model, **_READING)
+    spectra = _rows("spectra", source, model=model)
+    stages = _rows("stages", source, model=model)
+    folder = BUNDLED if source is None else Path(source)
+    release = manifest.read(folder) if folder.is_dir() else None
+    measured = measured.sort_values("stage", key=lambda stage: stage.map(STAGES.index))
+    return {
+        "version": None if release is None else release.version,
+        "model": _records(row)[0],
+        "entered": _entered(folder, release, model),
+        "measurements": _records(
+            measured[["stage", "partition", *_READING, "sigma", "corrected", "standard_error"]]
+        ),
+        "gap": next(iter(_records(_rows("gaps", source, model=model))), None),
+        "training": _ends(_rows("training", source, model=model, metric="loss", split="train")),
+        "spectra": _spectra(spectra, stages),
+        "runs": _records(_rows("runs", source, model=model)),
+        "files": {
+            path: file.sha256
+            for path, file in ({} if release is None else release.files).items()
+            if Path(path).stem == model
+        },
+    }
+
+
+def _rows(table: str, source: Path | str | None, **filters: Any) -> pd.DataFrame:
+    """Load rows; none where the source lacks the table, or the table the model."""
+    try:
+        return load(table, source=source, **filters)
+    except NotFound:
+        return TABLES[table].empty_table().to_pandas()
+
+
+def _entered(folder: Path, release: Manifest | None, model: str) -> list[dict[str, Any]]:
+    """Return what of a model entered the statistics, as `harness leaderboard` left it.
+
+    Of models whose blocks include biases the leaderboard takes the measure over the weights alone.
+    """
+    path = "leaderboard/models.csv"
+    if release is None or path not in release.files:
+        return []
+    manifest.check_file(folder, release, path)
+    rows = pd.read_csv(folder / path)
+    ours = (rows[["model", *_READING]] == pd.Series({"model": model, **_READING})).all(axis=1)
+    columns = ["stage", "partition", *_READING, "sigma", "estimate", "standard_error", "enters"]
+    rows = rows.loc[ours, columns].sort_values("stage", key=lambda s: s.map(STAGES.index))
+    return _records(rows)
+
+
+def _ends(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the last loss of every training run."""
+    run = ["optimizer", "lr", "seed"]
+    ends = rows.sort_values("step").groupby(run, as_index=False).last()
+    return _records(ends[[*run, "step", "value", "diverged"]].rename(columns={"value": "loss"}))
+
+
+def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return each spectrum with its counts, its run and seeds, its data and its checkpoint."""
+    shared = ["stage", "partition", "init_seed", "train_run", "run_id", "batch_hash", "data_source"]
+    checkpoints = dict(zip(stages["stage"], stages["checkpoint_sha256"], strict=True))
+    found = []
+    for values, some in rows.groupby(shared, sort=False):
+        sampled = some[some["method"] == "slq"]
+        found.append(
+            dict(zip(shared, values, strict=True))
+            | {
+                "rows": len(some),
+                "blocks": int(some["block"].nunique()),
+                "probes": int(sampled["probe"].max()) + 1 if len(sampled) else 0,
+                "progress": float(some["progress"].iloc[0]),
+                "failed": int(some["status"].isin(["failed", "pending"]).sum()),
+                "checkpoint_sha256": checkpoints.get(values[0]),
+            }
+        )
+    return sorted(found, key=lambda spectrum: (spectrum["progress"], spectrum["partition"]))
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as dicts of JSON's types."""
+    return [
+        {str(name): _plain(value) for name, value in record.items()}
+        for record in rows.to_dict("records")
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, pd.Timestamp):
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return None if value is pd.NaT or value is pd.NA or value != value else value

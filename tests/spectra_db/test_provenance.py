@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from harness.cli import main
+from spectra_db import manifest
+from spectra_db.load import BUNDLED, NotFound, load
+from spectra_db.provenance import trace
+from spectra_db.release import release
+
+from .synthetic import write_tables
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tables")
+    release(write_tables(root / "tables"), root / "data", "0.1.0")
+    return root / "data"
+
+
+def test_every_spectrum_leads_to_its_run_command_code_and_seeds(source):
+    found = trace("digits-cnn", source)
+    runs = {run["run_id"]: run for run in found["runs"]}
+    assert [s["stage"] for s in found["spectra"]] == ["final", "init"]  # progress is 0 at both
+    for spectrum in found["spectra"]:
+        assert (spectrum["rows"], spectrum["blocks"], spectrum["probes"]) == (6, 2, 3)
+        run = runs[spectrum["run_id"]]
+        assert run["command"] == "harness run digits-cnn"
+        assert (run["code_version"], run["seeds"]) == ("0.1.0+abc", [1])
+    assert found["spectra"][0]["checkpoint_sha256"] == "0" * 64
+
+
+def test_the_gap_leads_to_the_ends_of_training_runs(source):
+    found = trace("digits-cnn", source)
+    assert found["gap"]["gap"] == 0.2
+    [run] = found["training"]
+    assert (run["optimizer"], run["seed"], run["step"], run["loss"]) == ("adamw", 1, 4, 0.4)
+
+
+def test_files_come_with_the_sha256_of_the_release(source):
+    found = trace("digits-cnn", source)
+    known = manifest.read(source)
+    assert found["version"] == "0.1.0"
+    assert set(found["files"]) == {p for p in known.files if p.endswith("/digits-cnn.parquet")}
+    assert trace("digits-cnn", source.parent / "tables")["version"] is None
+
+
+def test_an_unknown_model_is_refused(source):
+    with pytest.raises(NotFound, match="no model 'digits-cn' in table models; did you"):
+        trace("digits-cn", source)
+
+
+def test_the_command_prints_it_and_json_has_the_same(source):
+    command = ["describe", "digits-cnn", "--provenance", "--source", str(source)]
+    answer = CliRunner().invoke(main, [*command, "--json"])
+    assert json.loads(answer.output) == trace("digits-cnn", source)
+    output = CliRunner().invoke(main, command).output
+    for text in ("gap 0.2000 ± 0.0200", "harness run digits-cnn", "code 0.1.0+abc", "seeds 1"):
+        assert text in output
+    for sha256 in trace("digits-cnn", source)["files"].values():
+        assert sha256 in output
+
+
+@pytest.mark.skipif(
+    not (BUNDLED / "leaderboard" / "models.csv").exists(), reason="no leaderboard is bundled"
+)
+def test_every_measurement_of_the_leaderboard_leads_to_spectra_and_runs():
+    entered = pd.read_csv(BUNDLED / "leaderboard" / "models.csv")
+    for model in load("models")["model"]:
+        found = trace(model)
+        ours = entered[(entered["model"] == model) & (entered["scale"] == "lambda10")]
+        ours = ours[ours["metric"] == "js0"]
+        assert {r["stage"]: r["estimate"] for r in found["entered"]} == dict(
+            zip(ours["stage"], ours["estimate"], strict=True)
+        )
+        runs = {run["run_id"] for run in found["runs"]}
+        stages = {s["stage"] for s in found["spectra"] if s["run_id"] in runs and not s["failed"]}
+        assert set(ours["stage"]) <= stages, model

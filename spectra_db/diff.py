@@ -31,8 +31,9 @@ _ERRORS = 2.0
 _RELATIVE = 1e-5
 # How a row came about, not what it says.
 _CIRCUMSTANCES = {"run_id", "seconds", "peak_bytes", "started", "device", "microbatch_size"}
-# Rules of one probe are as in `harness verify`: rounding of each step, and twice the truncation.
-_EPS, _TRUNCATIONS = float(np.finfo(np.float32).eps), 2.0
+# Rules of one probe are as in `harness verify`: 1,000 roundings of the first product, rounding of
+# each step, and twice the truncation.
+_EPS, _MOMENT_EPS, _TRUNCATIONS = float(np.finfo(np.float32).eps), 1000, 2.0
 _LISTS = ("alphas", "betas", "nodes", "weights")
 COLUMNS = ["change", "column", "before", "after", "allowed"]
 
@@ -190,9 +191,18 @@ def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:
     if not len(a) or not len(b) or old["method"] != new["method"]:
         return [*sizes, 0.0, np.inf]
     allowed = max(len(a), len(b)) * _EPS * max(np.abs(a).max(), np.abs(b).max())
+    if old["method"] == "slq" and _first_product(old, new) > _MOMENT_EPS * _EPS:
+        return [*sizes, allowed, np.inf]  # another probe, batch or Hessian
     if old["method"] == "slq" and not old["breakdown"]:
         steps = max(1, int(TRUNCATION * len(old["alphas"])))
         nodes, weights = truncated_rule(old["alphas"], old["betas"], steps)
         allowed += _TRUNCATIONS * wasserstein_distance(a, nodes, u, weights)
     distance = wasserstein_distance(a, b, u, v)
     return [*sizes, allowed, distance / allowed if allowed else np.inf]
+
+
+def _first_product(old: dict[Any, Any], new: dict[Any, Any]) -> float:
+    """Return by how much v·Hv and |Hv| of the probe moved, relative to the norm of Hv."""
+    moved = [abs(new[name][0] - old[name][0]) for name in ("alphas", "betas")]
+    norm = float(np.sqrt(old["weights"] @ old["nodes"] ** 2))
+    return max(moved) / norm if norm else np.inf

@@ -28,13 +28,16 @@ _BINS_PER_UNIT = 20  # of the axis, which is arsinh of the eigenvalue: σ = 0.05
 _POINTS = 250  # of a training curve
 
 
-def charts(name: str, tier: str, source: Path | str | None) -> dict[str, Any]:
+def charts(
+    name: str, tier: str, source: Path | str | None, *, weights_alone: bool = False
+) -> dict[str, Any]:
     """Return the data of a model's figures.
 
     `blocks` names the blocks, in the network's order, and their kinds; `spectra` has per stage and
     block the density as [first bin, log10 in hundredths, ...] over bins of arsinh of the scaled
     eigenvalue, null where it is below the floor; `heatmaps` per stage the distances in
-    thousandths; `full` the spectra of all parameters as one block; `curves` the training runs.
+    thousandths, without biases if `weights_alone`; `full` the spectra of all parameters as one
+    block; `curves` the training runs.
     """
     rows = optional("spectra", source, model=name)
     partition = partition_of(tier)
@@ -63,8 +66,9 @@ def charts(name: str, tier: str, source: Path | str | None) -> dict[str, Any]:
             found["failed"][stage] = str(lacking["reason"].iloc[0])
             continue
         found["spectra"][stage] = _binned(density(ours[ours["status"] == "ok"]))
-        if ours.loc[ours["status"] == "ok", "block"].nunique() >= 2:
-            distances = pairwise_js(ours)
+        compared = ours[ours["block_kind"] != "bias"] if weights_alone else ours
+        if compared.loc[compared["status"] == "ok", "block"].nunique() >= 2:
+            distances = pairwise_js(compared)
             found["heatmaps"][stage] = {
                 "blocks": list(distances.columns),
                 "values": (1000 * distances.to_numpy()).round().astype(int).tolist(),
@@ -131,11 +135,13 @@ def _standard(rows: pd.DataFrame) -> pd.DataFrame:
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
     """Sort blocks as a network is read: embeddings, layers by their numbers, the head."""
     ends = {"embedding": 0, "position": 0, "head": 2}
+    heads = {b.rpartition(".")[0] for b in rows.loc[rows["block_kind"] == "head", "block"]}
 
     def place(row: Any) -> tuple[int, list[tuple[int, str]], int]:
         words = re.findall(r"\d+|\D+", row.block)
         numbered = [(int(word), "") if word.isdigit() else (-1, word) for word in words]
-        return ends.get(row.block_kind, 1), numbered, row.probe
+        of_head = row.block_kind == "bias" and row.block.rpartition(".")[0] in heads
+        return 2 if of_head else ends.get(row.block_kind, 1), numbered, row.probe
 
     places = [place(row) for row in rows.itertuples()]
     return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]

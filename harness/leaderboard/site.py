@@ -73,13 +73,16 @@ def build(source: Path | str | None, out: Path) -> Path:
         if not model["has_page"]:
             continue
         name = model["model"]
-        charts = model_page.charts(name, model["tier"], source)
+        ours = joined[joined["model"] == name]
+        weights_alone = set(ours["partition"]) == {"weights"}
+        charts = model_page.charts(name, model["tier"], source, weights_alone=weights_alone)
         _write_js(out / "data" / "models" / f"{name}.js", charts)
         runs = data.runs[data.runs["model"] == name].sort_values("started")
         html = environment.get_template("model.html").render(
             m=model,
             charts=charts,
-            metrics=_metric_table(joined[joined["model"] == name]),
+            metrics=_metric_table(ours),
+            without_biases=weights_alone and any(b["kind"] == "bias" for b in charts["blocks"]),
             runs=runs.to_dict("records"),
             downloads=_downloads(name, source, out),
             stages=STAGES,

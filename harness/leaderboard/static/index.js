@@ -106,6 +106,7 @@ function drawRanking() {
   const size = (reading) => Math.abs(find(stage, reading, "spearman")?.value ?? 0);
   readings.sort((a, b) => size(b) - size(a));
   const head = [`measure at ${stage}`, "products per block", ...Object.values(statistics)];
+  table.closest("section").hidden = readings.length === 0;
   table.tHead.rows[0].replaceChildren(...head.map((text, i) => {
     const cell = document.createElement("th");
     cell.scope = "col";

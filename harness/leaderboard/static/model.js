@@ -105,7 +105,7 @@ function drawHeatmap() {
   const pairs = values.flatMap((row, i) => row.slice(0, i));
   const mean = pairs.reduce((sum, v) => sum + v, 0) / pairs.length / 1000;
   byId("heatmap-note").textContent = "Jensen-Shannon distance of every pair of blocks, 0 where two spectra have " +
-    `the same shape and at most 1. At ${stage} their mean, the JS above, is ${mean.toFixed(3)}; the largest is ` +
+    `the same shape and at most 1. At ${stage} their mean is ${mean.toFixed(3)}; the largest is ` +
     `${(Math.max(...pairs) / 1000).toFixed(3)}.`;
   const target = byId("heatmap");
   const room = target.clientWidth || 700;

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import spectra_db
 from harness.cli import main
 from harness.leaderboard import report, statistics, tables
+from harness.leaderboard.model_page import charts
 from harness.submission.verified import mark_verified
 from harness.submission.verify import Check
 from spectra_db import store
@@ -154,6 +155,17 @@ def test_a_model_of_blocks_with_biases_is_compared_by_its_weights(tmp_path):
     assert found["num_blocks"] == 3
     assert with_biases["num_blocks"].iloc[0] == 4
     assert found["block_products"] == 3 * 5  # not those that diagonalise the exact block
+
+
+def test_the_page_of_such_a_model_shows_the_distances_that_its_js0_is_the_mean_of(tmp_path):
+    found = charts("p", "paper", _perceptron(tmp_path), weights_alone=True)
+    assert [block["name"] for block in found["blocks"]][-1] == "layers.10.w"
+    assert "layers.2.b" in [block["name"] for block in found["blocks"]]
+    distances = np.array(found["heatmaps"]["init"]["values"]) / 1000
+    data = tables.read(tmp_path).heterogeneity
+    js0 = data[(data["metric"] == "js0") & (data["scale"] == "lambda10")].iloc[0]
+    mean = distances[np.triu_indices(len(distances), 1)].mean()
+    assert mean == pytest.approx(js0["corrected"], abs=1e-3)
 
 
 def _perceptron(folder: Path) -> Path:

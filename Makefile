@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench paper leaderboard site clean
+.PHONY: demo test lint bench bench-check paper leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,6 +40,11 @@ leaderboard: $(READY)
 # The release as static pages; open build/site/index.html.
 site: $(READY)
 	$(BIN)/harness site --out build/site
+
+# Fails if what the suite tracks deterministically got worse since BASE: operations, errors.
+bench-check: $(READY)
+	$(BIN)/asv machine --yes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.check $(BASE)
 
 clean:
 	rm -rf .venv build

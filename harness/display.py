@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harness.registry import ModelEntry
     from harness.submission.validate import Finding
     from harness.submission.verify import Check
+    from spectra_db.jackknife import Estimate
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
 
@@ -266,6 +267,16 @@ def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
         f"forecast at {num_probes} probes × {num_steps} steps: {cost.num_products:,} products, "
         f"{cost.flops / 1e12:.3g} TFLOP, {cost.graph_bytes / 2**20:,.0f} MiB of kept graph"
     )
+
+
+def estimate_line(metric: str, estimate: Estimate, truncation_error: float) -> str:
+    """Return a metric with its errors in a line."""
+    from spectra_db.heterogeneity import MIN_PROBES
+
+    if estimate.corrected != estimate.corrected:  # nan: not known
+        return f"{metric} {estimate.value:.4f} (plug-in; its error needs {MIN_PROBES} probes)"
+    text = f"{metric} {estimate.corrected:.4f} ± {estimate.standard_error:.4f}"
+    return text + (f" (last steps {truncation_error:.4f})" if truncation_error else "")
 
 
 @contextmanager

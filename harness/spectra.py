@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -111,12 +111,9 @@ def take_spectrum(
         All rows of the spectrum; none in processes that only help.
     """
     from harness.estimator import estimate_spectra
-    from harness.estimator.spectrum import DTYPES
-    from harness.estimator.summary import block_summaries
 
-    entry = problem.entry
     blocks = blocks_of(problem, settings.partition)
-    identity = _identity(problem, settings)
+    identity = identity_of(problem, settings)
     leads = together is None or together.leads
     done = _finished_rows(out, identity, blocks, settings) if leads else pd.DataFrame()
     todo = [block for block in blocks if leads and block.name not in set(done["block"])]
@@ -132,11 +129,10 @@ def take_spectrum(
             return forecast_of(problem, settings.partition, *numbers, blocks=todo)
 
         estimate = partial(estimate_together, together, cost)
-    count_terms = tasks.get(entry.task, **entry.task_options).num_terms
     if not todo and on_progress is not None:
         on_progress(0, 0)
     if todo:
-        run = _describe_run(identity, settings, problem.init_seed, command)
+        run = describe_run(identity, settings, problem.init_seed, command)
 
         def write_block(rows: list[dict[str, Any]]) -> None:
             store.write(out, "runs", [run])
@@ -149,22 +145,8 @@ def take_spectrum(
             blocks=todo,
             num_probes=settings.num_probes,
             num_steps=settings.num_steps,
-            seed=problem.init_seed,
-            device=settings.device,
-            dtype=DTYPES[settings.dtype],
-            batch_weights=count_terms,
-            probe_distribution=settings.probe_distribution,
-            reorthogonalize=settings.reorthogonalize,
-            norm_mode=settings.norm_mode,
-            matmul_precision=settings.matmul_precision,
-            memory_budget=settings.memory_budget,
-            identity=identity
-            | {
-                "run_id": run["run_id"],
-                "step": problem.step,
-                "progress": problem.progress,
-                "data_source": problem.data_source,
-            },
+            identity=identity | facts_of(problem, run),
+            **options_of(problem, settings),
             on_progress=on_progress,
             on_block=write_block,
         )
@@ -175,37 +157,93 @@ def take_spectrum(
     rows = done.sort_values(
         ["block", "probe"], key=lambda c: c.map(order) if c.name == "block" else c
     ).reset_index(drop=True)
-    # The derived tables have no column for other settings: they follow the protocol's alone.
-    if settings.partition != "full" and settings.is_protocol:
-        summaries = block_summaries(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            blocks,
-            rows,
-            batch_weights=count_terms,
-        )
-        store.write(out, "blocks", summaries)
-        nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
-        if len(blocks) > 1 and nonzero < 2:
-            raise UserError(
-                f"{len(blocks) - nonzero} of the {len(blocks)} blocks of {entry.name!r} are "
-                "exactly zero, so there is nothing to compare; does its head, or the last scale "
-                "of its branches, start at zero? Start it elsewhere"
-            )
-        if nonzero >= 2:
-            store.write(out, "heterogeneity", metrics(rows, block_rows=pd.DataFrame(summaries)))
+    write_derived(problem, settings, out, blocks, rows)
     return rows
+
+
+def write_derived(
+    problem: Problem,
+    settings: Settings,
+    out: Path,
+    blocks: list[Block],
+    rows: pd.DataFrame,
+    *,
+    names: Collection[str] | None = None,
+) -> None:
+    """Write the tables `blocks` and `heterogeneity` of a spectrum that is complete.
+
+    They have no column for other settings: they follow the protocol's alone.
+
+    Args:
+        problem: The model at a stage, and its batch.
+        settings: How the spectrum was taken.
+        out: Folder of the tables.
+        blocks: All blocks.
+        rows: Rows of table `spectra` of all of them.
+        names: The metrics to write; None: all.
+
+    Raises:
+        UserError: Fewer than two blocks are not zero.
+    """
+    from harness.estimator.summary import block_summaries
+
+    if settings.partition == "full" or not settings.is_protocol:
+        return
+    summaries = block_summaries(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        blocks,
+        rows,
+        batch_weights=options_of(problem, settings)["batch_weights"],
+    )
+    store.write(out, "blocks", summaries)
+    nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
+    if len(blocks) > 1 and nonzero < 2:
+        raise UserError(
+            f"{len(blocks) - nonzero} of the {len(blocks)} blocks of {problem.entry.name!r} are "
+            "exactly zero, so there is nothing to compare; does its head, or the last scale of its "
+            "branches, start at zero? Start it elsewhere"
+        )
+    if nonzero >= 2:
+        found = metrics(rows, block_rows=pd.DataFrame(summaries), names=names)
+        store.write(out, "heterogeneity", found)
+
+
+def options_of(problem: Problem, settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `estimate_spectra` that settings stand for, but the numbers."""
+    from harness.estimator.spectrum import DTYPES
+
+    entry = problem.entry
+    return {
+        "seed": problem.init_seed,
+        "device": settings.device,
+        "dtype": DTYPES[settings.dtype],
+        "batch_weights": tasks.get(entry.task, **entry.task_options).num_terms,
+        "probe_distribution": settings.probe_distribution,
+        "reorthogonalize": settings.reorthogonalize,
+        "norm_mode": settings.norm_mode,
+        "matmul_precision": settings.matmul_precision,
+        "memory_budget": settings.memory_budget,
+    }
+
+
+def facts_of(problem: Problem, run: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of rows that say where they come from."""
+    return {
+        "run_id": run["run_id"],
+        "step": problem.step,
+        "progress": problem.progress,
+        "data_source": problem.data_source,
+    }
 
 
 def write_failed_blocks(problem: Problem, settings: Settings, out: Path, reason: str) -> None:
     """Write failed rows, with the reason, for the blocks that the store holds no rows of."""
-    identity = _identity(problem, settings)
-    stored = _stored_rows(out, identity)
+    identity = identity_of(problem, settings)
+    stored = stored_rows(out, identity)
     present = set(stored.loc[stored["status"].isin(["ok", "zero"]), "block"])
     common = identity | {
-        "operator": "hessian",
-        "protocol_version": PROTOCOL_VERSION,
         "probe": 0,
         "run_id": "",
         "step": problem.step,
@@ -270,7 +308,7 @@ def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
     return store.read(path, table).to_pandas() if path.exists() else pd.DataFrame()
 
 
-def _identity(problem: Problem, settings: Settings) -> dict[str, Any]:
+def identity_of(problem: Problem, settings: Settings) -> dict[str, Any]:
     """Return the columns that all rows of one spectrum share with no other spectrum."""
     from harness.estimator.checks import batch_hash
 
@@ -280,14 +318,16 @@ def _identity(problem: Problem, settings: Settings) -> dict[str, Any]:
         "init_seed": problem.init_seed,
         "train_run": problem.train_run,
         "partition": settings.partition,
+        "operator": "hessian",
         "norm_mode": settings.norm_mode,
         "dtype": settings.dtype,
         "probe_distribution": settings.probe_distribution,
         "batch_hash": batch_hash(problem.batches),
+        "protocol_version": PROTOCOL_VERSION,
     }
 
 
-def _stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
+def stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
     """Return the rows of one spectrum in the store."""
     rows = rows_of(out, "spectra", identity["model"])
     if rows.empty:
@@ -301,7 +341,7 @@ def _finished_rows(
     out: Path, identity: dict[str, Any], blocks: list[Block], settings: Settings
 ) -> pd.DataFrame:
     """Return the rows in the store of blocks that are complete with these settings."""
-    rows = _stored_rows(out, identity)
+    rows = stored_rows(out, identity)
     rows = rows[rows["status"].isin(["ok", "zero"]) & rows["block"].isin([b.name for b in blocks])]
     rows = rows[rows["probe"] < settings.num_probes]
     asked = (rows["num_steps"] == settings.num_steps) | rows["breakdown"]
@@ -314,7 +354,7 @@ def _finished_rows(
     return rows[rows["block"].isin(complete)]
 
 
-def _describe_run(
+def describe_run(
     identity: dict[str, Any], settings: Settings, seed: int, command: str
 ) -> dict[str, Any]:
     """Return the row of table `runs`; its id is a hash of what determines the spectra."""

@@ -87,6 +87,18 @@ class BlockSpectrum:
         nodes, weights = zip(*rules, strict=True)
         return replace(self, nodes=nodes, weights=weights)
 
+    def with_second_moments(self) -> BlockSpectrum:
+        """Return the block with rules of one step replaced by ones that have |Hv|², too.
+
+        The one node α has v·Hv alone; nodes α ± β of equal weight have α² + β² = |Hv|² besides.
+        """
+        nodes, weights = list(self.nodes), list(self.weights)
+        for i, (alphas, betas) in enumerate(self.tridiagonals):
+            if len(nodes[i]) == 1:
+                nodes[i] = alphas[0] + np.array([-betas[0], betas[0]])
+                weights[i] = np.array([0.5, 0.5])
+        return replace(self, nodes=tuple(nodes), weights=tuple(weights))
+
 
 def truncated_rule(alphas: Array, betas: Array, num_steps: int) -> tuple[Array, Array]:
     """Return the nodes and weights after at most so many of a probe's Lanczos steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,17 @@ from spectra_db.density import SCALES, Array, BlockSpectrum, check_reading, latt
 from spectra_db.divergence import js_divergences, w1_distances
 from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
 
-__all__ = ["MIN_PROBES", "Estimate", "js0", "js0_paper", "metrics", "pairwise_js", "spread", "w1"]
+__all__ = [
+    "MIN_PROBES",
+    "Estimate",
+    "js0",
+    "js0_paper",
+    "measure",
+    "metrics",
+    "pairwise_js",
+    "spread",
+    "w1",
+]
 
 # Widths of the two readings: ours, the paper's; raw eigenvalues take the authors' code's σ² = 1e-5.
 SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
@@ -94,8 +104,8 @@ def pairwise_js(
 def spread(rows: pd.DataFrame, statistic: str) -> Estimate:
     """Return the standard deviation over blocks of log10 of a statistic of the spectrum.
 
-    The first two moments need one product per probe, v·Hv and |Hv|², since a rule of any number
-    of steps has them (Golub & Meurant 2010, chapter 6); `num_products` says so.
+    The first two moments need one product per probe, v·Hv and |Hv|², which the coefficients of
+    the first Lanczos step have (Golub & Meurant 2010, chapter 6); `num_products` says so.
 
     Args:
         rows: Rows of table `spectra` of one model, stage and partition.
@@ -122,7 +132,29 @@ def w1(rows: pd.DataFrame, *, scale: str = "lambda10") -> Estimate:
     return _w1(Blocks.of(rows), scale)
 
 
-def metrics(rows: pd.DataFrame, *, block_rows: pd.DataFrame | None = None) -> pd.DataFrame:
+def measure(rows: pd.DataFrame, metric: str) -> tuple[Estimate, float]:
+    """Return a metric at its first reading, and its truncation error.
+
+    That is how much the last quarter of the steps changed the plug-in value.
+
+    Args:
+        rows: Rows of table `spectra` of one model, stage and partition.
+        metric: One of SPECTRUM_METRICS.
+
+    Raises:
+        ValueError: As `js0`.
+    """
+    blocks = Blocks.of(rows)
+    full, short = (_measure(b, metric) for b in (blocks, blocks.truncated(TRUNCATION)))
+    return full, abs(short.value - full.value)
+
+
+def metrics(
+    rows: pd.DataFrame,
+    *,
+    block_rows: pd.DataFrame | None = None,
+    names: Collection[str] | None = None,
+) -> pd.DataFrame:
     """Return every metric that follows from a spectrum, as rows of table `heterogeneity`.
 
     js0 and js0_paper for each scale (raw eigenvalues with σ = √1e-5, as in the authors' code),
@@ -133,6 +165,7 @@ def metrics(rows: pd.DataFrame, *, block_rows: pd.DataFrame | None = None) -> pd
     Args:
         rows: Rows of table `spectra` of one model, stage and partition.
         block_rows: Rows of table `blocks` of the same blocks, for `gradient_rms_spread`.
+        names: The metrics to return, for a spectrum that is too short for others; None: all.
 
     Raises:
         ValueError: As `js0`.
@@ -158,6 +191,8 @@ def metrics(rows: pd.DataFrame, *, block_rows: pd.DataFrame | None = None) -> pd
 
     divergences: dict[tuple[str, float], tuple[_Divergences, _Divergences]] = {}
     for metric, scale, sigma in READINGS:
+        if names is not None and metric not in names:
+            continue
         if (scale, sigma) not in divergences:
             pair = tuple(_Divergences.of(b, scale, sigma) for b in (blocks, shorter))
             divergences[scale, sigma] = (pair[0], pair[1])
@@ -167,10 +202,10 @@ def metrics(rows: pd.DataFrame, *, block_rows: pd.DataFrame | None = None) -> pd
         else:
             both = (_js_paper(blocks, full), _js_paper(shorter, short))
         add(metric, scale, sigma, both[0], both[1].value)
-    add("w1", "lambda10", 0.0, _w1(blocks, "lambda10"), _w1(shorter, "lambda10").value)
-    for name in _STATISTICS:
-        short_value = _spread(shorter, name).value
-        add(f"{name}_spread", "none", 0.0, _spread(blocks, name), short_value)
+    for metric in SPECTRUM_METRICS:
+        if not metric.startswith("js0") and (names is None or metric in names):
+            scale = "lambda10" if metric == "w1" else "none"
+            add(metric, scale, 0.0, _measure(blocks, metric), _measure(shorter, metric).value)
     if block_rows is not None:
         found = gradient_rms_spread(block_rows, [b.name for b in blocks.blocks])
         add("gradient_rms_spread", "none", 0.0, found, found.value)
@@ -314,17 +349,29 @@ def _js_estimate(blocks: Blocks, d: _Divergences, transform: Callable[[Array], A
     return blocks.estimate(value, mean, changed)
 
 
+def _measure(blocks: Blocks, metric: str) -> Estimate:
+    """Return a metric at its first reading."""
+    if metric == "js0":
+        return _js_estimate(blocks, _Divergences.of(blocks, "lambda10", SIGMA), _distance)
+    if metric == "js0_paper":
+        return _js_paper(blocks, _Divergences.of(blocks, "lambda10", PAPER_SIGMA))
+    if metric == "w1":
+        return _w1(blocks, "lambda10")
+    return _spread(blocks, metric.removesuffix("_spread"))
+
+
 def _spread(blocks: Blocks, statistic: str) -> Estimate:
     function, one_product = _STATISTICS[statistic]
 
     def log_statistic(nodes: Array, weights: Array) -> float:
         return float(np.log10(max(function(nodes, weights), np.finfo(np.float64).tiny)))
 
-    full = np.array([log_statistic(*b.average()) for b in blocks.blocks])
+    spectra = [b.with_second_moments() if one_product else b for b in blocks.blocks]
+    full = np.array([log_statistic(*b.average()) for b in spectra])
     changed = []
     for k, i in blocks.deletions:
         others = full.copy()
-        others[k] = log_statistic(*blocks.blocks[k].average(i))
+        others[k] = log_statistic(*spectra[k].average(i))
         changed.append(float(others.std()))
     estimate = blocks.jackknife(float(full.std()), changed, changed)
     if not one_product:
@@ -365,3 +412,6 @@ _STATISTICS: dict[str, tuple[Callable[[Array, Array], float], bool]] = {
     "lambda_max": (lambda nodes, weights: float(np.abs(nodes).max()), False),
     "trace": (lambda nodes, weights: float(abs(weights @ nodes)), True),
 }
+# What `measure` knows, and what one product per probe is enough for.
+SPECTRUM_METRICS = ("js0", "js0_paper", "w1", *(f"{name}_spread" for name in _STATISTICS))
+MOMENT_METRICS = tuple(f"{n}_spread" for n, (_, one_product) in _STATISTICS.items() if one_product)

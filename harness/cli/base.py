@@ -33,7 +33,7 @@ class _Group(click.Group):
         except click.Abort as error:
             if isinstance(error.__cause__, EOFError):  # nobody's wish, though click takes it so
                 _fail(f"a file or pipe ended early: {error.__cause__}", 1)
-            why = ", or another process of the job was lost" if _processes() > 1 else ""
+            why = ", or another process of the job was lost" if processes() > 1 else ""
             kept = "what was finished is kept, the same command continues."
             click.echo(f"Stopped{why}: {kept}", err=True)
             sys.exit(STOPPED)
@@ -50,7 +50,7 @@ class _Group(click.Group):
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
 
 
-def _processes() -> int:
+def processes() -> int:
     """Return how many processes torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -129,9 +129,9 @@ def options(*names: str) -> Callable[[Any], Any]:
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Compute Hessian spectra of neural networks, and the dataset made of them."""
-    if _processes() > 1 and ctx.invoked_subcommand != "spectrum":
+    if processes() > 1 and ctx.invoked_subcommand != "spectrum":
         raise UserError(
-            f"`{ctx.invoked_subcommand}` runs in {_processes()} processes of torchrun, which would "
+            f"`{ctx.invoked_subcommand}` runs in {processes()} processes of torchrun, which would "
             "all do the same: only `spectrum` shares its work among them"
         )
     # A stop asked for by the system is a stop asked for by the user.

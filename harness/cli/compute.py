@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.base import TIERS, choice, device_of, main, options
+from harness.cli.base import TIERS, choice, device_of, main, options, processes
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.spectra import Settings
+    from harness.training import Problem
+
+# The scale metrics, which need few products, and those of whole spectra.
+CHEAP_METRICS = ("lambda_rms_spread", "trace_spread", "lambda_max_spread", "gradient_rms_spread")
+METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
 
 
 @main.command("list")
@@ -96,8 +104,10 @@ def describe(
 @click.argument("model")
 @click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
 @choice("partition", "weights", "paper", "all", "full")
-@click.option("--num-probes", type=click.IntRange(1), help="Default: as the entry says.")
-@click.option("--num-steps", type=click.IntRange(1), help="Default: as the entry says.")
+@choice("metric", *METRICS)
+@click.option("--tol", type=float, help="Add probes and steps until the metric is known to this.")
+@click.option("--num-probes", type=click.IntRange(1), help="With --tol the most.")
+@click.option("--num-steps", type=click.IntRange(1), help="With --tol the most.")
 @choice("dtype", "float32", "float64", "bfloat16")
 @choice("norm-mode", "eval", "train")
 @choice("probe-distribution", "gaussian", "rademacher")
@@ -115,6 +125,8 @@ def describe(
 def spectrum(
     model: str,
     stage: str,
+    metric: str,
+    tol: float | None,
     num_probes: int | None,
     num_steps: int | None,
     memory_budget: float | None,
@@ -128,16 +140,20 @@ def spectrum(
 ) -> None:
     """Take the spectrum of a model at a stage and write it to the tables.
 
+    As many probes and steps as the entry says, unless given. --tol 0.02 takes what it needs for
+    the metric's standard error and its change from the last quarter of the steps to be at most
+    2 % of it. The scale metrics (lambda_rms_spread, trace_spread, lambda_max_spread) take about
+    ten products a block, gradient_rms_spread one gradient.
+
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
-    from harness.display import cost_line, progress_bar
+    from harness.display import cost_line, estimate_line, progress_bar
     from harness.estimator.device import choose_device
     from harness.registry import get
     from harness.scale.distributed import team
     from harness.spectra import Settings, command_line, forecast_of, take_spectrum
     from harness.training import load_problem
-    from spectra_db.heterogeneity import MIN_PROBES
 
     entry = get(model, registry_dir=registry)
     if memory_budget is not None and not memory_budget > 0:
@@ -153,6 +169,9 @@ def spectrum(
         entry, stage, seed, data_root=data_root, checkpoint_dir=out / "checkpoints"
     )
     choose_device(problem.model, chosen.device)
+    if tol is not None or metric in CHEAP_METRICS:
+        _take_metric(problem, chosen, out, metric, tol, num_probes, num_steps)
+        return
     with team(str(chosen.device), share) as together:
         leads = together is None or together.leads
         if leads:
@@ -171,13 +190,51 @@ def spectrum(
         return
     click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
     if rows.loc[rows["status"] == "ok", "block"].nunique() > 1:
-        import spectra_db
+        from spectra_db.heterogeneity import measure
 
-        estimate = spectra_db.js0(rows)
-        if estimate.corrected != estimate.corrected:  # nan: not known
-            click.echo(f"js0 {estimate.value:.4f} (plug-in; its error needs {MIN_PROBES} probes)")
-        else:
-            click.echo(f"js0 {estimate.corrected:.4f} ± {estimate.standard_error:.4f}")
+        click.echo(estimate_line(metric, *measure(rows, metric)))
+
+
+def _take_metric(
+    problem: Problem,
+    settings: Settings,
+    out: Path,
+    metric: str,
+    tol: float | None,
+    num_probes: int | None,
+    num_steps: int | None,
+) -> None:
+    """Take one metric, to a tolerance if there is one, and say what was reached."""
+    from harness.display import estimate_line, progress_bar
+    from harness.measure import GRADIENT_METRIC, take_gradient_metric, take_metric
+    from harness.spectra import command_line
+
+    if processes() > 1:
+        raise UserError("--tol and the scale metrics run in one process; start it without torchrun")
+    if metric == GRADIENT_METRIC:
+        click.echo(estimate_line(metric, take_gradient_metric(problem, settings, out), 0.0))
+        return
+    with progress_bar(f"{problem.entry.name} {problem.stage}") as on_progress:
+        reached = take_metric(
+            problem,
+            settings,
+            out,
+            metric,
+            tolerance=tol,
+            max_probes=num_probes,
+            max_steps=num_steps,
+            command=command_line(),
+            on_progress=on_progress,
+        )
+    numbers = f"{reached.num_probes} probes × {reached.num_steps} steps"
+    click.echo(f"{len(reached.rows)} rows of {reached.rows['block'].nunique()} blocks in {out}")
+    click.echo(f"{estimate_line(metric, reached.estimate, reached.truncation_error)} at {numbers}")
+    if not reached.is_within:
+        options = {"--num-steps": reached.needs_steps, "--num-probes": reached.needs_probes}
+        more = " and ".join(name for name, needed in options.items() if needed)
+        raise click.ClickException(
+            f"{metric} is not known to {tol:g} of itself; what was reached is kept: raise {more}"
+        )
 
 
 @main.command()

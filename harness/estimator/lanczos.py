@@ -37,6 +37,45 @@ class Recurrence:
     basis: list[torch.Tensor] | None = None
     breakdown: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the vectors."""
+        own = [self.vector] if self.previous is None else [self.vector, self.previous]
+        return sum(v.nbytes for v in own + (self.basis or []))
+
+    def is_done(self, num_steps: int) -> bool:
+        """Tell whether that many steps are taken, or as many as there are."""
+        return self.breakdown or len(self.alphas) >= num_steps
+
+
+class Kept:
+    """Recurrences that may go on later: as many with their vectors as fit.
+
+    One without is still good for its alphas and betas; to go on it starts again.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._free = budget
+        self._states: dict[object, Recurrence] = {}
+
+    def put(self, key: object, state: Recurrence) -> None:
+        """Keep a recurrence; its vectors only if they fit what is left of the budget in bytes."""
+        if state.breakdown or state.nbytes > self._free:
+            nothing = state.vector.new_empty(0)
+            state = Recurrence(nothing, None, state.alphas, state.betas, None, state.breakdown)
+        self._free -= state.nbytes
+        self._states[key] = state
+
+    def take(self, key: object, num_steps: int) -> Recurrence | None:
+        """Return a recurrence, to be put back, if it is as long or can go on; else None."""
+        state = self._states.pop(key, None)
+        if state is None:
+            return None
+        self._free += state.nbytes
+        if state.is_done(num_steps) or state.vector.numel():
+            return state
+        return None
+
 
 def start(v0: torch.Tensor, *, reorthogonalize: bool = False) -> Recurrence:
     """Begin a recurrence at v0 / ‖v0‖.

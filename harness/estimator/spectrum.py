@@ -52,6 +52,7 @@ def estimate_spectra(
     on_block: Callable[[list[Row]], None] | None = None,
     probes: Mapping[str, Sequence[int]] | None = None,
     share: Share | None = None,
+    kept: lanczos.Kept | None = None,
 ) -> pd.DataFrame:
     """Estimate the spectra of a model's Hessian blocks by stochastic Lanczos quadrature.
 
@@ -86,6 +87,8 @@ def estimate_spectra(
         probes: The probes of each block to take here, by its name; None: all. See
             `harness.scale.distributed`, which gives the others to other processes.
         share: This process's part of the samples, if several make each product together.
+        kept: Recurrences by block and probe. Those found there go on instead of starting, and
+            all are left there.
 
     Returns:
         One row per block and probe with the columns of table `spectra`. `spectra_db.js0` takes it.
@@ -156,6 +159,7 @@ def estimate_spectra(
             probe_distribution,
             reorthogonalize,
             exact_size,
+            lanczos.Kept(0) if kept is None else kept,
         )
         rows: list[Row] = []
         for block_rows in _run(plan, shared, budget, on_progress or (lambda done, total: None)):
@@ -178,6 +182,7 @@ class _Plan:
     probe_distribution: str
     reorthogonalize: bool
     exact_size: int
+    kept: lanczos.Kept
 
     def is_exact(self, block: Block) -> bool:
         """Tell whether a block is diagonalised."""
@@ -206,23 +211,28 @@ def _run(
         for index, probe in pairs:
             block = blocks[index]
             seeds.append(probe_seed(plan.seed, shared["model"], shared["stage"], block.name, probe))
-            v0 = draw_probe(block.num_params, seeds[-1], plan.probe_distribution)
-            v0 = v0.to(plan.hessian.device, plan.hessian.dtype)
-            states.append(lanczos.start(v0, reorthogonalize=plan.reorthogonalize))
-        for _ in range(plan.num_steps):
-            live = [
-                (pair[0], state)
-                for pair, state in zip(pairs, states, strict=True)
-                if not state.breakdown
-            ]
+            state = plan.kept.take((block.name, probe), plan.num_steps)
+            if state is None:
+                v0 = draw_probe(block.num_params, seeds[-1], plan.probe_distribution)
+                v0 = v0.to(plan.hessian.device, plan.hessian.dtype)
+                state = lanczos.start(v0, reorthogonalize=plan.reorthogonalize)
+            states.append(state)
+        while live := [
+            (pair[0], state)
+            for pair, state in zip(pairs, states, strict=True)
+            if not state.is_done(plan.num_steps)
+        ]:
             products = plan.hessian.products([(index, state.vector) for index, state in live])
             lanczos.advance([state for _, state in live], products)
-            done += len(pairs)
-            on_progress(done, total)
+            steps = [plan.num_steps if s.breakdown else len(s.alphas) for s in states]
+            on_progress(done + sum(steps), total)
+        done += len(pairs) * plan.num_steps
+        on_progress(done, total)
         seconds = (time.perf_counter() - begin) / len(pairs)
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])
             rows.append(_slq_row(plan, shared, index, probe, seed, state, seconds))
+            plan.kept.put((blocks[index].name, probe), state)
             if len(rows) == len(plan.probes[blocks[index].name]):
                 yield _unless_zero(finished.pop(index))
 

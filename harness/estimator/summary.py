@@ -14,6 +14,7 @@ from harness.estimator.checks import Batch, LossFn, fixed_arithmetic
 from harness.estimator.device import choose_device, device_memory
 from harness.estimator.hessian import BlockHessian, NumTerms
 from harness.estimator.quadrature import residual_bounds
+from spectra_db.density import blocks_of
 
 Row = dict[str, Any]
 
@@ -44,6 +45,37 @@ def block_summaries(
     Returns:
         Rows of table `blocks`.
     """
+    sizes = block_sizes(model, loss_fn, batches, blocks, batch_weights=batch_weights)
+    by_block = dict(list(rows.groupby("block", sort=False)))
+    summaries = []
+    for size in sizes:
+        group = by_block[size["block"]]
+        identity = ("model", "stage", "init_seed", "train_run", "protocol_version")
+        shared = {key: group.iloc[0][key] for key in identity}
+        summaries.append(shared | size | _moments(group, size["num_params"]))
+    return summaries
+
+
+def block_sizes(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Batch],
+    blocks: Sequence[Block],
+    *,
+    batch_weights: Sequence[float] | NumTerms | None = None,
+) -> list[Row]:
+    """Return the rms of each block's weights and of its gradient, from one gradient.
+
+    Args:
+        model: As `block_summaries`.
+        loss_fn: As `block_summaries`.
+        batches: As `block_summaries`.
+        blocks: As `block_summaries`.
+        batch_weights: As `block_summaries`.
+
+    Returns:
+        The columns block, kind, num_params, weight_rms and gradient_rms of table `blocks`.
+    """
     device = choose_device(model, None)
     with fixed_arithmetic(model):
         hessian = BlockHessian(
@@ -56,31 +88,24 @@ def block_summaries(
             memory_budget=device_memory(device),
         )
         gradient = hessian.gradient()
-    by_block = dict(list(rows.groupby("block", sort=False)))
-    summaries = []
+    rows = []
     for block in blocks:
-        group = by_block[block.name]
         squares = {
             "weight_rms": [part.of(hessian.parameter(part.parameter)) for part in block.parts],
             "gradient_rms": [
                 part.of(g) for part in block.parts if (g := gradient[part.parameter]) is not None
             ],
         }
-        first = group.iloc[0]
-        summary: Row = {
-            key: first[key]
-            for key in ("model", "stage", "init_seed", "train_run", "block", "protocol_version")
-        } | {"kind": block.kind, "num_params": block.num_params}
+        row: Row = {"block": block.name, "kind": block.kind, "num_params": block.num_params}
         for name, tensors in squares.items():
             total = sum(float(t.double().square().sum()) for t in tensors)
-            summary[name] = (total / block.num_params) ** 0.5
-        summaries.append(summary | _moments(group, block.num_params))
-    return summaries
+            row[name] = (total / block.num_params) ** 0.5
+        rows.append(row)
+    return rows
 
 
 def _moments(group: pd.DataFrame, n: int) -> Row:
     """Return trace, Frobenius norm and extreme eigenvalues of one block's rows, with errors."""
-    rules = [(np.asarray(r.nodes), np.asarray(r.weights)) for r in group.itertuples()]
     exact = bool((group["method"] == "exact").all())
 
     def mean(values: list[float]) -> tuple[float, float | None]:
@@ -91,8 +116,11 @@ def _moments(group: pd.DataFrame, n: int) -> Row:
             None if few else float(np.std(values, ddof=1) / len(values) ** 0.5)
         )
 
-    trace, trace_error = mean([n * float(w @ t) for t, w in rules])
-    square, square_error = mean([n * float(w @ t**2) for t, w in rules])
+    [spectrum] = blocks_of(group)
+    spectrum = spectrum.with_second_moments()
+    moments = list(zip(spectrum.nodes, spectrum.weights, strict=True))
+    trace, trace_error = mean([n * float(w @ t) for t, w in moments])
+    square, square_error = mean([n * float(w @ t**2) for t, w in moments])
     frobenius = square**0.5
     frobenius_error = square_error
     if square_error is not None and frobenius > 0:
@@ -104,7 +132,7 @@ def _moments(group: pd.DataFrame, n: int) -> Row:
         "frobenius_error": frobenius_error,
     }
     for name, end in (("lambda_max", -1), ("lambda_min", 0)):
-        ends = [float(t[end]) for t, _ in rules]
+        ends = [float(nodes[end]) for nodes in group["nodes"]]
         best = int(np.argmax(ends) if end else np.argmin(ends))
         record = group.iloc[best]
         bounds = (

@@ -160,6 +160,10 @@ def test_a_learning_rate_too_high_diverges_without_failing(tmp_path):
         ((*SPECTRUM, "--matmul-precision", "low"), "'low' is not one of"),
         ((*SPECTRUM, "--memory-budget", "-1"), "must be positive"),
         ((*SPECTRUM, "--memory-budget", "1e-9"), "memory"),
+        ((*SPECTRUM, "--metric", "js1"), "'js1' is not one of"),
+        ((*SPECTRUM, "--tol", "2"), "between 0 and 1"),
+        ((*SPECTRUM, "--tol", "0.1"), "at least 3 probes"),
+        (("spectrum", "cnn-digits", "--tol", "0.1", "--partition", "full"), "has one"),
         ((*SPECTRUM, "--registry", "no-such-folder"), "not a folder"),
         (("spectrum", "resnet8-cifar10"), "HARNESS_DATA_ROOT"),
         (("train", "cnn-digits"), "pass --lr"),
@@ -197,6 +201,7 @@ def test_a_broken_table_is_named(tmp_path):
 
 
 def test_the_choices_are_those_of_the_estimator():
+    from harness import measure
     from harness.estimator import blocks, spectrum
 
     choices = {
@@ -208,6 +213,7 @@ def test_the_choices_are_those_of_the_estimator():
     assert choices["matmul_precision"] == set(spectrum.PRECISIONS)
     assert choices["probe_distribution"] == set(spectrum.PROBE_DISTRIBUTIONS)
     assert choices["partition"] == set(blocks.PARTITIONS)
+    assert choices["metric"] == set(measure.METRICS)
 
 
 def test_a_failure_is_a_line_and_exit_code_1(tmp_path, monkeypatch):

@@ -1,0 +1,203 @@
+"""A metric to a tolerance: probes and steps are added until its error is small enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from harness.errors import UserError
+from harness.estimator.blocks import Block, find_blocks
+from harness.estimator.checks import Batch, LossFn
+from harness.estimator.device import choose_device, device_memory
+from harness.estimator.lanczos import Kept, Recurrence
+from harness.estimator.spectrum import estimate_spectra
+from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, measure
+from spectra_db.jackknife import MIN_PROBES, Estimate
+from spectra_db.schema import TABLES
+
+# Three times the paper's probes and twice its steps; probes of one product may be more.
+MAX_PROBES, MAX_STEPS, MAX_MOMENT_PROBES = 30, 200, 300
+# Where to begin: moments need a step per probe, extremes few, whole spectra more.
+_FIRST_STEPS = {"lambda_max_spread": 4}
+# Part of the memory budget for recurrences that wait to go on.
+_KEPT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A metric with its errors, and the spectrum that it was taken from.
+
+    Attributes:
+        rows: Rows of table `spectra`.
+        estimate: The metric, with its jackknife standard error.
+        truncation_error: How much the last quarter of the steps changed it.
+        num_probes: Probes per block that were needed.
+        num_steps: Steps per probe that were needed.
+        tolerance: What was asked for, relative to the corrected value; None: nothing.
+    """
+
+    rows: pd.DataFrame
+    estimate: Estimate
+    truncation_error: float
+    num_probes: int
+    num_steps: int
+    tolerance: float | None
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether more steps are needed to be within the tolerance."""
+        return self.tolerance is not None and not self.truncation_error <= self.allowed
+
+    @property
+    def needs_probes(self) -> bool:
+        """Whether more probes are needed to be within the tolerance."""
+        return self.tolerance is not None and not self.estimate.standard_error <= self.allowed
+
+    @property
+    def is_within(self) -> bool:
+        """Whether both errors are within the tolerance."""
+        return not (self.needs_steps or self.needs_probes)
+
+    @property
+    def allowed(self) -> float:
+        """The largest error that is within the tolerance."""
+        return (self.tolerance or 0.0) * abs(self.estimate.corrected)
+
+
+def first_numbers(metric: str) -> tuple[int, int]:
+    """Return the probes and steps per block that a metric begins with.
+
+    About ten products for the scale metrics: one per probe for moments, four steps for the
+    largest eigenvalue. 3 × 20 for those of whole spectra.
+    """
+    if metric in MOMENT_METRICS:
+        return 10, 1
+    return MIN_PROBES, _FIRST_STEPS.get(metric, 20)
+
+
+def estimate_to_tolerance(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Batch],
+    *,
+    metric: str = "js0",
+    tolerance: float | None,
+    blocks: str | Sequence[Block] = "weights",
+    max_probes: int | None = None,
+    max_steps: int | None = None,
+    known: pd.DataFrame | None = None,
+    on_round: Callable[[Reached], None] | None = None,
+    memory_budget: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Reached:
+    """Estimate a metric of a model's block spectra until its errors are below a tolerance.
+
+    Steps are added, half as many again, while the last quarter of them changes the metric by
+    more than the tolerance; then probes, as the standard error's square asks for but at most
+    twice as many at a time, and again. Recurrences go on from where they are, as far as their
+    vectors fit a quarter of the memory budget.
+
+    Args:
+        model: As `estimate_spectra`.
+        loss_fn: As `estimate_spectra`.
+        batches: As `estimate_spectra`.
+        metric: js0, js0_paper, w1, lambda_rms_spread, lambda_max_spread or trace_spread.
+        tolerance: Largest standard error and truncation error, relative to the corrected value.
+            None: one round with the numbers that the metric begins with.
+        blocks: As `estimate_spectra`.
+        max_probes: Most probes per block, at least 3; None: 30, or 300 of one step each.
+        max_steps: Most steps per probe; None: 200, or 1 for moments. Without a tolerance both
+            are the numbers themselves.
+        known: Rows of the same spectrum that are there already: their products are not repeated
+            unless their probes have to go on.
+        on_round: Called with what each round reached.
+        memory_budget: As `estimate_spectra`.
+        identity: As `estimate_spectra`.
+        **options: Further arguments of `estimate_spectra`.
+
+    Returns:
+        What was reached; `is_within` says whether that is the tolerance.
+
+    Raises:
+        UserError: As `estimate_spectra`, or the metric is unknown or an argument out of range.
+    """
+    if metric not in SPECTRUM_METRICS:
+        raise UserError(f"metric is {metric!r}; choose one of {', '.join(SPECTRUM_METRICS)}")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise UserError(f"tolerance is {tolerance}; it must be between 0 and 1, for example 0.02")
+    if max_probes is not None and max_probes < MIN_PROBES:
+        raise UserError(f"max_probes is {max_probes}; an error needs at least {MIN_PROBES} probes")
+    target = choose_device(model, options.get("device"))
+    budget = device_memory(target) // 2 if memory_budget is None else memory_budget
+    partition = blocks if isinstance(blocks, str) else "custom"
+    blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
+    order = {block.name: i for i, block in enumerate(blocks)}
+    kept = Kept(int(_KEPT_SHARE * budget))
+    rows = pd.DataFrame(columns=TABLES["spectra"].names) if known is None else known
+    num_probes, num_steps = first_numbers(metric)
+    if tolerance is None:
+        num_probes, num_steps = max_probes or num_probes, max_steps or num_steps
+    moments = metric in MOMENT_METRICS
+    max_probes = max_probes or (MAX_MOMENT_PROBES if moments else MAX_PROBES)
+    max_steps = max_steps or (1 if moments else MAX_STEPS)
+    num_probes, num_steps = min(num_probes, max_probes), min(num_steps, max_steps)
+    for row in rows.to_dict("records"):
+        T = (list(row["alphas"]), list(row["betas"]))
+        done = Recurrence(torch.empty(0), None, *T, None, row["breakdown"])
+        kept.put((row["block"], row["probe"]), done)
+        # The probes of a block belong together: what is there is added to, never cut.
+        num_probes = max(num_probes, row["probe"] + 1)
+        num_steps = max(num_steps, row["num_steps"])
+    while True:
+        single = rows[(rows["method"] == "exact") | (rows["status"] == "zero")]
+        names = set(single["block"])
+        todo = [block for block in blocks if block.name not in names]
+        if todo:
+            fresh = estimate_spectra(
+                model,
+                loss_fn,
+                batches,
+                blocks=todo,
+                num_probes=num_probes,
+                num_steps=num_steps,
+                memory_budget=budget - int(_KEPT_SHARE * budget),
+                identity={"partition": partition, "tolerance": tolerance, **(identity or {})},
+                kept=kept,
+                **options,
+            )
+            rows = _joined(single, fresh, rows, order)
+        try:
+            estimate, truncation_error = measure(rows, metric)
+        except ValueError as error:  # too few blocks that are not zero
+            raise UserError(f"{metric}: {error}") from error
+        reached = Reached(rows, estimate, truncation_error, num_probes, num_steps, tolerance)
+        if on_round is not None:
+            on_round(reached)
+        if reached.needs_steps and num_steps < max_steps:
+            num_steps = min(math.ceil(num_steps * 1.5), max_steps)
+        elif reached.needs_probes and not reached.needs_steps and num_probes < max_probes:
+            wanted = num_probes * (reached.estimate.standard_error / reached.allowed) ** 2
+            num_probes = min(max(math.ceil(wanted), num_probes + 1), 2 * num_probes, max_probes)
+        else:
+            return reached
+
+
+def _joined(
+    single: pd.DataFrame, fresh: pd.DataFrame, before: pd.DataFrame, order: dict[str, int]
+) -> pd.DataFrame:
+    """Put the rows of a round together, each with the time of all rounds."""
+    key = ["block", "probe"]
+    if len(before):
+        times = before.set_index(key)["seconds"]
+        mine = pd.MultiIndex.from_frame(fresh[key])
+        fresh = fresh.assign(seconds=fresh["seconds"] + times.reindex(mine, fill_value=0).values)
+    rows = pd.concat([single, fresh], ignore_index=True) if len(single) else fresh
+    by = lambda c: c.map(order) if c.name == "block" else c  # noqa: E731
+    return rows.sort_values(key, key=by, ignore_index=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from harness.cli.base import main, options
+from harness.errors import UserError
 
 
 @main.command()
@@ -18,25 +19,32 @@ from harness.cli.base import main, options
     show_default=True,
     help="Folder of paper.md, and of paper/ with figures and numbers.",
 )
-@options("source")
-def paper(sections: tuple[str, ...], out: Path, source: Path | None) -> None:
-    """Regenerate tables and figures of the paper, all or some (fig8, theory, ...).
+@options("source", "data_root")
+def paper(
+    sections: tuple[str, ...], out: Path, source: Path | None, data_root: Path | None
+) -> None:
+    """Regenerate tables and figures of the paper, all or some (fig4, theory, ...).
 
     Section by section: numbers as JSON, figures as SVG and PNG in OUT/paper, and the page
     OUT/paper.md that sets the paper's claims beside them.
+
+    The long sections (blockdiagonal, causal) train or differentiate models, in minutes: they are
+    measured when they are named, unit by unit, and go on where they were stopped. Otherwise they
+    are drawn from what was measured before; to measure again, delete OUT/paper/SECTION.
     """
     import time
 
-    from harness.errors import UserError
-    from harness.paper.sections import SECTIONS, run
+    from harness.paper.sections import SECTIONS, measure, run
 
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise UserError(f"no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     for name in dict.fromkeys(sections) or SECTIONS:
         started = time.perf_counter()
+        if sections and SECTIONS[name].is_long:
+            measure(name, source, out, data_root, click.echo)
         result = run(name, source, out)
         click.echo(f"{name}: {SECTIONS[name].title} ({time.perf_counter() - started:.0f} s)")
         for text in result.missing:
-            click.echo(f"  not in this release: {text}")
+            click.echo(f"  not there: {text}")
     click.echo(f"page: {out / 'paper.md'}")

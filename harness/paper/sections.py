@@ -1,19 +1,23 @@
 """The sections of the reproduction, by the names that `harness paper` takes.
 
 A section reads the dataset or computes, and leaves a JSON file and figures; `page` makes
-docs/paper.md of the JSON files.
+docs/paper.md of the JSON files. A long section is measured unit by unit, each unit kept as a JSON
+file of its own, so that it goes on where it was stopped.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
 from harness.paper import page
 from harness.paper.release import Source
-from harness.paper.result import Result, save
+from harness.paper.result import Result, save, write_json
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,22 @@ class Section:
     """One section.
 
     Attributes:
-        function: "module:function" below harness.paper; takes the source and returns a Result.
+        function: "module:function" below harness.paper; takes the source and returns a Result. Of
+            a long section the module alone, with `units`, `forecast`, `measure`, `summarise`.
         title: What it shows.
+        is_long: It is measured when it is named, and drawn from what was measured otherwise.
     """
 
     function: str
     title: str
+    is_long: bool = False
 
 
 SECTIONS = {
+    "fig2": Section("blockdiagonal:fig2", "exact Hessians of tiny Transformers"),
+    "blockdiagonal": Section(
+        "blockdiagonal", "how nearly block diagonal small models' Hessians are", is_long=True
+    ),
     "fig8": Section("models:fig8", "gradient descent and Adam on the quadratic models"),
     "fig12": Section("models:fig12", "eigenvalues of case 1"),
     "fig13": Section("models:fig13", "eigenvalues of case 2"),
@@ -38,17 +49,69 @@ SECTIONS = {
     "slq": Section("models:slq", "errors of stochastic Lanczos quadrature"),
 }
 
+# Tells what is about to be measured; and then of each unit.
+OnUnit = Callable[[str], None]
+
 
 def run(name: str, source: Source, out: Path) -> Result:
-    """Compute a section and write its numbers and figures to OUT/paper, and the page OUT/paper.md.
+    """Make a section's numbers and figures in OUT/paper, and the page OUT/paper.md.
+
+    A long section is drawn from what `measure` left.
 
     Raises:
-        UserError: There is no such section.
+        UserError: There is no such section, or the folder can't be written to.
     """
-    if name not in SECTIONS:
-        raise UserError(f"no section {name!r} of the paper; choose from {', '.join(SECTIONS)}")
-    module, _, function = SECTIONS[name].function.partition(":")
-    result: Result = getattr(import_module(f"harness.paper.{module}"), function)(source)
+    section = _section(name)
+    module, _, function = section.function.partition(":")
+    code = import_module(f"harness.paper.{module}")
+    if section.is_long:
+        result: Result = code.summarise(_records(name, out), source)
+    else:
+        result = getattr(code, function)(source)
     save(name, result, out / "paper")
     page.write(out)
     return result
+
+
+def measure(name: str, source: Source, out: Path, data_root: Path | None, on_unit: OnUnit) -> None:
+    """Measure what is missing of a long section, a file OUT/paper/NAME/UNIT.json each.
+
+    Args:
+        name: Of a long section.
+        source: Tables; trained weights are looked for in its folder `checkpoints`.
+        out: As `run`.
+        data_root: See `harness.tasks`.
+        on_unit: Called with the forecast, then with each unit's name before it is measured.
+    """
+    code = import_module(f"harness.paper.{_section(name).function}")
+    todo = [unit for unit in code.units(source) if not _path(name, unit, out).is_file()]
+    if todo:
+        on_unit(f"{name}: {len(todo)} to measure, {code.forecast(todo, data_root)}")
+    for unit in todo:
+        on_unit(f"{name}: {unit}")
+        record = code.measure(unit, source, data_root)
+        try:
+            write_json(_path(name, unit, out), record)
+        except OSError as error:
+            raise UserError(f"{out} can't be written to: {error.strerror}") from error
+
+
+def _section(name: str) -> Section:
+    if name not in SECTIONS:
+        raise UserError(f"no section {name!r} of the paper; choose from {', '.join(SECTIONS)}")
+    return SECTIONS[name]
+
+
+def _path(name: str, unit: str, out: Path) -> Path:
+    return out / "paper" / name / f"{unit}.json"
+
+
+def _records(name: str, out: Path) -> dict[str, Any]:
+    """Read what was measured of a long section, by unit."""
+    records = {}
+    for path in sorted((out / "paper" / name).glob("*.json")):
+        try:
+            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not a measurement; delete it") from error
+    return records

@@ -37,15 +37,26 @@ class Section:
 
 
 SECTIONS = {
+    "fig1": Section("figures:fig1", "full spectra of CNNs and Transformers"),
     "fig2": Section("blockdiagonal:fig2", "exact Hessians of tiny Transformers"),
     "blockdiagonal": Section(
         "blockdiagonal", "how nearly block diagonal small models' Hessians are", is_long=True
     ),
+    "fig3": Section("figures:fig3", "spectra of four blocks of a CNN and of a Transformer"),
+    "fig4": Section("figures:fig4", "JS distances between blocks"),
+    "table1": Section("figures:table1", "JS⁰ of the paper's systems"),
+    "fig5": Section("figures:fig5", "the sweep of perceptrons"),
+    "fig6": Section("figures:fig6", "a pretrained GPT and one from scratch"),
+    "fig7": Section("figures:fig7", "the SGD-Adam gap against JS⁰"),
+    "fig9": Section("figures:fig9", "training curves of CNNs"),
+    "fig10": Section("figures:fig10", "training curves of Transformers"),
+    "fig14": Section("figures:fig14", "full spectra of all models"),
     "fig8": Section("models:fig8", "gradient descent and Adam on the quadratic models"),
     "fig12": Section("models:fig12", "eigenvalues of case 1"),
     "fig13": Section("models:fig13", "eigenvalues of case 2"),
     "theory": Section("models:check_theory", "Propositions 1 and 2, Theorem 1"),
     "table2": Section("models:table2", "steps against the condition number"),
+    "causal": Section("causal", "SGD with a learning rate per block", is_long=True),
     "slq": Section("models:slq", "errors of stochastic Lanczos quadrature"),
 }
 

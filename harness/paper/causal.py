@@ -1,0 +1,300 @@
+"""A test that the paper does not make: does the gap close if blocks get their own learning rates?
+
+SGD with momentum, block l at the rate η (λ_l / λ̄)^−p, where λ_l is the block's largest
+|eigenvalue|: p = 0 is SGD, p = 1 gives every block a rate in proportion to 1/λ_l. The same is the
+reparametrisation w_l = s_l u_l with s_l = (λ_l / λ̄)^−p/2: SGD on u with one rate η moves w as above
+(a test holds the two equal), and in u the blocks' largest eigenvalues are λ_l s_l² ∝ λ_l^(1−p): at
+p = 1 they are equal, at p = ½ their spread on a logarithmic axis is halved. So p takes
+heterogeneity of *size* away step by step and changes nothing else. Heterogeneity of *shape*, which
+JS⁰ measures, stays.
+
+Everything else is as in `harness.training.train`: initialisation, data, schedule, clipping. SGD
+(p = 0) and AdamW are the runs of the release.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from harness import tasks
+from harness.errors import UserError
+from harness.estimator import find_blocks
+from harness.paper import release
+from harness.paper.result import Result
+from harness.registry import get
+from harness.registry.entry import ModelEntry
+from harness.tasks.base import Data
+from harness.training import stages
+from harness.training.loop import (
+    _DATA_SEED,
+    EVALUATION_FACTOR,
+    NUM_LOGGED,
+    evaluate,
+    make_optimizer,
+)
+from harness.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Cheapest first; the gaps of the last four are the largest of the release.
+MODELS = (
+    "mlp-deep-cifar10",
+    "gpt-2x64-shakespeare",
+    "llama-2x64-shakespeare",
+    "convnext-cifar10",
+    "vit-cifar10",
+)
+# (stage at which λ_l is taken, p). At init some blocks are nearly flat, and will not stay so.
+VARIANTS = (("init", 1.0), ("init", 0.5), ("p10", 1.0))
+SEEDS = (1, 2, 3)
+RATIO = 10**0.5
+MAX_EXTENSIONS = 4
+
+
+def units(source: release.Source) -> list[str]:
+    """List models and variants whose plain runs and eigenvalues the release holds."""
+    gaps = release.rows("gaps", source)
+    known = set(gaps.loc[gaps["status"] == "ok", "model"]) if len(gaps) else set()
+    return [
+        _unit(model, stage, p)
+        for model in MODELS
+        if model in known
+        for stage, p in VARIANTS
+        if len(_curvatures(source, model, stage))
+    ]
+
+
+def forecast(todo: Sequence[str], data_root: Path | None) -> str:
+    """Say what the units cost."""
+    low, high = (len(todo) * (count + len(SEEDS)) for count in (3, 3 + MAX_EXTENSIONS))
+    return f"{low} to {high} training runs, 3 to 30 s each on a core"
+
+
+def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[str, Any]:
+    """Train one model at one variant: rates on seed 0, then seeds 1 to 3 at the best."""
+    model, stage, power = _parts(unit)
+    entry = get(model)
+    data = tasks.get(entry.task, **entry.task_options).load(data_root)
+    factors = block_factors(_curvatures(source, model, stage), power)
+    [plain] = release.rows("gaps", source, model=model).to_dict("records")
+    grid: dict[int, float] = {}
+
+    def final(exponent: int, seed: int) -> float:
+        lr = plain["sgd_lr"] * RATIO**exponent
+        return train_blockwise(entry, data, lr=lr, seed=seed, factors=factors)[1]
+
+    wanted = [0, 1, -1]
+    while wanted:
+        exponent = wanted.pop(0)
+        grid[exponent] = final(exponent, 0)
+        best = min(grid, key=lambda k: (grid[k], k))
+        if not wanted and len(grid) < 3 + MAX_EXTENSIONS and best in (min(grid), max(grid)):
+            wanted = [best - 1 if best == min(grid) else best + 1]
+    losses = [final(best, seed) for seed in SEEDS]
+    runs = release.rows("training", source, model=model)
+    init, sgd, adam = (
+        [_stored(runs, *what, seed) for seed in SEEDS]
+        for what in (
+            ("sgd", plain["sgd_lr"], False),
+            ("sgd", plain["sgd_lr"], True),
+            ("adamw", plain["adam_lr"], True),
+        )
+    )
+    spread = float(np.std(np.log10(_curvatures(source, model, stage))))
+    return {
+        "model": model,
+        "stage": stage,
+        "power": power,
+        "spread": spread,
+        "rates": [plain["sgd_lr"] * RATIO**k for k in sorted(grid)],
+        "grid_losses": [grid[k] for k in sorted(grid)],
+        "lr": plain["sgd_lr"] * RATIO**best,
+        "losses": losses,
+        "gap": relative_gap(losses, adam, init),
+        "sgd_gap": relative_gap(sgd, adam, init),
+        "closed": closed_share(losses, sgd, adam),
+    }
+
+
+def block_factors(curvatures: pd.Series, power: float) -> dict[str, float]:
+    """Return per block (λ_l / λ̄)^−p, λ̄ the geometric mean over blocks.
+
+    A block that is exactly zero gets the factor 1.
+
+    >>> block_factors(pd.Series({"a": 1.0, "b": 100.0}), 0.5)
+    {'a': 3.1622776601683795, 'b': 0.31622776601683794}
+    """
+    positive = curvatures[curvatures > 0]
+    centre = float(np.exp(np.log(positive).mean())) if len(positive) else 1.0
+    return {
+        str(name): float((value / centre) ** -power) if value > 0 else 1.0
+        for name, value in curvatures.items()
+    }
+
+
+def train_blockwise(
+    entry: ModelEntry, data: Data, *, lr: float, seed: int, factors: Mapping[str, float]
+) -> tuple[float, float]:
+    """Train by SGD with momentum with a rate per block; as `harness.training.train` otherwise.
+
+    A factor of the gradient is a factor of the rate: momentum is linear in the gradient. Gradients
+    are clipped before. A bias takes the factor of its weight, what else is in no block 1.
+
+    Args:
+        entry: What to train.
+        data: Its data.
+        lr: Peak learning rate η.
+        seed: Of initialisation and order of the data.
+        factors: Per block of partition `weights` its rate over η.
+
+    Returns:
+        Initial and final loss on the fixed training subset; a diverged run ends at the first.
+
+    Raises:
+        UserError: The entry has no recipe.
+    """
+    if entry.recipe is None:
+        raise UserError(f"model {entry.name!r} has no training recipe")
+    recipe, task = entry.recipe, tasks.get(entry.task, **entry.task_options)
+    subset = task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train")))
+    model = stages.initial_model(entry, data.model_options, seed)
+    init_loss, _ = evaluate(task, model, subset, EVALUATION_FACTOR * recipe.batch_size)
+    scales = _scales(model, factors)
+    update = make_optimizer(model, recipe, "sgd", lr)
+    batches = task.batches(
+        data, recipe.batch_size, torch.Generator().manual_seed(seed + _DATA_SEED)
+    )
+    log_every = max(1, recipe.num_steps // NUM_LOGGED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.train()
+        for step in range(recipe.num_steps):
+            rate = learning_rate(
+                step,
+                peak=lr,
+                warmup_steps=recipe.warmup_steps,
+                num_steps=recipe.num_steps,
+                schedule=recipe.schedule,
+            )
+            for group in update.param_groups:
+                group["lr"] = rate
+            loss = task.loss(model, next(batches))
+            if step % log_every == 0 and not math.isfinite(loss.item()):
+                return init_loss, init_loss
+            loss.backward()
+            if recipe.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            for parameter, scale in scales:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+            update.step()
+            update.zero_grad(set_to_none=True)
+    final_loss, _ = evaluate(task, model, subset, EVALUATION_FACTOR * recipe.batch_size)
+    return init_loss, final_loss if final_loss <= init_loss else init_loss
+
+
+def relative_gap(
+    losses: Sequence[float], adam: Sequence[float], init: Sequence[float]
+) -> dict[str, float]:
+    """Return (L − L_adam) / (L_init − L_adam) over paired seeds; error as in table gaps."""
+    ours, best, start = (np.array(x, dtype=float) for x in (losses, adam, init))
+    progress = start - best
+    value = float((ours - best).mean() / progress.mean())
+    residuals = (ours - best) - value * progress
+    error = residuals.std(ddof=1) / (math.sqrt(len(ours)) * progress.mean())
+    return {"value": value, "error": float(error)}
+
+
+def closed_share(
+    losses: Sequence[float], sgd: Sequence[float], adam: Sequence[float]
+) -> dict[str, float]:
+    """Return the share of SGD's gap that is closed, (L_sgd − L) / (L_sgd − L_adam), with error."""
+    return relative_gap([-x for x in losses], [-x for x in sgd], [-x for x in adam])
+
+
+def summarise(records: Mapping[str, dict[str, Any]], source: release.Source) -> Result:
+    """Gather the measured variants by model."""
+    values: dict[str, Any] = {}
+    for unit in [_unit(m, s, p) for m in MODELS for s, p in VARIANTS]:
+        if unit in records:
+            record = records[unit]
+            found = values.setdefault(record["model"], {"sgd_gap": record["sgd_gap"]})
+            found[f"{record['stage']}, p = {record['power']:g}"] = {
+                key: record[key] for key in ("spread", "lr", "gap", "closed")
+            }
+    missing = [_unit(m, s, p) for m in MODELS for s, p in VARIANTS
+               if _unit(m, s, p) not in records]  # fmt: skip
+    figures = {"causal": _draw(values)} if values else {}
+    return Result({"models": values} if values else {}, figures, tuple(missing))
+
+
+def _unit(model: str, stage: str, power: float) -> str:
+    return f"{model}-{stage}-p{power:g}"
+
+
+def _parts(unit: str) -> tuple[str, str, float]:
+    model, stage, power = unit.rsplit("-", 2)
+    return model, stage, float(power.removeprefix("p"))
+
+
+def _curvatures(source: release.Source, model: str, stage: str) -> pd.Series:
+    """Return the largest |eigenvalue| of each block at a stage."""
+    blocks = release.rows("blocks", source, model=model, stage=stage, init_seed=1)
+    largest = blocks[["lambda_max", "lambda_min"]].abs().max(axis=1)
+    return pd.Series(largest.to_numpy(dtype=float), index=blocks["block"].to_numpy())
+
+
+def _stored(runs: pd.DataFrame, optimizer: str, lr: float, end: bool, seed: int) -> float:
+    """Return the first or last loss on the training subset of a run of the release."""
+    kept = (runs["optimizer"] == optimizer) & np.isclose(runs["lr"], lr) & (runs["seed"] == seed)
+    kept &= (runs["split"] == "train") & (runs["metric"] == "loss") & ((runs["step"] > 0) == end)
+    return float(runs.loc[kept, "value"].iloc[0])
+
+
+def _scales(model: nn.Module, factors: Mapping[str, float]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return per parameter the tensor that its gradient is multiplied by."""
+    named = dict(model.named_parameters())
+    scales: dict[str, Tensor] = {}
+    for block in find_blocks(model, "weights"):
+        for part in block.parts:
+            parameter = named[part.parameter]
+            scale = scales.setdefault(part.parameter, torch.ones_like(parameter))
+            part.of(scale).fill_(factors.get(block.name, 1.0))
+            bias = part.parameter.removesuffix("weight") + "bias"
+            if part.dim is None and bias in named and bias != part.parameter:
+                scales[bias] = torch.full_like(named[bias], factors.get(block.name, 1.0))
+    return [(named[name], scale) for name, scale in scales.items()]
+
+
+def _draw(values: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    styles = {"SGD": ("#D55E00", "o")}
+    colours = ("#0072B2", "#56B4E9", "#009E73")
+    for (stage, p), colour in zip(VARIANTS, colours, strict=True):
+        styles[f"{stage}, p = {p:g}"] = (colour, "s")
+    for i, found in enumerate(values.values()):
+        gaps = {"SGD": found["sgd_gap"]}
+        gaps |= {k: v["gap"] for k, v in found.items() if k != "sgd_gap"}
+        for j, (name, (colour, marker)) in enumerate(styles.items()):
+            if name in gaps:
+                label = name if i == 0 else None
+                x, gap = i + 0.15 * (j - 1.5), gaps[name]
+                ax.errorbar(x, gap["value"], 2 * gap["error"], fmt=marker, color=colour,
+                            capsize=2, label=label)  # fmt: skip
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(values)), list(values), fontsize=8, rotation=15)
+    ax.set_ylabel("gap to AdamW (± 2 standard errors)")
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc="best")
+    return figure

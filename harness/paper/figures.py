@@ -1,0 +1,449 @@
+"""Figures 1, 3 to 7, 9, 10 and 14 and Table 1, from the dataset alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import mannwhitneyu, rankdata, spearmanr
+
+from harness.paper import release
+from harness.paper.result import Result
+from harness.training import grid
+from harness.training.gap import SEEDS
+from spectra_db import density, plot
+from spectra_db.density import GROUP
+from spectra_db.heterogeneity import pairwise_js
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CNNS = ("resnet", "vgg", "convnext")
+TRANSFORMERS = ("gpt", "llama", "bert", "vit")
+_SGD, _ADAM = "#D55E00", "#0072B2"
+# Readings of JS⁰ that tables show: metric, scale.
+READINGS = (("js0", "lambda10"), ("js0", "raw"), ("js0_paper", "lambda10"), ("js0_paper", "raw"))
+# Table 1: the paper's system, its JS⁰, our entry of the same architecture, our small kin.
+TABLE1 = (
+    ("ResNet18", 0.10, "resnet18-imagenet", ("resnet8-cifar10", "resnet14-mnist")),
+    ("VGG16", 0.09, "vgg16-imagenet", ("vgg7-cifar10", "vgg4-mnist")),
+    ("GPT2 (pretrained)", 18.84, "gpt2-sft", ("gpt-nano-sft",)),
+    ("MLP-mixer", 34.90, "mixer-imagenet", ("mixer-cifar10", "mixer-mnist")),
+    ("BERT", 53.38, "bert-cornell", ("bert-4x48-cornell", "bert-2x64-cornell")),
+    ("GPT2", 83.23, "gpt2-wikitext", ("gpt-6x48-untied-shakespeare", "gpt-2x64-shakespeare")),
+    ("ViT-base", 286.41, "vit-base-imagenet", ("vit-cifar10", "vit-cls-mnist")),
+)
+PRETRAINED, SCRATCH = "gpt-nano-sft", "gpt-nano-books"
+
+
+def fig1(source: release.Source) -> Result:
+    """Compare full spectra of CNNs and Transformers, two models of each, over stages."""
+    spectra = _full_spectra(source)
+    if not spectra:
+        return Result(missing=("full spectra",))
+    classes = _classes(source)
+    chosen = [
+        [model for model in dict.fromkeys(m for m, _ in spectra) if classes.get(model) == kind][:3]
+        for kind in ("CNN", "Transformer")
+    ]
+    values = {
+        "init": _between(spectra, classes, "init"),
+        "final": _between(spectra, classes, "final"),
+    }
+    models = [model for group in chosen for model in group]
+    missing = tuple(
+        f"a full spectrum of a {kind}" for kind, group in
+        zip(("CNN", "Transformer"), chosen, strict=True) if not group
+    )  # fmt: skip
+    return Result(
+        {k: v for k, v in values.items() if v}, {"fig1": _overlay(spectra, models)}, missing
+    )
+
+
+def fig14(source: release.Source) -> Result:
+    """Show the full spectra of every model, at the start and at the end."""
+    spectra = _full_spectra(source)
+    models = list(dict.fromkeys(model for model, _ in spectra))
+    if not models:
+        return Result(missing=("full spectra",))
+    return Result({"models": models}, {"fig14": _overlay(spectra, models)})
+
+
+def fig3(source: release.Source) -> Result:
+    """Show spectra of four blocks of a CNN and of a Transformer at initialisation."""
+    values: dict[str, Any] = {}
+    figures, missing = {}, []
+    wanted = {
+        "cnn": ("vgg16-imagenet", "vgg7-cifar10", "vgg4-mnist"),
+        "transformer": ("bert-cornell", "bert-4x48-cornell", "bert-2x64-cornell"),
+    }
+    for kind, names in wanted.items():
+        found = release.first_spectrum(source, names)
+        if found is None:
+            missing.append(f"a spectrum of {' or '.join(names)}")
+            continue
+        model, rows = found
+        blocks = list(rows["block"].drop_duplicates())
+        four = [blocks[i] for i in np.linspace(0, len(blocks) - 1, 4).round().astype(int)]
+        rows = rows[rows["block"].isin(four)]
+        distances = pairwise_js(rows).to_numpy()
+        values[kind] = {
+            "model": model,
+            "blocks": four,
+            "mean_distance": distances[np.triu_indices(len(distances), 1)].mean(),
+        }
+        figures[f"fig3-{kind}"] = plot.spectra(rows)
+    return Result(values, figures, tuple(missing))
+
+
+def fig4(source: release.Source) -> Result:
+    """Show heat maps of JS distances of CNNs and Transformers, and compare JS⁰ of all models."""
+    from matplotlib.figure import Figure
+
+    table = _js0_table(source)
+    values: dict[str, Any] = {}
+    for name, column in (("js0", "js0 lambda10"), ("js0_paper", "js0_paper lambda10")):
+        groups = [table.loc[table["class"] == kind, column].dropna()
+                  for kind in ("CNN", "Transformer")]  # fmt: skip
+        if min(map(len, groups)) >= 2:
+            cnn, transformer = groups
+            values[name] = {
+                "cnn": {str(k): float(v) for k, v in cnn.items()},
+                "transformer": {str(k): float(v) for k, v in transformer.items()},
+                "p_value": float(mannwhitneyu(transformer, cnn, alternative="greater").pvalue),
+            }
+    chosen = [str(model) for kind in ("CNN", "Transformer")
+              for model in table.index[table["class"] == kind][:3]]  # fmt: skip
+    if not chosen:
+        return Result(missing=("initial spectra of CNNs and Transformers",))
+    figure = Figure(figsize=(9.6, 6.0), layout="constrained")
+    axes = figure.subplots(2, 3, squeeze=False).ravel()
+    for ax in axes[len(chosen) :]:
+        ax.set_axis_off()
+    for ax, model in zip(axes, chosen, strict=False):
+        distances = pairwise_js(release.spectrum(source, str(model)))
+        image = ax.imshow(distances, cmap="cividis", vmin=0, vmax=1)
+        facts: dict[str, Any] = table.loc[model].to_dict()
+        title = f"{model}\n{facts['class']}, JS⁰ {facts['js0 lambda10']:.3f}"
+        ax.set_title(title, fontsize=8)
+        ax.tick_params(labelsize=7)
+    figure.colorbar(image, ax=list(axes), label="Jensen-Shannon distance", shrink=0.6)
+    figure.supxlabel("block, in the order of the network", fontsize=9)
+    missing = () if len(values) else ("two CNNs and two Transformers",)
+    return Result(values, {"fig4": figure}, missing)
+
+
+def fig5(source: release.Source) -> Result:
+    """Show the sweep of perceptrons: heterogeneity, and SGD against Adam, against the scale c."""
+    from matplotlib.figure import Figure
+
+    table, gaps = _js0_table(source), _gaps(source)
+    rows = []
+    for c in range(1, 16):
+        model = f"mlp-mnist-c{c}"
+        if model in table.index and model in gaps.index:
+            runs = release.rows("training", source, model=model)
+            accuracy = {o: _accuracy(runs, o) for o in ("sgd", "adamw")}
+            row = {
+                "c": c,
+                "gap": gaps.loc[model, "gap"],
+                "error": gaps.loc[model, "standard_error"],
+            }
+            row |= {f"{metric} {scale}": table.loc[model, f"{metric} {scale}"]
+                    for metric, scale in READINGS}  # fmt: skip
+            rows.append(row | accuracy | {"accuracy_gap": accuracy["adamw"] - accuracy["sgd"]})
+    found = pd.DataFrame(rows)
+    if len(found) < 5:
+        return Result(missing=(f"the MLP sweep ({len(found)} of 15 models)",))
+    values: dict[str, Any] = {"num_models": len(found), "rows": found.to_dict("records")}
+    for name in ("gap", "accuracy_gap", *(f"{m} {s}" for m, s in READINGS)):
+        values[f"c against {name}"] = _spearman(found["c"], found[name])
+    for metric, scale in READINGS:
+        name = f"{metric} {scale}"
+        values[f"{name} against accuracy_gap"] = _spearman(found[name], found["accuracy_gap"])
+    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.plot(found["c"], found["js0 lambda10"], "o-", color="black", label="JS⁰ (by λ10)")
+    left.plot(found["c"], found["js0 raw"], "s--", color="gray", label="JS⁰ (raw)")
+    left.set(xlabel="c", ylabel="JS⁰", ylim=(0, 1.05))
+    left.legend(fontsize=8, frameon=False)
+    for optimizer, colour in (("sgd", _SGD), ("adamw", _ADAM)):
+        middle.plot(found["c"], found[optimizer], "o-", color=colour, label=optimizer)
+    middle.set(xlabel="c", ylabel="test accuracy after one epoch")
+    middle.legend(fontsize=8, frameon=False)
+    right.errorbar(found["c"], found["gap"], 2 * found["error"], fmt="o-", color="black", capsize=2)
+    right.set(xlabel="c", ylabel="SGD-Adam gap of the loss")
+    right.axhline(0, color="gray", linewidth=0.8)
+    return Result(values, {"fig5": figure})
+
+
+def fig6(source: release.Source) -> Result:
+    """Compare a pretrained GPT before fine-tuning with the same one from scratch."""
+    from matplotlib.figure import Figure
+
+    table, gaps = _js0_table(source), _gaps(source)
+    lacking = [m for m in (PRETRAINED, SCRATCH) if m not in table.index or m not in gaps.index]
+    if lacking:
+        return Result(missing=tuple(f"spectrum and gap of {m}" for m in lacking))
+    values: dict[str, dict[str, Any]] = {
+        model: {
+            "js0": table.loc[model, "js0 lambda10"],
+            "js0_error": table.loc[model, "error"],
+            "gap": gaps.loc[model, "gap"],
+            "gap_error": gaps.loc[model, "standard_error"],
+        }
+        for model in (PRETRAINED, SCRATCH)
+    }
+    figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for row, model in enumerate((PRETRAINED, SCRATCH)):
+        image = axes[row, 0].imshow(
+            pairwise_js(release.spectrum(source, model)), cmap="cividis", vmin=0, vmax=1
+        )
+        axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=9)
+        figure.colorbar(image, ax=axes[row, 0], shrink=0.8)
+        _draw_curves(axes[row, 1], release.rows("training", source, model=model))
+        axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=9)
+    return Result(values, {"fig6": figure})
+
+
+def fig7(source: release.Source) -> Result:
+    """Set the SGD-Adam gap against JS⁰ for all models that have both."""
+    from matplotlib.figure import Figure
+
+    both = _js0_table(source).join(_gaps(source), how="inner")
+    both = both[both["tier"] == "small"]
+    if len(both) < 5:
+        return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
+    values: dict[str, Any] = {"num_models": len(both), "num_families": both["family"].nunique()}
+    for metric, scale in READINGS:
+        name = f"{metric} {scale}"
+        values[name] = _family_spearman(both[name], both["gap"], both["family"])
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    ax = figure.subplots()
+    markers = {"CNN": ("o", _SGD), "Transformer": ("s", _ADAM), "other": ("^", "gray")}
+    for kind, (marker, colour) in markers.items():
+        part = both[both["class"] == kind]
+        if len(part):
+            ax.errorbar(
+                part["js0 lambda10"], part["gap"], 2 * part["standard_error"], 2 * part["error"],
+                fmt=marker, color=colour, label=kind, capsize=2, markersize=5,
+            )  # fmt: skip
+    ax.set(xlabel="JS⁰ at initialisation", ylabel="SGD-Adam gap (± 2 standard errors)")
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.legend(fontsize=8, frameon=False)
+    return Result(values, {"fig7": figure})
+
+
+def fig9(source: release.Source) -> Result:
+    """Show training curves of CNNs."""
+    return _curves(source, "CNN", "fig9")
+
+
+def fig10(source: release.Source) -> Result:
+    """Show training curves of Transformers."""
+    return _curves(source, "Transformer", "fig10")
+
+
+def table1(source: release.Source) -> Result:
+    """Set JS⁰ of the paper's systems and of our small ones beside Table 1."""
+    table = _js0_table(source)
+    rows, missing = [], []
+    for system, paper, model, kin in TABLE1:
+        row: dict[str, Any] = {"system": system, "paper": paper}
+        small = next((m for m in kin if m in table.index), None)
+        for column, name in (("ours", model), ("small", small)):
+            found = table.loc[name].to_dict() if name in table.index else {}
+            row[column] = name if found else None
+            for metric, scale in READINGS:
+                row[f"{column} {metric} {scale}"] = found.get(f"{metric} {scale}")
+        if row["ours"] is None:
+            missing.append(f"initial spectrum of {model}")
+        rows.append(row)
+    values: dict[str, Any] = {"rows": rows}
+    for column in ("ours", "small"):
+        known = pd.DataFrame([r for r in rows if r[column] is not None])
+        if len(known) >= 4:
+            values[column] = {
+                f"{m} {s}": _spearman(known["paper"], known[f"{column} {m} {s}"])
+                for m, s in READINGS
+            } | {"num_systems": len(known)}
+    return Result(values, missing=tuple(missing))
+
+
+def _classes(source: release.Source) -> dict[str, str]:
+    """Say of each model whether it is a CNN, a Transformer or other."""
+    families = release.models(source)["family"]
+    kinds = dict.fromkeys(CNNS, "CNN") | dict.fromkeys(TRANSFORMERS, "Transformer")
+    return {str(model): kinds.get(family, "other") for model, family in families.items()}
+
+
+def _js0_table(source: release.Source) -> pd.DataFrame:
+    """Return JS⁰ at init in all readings, corrected, by model; with tier, family and class."""
+    rows = release.rows("heterogeneity", source, stage="init", init_seed=1)
+    models = release.models(source)
+    table = models.loc[models["tier"] != "demo", ["tier", "family"]].copy()
+    for metric, scale in READINGS:
+        part = rows[(rows["metric"] == metric) & (rows["scale"] == scale)].set_index("model")
+        table[f"{metric} {scale}"] = part["corrected"].fillna(part["value"])
+        if (metric, scale) == READINGS[0]:
+            table["error"] = part["standard_error"]
+    classes = _classes(source)
+    table["class"] = [classes[str(model)] for model in table.index]
+    return table.dropna(subset=["js0 lambda10"])
+
+
+def _gaps(source: release.Source) -> pd.DataFrame:
+    rows = release.rows("gaps", source)
+    columns = ["gap", "standard_error", "adam_needed", "sgd_lr", "adam_lr"]
+    return rows[rows["status"] == "ok"].set_index("model")[columns]
+
+
+def _full_spectra(source: release.Source) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return the full spectra of models that are not of the sweep, by model and stage."""
+    models = release.models(source)
+    found = {}
+    for model in models.index[(models["tier"] != "demo") & (models["family"] != "mlp-sweep")]:
+        for stage in ("init", "final"):
+            rows = release.spectrum(source, model, stage, "full")
+            if len(rows) and (rows["status"] == "ok").all():
+                found[str(model), stage] = rows
+    return found
+
+
+def _between(
+    spectra: dict[tuple[str, str], pd.DataFrame], classes: dict[str, str], stage: str
+) -> dict[str, Any]:
+    """Return mean JS distances of full spectra within CNNs, within Transformers, and between."""
+    parts = [
+        rows.assign(block=model, **{c: rows[c].iloc[0] for c in GROUP} | {"model": "all"})
+        for (model, at), rows in spectra.items()
+        if at == stage and classes[model] != "other"
+    ]
+    if len(parts) < 4:
+        return {}
+    shared = {c: parts[0][c].iloc[0] for c in GROUP}
+    distances = pairwise_js(pd.concat([part.assign(**shared) for part in parts]))
+    kinds = np.array([classes[str(model)] for model in distances.columns])
+    found: dict[str, Any] = {"num_models": len(kinds)}
+    for name, first, second in (
+        ("cnn", "CNN", "CNN"),
+        ("transformer", "Transformer", "Transformer"),
+        ("between", "CNN", "Transformer"),
+    ):
+        mask = np.outer(kinds == first, kinds == second) & ~np.eye(len(kinds), dtype=bool)
+        if not mask.any():
+            return {}
+        found[name] = float(distances.to_numpy()[mask].mean())
+    return found
+
+
+def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]) -> Figure:
+    """Draw full spectra, start and end in one panel per model."""
+    from matplotlib.figure import Figure
+
+    columns = min(6, len(models))
+    rows = ceil(len(models) / columns)
+    figure = Figure(figsize=(2.3 * columns + 0.6, 2.0 * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax in axes[len(models) :]:
+        ax.set_axis_off()
+    for ax, model in zip(axes, models, strict=False):
+        for stage, colour in (("init", "#0072B2"), ("final", "#E69F00")):
+            if (model, stage) in spectra:
+                curve = density(spectra[model, stage])["__full__"]
+                x, y = curve.index.to_numpy(), curve.to_numpy()
+                # Broken where the lattice has gaps.
+                apart = np.diff(x, prepend=x[0]) > 1.5 * np.diff(x).min()
+                ax.plot(x, np.where(apart, np.nan, y), color=colour, label=stage, linewidth=1)
+        ax.set_title(model, fontsize=8)
+        ax.tick_params(labelsize=7)
+    axes[0].set(yscale="log", ylim=(1e-6, 20))
+    axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
+    axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
+    handles = {line.get_label(): line for ax in axes for line in ax.lines}
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=2, fontsize=8,
+                  frameon=False, markerscale=6)  # fmt: skip
+    figure.supxlabel("eigenvalue / 10th largest |eigenvalue|", fontsize=9)
+    figure.supylabel("density", fontsize=9)
+    return figure
+
+
+def _curves(source: release.Source, kind: str, name: str) -> Result:
+    """Draw the training curves at the best rates, and list the gaps, of one class."""
+    from matplotlib.figure import Figure
+
+    classes, gaps = _classes(source), _gaps(source)
+    tiers = release.models(source)["tier"]
+    models = [m for m in gaps.index if classes[m] == kind and tiers[m] != "demo"]
+    if not models:
+        return Result(missing=(f"training runs of a {kind}",))
+    values = {
+        model: {
+            "gap": gaps.loc[model, "gap"],
+            "error": gaps.loc[model, "standard_error"],
+            "adam_needed": bool(gaps.loc[model, "adam_needed"]),
+        }
+        for model in models
+    }
+    columns = min(4, len(models))
+    rows = ceil(len(models) / columns)
+    figure = Figure(figsize=(2.6 * columns + 0.4, 2.2 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(models) :]:
+        ax.set_axis_off()
+    for ax, model in zip(axes, models, strict=False):
+        _draw_curves(ax, release.rows("training", source, model=model))
+        found = values[model]
+        ax.set_title(f"{model}\ngap {found['gap']:.3f} ± {found['error']:.3f}", fontsize=8)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("loss of the minibatch", fontsize=9)
+    return Result({"models": values}, {name: figure})
+
+
+def _draw_curves(ax: Axes, runs: pd.DataFrame) -> None:
+    """Draw the minibatch losses at the best rates: the mean over the seeds of the gap."""
+    losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
+    for optimizer, label, colour in (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM)):
+        lr = grid.best(runs, optimizer)
+        part = losses[(losses["optimizer"] == optimizer) & (losses["lr"] == lr)]
+        curve = part[part["seed"].isin(SEEDS)].groupby("step")["value"].mean()
+        ax.plot(curve.index, curve, color=colour, label=label, linewidth=1.2)
+    ax.tick_params(labelsize=7)
+
+
+def _accuracy(runs: pd.DataFrame, optimizer: str) -> float:
+    """Return the test accuracy at the best rate, the mean over the seeds of the gap.
+
+    A run that diverged has none and counts as chance of ten classes.
+    """
+    lr = grid.best(runs, optimizer)
+    kept = runs[(runs["optimizer"] == optimizer) & (runs["lr"] == lr) & (runs["split"] == "test")]
+    kept = kept[kept["metric"] == "accuracy"]
+    found = dict(zip(kept["seed"], kept["value"], strict=True))
+    return float(np.mean([found.get(seed, 0.1) for seed in SEEDS]))
+
+
+def _spearman(x: pd.Series, y: pd.Series) -> dict[str, float]:
+    found = spearmanr(x, y)
+    return {"rho": float(found.statistic), "p_value": float(found.pvalue)}
+
+
+def _family_spearman(x: pd.Series, y: pd.Series, family: pd.Series) -> dict[str, float]:
+    """Return Spearman's correlation with a 95 % interval from resampled families."""
+    rng = np.random.default_rng(0)
+    members = [np.flatnonzero(family == name) for name in family.unique()]
+    draws = []
+    for _ in range(2000):
+        chosen = rng.integers(0, len(members), len(members))
+        index = np.concatenate([members[i] for i in chosen])
+        if len(np.unique(x.to_numpy()[index])) > 2:
+            ranks = rankdata(x.to_numpy()[index]), rankdata(y.to_numpy()[index])
+            draws.append(np.corrcoef(*ranks)[0, 1])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return _spearman(x, y) | {"low": float(low), "high": float(high)}

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import spectra_db
+from harness.paper import figures, result
+from harness.paper.sections import SECTIONS
+from spectra_db.load import BUNDLED
+
+SWEEP = [f"mlp-mnist-c{c}" for c in range(1, 6)]
+MODELS = [*SWEEP, "vgg4-mnist", "gpt-2x64-shakespeare"]
+DATASET = [name for name, section in SECTIONS.items() if section.function.startswith("figures:")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Return a folder with a few models of the release."""
+    folder = tmp_path_factory.mktemp("release")
+    for table in ("models", "spectra", "heterogeneity", "gaps", "training", "blocks"):
+        (folder / table).mkdir()
+        for model in MODELS:
+            path = BUNDLED / table / f"{model}.parquet"
+            if not path.is_file():
+                pytest.skip(f"the release has no {table} of {model}")
+            shutil.copy(path, folder / table)
+    return folder
+
+
+@pytest.mark.parametrize("name", DATASET)
+def test_a_section_shows_what_there_is_and_names_what_is_not(source, name, tmp_path):
+    found = getattr(figures, SECTIONS[name].function.partition(":")[2])(source)
+    assert found.figures or found.missing or name == "table1"
+    result.save(name, found, tmp_path)
+    record = result.load(name, tmp_path)
+    assert record is not None
+    for figure in record["figures"]:
+        assert (tmp_path / f"{figure}.png").stat().st_size > 2000
+    assert "nan" not in str(record["values"])
+
+
+@pytest.mark.parametrize("name", DATASET)
+def test_a_source_without_spectra_and_runs_is_no_error(source, name, tmp_path):
+    (tmp_path / "models").mkdir()
+    shutil.copy(source / "models" / "vgg4-mnist.parquet", tmp_path / "models")
+    found = getattr(figures, SECTIONS[name].function.partition(":")[2])(tmp_path)
+    assert found.missing
+    assert not found.figures
+
+
+def test_the_sweep_has_the_values_of_the_tables(source):
+    values = figures.fig5(source).values
+    assert [row["c"] for row in values["rows"]] == [1, 2, 3, 4, 5]
+    gaps = spectra_db.load("gaps", source=source, model=SWEEP).set_index("model")["gap"]
+    np.testing.assert_allclose([r["gap"] for r in values["rows"]], gaps[SWEEP])
+    best = max(values["rows"], key=lambda row: row["adamw"])
+    assert 0.9 < best["adamw"] < 1
+
+
+def test_curves_and_classes_are_those_of_the_families(source):
+    assert list(figures.fig9(source).values["models"]) == ["vgg4-mnist"]
+    assert list(figures.fig10(source).values["models"]) == ["gpt-2x64-shakespeare"]
+
+
+def test_table_1_without_a_system_says_which(source):
+    found = figures.table1(source)
+    assert "initial spectrum of resnet18-imagenet" in found.missing
+    [row] = [r for r in found.values["rows"] if r["system"] == "VGG16"]
+    assert row["ours"] is None
+    assert row["small"] == "vgg4-mnist"
+    assert row["small js0 lambda10"] > 0
+
+
+def test_a_monotone_relation_has_correlation_one_whatever_families_are_drawn():
+    x = pd.Series(np.arange(9.0))
+    found = figures._family_spearman(x, x**3, pd.Series(list("aabbccdde")))
+    assert found["rho"] == pytest.approx(1)
+    assert found["low"] == pytest.approx(1)
+
+
+def test_one_family_that_differs_widens_the_interval():
+    x = pd.Series(np.arange(10.0))
+    y = pd.Series([5.0, 4, 3, 2, 1, 6, 7, 8, 9, 10])
+    found = figures._family_spearman(x, y, pd.Series(list("aaaaabbbbb")))
+    assert found["low"] < 0 < found["high"]

@@ -127,7 +127,7 @@ def fig4(source: release.Source) -> Result:
     for ax, model in zip(axes, chosen, strict=False):
         distances = pairwise_js(release.spectrum(source, str(model)))
         image = ax.imshow(distances, cmap="cividis", vmin=0, vmax=1)
-        facts: dict[str, Any] = table.loc[model].to_dict()
+        facts = table.loc[model].to_dict()
         title = f"{model}\n{facts['class']}, JS⁰ {facts['js0 lambda10']:.3f}"
         ax.set_title(title, fontsize=8)
         ax.tick_params(labelsize=7)
@@ -285,6 +285,7 @@ def _classes(source: release.Source) -> dict[str, str]:
 def _js0_table(source: release.Source) -> pd.DataFrame:
     """Return JS⁰ at init in all readings, corrected, by model; with tier, family and class."""
     rows = release.rows("heterogeneity", source, stage="init", init_seed=1)
+    rows = rows.sort_values("partition").drop_duplicates(["model", "metric", "scale"])
     models = release.models(source)
     table = models.loc[models["tier"] != "demo", ["tier", "family"]].copy()
     for metric, scale in READINGS:

@@ -17,7 +17,7 @@ from harness.leaderboard import classifier
 from harness.leaderboard.statistics import measurements
 from harness.leaderboard.tables import read
 from harness.registry import ModelEntry
-from spectra_db.heterogeneity import MIN_PROBES, metrics
+from spectra_db.heterogeneity import MIN_PROBES, gradient_rms_spread, js0, spread
 
 if TYPE_CHECKING:
     from harness.training import Problem
@@ -76,8 +76,8 @@ def measure(
         on_progress: Called with (products done, products in all).
 
     Returns:
-        Rows of table `heterogeneity` of those measures, and what it cost: num_products, seconds,
-        num_params, num_blocks.
+        A row per measure (metric, value, corrected, standard_error), and what it cost:
+        num_products, seconds, num_params, num_blocks.
 
     Raises:
         UserError: The model has fewer than two blocks that are not zero, or can't be measured.
@@ -123,9 +123,17 @@ def measure(
             batch_weights=count_terms,
         )
     )
-    wanted = classifier.WITH_JS0 if with_js0 else classifier.CHEAP
-    found = metrics(rows, block_rows=summaries)
-    found = found[found["metric"].isin(wanted) & found["scale"].isin(["lambda10", "none"])]
+    names = rows.loc[rows["status"] == "ok", "block"].unique().tolist()
+    estimates = {
+        "gradient_rms_spread": gradient_rms_spread(summaries, names),
+        "lambda_rms_spread": spread(rows, "lambda_rms"),
+        "trace_spread": spread(rows, "trace"),
+        **({"js0": js0(rows)} if with_js0 else {}),
+    }
+    columns = ("value", "corrected", "standard_error")
+    found = pd.DataFrame(
+        [{"metric": m} | {c: getattr(e, c) for c in columns} for m, e in estimates.items()]
+    )
     cost = {
         "num_products": int(rows["num_products"].sum()),
         "seconds": time.perf_counter() - begin,

@@ -269,6 +269,15 @@ def zero_head(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
+def deep(num_classes: int, image_size: int) -> nn.Module:
+    """Signals fade through thirty layers: the first blocks' Hessians are tiny, and have kinks."""
+    network = Perceptron(num_classes, image_size)
+    network.middle = nn.Sequential(
+        *(nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(30))
+    )
+    return network
+
+
 def raises(num_classes: int) -> nn.Module:
     raise FileNotFoundError("weights.pt is not there")
 

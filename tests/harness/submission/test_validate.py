@@ -133,6 +133,13 @@ def test_zero_blocks_are_counted_and_no_failure(entry):
     assert {f.outcome for f in found.values()} == {"ok", "warning"}
 
 
+def test_a_hessian_too_small_for_differences_is_no_failure(entry):
+    found = findings(entry("deep"))
+    assert found["differences"].outcome == "warning"
+    assert "too small beside the gradient" in found["differences"].text
+    assert "failed" not in {f.outcome for f in found.values()}
+
+
 def test_blocks_that_the_budget_leaves_no_time_for_are_counted(entry):
     found = findings(entry("Encoder"), budget=1e-9)
     assert "on 1 of 8 blocks" in found["symmetric"].text

@@ -48,6 +48,7 @@ def render(folder: Path) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["cell"] = _cell
+    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3g}"
     return environment.get_template("paper.md").render(
         rows=rows,
         counts=Counter(row["status"] for row in rows),

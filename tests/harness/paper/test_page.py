@@ -86,3 +86,43 @@ def test_a_folder_that_can_not_be_written_is_refused(tmp_path):
     answer = CliRunner().invoke(main, ["paper", "fig12", "--out", str(tmp_path / "file" / "x")])
     assert answer.exit_code == 2
     assert "can't be written to" in answer.stderr
+
+
+def judged(where: str, text: str, values: dict) -> str:
+    [claim] = [c for c in claims.CLAIMS if c.where == where and text in c.text]
+    return claims.verdict(claim, {"values": values, "missing": []})[0]
+
+
+@pytest.mark.parametrize(
+    ("cnn", "transformer", "p_value", "status"),
+    [
+        ((0.1, 0.2), (0.3, 0.4), 0.2, claims.REPRODUCED),
+        ((0.1, 0.35), (0.3, 0.4), 0.01, claims.PARTLY),
+        ((0.1, 0.35), (0.3, 0.4), 0.2, claims.NOT_REPRODUCED),
+    ],
+)
+def test_heterogeneity_is_judged_by_separation_then_by_rank_test(cnn, transformer, p_value, status):
+    found = {
+        "cnn": dict(zip("ab", cnn, strict=True)),
+        "transformer": dict(zip("cd", transformer, strict=True)),
+        "p_value": p_value,
+    }
+    assert judged("Figure 4", "(js0)", {"js0": found}) == status
+
+
+@pytest.mark.parametrize(
+    ("probability", "status"),
+    [(0.7, claims.REPRODUCED), (0.64, claims.PARTLY), (0.5, claims.NOT_REPRODUCED)],
+)
+def test_a_probability_is_judged_against_its_error(probability, status):
+    values = {"ratio_at_most_1000": {"orthonormal": probability, "gaussian": 0.5}}
+    assert judged("After Theorem 1", "r ≤ 1000", values | {"num_draws": 10_000}) == status
+
+
+def test_on_par_and_worse_are_judged_model_by_model():
+    gaps = {"a": {"gap": 0.2, "error": 0.01, "adam_needed": True},
+            "b": {"gap": 0.0, "error": 0.01, "adam_needed": False}}  # fmt: skip
+    for where in ("Figure 9", "Figure 10"):
+        assert judged(where, "", {"models": gaps}) == claims.PARTLY
+    assert judged("Figure 10", "", {"models": {"a": gaps["a"]}}) == claims.REPRODUCED
+    assert judged("Figure 9", "", {"models": {"a": gaps["a"]}}) == claims.NOT_REPRODUCED

@@ -121,9 +121,11 @@ def read(
     try:
         with pq.ParquetFile(path) as file:
             _check_schema(table, file.schema_arrow, str(path))
+            # Damaged metadata of a column raise here; asked for them, pyarrow would abort.
+            file.scan_contents()
             _check_size(file.metadata, path)
         content = pq.read_table(path, columns=needed, filters=where, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidTable(f"{path}: not readable as Parquet: {reason}") from error
     _check_values(table, content, str(path))

@@ -338,9 +338,9 @@ def test_a_module_that_lies_elsewhere_is_to_be_brought_along(registry, monkeypat
 
 
 def test_a_module_that_fails_when_imported_is_refused(registry):
-    (registry / "broken.py").write_text("import json\njson.nothing\n")
-    refused = add("m", "broken:f", "digits", registry)
-    assert "broken can't be imported: AttributeError" in refused.stderr
+    (registry / "raises_at_import.py").write_text("import json\njson.nothing\n")
+    refused = add("m", "raises_at_import:f", "digits", registry)
+    assert "raises_at_import can't be imported: AttributeError" in refused.stderr
     assert refused.exit_code == 2
 
 

@@ -1,13 +1,16 @@
-"""One metric of a registry entry at a stage, as cheaply as it can be had or to a tolerance."""
+"""A metric of a registry entry at a stage: cheaply, to a tolerance, or with its batch's error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
+from harness import tasks
 from harness.errors import UserError
 from harness.spectra import (
     Settings,
@@ -18,10 +21,12 @@ from harness.spectra import (
     options_of,
     rows_of,
     stored_rows,
+    take_spectrum,
     write_derived,
 )
 from spectra_db import store
 from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, gradient_rms_spread
+from spectra_db.schema import KEYS
 
 if TYPE_CHECKING:
     from harness.estimator.adaptive import Reached
@@ -146,6 +151,79 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
     row |= {"num_blocks": estimate.num_blocks, "num_zero_blocks": 0, "num_products": 0}
     store.write(out, "heterogeneity", [row])
     return estimate
+
+
+def halves(problem: Problem, settings: Settings) -> tuple[Problem, Problem]:
+    """Return the problem on the first and on the second half of its batch.
+
+    Raises:
+        UserError: Metrics of the halves would say nothing of those in the store: another stage
+            than init, settings other than the protocol's, fewer than two blocks, or one sample.
+    """
+    name, size = problem.entry.name, problem.batch_size
+    if problem.stage != "init" or not settings.is_protocol or settings.partition == "full":
+        raise UserError(
+            "the batch error is one of metrics at init with the protocol's settings; leave out "
+            "--stage, --partition full, and options that change the arithmetic"
+        )
+    if len(blocks_of(problem, settings.partition)) < 2:
+        raise UserError(f"{name!r} has one block, so that no metric compares blocks")
+    if size < 2:
+        raise UserError(f"the batch of {name!r} has one sample, and no halves")
+    whole = tuple(torch.cat(tensors) for tensors in zip(*problem.batches, strict=True))
+    task = tasks.get(problem.entry.task, **problem.entry.task_options)
+
+    def part(start: int, stop: int) -> Problem:
+        microbatch_size = min(problem.microbatch_size, stop - start)
+        batches = tasks.split(tuple(t[start:stop] for t in whole), microbatch_size)
+        weights = [task.num_terms(batch) for batch in batches]
+        return replace(
+            problem,
+            batches=batches,
+            batch_weights=weights,
+            batch_size=stop - start,
+            microbatch_size=microbatch_size,
+            num_terms=sum(weights),
+        )
+
+    return part(0, size // 2), part(size // 2, size)
+
+
+def take_batch_error(
+    parts: tuple[Problem, Problem],
+    settings: Settings,
+    out: Path,
+    *,
+    command: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Take the spectra of both halves of a batch, and write by how much their metrics differ.
+
+    The halves' tables are kept in OUT/halves/first and second, apart from the spectrum of the
+    whole batch, which is in the store already; what is there is not taken again.
+
+    Args:
+        parts: From `halves`.
+        settings: How the whole's spectrum was taken.
+        out: Folder of the tables.
+        command: The command line, for table `runs`.
+        on_progress: Called with (products done, products in all) of each half.
+
+    Returns:
+        The rows of `heterogeneity` with their `batch_error`.
+    """
+    keys = list(KEYS["heterogeneity"])
+    found = []
+    for name, part in zip(("first", "second"), parts, strict=True):
+        folder = out / "halves" / name
+        take_spectrum(part, settings, folder, command=command, on_progress=on_progress)
+        found.append(rows_of(folder, "heterogeneity", part.entry.name).set_index(keys))
+    first, second = (rows["corrected"].fillna(rows["value"]) for rows in found)
+    difference = (first - second).abs().rename("batch_error").reset_index()
+    whole = rows_of(out, "heterogeneity", parts[0].entry.name).drop(columns="batch_error")
+    rows = whole.merge(difference, on=keys)
+    store.write(out, "heterogeneity", rows)
+    return rows
 
 
 def _known(out: Path, settings: Settings, problem: Problem) -> pd.DataFrame | None:

@@ -160,7 +160,7 @@ def metrics(
     js0 and js0_paper for each scale (raw eigenvalues with σ = √1e-5, as in the authors' code),
     w1, and the spreads of rms and largest eigenvalue and of the trace. The truncation error is
     the change of the plug-in value against rules of three quarters of the steps. The batch error
-    is for who has both halves: the column is left null.
+    needs spectra of both halves of the batch: the column is left null.
 
     Args:
         rows: Rows of table `spectra` of one model, stage and partition.

@@ -114,6 +114,7 @@ def describe(
 @choice("matmul-precision", "highest", "high", "medium")
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
+@click.option("--batch-error", is_flag=True, help="Then take it on either half of the batch too.")
 @click.option(
     "--share",
     type=click.Choice(["auto", "probes", "samples"]),
@@ -130,6 +131,7 @@ def spectrum(
     num_probes: int | None,
     num_steps: int | None,
     memory_budget: float | None,
+    batch_error: bool,
     share: str,
     registry: Path | None,
     data_root: Path | None,
@@ -143,13 +145,15 @@ def spectrum(
     As many probes and steps as the entry says, unless given. --tol 0.02 takes what it needs for
     the metric's standard error and its change from the last quarter of the steps to be at most
     2 % of it. The scale metrics (lambda_rms_spread, trace_spread, lambda_max_spread) take about
-    ten products a block, gradient_rms_spread one gradient.
+    ten products a block, gradient_rms_spread one gradient. --batch-error takes each half of the
+    batch as well, at the whole's cost again, and stores how far apart the metrics are.
 
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
     from harness.display import cost_line, estimate_line, progress_bar
     from harness.estimator.device import choose_device
+    from harness.measure import halves, take_batch_error
     from harness.registry import get
     from harness.scale.distributed import team
     from harness.spectra import Settings, command_line, forecast_of, take_spectrum
@@ -169,9 +173,16 @@ def spectrum(
         entry, stage, seed, data_root=data_root, checkpoint_dir=out / "checkpoints"
     )
     choose_device(problem.model, chosen.device)
-    if tol is not None or metric in CHEAP_METRICS:
+    cheaply = tol is not None or metric in CHEAP_METRICS
+    if batch_error and (cheaply or processes() > 1):
+        raise UserError(
+            "--batch-error goes with whole spectra in one process: leave out --tol, scale metrics "
+            "and torchrun"
+        )
+    if cheaply:
         _take_metric(problem, chosen, out, metric, tol, num_probes, num_steps)
         return
+    parts = halves(problem, chosen) if batch_error else None
     with team(str(chosen.device), share) as together:
         leads = together is None or together.leads
         if leads:
@@ -193,6 +204,13 @@ def spectrum(
         from spectra_db.heterogeneity import measure
 
         click.echo(estimate_line(metric, *measure(rows, metric)))
+    if parts is not None:
+        with progress_bar(f"{entry.name} {stage}, halves of the batch") as on_progress:
+            found = take_batch_error(
+                parts, chosen, out, command=command_line(), on_progress=on_progress
+            )
+        first = found[found["metric"] == metric].iloc[0]
+        click.echo(f"{metric} of the batch's halves: {first['batch_error']:.4f} apart")
 
 
 def _take_metric(

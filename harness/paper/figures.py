@@ -103,6 +103,7 @@ def fig3(source: release.Source) -> Result:
 def fig4(source: release.Source) -> Result:
     """Show heat maps of JS distances of CNNs and Transformers, and compare JS⁰ of all models."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     table = _js0_table(source)
     values: dict[str, Any] = {}
@@ -131,6 +132,8 @@ def fig4(source: release.Source) -> Result:
         title = f"{model}\n{facts['class']}, JS⁰ {facts['js0 lambda10']:.3f}"
         ax.set_title(title, fontsize=8)
         ax.tick_params(labelsize=7)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
     figure.colorbar(image, ax=list(axes), label="Jensen-Shannon distance", shrink=0.6)
     figure.supxlabel("block, in the order of the network", fontsize=9)
     missing = () if len(values) else ("two CNNs and two Transformers",)

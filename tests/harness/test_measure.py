@@ -76,3 +76,42 @@ def test_a_tolerance_that_is_not_met_is_a_failure_that_keeps_what_was_reached(tm
     assert "raise --num-steps" in said
     rows, _, _ = tables(tmp_path)
     assert set(rows["num_steps"]) <= {0, 5}
+
+
+def test_the_batch_error_is_the_difference_of_the_metrics_on_two_halves(tmp_path):
+    arguments = ["--num-probes", "3", "--num-steps", "8"]
+    shown = call(tmp_path, *arguments, "--batch-error")
+    assert "js0 of the batch's halves: 0." in shown
+    rows = spectra_db.load("heterogeneity", source=tmp_path)
+    assert (rows["batch_error"] >= 0).all()
+    from harness.estimator import estimate_spectra
+    from harness.registry import get
+    from harness.training import load_problem
+
+    problem = load_problem(get(MODEL))
+    [(images, labels)] = problem.batches
+    middle = len(images) // 2
+    halves = [
+        spectra_db.js0(
+            estimate_spectra(
+                problem.model, problem.loss_fn, [(images[part], labels[part])], num_probes=3,
+                num_steps=8, seed=1, identity={"model": MODEL, "stage": "init"},
+            )
+        ).corrected
+        for part in (slice(middle), slice(middle, None))
+    ]  # fmt: skip
+    [js0] = rows.loc[(rows["metric"] == "js0") & (rows["scale"] == "lambda10"), "batch_error"]
+    assert js0 == pytest.approx(abs(halves[0] - halves[1]), abs=1e-6)
+    # The whole batch's spectrum stands alone, and nothing is taken twice.
+    assert spectra_db.load("spectra", source=tmp_path)["batch_hash"].nunique() == 1
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("halves/*/spectra/*.parquet")}
+    assert len(stamps) == 2
+    assert call(tmp_path, *arguments, "--batch-error") == shown
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+
+
+def test_the_batch_error_refuses_what_it_has_no_meaning_for(tmp_path):
+    assert "leave out --tol" in call(tmp_path, "--batch-error", "--tol", "0.1", code=2)
+    said = call(tmp_path, "--batch-error", "--dtype", "float64", "--num-steps", "2", code=2)
+    assert "the protocol's settings" in said
+    assert not (tmp_path / "spectra").exists()

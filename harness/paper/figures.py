@@ -16,6 +16,7 @@ from harness.training import grid
 from harness.training.gap import SEEDS
 from spectra_db import density, plot
 from spectra_db.density import GROUP
+from spectra_db.heterogeneity import READINGS as ALL_READINGS
 from spectra_db.heterogeneity import pairwise_js
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
 _SGD, _ADAM = "#D55E00", "#0072B2"
-# Readings of JS⁰ that tables show: metric, scale.
+# Readings of JS⁰ that claims are judged by: metric, scale. Table 1 is set beside all.
 READINGS = (("js0", "lambda10"), ("js0", "raw"), ("js0_paper", "lambda10"), ("js0_paper", "raw"))
 # Table 1: the paper's system, its JS⁰, our entry of the same architecture, our small kin.
 TABLE1 = (
@@ -253,28 +254,26 @@ def fig10(source: release.Source) -> Result:
 
 
 def table1(source: release.Source) -> Result:
-    """Set JS⁰ of the paper's systems and of our small ones beside Table 1."""
+    """Set JS⁰ of the paper's systems, and of our small ones, beside Table 1, in every reading."""
     table = _js0_table(source)
-    rows, missing = [], []
-    for system, paper, model, kin in TABLE1:
-        row: dict[str, Any] = {"system": system, "paper": paper}
-        small = next((m for m in kin if m in table.index), None)
-        for column, name in (("ours", model), ("small", small)):
-            found = table.loc[name].to_dict() if name in table.index else {}
-            row[column] = name if found else None
-            for metric, scale in READINGS:
-                row[f"{column} {metric} {scale}"] = found.get(f"{metric} {scale}")
-        if row["ours"] is None:
-            missing.append(f"initial spectrum of {model}")
-        rows.append(row)
-    values: dict[str, Any] = {"rows": rows}
-    for column in ("ours", "small"):
-        known = pd.DataFrame([r for r in rows if r[column] is not None])
-        if len(known) >= 4:
-            values[column] = {
-                f"{m} {s}": _spearman(known["paper"], known[f"{column} {m} {s}"])
-                for m, s in READINGS
-            } | {"num_systems": len(known)}
+    readings = [f"{metric} {scale}" for metric, scale, _ in ALL_READINGS]
+    paper = [value for _, value, _, _ in TABLE1]
+    values: dict[str, Any] = {"systems": [system for system, *_ in TABLE1], "paper": paper}
+    chosen = {
+        "ours": [name if name in table.index else None for _, _, name, _ in TABLE1],
+        "small": [next((n for n in kin if n in table.index), None) for *_, kin in TABLE1],
+    }
+    for column, names in chosen.items():
+        known = [i for i, name in enumerate(names) if name is not None]
+        values[column] = {"models": names, "num_systems": len(known), "readings": {}}
+        for reading in readings:
+            found = [None if n is None else float(table[reading].to_dict()[n]) for n in names]
+            row: dict[str, Any] = {"values": found}
+            if len(known) >= 4:
+                ours = pd.Series([found[i] for i in known])
+                row |= _spearman(pd.Series([paper[i] for i in known]), ours)
+            values[column]["readings"][reading] = row
+    missing = [f"initial spectrum of {name}" for _, _, name, _ in TABLE1 if name not in table.index]
     return Result(values, missing=tuple(missing))
 
 
@@ -291,7 +290,7 @@ def _js0_table(source: release.Source) -> pd.DataFrame:
     rows = rows.sort_values("partition").drop_duplicates(["model", "metric", "scale"])
     models = release.models(source)
     table = models.loc[models["tier"] != "demo", ["tier", "family"]].copy()
-    for metric, scale in READINGS:
+    for metric, scale, _ in ALL_READINGS:
         part = rows[(rows["metric"] == metric) & (rows["scale"] == scale)].set_index("model")
         table[f"{metric} {scale}"] = part["corrected"].fillna(part["value"])
         if (metric, scale) == READINGS[0]:

@@ -61,4 +61,5 @@ def render(folder: Path) -> str:
 
 def _cell(value: Any) -> str:
     """Make a text fit a cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ").strip() or "–"
+    text = "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ").strip() or "–"

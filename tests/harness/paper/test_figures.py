@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 import spectra_db
 from harness.paper import figures, result
@@ -65,13 +66,30 @@ def test_curves_and_classes_are_those_of_the_families(source):
     assert list(figures.fig10(source).values["models"]) == ["gpt-2x64-shakespeare"]
 
 
-def test_table_1_without_a_system_says_which(source):
+def test_table_1_without_a_system_says_which_and_gives_every_reading_of_the_rest(source):
     found = figures.table1(source)
     assert "initial spectrum of resnet18-imagenet" in found.missing
-    [row] = [r for r in found.values["rows"] if r["system"] == "VGG16"]
-    assert row["ours"] is None
-    assert row["small"] == "vgg4-mnist"
-    assert row["small js0 lambda10"] > 0
+    values = found.values
+    place = values["systems"].index("VGG16")
+    assert values["ours"]["models"][place] is None
+    small = values["small"]
+    assert small["models"][place] == "vgg4-mnist"
+    stored = spectra_db.load("heterogeneity", source=source, model="vgg4-mnist", stage="init")
+    stored = stored[stored["metric"].isin(["js0", "js0_paper"])]
+    assert len(stored) == len(small["readings"]) == 10
+    for row in stored.itertuples():
+        shown = small["readings"][f"{row.metric} {row.scale}"]["values"][place]
+        assert shown == pytest.approx(row.corrected)
+
+
+def test_a_rank_correlation_with_table_1_takes_four_systems(source, monkeypatch):
+    kin = ("vgg4-mnist", "gpt-2x64-shakespeare", "mlp-mnist-c1", "mlp-mnist-c2")
+    rows = tuple((name, float(i), "not-there", (name,)) for i, name in enumerate(kin))
+    monkeypatch.setattr(figures, "TABLE1", rows[:3])
+    assert "rho" not in figures.table1(source).values["small"]["readings"]["js0 raw"]
+    monkeypatch.setattr(figures, "TABLE1", rows)
+    reading = figures.table1(source).values["small"]["readings"]["js0 raw"]
+    assert reading["rho"] == pytest.approx(spearmanr(range(4), reading["values"]).statistic)
 
 
 def test_a_monotone_relation_has_correlation_one_whatever_families_are_drawn():

@@ -18,6 +18,8 @@ BEGIN = "<!-- leaderboard: written by `harness leaderboard --readme` -->"
 END = "<!-- end of leaderboard -->"
 # The scale that a metric is judged at; the others are further readings.
 SCALES = ("lambda10", "none")
+# What the authors' code compares: eigenvalues as they are.
+RAW = (("js0", "raw"), ("js0_paper", "raw"))
 LABELS = {
     "js0": "JS⁰",
     "js0_paper": "JS⁰ as in the paper",
@@ -62,7 +64,7 @@ def ranking(
     Args:
         board: Table `leaderboard`.
         stage: A stage.
-        all_readings: Every scale; otherwise a metric's first alone.
+        all_readings: Every scale; otherwise a metric's first, and JS⁰ of raw eigenvalues.
 
     Returns:
         Dicts of metric, scale, sigma, label, num_products, num_models, num_families, and a `Cell`
@@ -70,7 +72,8 @@ def ranking(
     """
     rows = board[(board["stage"] == stage) & (board["left_out"] == "")]
     if not all_readings:
-        rows = rows[rows["scale"].isin(SCALES)]
+        raw = pd.MultiIndex.from_frame(rows[["metric", "scale"]]).isin(RAW)
+        rows = rows[rows["scale"].isin(SCALES) | raw]
     table = []
     for (metric, scale, sigma), group in rows.groupby(["metric", "scale", "sigma"]):
         first = group.iloc[0]
@@ -98,8 +101,8 @@ def sentences(board: pd.DataFrame) -> list[str]:
     The questions: does JS⁰ at initialisation predict the gap; does a measure for a hundredth of its
     products do as well; how does heterogeneity change in training.
     """
-    rows = {row["metric"]: row for row in ranking(board)}
-    js0 = rows.get(REFERENCE[0])
+    rows = {(row["metric"], row["scale"]): row for row in ranking(board)}
+    js0 = rows.get(REFERENCE)
     if js0 is None or js0["spearman"].value != js0["spearman"].value:
         count = 0 if js0 is None else js0["num_models"]
         return [
@@ -115,7 +118,9 @@ def sentences(board: pd.DataFrame) -> list[str]:
         f"Over {js0['num_models']} models of {js0['num_families']} families the rank correlation "
         f"of JS⁰ at initialisation and the gap is {spearman}, that of the families' means "
         f"{js0['spearman_families']}: {verdict}.",
-        f"{_left_out(board)} Given the number of parameters it is {js0['partial_spearman']}.",
+        f"Given the number of parameters it is {js0['partial_spearman']}."
+        f"{_left_out(board, *REFERENCE)}",
+        *_raw(board, rows),
         f"As a classifier of “Adam needed”, JS⁰ has an AUC of {js0['auc']} (0.5 is chance) and an "
         f"accuracy of {js0['accuracy']} on families that its threshold was not set on, where the "
         f"majority's answer has {js0['accuracy_majority']}.",
@@ -161,22 +166,33 @@ def write_readme(path: Path, block: str) -> None:
     part.replace(path)
 
 
-def _left_out(board: pd.DataFrame) -> str:
-    """Say between which values JS⁰'s correlation moves when a family is left out."""
+def _left_out(board: pd.DataFrame, metric: str, scale: str) -> str:
+    """Say between which values a correlation moves when a family is left out."""
     one = board[(board["stage"] == "init") & (board["statistic"] == "spearman")]
-    one = one[(one["metric"] == REFERENCE[0]) & (one["scale"] == REFERENCE[1])]
+    one = one[(one["metric"] == metric) & (one["scale"] == scale)]
     one = one[(one["left_out"] != "") & one["value"].notna()].sort_values("value")
     if one.empty:
         return ""
     low, high = one.iloc[0], one.iloc[-1]
     text = (
-        f"With one family left out it lies between {low['value']:.2f} (without {low['left_out']}) "
+        f" With one family left out it lies between {low['value']:.2f} (without {low['left_out']}) "
         f"and {high['value']:.2f} (without {high['left_out']})."
     )
     return text.replace(" -", " −")
 
 
-def _cheap(rows: dict[str, Any], reference: float) -> str:
+def _raw(board: pd.DataFrame, rows: dict[tuple[str, str], Any]) -> list[str]:
+    """Say what becomes of the correlation where eigenvalues are not scaled."""
+    row = rows.get(RAW[0])
+    if row is None or row["spearman"].value != row["spearman"].value:
+        return []
+    return [
+        "Of raw eigenvalues, as the authors' code compares them, which takes in their size, it is "
+        f"{row['spearman']}.{_left_out(board, *RAW[0])}"
+    ]
+
+
+def _cheap(rows: dict[tuple[str, str], Any], reference: float) -> str:
     """Say whether measures for less than a tenth of JS⁰'s products predict as well."""
     parts = []
     for row in sorted(rows.values(), key=lambda row: row["num_products"]):

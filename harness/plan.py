@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -15,6 +17,9 @@ from harness.spectra import Settings, forecast_of, rows_of
 from harness.training import grid
 from harness.training.gap import SEEDS
 from harness.training.stages import checkpoint_path
+
+if TYPE_CHECKING:
+    from harness.estimator.cost import Forecast
 
 # The run whose stages are kept; it also seeds their initialisation and their probes.
 STAGE_SEED = 1
@@ -30,6 +35,7 @@ class Unit:
         optimizer, lr, seed: Of a training run.
         stage, partition: Of a spectrum.
         ready: Whether it could start now; a run at the best rate has no rate before.
+        blocks: Some blocks of a spectrum, to be taken alone; empty for all.
     """
 
     model: str
@@ -40,6 +46,15 @@ class Unit:
     stage: str = ""
     partition: str = ""
     ready: bool = True
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        what = self.stage or self.optimizer, self.partition or f"{self.lr:g}", str(self.seed)
+        name = "-".join([self.model, *what])
+        blocks = hashlib.sha256("\n".join(self.blocks).encode()).hexdigest()[:8]
+        return f"{name}-{blocks}" if self.blocks else name
 
     def __str__(self) -> str:
         if self.kind == "train":
@@ -61,6 +76,9 @@ class Survey:
         spectra_flops: Floating-point operations of all spectra.
         training_flops: Floating-point operations of all training runs.
         graph_bytes: Memory of the kept graph of the Hessian's batch, in bytes.
+        costs: Forecast of the spectrum of each partition.
+        counts: At how many stages it is taken.
+        run_flops: Operations of one training run.
     """
 
     entry: ModelEntry
@@ -72,6 +90,14 @@ class Survey:
     spectra_flops: float = 0.0
     training_flops: float = 0.0
     graph_bytes: int = 0
+    costs: Mapping[str, Forecast] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    run_flops: float = 0.0
+
+    @property
+    def unit_flops(self) -> dict[str, float]:
+        """Operations of one unit: a training run ("train"), or a spectrum of a partition."""
+        return {"train": self.run_flops, **{p: float(c.flops) for p, c in self.costs.items()}}
 
 
 def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
@@ -94,8 +120,9 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
     runs, training = 0, 0.0
     if entry.trains and entry.recipe is not None:
         runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
-        samples = runs * entry.recipe.num_steps * entry.recipe.batch_size
-        training = costs[entry.partition].pass_flops / problem.batch_size * samples
+        # The fixed subset is seen forward before and after, which is a third of both ways.
+        samples = entry.recipe.num_steps * entry.recipe.batch_size + 2 * entry.recipe.eval_size / 3
+        training = costs[entry.partition].pass_flops / problem.batch_size * samples * runs
     return Survey(
         entry,
         num_params=sum(p.numel() for p in problem.model.parameters()),
@@ -105,6 +132,9 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         spectra_flops=sum(cost.flops * counts[p] for p, cost in costs.items()),
         training_flops=training,
         graph_bytes=max(cost.graph_bytes for cost in costs.values()),
+        costs=costs,
+        counts=counts,
+        run_flops=training / max(runs, 1),
     )
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harness import tasks
+from harness.claims import claim
+from harness.errors import output_error, reason_of
+from harness.pace import Pace
 from harness.plan import STAGE_SEED, Survey, Unit, missing, settings_of
 from harness.registry import ModelEntry
+from harness.scale import workers
 from harness.spectra import rows_of, take_spectrum, write_failed_blocks, write_training
 from harness.training.gap import gap
 from harness.training.stages import run_name
@@ -24,7 +27,13 @@ from spectra_db.schema import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
-Event = Callable[[str, Unit], None]
+# Told what happened to a unit, and facts: reason, seconds, fraction of the unit, seconds remaining.
+Event = Callable[[str, Unit, dict[str, Any]], None]
+OnProgress = Callable[[int, int], None]
+Engine = Callable[["Agenda", Callable[..., str | None]], None]
+
+ELSEWHERE = "another process does it"  # how a unit ends that this process could not have
+_PATIENCE = 2.0  # seconds between looks at what other processes do
 
 
 @dataclass(frozen=True)
@@ -49,33 +58,45 @@ def run_entries(
     job: Job,
     *,
     jobs: int = 1,
-    on_event: Event = lambda what, unit: None,
+    engine: Engine | None = None,
+    on_event: Event = lambda what, unit, facts: None,
 ) -> dict[Unit, str]:
     """Do everything for some entries, from where the store stands.
 
     A unit is tried once; what comes of it may make others ready. Interrupted, the workers end at
-    once: a table's file is replaced as a whole, so that only the work in flight is lost.
+    once: a table's file is replaced as a whole, so that only the work in flight is lost. Several
+    processes may work in one folder: each takes what no other one does, and waits for the rest.
 
     Args:
         surveys: The entries; those with a reason get their row of table `models` alone.
         job: Where and how.
         jobs: Worker processes; 1 works in this process.
-        on_event: Called with start, done or failed, and the unit.
+        engine: What executes the units instead, such as `harness.scale.cluster`'s.
+        on_event: Called with start, progress, done, failed or elsewhere, the unit, and facts.
 
     Returns:
         The units that failed, with their reasons; they are rows in the store too.
+
+    Raises:
+        OutputError: The folder can't be written to any more, as when the disk is full.
     """
-    for survey in surveys:
-        _write_model(survey, job.out)
-    live = [survey.entry for survey in surveys if survey.reason is None]
-    agenda = _Agenda(live, job, on_event)
-    if jobs == 1:
-        _run_here(agenda, job)
-    else:
-        _run_in_workers(agenda, job, jobs)
-    for entry in live:
-        _finish(entry, job, agenda.failed)
-    return agenda.failed
+    try:
+        for survey in surveys:
+            _write_model(survey, job.out)
+        live = [survey.entry for survey in surveys if survey.reason is None]
+        costs = {survey.entry.name: survey.unit_flops for survey in surveys}
+        agenda = Agenda(live, job, on_event, Pace(costs))
+        if engine is None:
+            several = partial(workers.run_in_workers, jobs=jobs, spread=job.device == "cuda")
+            engine = workers.run_here if jobs == 1 else several
+        engine(agenda, partial(execute, job=job))
+        for entry in live:
+            _finish(entry, job, agenda.failed)
+        return agenda.failed
+    except OSError as error:
+        if (stop := output_error(job.out, error)) is not None:
+            raise stop from error
+        raise
 
 
 def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
@@ -92,13 +113,16 @@ def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
     store.write(job.out, "gaps", [row])
 
 
-class _Agenda:
+class Agenda:
     """Which units are ready, which were tried, and which failed with what reason."""
 
-    def __init__(self, live: list[ModelEntry], job: Job, on_event: Event) -> None:
-        self._job, self._on_event = job, on_event
+    def __init__(
+        self, live: list[ModelEntry], job: Job, on_event: Event, pace: Pace | None = None
+    ) -> None:
+        self._job, self._on_event, self._pace = job, on_event, pace or Pace({})
         self._left = {entry.name: list(missing(entry, job.out)) for entry in live}
         self._tried: set[Unit] = set()
+        self._elsewhere: set[Unit] = set()
         self.failed: dict[Unit, str] = {}
 
     def start(self) -> Unit | None:
@@ -106,100 +130,115 @@ class _Agenda:
         for unit in (unit for units in self._left.values() for unit in units):
             if unit.ready and unit not in self._tried:
                 self._tried.add(unit)
-                self._on_event("start", unit)
+                self._pace.start(unit)
+                self._tell("start", unit)
                 return unit
         return None
 
+    def progress(self, unit: Unit, fraction: float) -> None:
+        """Note how far a unit is."""
+        self._pace.progress(unit, fraction)
+        self._tell("progress", unit, fraction=round(fraction, 4))
+
     def settle(self, unit: Unit, reason: str | None) -> None:
         """Note how a unit ended, and look what waited for it."""
+        seconds = round(self._pace.finish(unit, counts=reason is None), 3)
+        if reason == ELSEWHERE:
+            if unit not in self._elsewhere:
+                self._tell("elsewhere", unit)
+            self._elsewhere.add(unit)
+            self._look(unit.model)
+            return
+        self._elsewhere.discard(unit)
         if reason is not None:
             self.failed[unit] = reason
+        self._look(unit.model)
+        if reason is None:
+            self._tell("done", unit, seconds=seconds)
+        else:
+            self._tell("failed", unit, seconds=seconds, reason=reason)
+
+    def lost(self, unit: Unit) -> None:
+        """Note that the process that did a unit died."""
+        reason = "the worker process died: out of memory, or killed"
+        _write_failed(unit, self._job, reason)
+        self.settle(unit, reason)
+
+    def claim(self, unit: Unit) -> AbstractContextManager[bool]:
+        """Take a unit for this process, as `claim`."""
+        return claim(self._job.out, unit)
+
+    def wait(self) -> bool:
+        """Wait for units that other processes do; tell whether there are any."""
+        left = {unit for units in self._left.values() for unit in units}
+        theirs = self._elsewhere & left
+        if not theirs:
+            return False
+        time.sleep(_PATIENCE)
+        for model in {unit.model for unit in theirs}:
+            self._look(model)
+        for unit in theirs:
+            with self.claim(unit) as ours:
+                if ours:  # it was done, or its process ended before that
+                    self._tried.discard(unit)
+        return True
+
+    def _look(self, model: str) -> None:
+        """Look again what is left of a model and of those that start from it."""
         for name in self._left:
             entry = self._job.entries[name]
-            if unit.model in (name, entry.pretrained):
+            if model in (name, entry.pretrained):
                 self._left[name] = list(missing(entry, self._job.out))
                 if not self._left[name]:  # others may take hours yet
                     _finish(entry, self._job, self.failed)
-        self._on_event("done" if reason is None else "failed", unit)
+
+    def _tell(self, what: str, unit: Unit, **facts: Any) -> None:
+        left = [unit for units in self._left.values() for unit in units]
+        open_ = [unit for unit in left if unit not in self.failed]
+        remaining = self._pace.remaining(open_)
+        facts |= {"units_left": len(open_), "remaining": remaining and round(remaining)}
+        self._on_event(what, unit, facts)
 
 
-def _run_here(agenda: _Agenda, job: Job) -> None:
-    """Execute one unit after another in this process."""
-    while unit := agenda.start():
-        agenda.settle(unit, execute(unit, job))
-
-
-def _run_in_workers(agenda: _Agenda, job: Job, jobs: int) -> None:
-    """Keep worker processes busy with what is ready.
-
-    When a worker dies all units in flight are lost, and none can be told to be the cause. They
-    are tried again one at a time; one that dies alone has failed.
-    """
-    suspects: list[Unit] = []
-    running: dict[Future[str | None], Unit] = {}
-    pool = _pool(jobs)
-    try:
-        while True:
-            refused: list[Unit] = []
-            while len(running) < (1 if suspects else jobs):
-                unit = suspects.pop() if suspects else agenda.start()
-                if unit is None:
-                    break
-                try:
-                    running[pool.submit(execute, unit, job)] = unit
-                except BrokenProcessPool:  # a worker died since the last look
-                    refused.append(unit)
-                    break
-            if running:
-                wait(running, return_when=FIRST_COMPLETED)
-            elif not refused:
-                return
-            died = any(isinstance(f.exception(), BrokenProcessPool) for f in running if f.done())
-            if died or refused:
-                lost = [*running.values(), *refused]
-                running.clear()
-                pool.shutdown()
-                pool = _pool(jobs)
-                if len(lost) > 1 or refused:
-                    suspects += lost
-                    continue
-                reason = "the worker process died: out of memory, or killed"
-                _write_failed(lost[0], job, reason)
-                agenda.settle(lost[0], reason)
-            for future in [future for future in running if future.done()]:
-                agenda.settle(running.pop(future), future.result())
-    finally:
-        pool.shutdown(wait=not running, cancel_futures=True)
-        if running:  # interrupted: readers see whole files whatever a worker is at
-            for process in multiprocessing.active_children():
-                process.terminate()
-
-
-def execute(unit: Unit, job: Job) -> str | None:
+def execute(unit: Unit, on_progress: OnProgress | None = None, *, job: Job) -> str | None:
     """Do one unit and write its rows; return the reason if it failed.
 
     A failure becomes rows with a status and a reason and does not stop the others.
+
+    Raises:
+        OSError: The folder can't be written to.
     """
     import torch
 
     torch.set_num_threads(job.num_threads)
     try:
-        if unit.kind == "train":
-            _train(unit, job)
-        else:
-            _take(unit, job)
+        with claim(job.out, unit) as ours:
+            if not ours:
+                return ELSEWHERE
+            left = missing(job.entries[unit.model], job.out)
+            if replace(unit, blocks=()) not in left:  # it was done since
+                return ELSEWHERE
+            if unit.kind == "train":
+                _train(unit, job, on_progress)
+            else:
+                _take(unit, job, on_progress)
     except Exception as error:
+        if output_error(job.out, error) is not None:
+            raise
         log.debug("%s failed", unit, exc_info=True)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        _write_failed(unit, job, reason)
+        reason = reason_of(error)
+        if not unit.blocks:  # else the whole spectrum tries them again
+            _write_failed(unit, job, reason)
         return reason
     return None
 
 
-def _train(unit: Unit, job: Job) -> None:
+def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Train once; keep the stages of the run that they are taken from."""
     from harness.training import train
 
+    for torn in (job.checkpoints / unit.model / run_name(unit.seed)).glob(".*.tmp"):
+        torn.unlink()  # of a process that was killed
     entry = job.entries[unit.model]
     data = tasks.get(entry.task, **entry.task_options).load(job.data_root)
     keeps_stages = unit.optimizer == "adamw" and unit.seed == STAGE_SEED
@@ -212,11 +251,12 @@ def _train(unit: Unit, job: Job) -> None:
         checkpoint_dir=job.checkpoints if keeps_stages else None,
         pretrained_dir=job.checkpoints,
         device=job.device or "cpu",
+        on_step=on_progress,
     )
     write_training(result, job.out)
 
 
-def _take(unit: Unit, job: Job) -> None:
+def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Take one spectrum."""
     from harness.training import load_problem
 
@@ -225,7 +265,7 @@ def _take(unit: Unit, job: Job) -> None:
         entry, unit.stage, unit.seed, data_root=job.data_root, checkpoint_dir=job.checkpoints
     )
     settings = settings_of(entry, unit.partition, job.device)
-    take_spectrum(problem, settings, job.out, command=job.command)
+    take_spectrum(problem, settings, job.out, command=job.command, on_progress=on_progress)
 
 
 def _write_failed(unit: Unit, job: Job, reason: str) -> None:
@@ -267,27 +307,11 @@ def _write_model(survey: Survey, out: Path) -> None:
     store.write(out, "models", [row])
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    """Return a pool of spawned workers: torch's threads don't survive a fork."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+def num_threads() -> int:
+    """Return torch's threads per unit: OMP_NUM_THREADS, else 1.
 
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def num_threads(jobs: int) -> int:
-    """Return torch's threads per worker: the cores shared out, at most OMP_NUM_THREADS."""
-    cores = os.cpu_count() or 1
+    The number of threads changes the last bits of sums, so it must not follow from the number of
+    jobs, or of cores.
+    """
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores // jobs, int(asked) if asked.isdigit() else cores))
+    return int(asked) if asked.isdigit() and int(asked) > 0 else 1

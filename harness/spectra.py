@@ -93,6 +93,7 @@ def take_spectrum(
     command: str,
     on_progress: Callable[[int, int], None] | None = None,
     together: Team | None = None,
+    only: Collection[str] = (),
 ) -> pd.DataFrame:
     """Compute what is missing of a problem's spectrum and write it block by block.
 
@@ -106,6 +107,7 @@ def take_spectrum(
         command: What the table `runs` says of how it was started.
         on_progress: Called with (products done, products in all).
         together: The processes that share the work, if there are several.
+        only: Blocks to take alone, without what is derived of all of them; empty: all.
 
     Returns:
         All rows of the spectrum; none in processes that only help.
@@ -113,6 +115,8 @@ def take_spectrum(
     from harness.estimator import estimate_spectra
 
     blocks = blocks_of(problem, settings.partition)
+    if only:
+        blocks = [block for block in blocks if block.name in only]
     identity = identity_of(problem, settings)
     leads = together is None or together.leads
     done = _finished_rows(out, identity, blocks, settings) if leads else pd.DataFrame()
@@ -157,7 +161,8 @@ def take_spectrum(
     rows = done.sort_values(
         ["block", "probe"], key=lambda c: c.map(order) if c.name == "block" else c
     ).reset_index(drop=True)
-    write_derived(problem, settings, out, blocks, rows)
+    if not only:
+        write_derived(problem, settings, out, blocks, rows)
     return rows
 
 

@@ -344,7 +344,12 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: pa.Table) -> None:
-    """Write a file beside the old one, force it to disk, and rename it over."""
+    """Write a file beside the old one, force it to disk, and rename it over.
+
+    The caller holds the file's lock, so another such file is what a killed process left.
+    """
+    for torn in path.parent.glob(f".{path.name}.*.tmp"):
+        torn.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from harness.errors import UserError
+from harness.errors import UserError, output_error, reason_of
 
 TIERS = ("demo", "small", "paper")
 STOPPED = 130  # what a shell reports after Ctrl-C
@@ -47,6 +47,10 @@ class _Group(click.Group):
             ours = isinstance(error, UserError) or (
                 isinstance(error, ValueError) and type(error).__module__.startswith("spectra_db")
             )
+            if stop := output_error(getattr(error, "filename", None) or "the output", error):
+                error = stop
+            elif isinstance(error, RuntimeError):  # torch's, of no memory among others
+                _fail(reason_of(error).removeprefix("RuntimeError: "), 1)
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
 
 
@@ -112,6 +116,11 @@ def options(*names: str) -> Callable[[Any], Any]:
         ),
         "device": click.option(
             "--device", default=None, help="cpu, cuda or cuda:N.  [default: cuda where there is]"
+        ),
+        "log": click.option(
+            "--log",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="File that JSON lines of what happens are appended to; /dev/stderr shows them.",
         ),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def describe(
     show_default=True,
     help="What processes of torchrun share.",
 )
-@options("registry", "data_root", "out", "seed", "device")
+@options("registry", "data_root", "out", "seed", "device", "log")
 def spectrum(
     model: str,
     stage: str,
@@ -138,6 +139,7 @@ def spectrum(
     out: Path,
     seed: int,
     device: str | None,
+    log: Path | None,
     **settings: Any,
 ) -> None:
     """Take the spectrum of a model at a stage and write it to the tables.
@@ -151,9 +153,11 @@ def spectrum(
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
+    from harness.claims import claim_or_refuse
     from harness.display import cost_line, estimate_line, progress_bar
     from harness.estimator.device import choose_device
     from harness.measure import halves, take_batch_error
+    from harness.plan import Unit
     from harness.registry import get
     from harness.scale.distributed import team
     from harness.spectra import Settings, command_line, forecast_of, take_spectrum
@@ -179,8 +183,10 @@ def spectrum(
             "--batch-error goes with whole spectra in one process: leave out --tol, scale metrics "
             "and torchrun"
         )
+    unit = Unit(entry.name, "spectrum", seed=seed, stage=stage, partition=chosen.partition)
     if cheaply:
-        _take_metric(problem, chosen, out, metric, tol, num_probes, num_steps)
+        with claim_or_refuse(out, unit):
+            _take_metric(problem, chosen, out, metric, tol, num_probes, num_steps, log)
         return
     parts = halves(problem, chosen) if batch_error else None
     with team(str(chosen.device), share) as together:
@@ -188,7 +194,13 @@ def spectrum(
         if leads:
             cost = forecast_of(problem, chosen.partition, chosen.num_probes, chosen.num_steps)
             click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
-        with progress_bar(f"{entry.name} {stage}", shown=leads) as on_progress:
+        # Process 0 of several does what touches files.
+        with (
+            claim_or_refuse(out, unit) if leads else nullcontext(),
+            progress_bar(
+                f"{entry.name} {stage}", shown=leads, log=log if leads else None
+            ) as on_progress,
+        ):
             rows = take_spectrum(
                 problem,
                 chosen,
@@ -221,6 +233,7 @@ def _take_metric(
     tol: float | None,
     num_probes: int | None,
     num_steps: int | None,
+    log: Path | None,
 ) -> None:
     """Take one metric, to a tolerance if there is one, and say what was reached."""
     from harness.display import estimate_line, progress_bar
@@ -232,7 +245,7 @@ def _take_metric(
     if metric == GRADIENT_METRIC:
         click.echo(estimate_line(metric, take_gradient_metric(problem, settings, out), 0.0))
         return
-    with progress_bar(f"{problem.entry.name} {problem.stage}") as on_progress:
+    with progress_bar(f"{problem.entry.name} {problem.stage}", log=log) as on_progress:
         reached = take_metric(
             problem,
             settings,
@@ -259,7 +272,7 @@ def _take_metric(
 @click.argument("model")
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="adamw")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: best of the grid in --out]")
-@options("registry", "data_root", "out", "seed", "device")
+@options("registry", "data_root", "out", "seed", "device", "log")
 def train(
     model: str,
     optimizer: str,
@@ -269,10 +282,13 @@ def train(
     out: Path,
     seed: int,
     device: str | None,
+    log: Path | None,
 ) -> None:
     """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
     from harness import tasks
+    from harness.claims import claim_or_refuse
     from harness.display import progress_bar
+    from harness.plan import Unit
     from harness.registry import get
     from harness.spectra import rows_of, write_training
     from harness.training import grid
@@ -286,7 +302,11 @@ def train(
     if not 0 < lr < float("inf"):
         raise UserError(f"--lr is {lr}; it must be positive")
     data = tasks.get(entry.task, **entry.task_options).load(data_root)
-    with progress_bar(f"{entry.name} {optimizer} at {lr:g}") as on_progress:
+    unit = Unit(entry.name, "train", optimizer, lr, seed)
+    with (
+        claim_or_refuse(out, unit),
+        progress_bar(f"{entry.name} {optimizer} at {lr:g}", log=log) as on_progress,
+    ):
         result = run_training(
             entry,
             data,
@@ -298,7 +318,7 @@ def train(
             device=device_of(device),
             on_step=on_progress,
         )
-    write_training(result, out)
+        write_training(result, out)
     outcome = "diverged" if result.diverged else f"loss {result.final_loss:.4f}"
     click.echo(f"{outcome} (from {result.init_loss:.4f}) in {result.seconds:.1f} s; rows in {out}")
 
@@ -306,25 +326,46 @@ def train(
 @main.command()
 @click.argument("models", nargs=-1)
 @click.option("--tier", type=click.Choice(TIERS), help="A whole tier.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
-@click.option("--dry-run", is_flag=True, help="Print the forecast and stop.")
-@options("registry", "data_root", "out", "device")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes, each of one thread, or of OMP_NUM_THREADS.",
+)
+@choice("engine", "local", "ray")
+@click.option("--address", help="Of a Ray cluster.  [default: one on this machine]")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the forecast and stop; --device may then be one that is not here, such as h100.",
+)
+@click.option(
+    "--throughput", type=float, help="TFLOP/s for the forecast.  [default: measured, or assumed]"
+)
+@options("registry", "data_root", "out", "device", "log")
 def run(
     models: tuple[str, ...],
     tier: str | None,
     jobs: int,
+    engine: str,
+    address: str | None,
     dry_run: bool,
+    throughput: float | None,
     registry: Path | None,
     data_root: Path | None,
     out: Path,
     device: str | None,
+    log: Path | None,
 ) -> None:
     """Do everything for some models: grid, seeds, stages, spectra, metrics, gap.
 
-    The same command continues where it was stopped.
+    The same command continues where it was stopped. Several may work in one folder at the same
+    time, each on what the others don't do.
     """
     from harness import registry as catalogue
-    from harness.display import print_results, print_surveys, units_bar
+    from harness.display import print_outlooks, print_results, print_surveys, units_bar
+    from harness.forecast import DEVICES, outlook, throughput_of
     from harness.plan import missing, survey
     from harness.run import Job, num_threads, run_entries
     from harness.spectra import command_line
@@ -337,24 +378,49 @@ def run(
         chosen = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
         starts = {e.pretrained for e in chosen if e.pretrained} - set(models)
         chosen += [catalogue.get(name, registry_dir=registry) for name in sorted(starts)]
-    device = device_of(device)
+    elsewhere = dry_run and device in DEVICES
+    device = str(device) if elsewhere else device_of(device)
     surveys = [survey(entry, data_root) for entry in chosen]
     reasons = [s.reason for s in surveys if s.reason is not None]
     if len(reasons) == len(surveys):
         raise UserError(f"nothing can be done: {reasons[0]}")
-    print_surveys(surveys)
     if dry_run:
+        live = [s for s in surveys if s.reason is None]
+        rates = [throughput_of(s, data_root, device, throughput) for s in live]
+        outlooks = [outlook(s, rate) for s, rate in zip(live, rates, strict=True)]
+        print_outlooks(outlooks, device, rates[0].source)
+        for s in surveys:
+            if s.reason is not None:
+                click.echo(f"left out: {s.entry.name}: {s.reason}")
         return
+    print_surveys(surveys)
     job = Job(
         out=out,
         entries={entry.name: entry for entry in chosen},
         data_root=data_root,
         device=device,
-        num_threads=num_threads(jobs),
+        num_threads=num_threads(),
         command=command_line(),
     )
-    with units_bar(sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)) as event:
-        failed = run_entries(surveys, job, jobs=jobs, on_event=event)
+    cluster = None
+    if engine == "ray":
+        from functools import partial
+
+        from harness.scale.cluster import run_on_ray
+
+        cluster = partial(
+            run_on_ray,
+            costs={s.entry.name: s.costs for s in surveys},
+            address=address,
+            num_cpus=job.num_threads,
+            num_gpus=int(device.startswith("cuda")),
+            jobs=jobs,
+        )
+    elif address is not None:
+        raise UserError("--address is that of a Ray cluster: pass --engine ray too")
+    left = sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)
+    with units_bar(left, log) as event:
+        failed = run_entries(surveys, job, jobs=jobs, engine=cluster, on_event=event)
     print_results(out, [s.entry for s in surveys if s.reason is None])
     for unit, reason in failed.items():
         click.echo(f"failed: {unit}: {reason}", err=True)

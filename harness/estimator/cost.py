@@ -28,6 +28,12 @@ class Forecast:
         pass_flops: Operations of one forward and backward pass over the batch.
         graph_bytes: Memory of the kept graph of the batch, in bytes.
         block_flops: Operations of one product with each block, in the order of the blocks.
+        block_names: Their names.
+        block_products: Products with each block.
+        num_steps: Lanczos steps of a probe.
+        num_exact: Blocks that are diagonalised.
+        vector_bytes: Memory of the Lanczos vectors of all probes at once.
+        stored_numbers: Numbers in the lists of the rows.
     """
 
     num_products: int
@@ -35,6 +41,30 @@ class Forecast:
     pass_flops: int
     graph_bytes: int
     block_flops: tuple[int, ...]
+    block_names: tuple[str, ...] = ()
+    block_products: tuple[int, ...] = ()
+    num_steps: int = 1
+    num_exact: int = 0
+    vector_bytes: int = 0
+    stored_numbers: int = 0
+
+    @property
+    def spectrum_flops(self) -> list[int]:
+        """Operations of the spectrum of each block, without the shared passes."""
+        return [n * f for n, f in zip(self.block_products, self.block_flops, strict=True)]
+
+    def flops_within(self, memory_budget: int) -> float:
+        """Return the operations where graphs and vectors have so many bytes.
+
+        A batch whose graph can't be kept goes forward and backward again at each step, for as many
+        vectors at a time as fit beside the graph of a microbatch.
+        """
+        if self.graph_bytes <= memory_budget:
+            return float(self.flops)
+        # Microbatches are halved until one fits, which leaves a quarter or more of the memory.
+        groups = -(-4 * self.vector_bytes // memory_budget)
+        passes = self.num_exact + self.num_steps * groups
+        return float(self.flops + self.pass_flops * (passes - 1))
 
 
 def forecast(
@@ -71,7 +101,8 @@ def forecast(
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size)
     sampled = num_probes * num_steps
-    counts = [b.num_params if b.num_params <= EXACT_SIZE else sampled for b in blocks]
+    exact = [b.num_params <= EXACT_SIZE for b in blocks]
+    counts = [b.num_params if e else sampled for b, e in zip(blocks, exact, strict=True)]
     flops = sum(n * f for n, f in zip(counts, block_flops, strict=True))
     return Forecast(
         num_products=sum(counts),
@@ -79,4 +110,29 @@ def forecast(
         pass_flops=shared.get_total_flops() * size,
         graph_bytes=hessian.graph_bytes * size,
         block_flops=tuple(block_flops),
+        block_names=tuple(b.name for b in blocks),
+        block_products=tuple(counts),
+        num_steps=num_steps,
+        num_exact=sum(exact),
+        # Three vectors of 4 bytes a probe; alphas, betas, nodes and weights, or eigenvalues alone.
+        vector_bytes=sum(
+            12 * num_probes * b.num_params for b, e in zip(blocks, exact, strict=True) if not e
+        ),
+        stored_numbers=sum(
+            b.num_params if e else 4 * sampled for b, e in zip(blocks, exact, strict=True)
+        ),
     )
+
+
+def cut(costs: Sequence[float], num_parts: int) -> list[int]:
+    """Return the part of each piece of work, laid out in a row and cut into equal costs.
+
+    >>> cut([3, 1, 1, 1, 2], 2)
+    [0, 0, 1, 1, 1]
+    """
+    total, before, places = sum(costs), 0.0, []
+    for cost in costs:
+        middle = (before + cost / 2) / total if total else 0.0
+        places.append(min(num_parts - 1, int(num_parts * middle)))
+        before += cost
+    return places

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from harness.estimator import Block, estimate_spectra
-from harness.estimator.cost import EXACT_SIZE, Forecast
+from harness.estimator.cost import EXACT_SIZE, Forecast, cut
 from harness.estimator.device import choose_device, device_memory
 from harness.estimator.share import Share
 from spectra_db.schema import TABLES
@@ -319,20 +319,17 @@ def divide(
         probes = 1 if exact else num_probes
         pairs += [(block.name, probe, flops * products) for probe in range(probes)]
         traffic += 4 * block.num_params * products * probes  # bytes of float32
-    total = sum(weight for *_, weight in pairs)
+    weights = [weight for *_, weight in pairs]
     parts: list[Probes] = [{} for _ in range(size)]
     loads = [0.0] * size
-    before = 0.0
-    for name, probe, weight in pairs:
-        rank = min(size - 1, int(size * (before + weight / 2) / total)) if total else 0
-        before += weight
+    for (name, probe, weight), rank in zip(pairs, cut(weights, size), strict=True):
         parts[rank].setdefault(name, []).append(probe)
         loads[rank] += weight
     if way == "auto":
         passes = cost.pass_flops * (1 if cost.graph_bytes <= memory_budget else num_steps)
         by_probes = max(loads) + passes
         wire = 2 * (size - 1) / size * traffic * FLOPS_PER_BYTE
-        by_samples = (total + passes) / size + wire
+        by_samples = (sum(weights) + passes) / size + wire
         return parts if by_probes <= by_samples else None
     return parts if way == "probes" else None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -116,7 +117,14 @@ def save(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> str:
     os.close(handle)
     temporary = Path(name)
     try:
-        save_model(model, name, metadata={_FACTS: record})
+        try:
+            save_model(model, name, metadata={_FACTS: record})
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            number = int(found.group(1))  # such as that of a full disk
+            raise OSError(number, os.strerror(number), name) from error
         content = _sorted_header(temporary.read_bytes())
         with temporary.open("wb") as file:
             file.write(content)

@@ -1,0 +1,215 @@
+"""What entries take on a device: hours, memory and disk, before anything is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from harness import tasks
+from harness.errors import UserError
+from harness.plan import STAGE_SEED, Survey
+from harness.run import num_threads
+from harness.spectra import blocks_of
+
+# float32 without tensor cores, dense, as the makers' data sheets have it (operations per second),
+# and memory (bytes). The protocol computes in float32 without TF32.
+DEVICES = {
+    "v100": (15.7e12, 32e9),
+    "a100": (19.5e12, 80e9),
+    "l40s": (91.6e12, 48e9),
+    "rtx4090": (82.6e12, 24e9),
+    "h100": (67e12, 80e9),
+    "h200": (67e12, 141e9),
+}
+# The part of the peak that is taken for granted where nothing was measured.
+EFFICIENCY = 0.4
+_SAMPLE_FLOPS = 1e10  # of a measurement: a second or so on one core
+_MEASURED_BLOCKS = 6
+_TRAINING_STATE = 4  # weights, gradient and two moments of AdamW
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Operations per second, of the products and of training; memory of the device in bytes."""
+
+    products: float
+    training: float
+    memory: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What an entry takes.
+
+    Attributes:
+        model: Name of the entry.
+        num_products: Hessian-vector products.
+        flops: Operations, shared passes that the memory forces to repeat included.
+        hours: Hours of one device.
+        memory_bytes: Of the device, at most.
+        disk_bytes: Of tables and checkpoints.
+    """
+
+    model: str
+    num_products: int
+    flops: float
+    hours: float
+    memory_bytes: float
+    disk_bytes: float
+
+
+def outlook(survey: Survey, throughput: Throughput) -> Outlook:
+    """Return what an entry takes on a device of a throughput."""
+    budget = int(throughput.memory // 2)
+    times = [(cost, survey.counts[partition]) for partition, cost in survey.costs.items()]
+    spectra = sum(cost.flops_within(budget) * count for cost, count in times)
+    weights = 4.0 * survey.num_params
+    kept = max(min(cost.graph_bytes, budget) for cost, _ in times)
+    # With the graph kept one block's probes are advanced at a time: at most those of the full one.
+    vectors = max(min(cost.vector_bytes, budget) for cost, _ in times)
+    trains = survey.entry.trains
+    # float64 of random mantissas hardly compresses; other columns are small beside the lists.
+    tables = sum(8.0 * cost.stored_numbers * count for cost, count in times)
+    return Outlook(
+        model=survey.entry.name,
+        num_products=survey.num_products,
+        flops=spectra + survey.training_flops,
+        hours=(spectra / throughput.products + survey.training_flops / throughput.training) / 3600,
+        memory_bytes=max(weights + kept + vectors, _TRAINING_STATE * weights * trains),
+        disk_bytes=tables + weights * len(survey.entry.stages) * trains,
+    )
+
+
+def named(device: str, tflops: float | None) -> Throughput:
+    """Return the throughput of a device that need not be here.
+
+    Args:
+        device: One of `DEVICES`.
+        tflops: TFLOP/s that it was found to sustain; None: `EFFICIENCY` of its peak.
+    """
+    peak, memory = DEVICES[device]
+    if tflops is not None:
+        return Throughput(tflops * 1e12, tflops * 1e12, memory, f"given: {tflops:g} TFLOP/s")
+    rate = EFFICIENCY * peak
+    source = f"assumed: {EFFICIENCY:.0%} of the {peak / 1e12:g} TFLOP/s of the data sheet"
+    return Throughput(rate, rate, memory, source)
+
+
+def measured(
+    survey: Survey,
+    data_root: Path | None,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Throughput:
+    """Measure the throughput of an entry on a device that is here, in a few seconds.
+
+    Takes products with some blocks, and training steps, on as many samples as are worth a second,
+    once to warm up and once by the clock, with the threads that a run has.
+    """
+    import torch
+
+    from harness.estimator.checks import fixed_arithmetic, take
+    from harness.estimator.device import choose_device, device_memory
+    from harness.estimator.hessian import BlockHessian
+    from harness.training import load_problem
+    from harness.training.loop import make_optimizer
+
+    torch.set_num_threads(num_threads())
+    entry = survey.entry
+    fresh = replace(entry, pretrained=None)
+    problem = load_problem(fresh, "init", STAGE_SEED, data_root=data_root)
+    target = choose_device(problem.model, device)
+    memory = device_memory(target)
+    cost = survey.costs[entry.partition]
+    blocks = blocks_of(problem, entry.partition)
+    every = max(1, len(blocks) // _MEASURED_BLOCKS)
+    chosen = range(every // 2, len(blocks), every)
+    per_sample = sum(cost.block_flops[i] for i in chosen) / problem.batch_size
+    size = min(problem.microbatch_size, max(1, round(_SAMPLE_FLOPS / max(per_sample, 1))))
+    batch = take(problem.batches[0], 0, size)
+
+    def seconds(work: Callable[[], Any], repeats: int) -> float:
+        work()
+        _synchronize(target)
+        begin = clock()
+        for _ in range(repeats):
+            work()
+        _synchronize(target)
+        return (clock() - begin) / repeats
+
+    def repeats(flops: float) -> int:
+        return max(1, min(20, round(_SAMPLE_FLOPS / max(flops, 1))))
+
+    with fixed_arithmetic(problem.model):
+        hessian = BlockHessian(
+            problem.model,
+            problem.loss_fn,
+            [batch],
+            blocks,
+            device=target,
+            memory_budget=memory,
+        )
+        requests = [
+            (i, torch.ones(blocks[i].num_params, dtype=hessian.dtype, device=target))
+            for i in chosen
+        ]
+        flops = per_sample * size
+        products = flops / seconds(lambda: hessian.products(requests), repeats(flops))
+    training = products
+    if entry.trains and entry.recipe is not None:
+        recipe, model = entry.recipe, problem.model.to(target).train()
+        task = tasks.get(entry.task, **entry.task_options)
+        update = make_optimizer(model, recipe, "adamw", 1e-6)
+        step_flops = cost.pass_flops / problem.batch_size * recipe.batch_size
+        size = max(1, min(problem.microbatch_size, recipe.batch_size))
+        some = tuple(t.to(target) for t in take(problem.batches[0], 0, size))
+
+        def step() -> None:
+            task.loss(model, some).backward()
+            update.step()
+            update.zero_grad(set_to_none=True)
+
+        step_flops *= size / recipe.batch_size
+        training = step_flops / seconds(step, repeats(step_flops))
+    return Throughput(products, training, memory, f"measured on this machine's {target.type}")
+
+
+def total(outlooks: Sequence[Outlook]) -> Outlook:
+    """Return the sum of entries; of memory the most."""
+    return Outlook(
+        "all",
+        sum(o.num_products for o in outlooks),
+        sum(o.flops for o in outlooks),
+        sum(o.hours for o in outlooks),
+        max(o.memory_bytes for o in outlooks),
+        sum(o.disk_bytes for o in outlooks),
+    )
+
+
+def throughput_of(
+    survey: Survey, data_root: Path | None, device: str, tflops: float | None
+) -> Throughput:
+    """Return the throughput of an entry on a named device, or as given, or measured here."""
+    if tflops is not None and not 0 < tflops < float("inf"):
+        raise UserError(f"--throughput is {tflops}; it must be positive, in TFLOP/s")
+    if device in DEVICES:
+        return named(device, tflops)
+    if tflops is None:
+        return measured(survey, data_root, device)
+    import torch
+
+    from harness.estimator.device import device_memory
+
+    memory = device_memory(torch.device(device))
+    return Throughput(tflops * 1e12, tflops * 1e12, memory, f"given: {tflops:g} TFLOP/s")
+
+
+def _synchronize(device: Any) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

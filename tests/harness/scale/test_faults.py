@@ -1,0 +1,279 @@
+"""Whatever ends a run: what was finished stays, and the same command makes the same rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import spectra_db
+from harness import run
+from harness.claims import claim
+from harness.errors import OutputError
+from harness.plan import STAGE_SEED, Unit, missing, survey
+from harness.run import run_entries
+from spectra_db import store
+from tests.harness.test_run import RECIPE, do, job_of, tiny, values
+
+from . import victim
+
+COMPUTED = ("training", "stages", "spectra", "blocks", "heterogeneity", "gaps", "models")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Return the folder of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole")
+    failed, _ = do(out, tiny())
+    assert not failed
+    return out
+
+
+def check_same(out: Path, whole: Path) -> None:
+    """Compare all tables bit for bit but for timings; runs are described once."""
+    for table in COMPUTED:
+        pd.testing.assert_frame_equal(values(out, table), values(whole, table), check_exact=True)
+    assert not list(out.rglob("*.tmp"))
+    for stage in (whole / "checkpoints").rglob("*.safetensors"):
+        assert (out / stage.relative_to(whole)).read_bytes() == stage.read_bytes()
+
+
+def check_valid(out: Path) -> int:
+    """Read all tables, which validates them; return how many rows of results there are."""
+    count = 0
+    for path in out.glob("*/*.parquet"):
+        rows = store.read(path, path.parent.name)
+        count += rows.num_rows if path.parent.name in ("training", "spectra") else 0
+    return count
+
+
+def test_fifty_kills_at_random_moments_lose_nothing_but_the_work_in_flight(tmp_path, whole):
+    draw, surveyed = random.Random(1), survey(tiny(), None)
+    begin = time.monotonic()
+    victim.start(tmp_path / "undisturbed", surveyed).join()
+    duration = time.monotonic() - begin
+    kills = runs = 0
+    while kills < 50:
+        out = tmp_path / str(runs)
+        there = 0
+        while True:
+            process = victim.start(out, surveyed)
+            process.join(draw.uniform(0.0, duration / 3))
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            now = check_valid(out)
+            assert now >= there
+            there = now
+        check_same(out, whole)
+        runs += 1
+
+
+def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole, monkeypatch):
+    assert do(tmp_path / "two", tiny(), jobs=2)[0] == {}
+    check_same(tmp_path / "two", whole)
+    monkeypatch.setattr(run, "missing", lambda entry, out: reversed(list(missing(entry, out))))
+    _, started = do(tmp_path / "reversed", tiny())
+    assert started[0].kind == "spectrum"
+    check_same(tmp_path / "reversed", whole)
+
+
+def test_two_processes_in_one_folder_share_the_units(tmp_path, whole):
+    out = tmp_path / "out"
+    surveyed = survey(tiny(), None)
+    processes = [victim.start(out, surveyed, note=tmp_path / str(i)) for i in range(2)]
+    for process in processes:
+        process.join(400)
+        assert process.exitcode == 0
+    told = [json.loads((tmp_path / str(i)).read_text()) for i in range(2)]
+    done = Counter(unit for notes in told for what, unit, _ in notes if what == "done")
+    assert set(done.values()) == {1}
+    assert len(done) == surveyed.num_units
+    check_same(out, whole)
+
+
+def test_a_run_waits_for_what_another_process_does_and_takes_it_over_when_that_dies(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "_PATIENCE", 0.05)
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    unit = Unit("tiny", "spectrum", stage="init", partition="weights")
+    told = []
+    other = claim(tmp_path, unit)
+    assert other.__enter__()
+
+    def on_event(what: str, unit: Unit, facts: dict[str, object]) -> None:
+        told.append(what)
+        if what == "elsewhere":
+            other.__exit__(None, None, None)
+
+    assert run_entries([survey(entry, None)], job_of(tmp_path, entry), on_event=on_event) == {}
+    assert [what for what in told if what != "progress"] == ["start", "elsewhere", "start", "done"]
+    assert list(missing(entry, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "unit"),
+    [
+        ("spectrum", Unit("cnn-digits", "spectrum", stage="init", partition="weights")),
+        ("train --lr 0.01", Unit("cnn-digits", "train", "adamw", 0.01, STAGE_SEED)),
+    ],
+)
+def test_a_command_refuses_what_another_process_does(tmp_path, command, unit):
+    name, *options = command.split()
+    with claim(tmp_path, unit):
+        done = harness(name, "cnn-digits", *options, "--out", str(tmp_path), "--device", "cpu")
+    assert done.returncode == 2
+    assert "another process does this" in done.stderr
+    assert "name another --out" in done.stderr
+
+
+def harness(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *arguments],
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """Mount a small file system in memory."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if not mount(path, "size=16k"):
+        pytest.skip("mounting a small disk needs the rights of root")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def mount(path: Path, options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def test_a_full_disk_stops_the_run_and_with_more_room_the_same_command_continues(disk, whole):
+    size, messages = 16, []
+    while True:
+        try:
+            failed, _ = do(disk, tiny())
+            break
+        except OutputError as error:
+            messages.append(str(error))
+        assert not list(disk.rglob("*.tmp"))
+        check_valid(disk)
+        size += 12
+        assert mount(disk, f"remount,size={size}k")
+    assert not failed
+    assert len(messages) >= 5  # tables and checkpoints alike met the end of the disk
+    assert all("No space left on device; what was finished is kept" in m for m in messages)
+    check_same(disk, whole)
+
+
+def test_a_full_disk_stops_the_workers_too(disk):
+    with pytest.raises(OutputError, match="No space left on device; what was finished is kept"):
+        do(disk, tiny(), jobs=2)
+    check_valid(disk)
+
+
+def test_a_disk_that_becomes_read_only_stops_the_run(disk, whole):
+    assert mount(disk, "remount,size=16m")
+    entry, told = tiny(), []
+
+    def on_event(what: str, unit: Unit, facts: dict[str, object]) -> None:
+        told.append(what)
+        if told.count("done") == 3 and what == "done":
+            assert mount(disk, "remount,ro")
+
+    with pytest.raises(OutputError, match="Read-only file system"):
+        run_entries([survey(entry, None)], job_of(disk, entry), on_event=on_event)
+    assert told.count("done") == 3
+    refused = harness("run", "cnn-digits", "--out", str(disk), "--device", "cpu")
+    assert refused.returncode == 2
+    assert f"--out {disk} can't be written to" in refused.stderr
+    assert mount(disk, "remount,rw")
+    assert do(disk, entry)[0] == {}
+    check_same(disk, whole)
+
+
+def test_a_spectrum_without_memory_is_failed_rows_with_the_remedy(tmp_path):
+    entry = tiny(
+        recipe=None, stages=("init",), full_stages=(), hessian_batch_size=1024,
+        options={"widths": (32,), "convs_per_stage": 24},
+    )  # fmt: skip
+    surveyed = survey(entry, None)
+    assert surveyed.graph_bytes > 600 << 20
+    out, note = tmp_path / "out", tmp_path / "note"
+    process = victim.start(out, surveyed, note=note, memory=300 << 20)
+    process.join(400)
+    assert process.exitcode == 0
+    [(_, _, reason)] = [event for event in json.loads(note.read_text()) if event[0] == "failed"]
+    assert reason.startswith("out of memory, use fewer --jobs or a smaller batch")
+    rows = spectra_db.load("spectra", source=out)
+    assert set(rows["status"]) == {"failed"}
+    assert set(rows["reason"]) == {reason}
+
+
+def test_runs_that_diverge_count_as_such_and_their_stages_fail_with_the_reason(tmp_path):
+    # Every rate is absurd: the loss is nan or above the beginning.
+    entry = tiny(recipe=replace(RECIPE, sgd_lrs=(1e6, 1e8), adamw_lrs=(1e18, 1e20)))
+    failed, _ = do(tmp_path, entry)
+    training = spectra_db.load("training", source=tmp_path)
+    assert training["diverged"].all()
+    assert spectra_db.load("spectra", source=tmp_path, stage="init")["status"].eq("ok").all()
+    assert {str(unit) for unit in failed} == {"tiny: weights spectrum at final"}
+    [gap] = spectra_db.load("gaps", source=tmp_path).to_dict("records")
+    assert gap["status"] == "failed"
+    assert "within noise" in gap["reason"]
+    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    assert set(rows["status"]) == {"failed"}
+    assert set(rows["reason"]) == set(failed.values())
+    again, started = do(tmp_path, entry)
+    assert [str(unit) for unit in started] == ["tiny: weights spectrum at final"]
+    assert again == failed
+
+
+def test_a_corrupted_checkpoint_is_named_with_the_remedy_and_made_again(tmp_path, whole):
+    entry = tiny()
+    path = tmp_path / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
+
+    def corrupt(what: str, unit: Unit, facts: dict[str, object]) -> None:
+        if what == "start" and unit.stage == "final":
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+
+    run_entries([survey(entry, None)], job_of(tmp_path, entry), on_event=corrupt)
+    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    assert set(rows["status"]) == {"failed"}
+    [reason] = set(rows["reason"])
+    assert str(path) in reason
+    assert "delete it and train again" in reason
+    path.unlink()
+    assert do(tmp_path, entry)[0] == {}
+    check_same(tmp_path, whole)
+
+
+def test_a_torn_table_is_named_and_left_alone(tmp_path, whole):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    path = out / "training" / "tiny.parquet"
+    torn = path.read_bytes()[:-100]
+    path.write_bytes(torn)
+    with pytest.raises(store.InvalidTable, match=str(path)):
+        do(out, tiny())
+    assert path.read_bytes() == torn

@@ -188,6 +188,7 @@ def fig5(source: release.Source) -> Result:
 def fig6(source: release.Source) -> Result:
     """Compare a pretrained GPT before fine-tuning with the same one from scratch."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     table, gaps = _js0_table(source), _gaps(source)
     lacking = [m for m in (PRETRAINED, SCRATCH) if m not in table.index or m not in gaps.index]
@@ -209,9 +210,14 @@ def fig6(source: release.Source) -> Result:
             pairwise_js(release.spectrum(source, model)), cmap="cividis", vmin=0, vmax=1
         )
         axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=9)
-        figure.colorbar(image, ax=axes[row, 0], shrink=0.8)
+        axes[row, 0].set(xlabel="block", ylabel="block")
+        for axis in (axes[row, 0].xaxis, axes[row, 0].yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
+        figure.colorbar(image, ax=axes[row, 0], label="JS distance", shrink=0.8)
         _draw_curves(axes[row, 1], release.rows("training", source, model=model))
         axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=9)
+        axes[row, 1].set(xlabel="step", ylabel="loss of the minibatch")
+    axes[0, 1].legend(fontsize=8, frameon=False)
     return Result(values, {"fig6": figure})
 
 

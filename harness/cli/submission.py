@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def validate(
 ) -> None:
     """Run every check that a review of an entry would make.
 
-    Each failure comes with its cause and what to do. The exit code is 0 if none failed; warnings
-    would pass a review.
+    Each failure comes with its cause and what to do. The exit code is 0 if none failed and there
+    was time for all; warnings would pass a review.
     """
     from dataclasses import asdict
 
@@ -138,14 +139,16 @@ def validate(
             print_finding(finding)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-    counts = {o: sum(f.outcome == o for f in findings) for o in ("failed", "warning", "skipped")}
-    if counts["failed"]:
-        click.echo(
-            f"{model} is not ready: {counts['failed']} failed, {counts['skipped']} skipped",
-            err=True,
-        )
+    outcomes = Counter(finding.outcome for finding in findings)
+    if outcomes["failed"]:
+        text = f"is not ready: {outcomes['failed']} failed, {outcomes['skipped']} skipped"
+    elif outcomes["untried"]:
+        text = f"has not failed, and is not ready: {outcomes['untried']} checks are untried"
+    else:
+        text = f"is ready; warnings: {outcomes['warning']}"
+    click.echo(f"{model} {text}", err=True)
+    if outcomes["failed"] or outcomes["untried"]:
         sys.exit(1)
-    click.echo(f"{model} is ready; warnings: {counts['warning']}", err=True)
 
 
 @main.command()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -31,20 +33,16 @@ _DENSE_BLOCKS = 2
 
 
 def second_derivatives(s: Subject) -> str:
-    """Take one product with each block; say which blocks are zero or unused."""
+    """Take one product with each block that there is time for; say which are zero or unused."""
     with fixed_arithmetic(s.model):
         try:
             hessian = s.hessian(torch.float32)
-            vectors = _draw(hessian.blocks, torch.float32)
-            products = hessian.products(list(enumerate(vectors)))
+            products = _products(s, hessian)
         except UserError as error:
             where = locate.without_second_derivative(s.model, s.task.loss, take(s.batch, 0, 2))
             raise Failed(f"in {where}: {error}" if where else str(error)) from error
-        if odd := [
-            b.name
-            for b, p in zip(hessian.blocks, products, strict=True)
-            if not torch.isfinite(p).all()
-        ]:
+        odd = [hessian.blocks[i].name for i, p in products.items() if not torch.isfinite(p).all()]
+        if odd:
             raise Failed(
                 f"products with {names(odd)} are not finite; look for sqrt, norm or abs at zero, "
                 "whose derivatives are infinite there"
@@ -52,9 +50,27 @@ def second_derivatives(s: Subject) -> str:
         return _about_zero_blocks(s, hessian, products)
 
 
-def _about_zero_blocks(s: Subject, hessian: BlockHessian, products: list[torch.Tensor]) -> str:
+def _products(s: Subject, hessian: BlockHessian) -> dict[int, torch.Tensor]:
+    """Return products by block: of all blocks, or of those that half of the time is enough for.
+
+    Some block before the head that is not zero is among them, if there is one.
+    """
+    products: dict[int, torch.Tensor] = {}
+    vectors = _draw(hessian.blocks, torch.float32)
+    until, begin = s.time_for(0.5), time.monotonic()
+    found = False
+    for i in _shuffled(len(vectors)):
+        if found and time.monotonic() > until:
+            break
+        [products[i]] = hessian.products([(i, vectors[i])])
+        found = found or (hessian.blocks[i].kind != "head" and bool(products[i].any()))
+    s.product_seconds = (time.monotonic() - begin) / len(products)
+    return dict(sorted(products.items()))
+
+
+def _about_zero_blocks(s: Subject, hessian: BlockHessian, products: dict[int, torch.Tensor]) -> str:
     blocks = hessian.blocks
-    zero = [i for i, p in enumerate(products) if not p.any()]
+    zero = [i for i, p in products.items() if not p.any()]
     if zero:  # perhaps of these samples alone
         wider = s.hessian(torch.float32, s.mates)
         vectors = _draw(blocks, torch.float32)
@@ -63,12 +79,14 @@ def _about_zero_blocks(s: Subject, hessian: BlockHessian, products: list[torch.T
     unused = [
         n for n, g in hessian.gradient().items() if g is None and s.model.get_parameter(n).numel()
     ]
-    told = f"{len(blocks) - len(zero)} of {len(blocks)} blocks have a Hessian that isn't zero"
+    told = f"{len(products) - len(zero)} of {len(products)} blocks have a Hessian that isn't zero"
+    if left := len(blocks) - len(products):
+        told += f"; time for the other {left} was lacking"
     if unused:
         told += f"; not used by the loss, so remove or freeze them: {names(unused)}"
     if alike := [blocks[i].name for i in zero if blocks[i].parts[0].parameter not in unused]:
         told += f"; exactly zero, so left out of comparisons at initialisation: {names(alike)}"
-    if all(i in zero or b.kind == "head" for i, b in enumerate(blocks)):
+    if all(i in zero or blocks[i].kind == "head" for i in products):
         raise Failed(
             f"{told}; that is all but the head. Does the head, or the last scale of the branches, "
             "start at zero? Start it elsewhere (timm: zero_init_last=False)"
@@ -109,19 +127,21 @@ def differences(s: Subject) -> str:
         model = copy.deepcopy(s.model).to(s.dtype)
         batch = hessian.batches[0]
         vectors = _draw(hessian.blocks, s.dtype)
+        tolerance = locate.TOLERANCES[s.precision]
         until = s.time_for(0.5)
         for i in _shuffled(len(vectors)):
             if done and time.monotonic() > until:
                 break
             product = hessian.products([(i, vectors[i])])[0]
-            error = _deviation(s.task, model, batch, hessian.blocks[i], vectors[i], product)
+            block = hessian.blocks[i]
+            error = _deviation(s.task, model, batch, block, vectors[i], product, tolerance)
             done += 1
-            if error <= locate.TOLERANCES[s.precision]:
+            if error <= tolerance:
                 worst = max(worst, error)
                 continue
             if not unclear and (culprit := _wrong_gradient(s)) is not None:
                 raise Failed(
-                    f"Hv of {hessian.blocks[i].name} is {error:.1e} of its norm off the "
+                    f"Hv of {block.name} is {error:.1e} of its norm off the "
                     f"differences of the gradient{_hint(culprit)}"
                 )
             unclear += 1
@@ -135,9 +155,18 @@ def differences(s: Subject) -> str:
 
 
 def _deviation(
-    task: Task, model: nn.Module, batch: Batch, block: Block, v: torch.Tensor, product: torch.Tensor
+    task: Task,
+    model: nn.Module,
+    batch: Batch,
+    block: Block,
+    v: torch.Tensor,
+    product: torch.Tensor,
+    tolerance: float,
 ) -> float:
-    """Return the least deviation of a product from central differences of the gradient."""
+    """Return the deviation of a product from central differences of the gradient.
+
+    That of the first step that is within the tolerance, else the least.
+    """
     parameters = [model.get_parameter(part.parameter) for part in block.parts]
     pairs = list(zip(block.parts, parameters, strict=True))
     pieces = v.split([part.of(p).numel() for part, p in pairs])
@@ -161,6 +190,8 @@ def _deviation(
         slope = (gradient(length) - gradient(-length)) / (2 * length)
         size = float(slope.norm() + product.norm())
         errors.append(float((slope - product).norm()) / size if size else 0.0)
+        if errors[-1] <= tolerance:
+            break
     return min(errors)
 
 
@@ -174,7 +205,7 @@ def dense(s: Subject) -> str:
             return f"no block has at most {EXACT_SIZE:,} parameters"
         model = copy.deepcopy(s.model).to(s.dtype)
         told: list[str] = []
-        until = s.time_for(1.0)
+        until = s.time_for(0.5)
         for i in small[:_DENSE_BLOCKS]:
             if told and time.monotonic() > until:
                 break
@@ -223,18 +254,24 @@ def cost(s: Subject) -> str:
     entry = s.entry
     batch = s.task.fixed(s.data, "train", entry.hessian_batch_size)
     stages = {entry.partition: entry.stages, "full": entry.full_stages}
-    costs = {
-        partition: forecast(
+    costs, note = {}, ""
+    for partition in (p for p, some in stages.items() if some):
+        blocks = find_blocks(s.model, partition, paper_blocks=entry.paper_blocks)
+        fit = max(8, int(s.seconds_left / 2 / max(s.product_seconds, 1e-9)))
+        few = blocks[:: ceil(len(blocks) / fit)]  # evenly over the depth
+        found = forecast(
             s.model,
             s.task.loss,
             [batch],
-            find_blocks(s.model, partition, paper_blocks=entry.paper_blocks),
+            few,
             num_probes=entry.num_probes,
             num_steps=entry.num_steps,
         )
-        for partition, some in stages.items()
-        if some
-    }
+        if len(few) < len(blocks):
+            of_products = (found.flops - found.pass_flops) * len(blocks) // len(few)
+            found = replace(found, flops=found.pass_flops + of_products)
+            note = f"; for want of time forecast from {len(few)} of {len(blocks)} blocks"
+        costs[partition] = found
     graph_bytes = max(cost.graph_bytes for cost in costs.values())
     memory = device_memory(CPU)
     per_sample = graph_bytes / entry.hessian_batch_size
@@ -252,7 +289,7 @@ def cost(s: Subject) -> str:
     return (
         f"a spectrum about {_duration(costs[entry.partition].flops / speed)} here, the whole entry "
         f"{flops / 1e12:.3g} TFLOP, about {_duration(flops / speed)}; graph of the batch "
-        f"{graph_bytes / 2**20:,.0f} MiB, of {memory / 2**21:,.0f} MiB that may be used"
+        f"{graph_bytes / 2**20:,.0f} MiB, of {memory / 2**21:,.0f} MiB that may be used{note}"
     )
 
 
@@ -268,16 +305,16 @@ def _speed(s: Subject, per_sample: float) -> float:
 
 def _precise(s: Subject) -> BlockHessian:
     """Return the block Hessian in float64, or in float32 where the model knows no other."""
-    if s.dtype == torch.float64:
+    if s.precise is None:
         try:
-            hessian = s.hessian(torch.float64)
+            s.precise = s.hessian(torch.float64)
         except (RuntimeError, UserError):
+            s.precise = s.hessian(torch.float32)
             s.dtype = s.precision = torch.float32
         else:
-            if _has_float32(copy.deepcopy(s.model).double(), s.task, hessian.batches[0]):
+            if _has_float32(copy.deepcopy(s.model).double(), s.task, s.precise.batches[0]):
                 s.precision = torch.float32
-            return hessian
-    return s.hessian(torch.float32)
+    return s.precise
 
 
 def _has_float32(model: nn.Module, task: Task, batch: Batch) -> bool:

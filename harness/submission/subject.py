@@ -35,12 +35,14 @@ class Subject:
     Attributes:
         entry: The entry.
         data_root: Folder of data sets.
-        deadline: When checks that go through many blocks are to end.
+        deadline: When the checks are to end, in the time of `time.monotonic`.
         task, data, model: Of the entry.
         batch: Few samples, for products.
         mates: More, for the comparison of halves.
         dtype: Of the products that are compared with others.
         precision: Of the coarsest operation among them.
+        product_seconds: What a product with a block took, on average.
+        precise: The Hessian whose products are compared with others.
     """
 
     entry: ModelEntry
@@ -53,11 +55,17 @@ class Subject:
     mates: Batch = field(init=False)
     dtype: torch.dtype = torch.float64
     precision: torch.dtype = torch.float64
+    product_seconds: float = 0.0
+    precise: BlockHessian | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Return what is left of the time, 0 if nothing is."""
+        return max(0.0, self.deadline - time.monotonic())
 
     def time_for(self, share: float) -> float:
         """Return until when a check may take that share of the time that is left."""
-        now = time.monotonic()
-        return now + share * max(0.0, self.deadline - now)
+        return time.monotonic() + share * self.seconds_left
 
     def hessian(self, dtype: torch.dtype, batch: Batch | None = None) -> BlockHessian:
         """Return the block Hessian on few samples."""

@@ -31,7 +31,8 @@ class Finding:
 
     Attributes:
         check: Its name.
-        outcome: ok, warning, failed, or skipped: it needs one that failed.
+        outcome: ok, warning, failed, skipped: it needs one that failed, or untried: there was no
+            time left.
         text: What was found; if it failed, the cause and the remedy.
         seconds: How long it took.
     """
@@ -50,8 +51,9 @@ def validate(
     Args:
         entry: The entry.
         data_root: Folder of data sets.
-        budget: Seconds, about: checks that go through the blocks go through as many as fit, and
-            through at least one. A check that was begun is finished.
+        budget: Seconds, about. Checks that go through the blocks go through as many as fit, and
+            say how many. A check that was begun is finished; once the time is over, those that
+            may take long are not begun.
 
     Yields:
         A finding per check as it ends.
@@ -63,6 +65,9 @@ def validate(
         if lacks := [need for need in needs if need in failed]:
             failed.add(name)
             yield Finding(name, "skipped", f"needs {lacks[0]}")
+            continue
+        if name in _LONG and not subject.seconds_left:
+            yield Finding(name, "untried", f"{budget:g} s are over; --budget gives it more")
             continue
         try:
             outcome, text = "ok", check(subject)
@@ -265,3 +270,5 @@ _CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
     "training": (_training, ("forward",)),
     "cost": (products.cost, ("second derivatives",)),
 }
+# Not begun once the time is over.
+_LONG = ("symmetric", "differences", "dense", "cost")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
+from harness import cli
 from spectra_db import check, manifest, store
 from spectra_db import hub as hub_module
 from spectra_db.manifest import InvalidRelease
@@ -22,7 +24,6 @@ from . import hub_server
 from .hub_server import TOKEN, commit_folder, create, git
 from .synthetic import gap_row, write_tables
 
-ROOT = Path(__file__).parents[2]
 REPO = "owner/spectra"
 NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -64,28 +65,57 @@ def published(hub, releases):
     return hub
 
 
+class Process:
+    """Python code, or `harness` with arguments, in a process and environment of its own."""
+
+    def __init__(self, arguments, env, folder):
+        number = len(list(folder.glob("*.out")))
+        self.outputs = [folder / f"{number}.{kind}" for kind in ("out", "err")]
+        for path in self.outputs:
+            path.touch()
+        self.process = _PROCESSES.Process(target=_work, args=(arguments, env, self.outputs))
+        self.process.start()
+        self.poll, self.kill = lambda: self.process.exitcode, self.process.kill
+
+    def communicate(self):
+        """Wait, and return the exit code and what was printed."""
+        self.process.join(timeout=300)
+        assert self.poll() is not None
+        return self.poll(), *(path.read_text() for path in self.outputs)
+
+
+# Forked from a process that has imported what is slow to import, and nothing of the Hub's client,
+# which reads its environment when it is imported.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["spectra_db.check", "spectra_db.hub", "harness.cli"])
+
+
+def _work(arguments, env, outputs):
+    assert "huggingface_hub" not in sys.modules
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        del os.environ[name]
+    os.environ |= env
+    for stream, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY), stream)
+    warnings.filterwarnings("always", category=UserWarning, module="spectra_db")
+    if len(arguments) > 1:
+        cli.main([str(argument) for argument in arguments])
+    else:
+        exec(arguments[0], {"__name__": "__main__"})
+
+
 @pytest.fixture
 def python(server, tmp_path):
     """Run Python, or `harness` with the arguments, in a process with a home of its own."""
+    (tmp_path / "processes").mkdir()
 
     def start(*arguments, **env):
-        code = ["-m", "harness", *map(str, arguments)] if len(arguments) > 1 else ["-c", *arguments]
         ours = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
         ours |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        ours |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "always::UserWarning:spectra_db"}
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        return subprocess.Popen(
-            [sys.executable, *code],
-            env=kept | ours | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Process(arguments, ours | env, tmp_path / "processes")
 
     def run(*arguments, **env):
-        process = start(*arguments, **env)
-        output, errors = process.communicate(timeout=300)
-        return process.returncode, output, errors
+        return start(*arguments, **env).communicate()
 
     run.start = start
     return run

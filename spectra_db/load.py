@@ -62,13 +62,13 @@ def load(
     for column in [*columns, *filters]:
         if column not in names:
             raise NotFound(f"table {table} has no column {column!r}; {hint(column, names)}")
-    folder = _folder(source, revision, table)
+    wanted = _values(filters["model"]) if "model" in filters else None
+    folder = _folder(source, revision, table, wanted)
     known = manifest.read(folder)
     # By the names of the models, as in the key: "a" before "a-b".
     paths = sorted(_paths(folder, table, known), key=lambda path: path.stem)
     if not paths:
-        raise _no_table(table, source, revision, folder)
-    wanted = _values(filters["model"]) if "model" in filters else None
+        raise _no_table(table, source, revision, folder, wanted)
     if wanted is not None:
         models = {path.stem: path for path in paths}
         for model in wanted:
@@ -111,8 +111,10 @@ def _values(value: Any) -> list[Any]:
     return list(dict.fromkeys(value if several else [value]))
 
 
-def _folder(source: Path | str | None, revision: str | None, table: str) -> Path:
-    """Return the local folder of a source, downloading a Hub dataset's table."""
+def _folder(
+    source: Path | str | None, revision: str | None, table: str, models: list[Any] | None
+) -> Path:
+    """Return the local folder of a source, downloading some models' rows of a Hub's table."""
     if source is None and not any(BUNDLED.glob("*/*.parquet")):
         raise NotFound(
             "no release is bundled with this version yet; give source=DIR (a folder that "
@@ -129,7 +131,8 @@ def _folder(source: Path | str | None, revision: str | None, table: str) -> Path
         raise NotFound(f"source {str(source)!r} is neither a folder nor a Hub id like owner/name")
     from spectra_db import hub
 
-    return hub.fetch(str(source), revision, [table])
+    paths = [f"{table}/{model}.parquet" for model in models or ["*"]]
+    return hub.fetch(str(source), revision, paths)
 
 
 def _revisions(known: manifest.Manifest) -> tuple[str, str]:
@@ -152,12 +155,17 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 
 def _no_table(
-    table: str, source: Path | str | None, revision: str | None, folder: Path
+    table: str,
+    source: Path | str | None,
+    revision: str | None,
+    folder: Path,
+    models: list[Any] | None,
 ) -> NotFound:
     if source is not None and not Path(source).is_dir():
-        # Only this table was asked of the Hub: what else is there is not in the folder.
+        # Only this was asked of the Hub: what else is there is not in the folder.
         page = f"https://huggingface.co/datasets/{source}/tree/{revision or 'main'}"
-        return NotFound(f"dataset {str(source)!r} holds no table {table}; see {page}")
+        of = "" if models is None else f" of {', '.join(map(str, models))}"
+        return NotFound(f"dataset {str(source)!r} holds no table {table}{of}; see {page}")
     tables = [t for t in TABLES if any((folder / t).glob("*.parquet"))]
     known = f"it has {', '.join(tables)}" if tables else "it has no tables at all"
     return NotFound(f"{folder} holds no table {table}; {known}")

@@ -119,11 +119,11 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from spectra_db import hub
+    from spectra_db import publish as publication
     from spectra_db.load import BUNDLED
 
     folder = source or BUNDLED
-    planned = hub.plan(folder, repo)
+    planned = publication.plan(folder, repo)
     for sign, paths in zip("+~-", (planned.added, planned.changed, planned.removed), strict=True):
         for path in paths:
             click.echo(f"{sign} {path}")
@@ -136,7 +136,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
     elif dry_run:
         click.echo(f"dry run: nothing is published; --no-dry-run publishes {planned.tag}")
     else:
-        click.echo(f"published: {hub.publish(folder, planned, create_pr=create_pr)}")
+        click.echo(f"published: {publication.publish(folder, planned, create_pr=create_pr)}")
 
 
 @main.command()

@@ -180,13 +180,15 @@ def submit(
     from harness.publication import unfinished
     from harness.registry import get
     from harness.spectra import code_version
-    from harness.submission import hub
     from harness.submission.submit import assemble
+    from spectra_db.publish import check_can_write, open_pull_request
 
     if source is None:
         raise UserError("--source is missing: the folder that `harness run` wrote")
     if create_pr:
-        hub.check_can_send(repo)
+        if repo is None:
+            raise UserError("--create-pr needs --repo: the dataset on the Hub, as in owner/name")
+        check_can_write(repo)
     entry = get(model, registry_dir=registry)
     if reason := unfinished(source, registry).get(model):
         raise UserError(f"{model} is not finished: {reason}; `harness run {model}` continues")
@@ -208,6 +210,6 @@ def submit(
     size = sum(path.stat().st_size for path in files)
     click.echo((out / "README.md").read_text(encoding="utf-8"))
     click.echo(f"submission: {out}, {len(files)} files, {size / 1e6:.1f} MB, checked")
-    if create_pr:
-        assert repo is not None
-        click.echo(f"pull request: {hub.open_pull_request(out, model, repo)}")
+    if create_pr and repo is not None:
+        page = open_pull_request(out, repo, f"submissions/{model}", f"Submit {model}")
+        click.echo(f"pull request: {page}")

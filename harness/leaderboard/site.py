@@ -57,6 +57,7 @@ def build(source: Path | str | None, out: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda x: f"{x:,}" if x else "–"
+    environment.filters["signed"] = lambda x: f"{x:.3f}".replace("-", "−")
     joined = measurements(data.models, data.heterogeneity, data.gaps)
     models = _models(data, joined)
     shared = {"updated": data.updated, "protocol_version": spectra_db.PROTOCOL_VERSION}

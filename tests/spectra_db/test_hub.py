@@ -16,7 +16,7 @@ import pytest
 
 from harness import cli
 from spectra_db import check, manifest, store
-from spectra_db import hub as hub_module
+from spectra_db import publish as publish_module
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
 
@@ -87,7 +87,7 @@ class Process:
 # Forked from a process that has imported what is slow to import, and nothing of the Hub's client,
 # which reads its environment when it is imported.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["spectra_db.check", "spectra_db.hub", "harness.cli"])
+_PROCESSES.set_forkserver_preload(["spectra_db.check", "spectra_db.publish", "harness.cli"])
 
 
 def _work(arguments, env, outputs):
@@ -169,6 +169,20 @@ def test_without_a_network_a_cached_revision_comes_with_a_warning_and_no_other(p
     assert "v0.1.0 is as it was when last downloaded" in errors
     assert found[1].startswith("HubError: the Hub can't be reached")
     assert found[1].endswith("is not whole in the cache, which holds of it: v0.1.0")
+
+
+def test_of_a_model_only_its_files_are_downloaded_and_offline_no_others_are_there(
+    published, python, tmp_path
+):
+    assert gaps(python, "v0.1.0")[0] == [0.2]
+    cached = {p.relative_to(p.parents[1]).as_posix() for p in tmp_path.rglob("*.parquet")}
+    assert cached == {"gaps/digits-cnn.parquet"}
+    code = LOAD + "print(gap('v0.1.0', 'digits-mlp')); print(gap('v0.1.0', 'digits-cmn'))"
+    _, output, _ = python(code, HF_HUB_OFFLINE="1")
+    assert "revision v0.1.0 of owner/spectra is not whole in the cache" in output
+    assert "no model 'digits-cmn' in table gaps; did you mean digits-cnn" in output
+    _, output, errors = python(code)
+    assert output.startswith("0.2\nNotFound: no model 'digits-cmn'"), errors
 
 
 def test_a_missing_revision_is_no_other_one_though_the_server_says_401(published, python):
@@ -462,4 +476,4 @@ def test_a_release_that_is_not_sound_is_not_published(tmp_path, releases):
     folder = Path(shutil.copytree(releases / "0.1.0", tmp_path / "spoilt"))
     (folder / "gaps" / "digits-mlp.parquet").write_bytes(b"x")
     with pytest.raises(InvalidRelease, match="not the file that the manifest lists"):
-        hub_module.plan(folder, REPO)  # before the Hub is asked
+        publish_module.plan(folder, REPO)  # before the Hub is asked

@@ -59,8 +59,9 @@ function drawScatter() {
   const gaps = data.map((p) => p.gap);
   const bounds = [Math.min(...gaps, 0) - 0.05, Math.max(...gaps, 0.1) + 0.1];
   const clamp = (y) => Math.max(bounds[0], Math.min(bounds[1], y));
+  const signed = (value) => value.toFixed(3).replace("-", "−");
   const named = (p) => `${p.model}: ${name} ${p.x.toPrecision(3)} ± ${p.error.toPrecision(1)}, ` +
-    `gap ${p.gap.toFixed(3)} [${p.low.toFixed(3)}, ${p.high.toFixed(3)}]`;
+    `gap ${signed(p.gap)} [${signed(p.low)}, ${signed(p.high)}]`;
   const legend = families.filter((f) => data.some((p) => p.family === f));
   const chart = Plot.plot({
     width,
@@ -130,7 +131,11 @@ function drawRanking() {
       const cell = row.insertCell();
       cell.className = "number";
       cell.dataset.value = value ?? "";
-      cell.textContent = text;
+      const [first, ...rest] = text.split(" ");
+      cell.textContent = rest.length ? `${first} ` : first;
+      if (rest.length) {
+        cell.append(Object.assign(document.createElement("span"), { className: "interval", textContent: rest.join(" ") }));
+      }
     }
     return row;
   }));

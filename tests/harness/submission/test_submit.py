@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from harness.cli import main
 from harness.submission import submit
 from harness.submission.verified import verified_models
 from spectra_db import store
+from tests.spectra_db import hub_server
 
 NAME = "net"
 
@@ -65,8 +63,8 @@ def submitted(place: Path, *more: object) -> Result:
     return call("submit", NAME, *where, "--out", place / "submission", *more)
 
 
-def refused(result: Result) -> str:
-    assert result.exit_code == 2, result.output
+def refused(result: Result, code: int = 2) -> str:
+    assert result.exit_code == code, result.output
     [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     return line
 
@@ -226,7 +224,8 @@ def test_what_is_not_ready_is_refused_and_writes_nothing(place):
     for result, said in (
         (call("submit", NAME, "--registry", registry, "--out", place / "s"), "--source is missing"),
         (call("submit", "nte", "--source", place / "out", "--out", place / "s"), "unknown model"),
-        (submitted(place, "--create-pr"), "--repo is None; name the dataset on the Hub"),
+        (submitted(place, "--create-pr", "--repo", "a/b/c"), "'a/b/c' is no id of a dataset"),
+        (submitted(place, "--create-pr"), "--create-pr needs --repo: the dataset on the Hub"),
         (submitted(place, "--source", place), "has no table of net"),
     ):
         assert said in refused(result)
@@ -238,82 +237,32 @@ def test_what_is_not_ready_is_refused_and_writes_nothing(place):
     assert not (place / "s").exists()
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as a pull request needs; keeps what was sent."""
-
-    sent: list[tuple[str, bytes]]
-    allows = True
-
-    def do_GET(self):
-        self._answer({"sha": "0" * 40, "siblings": []})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        type(self).sent.append((self.path, body))
-        if "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            modes = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-            ]
-            self._answer({"files": modes})
-        elif self.path == "/api/validate-yaml":
-            self._answer({"errors": [], "warnings": []})
-        elif "/commit/" in self.path and self.allows:
-            address = f"http://{self.headers['Host']}/datasets/owner/name"
-            self._answer(
-                {
-                    "commitUrl": f"{address}/commit/1",
-                    "commitOid": "1" * 40,
-                    "success": True,
-                    "pullRequestUrl": f"{address}/discussions/7",
-                    "hookOutput": "",
-                }
-            )
-        else:
-            self._answer({"error": "no such dataset"}, 404)
-
-    def _answer(self, content: object, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(monkeypatch):
-    """Serve a Hub on this machine, which the client talks to as to the real one."""
-    handler = type("Hub", (_Hub,), {"sent": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    yield handler
-    server.shutdown()
+def hub(tmp_path, monkeypatch):
+    """Serve a Hub with one dataset, which the client talks to as to the real one."""
+    (tmp_path / "hub").mkdir()
+    with hub_server.serve(tmp_path / "hub") as server:
+        server.repo = hub_server.create(server.root / "datasets" / "owner" / "name")
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield server
 
 
 def test_a_pull_request_sends_the_submission_and_says_where_it_is(place, hub):
     result = submitted(place, "--create-pr", "--repo", "owner/name")
     assert result.exit_code == 0, result.output
-    assert "/datasets/owner/name/discussions/7" in result.stdout.splitlines()[-1]
-    path, body = hub.sent[-1]
-    assert path.startswith("/api/datasets/owner/name/commit/main")
-    assert "create_pr=1" in path
-    lines = [json.loads(line) for line in body.splitlines()]
-    sent = {line["value"]["path"] for line in lines if line["key"] == "file"}
+    assert "/datasets/owner/name/discussions/1" in result.stdout.splitlines()[-1]
+    sent = hub_server.git(hub.repo, "ls-tree", "-r", "--name-only", "refs/pr/1").splitlines()
     files = [p for p in (place / "submission").rglob("*") if p.is_file()]
     names = {f"submissions/{NAME}/{p.relative_to(place / 'submission').as_posix()}" for p in files}
-    assert sent == names
+    assert set(sent) == {".gitattributes", *names}
+    assert hub_server.git(hub.repo, "rev-list", "--count", "main") == "1"
 
 
-def test_a_pull_request_that_fails_leaves_a_folder_ready_to_be_sent(place, hub, monkeypatch):
-    monkeypatch.setattr(hub, "allows", False)
-    line = refused(submitted(place, "--create-pr", "--repo", "owner/name"))
+def test_a_pull_request_that_fails_leaves_a_folder_ready_to_be_sent(place, hub):
+    hub.failing = {"/commit/": 403}
+    line = refused(submitted(place, "--create-pr", "--repo", "owner/name"), code=1)
     assert "the pull request on owner/name failed" in line
     assert "is ready to be sent" in line
     assert submit.problems(place / "submission") == []
@@ -321,6 +270,6 @@ def test_a_pull_request_that_fails_leaves_a_folder_ready_to_be_sent(place, hub, 
 
 def test_without_a_token_nothing_is_begun(place, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    line = refused(submitted(place, "--create-pr", "--repo", "owner/name"))
+    line = refused(submitted(place, "--create-pr", "--repo", "owner/name"), code=1)
     assert "run `hf auth login`" in line
     assert not (place / "submission").exists()

@@ -40,7 +40,19 @@ if TYPE_CHECKING:
     from spectra_db.jackknife import Estimate
 
 _LOG_EVERY = 5.0  # seconds between lines of progress
+_UNBOUNDED = 10_000
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+
+
+def _console() -> Console:
+    """Return a console that wraps lines at the terminal's width, and in a file or pipe nowhere.
+
+    Brackets are no markup: block names have some.
+    """
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNBOUNDED
+    return console
 
 
 def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
@@ -51,7 +63,7 @@ def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
         table.add_column(field, no_wrap=True, min_width=longest)
     for entry in entries:
         table.add_row(*(getattr(entry, field) for field in fields))
-    Console(markup=False).print(table)
+    _console().print(table)
 
 
 def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
@@ -65,7 +77,7 @@ def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
         shape = " × ".join(map(str, block.shape))
         flops = [f"{cost.block_flops[i] / 1e9:.3g}"] if cost else []
         table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", *flops)
-    Console(markup=False).print(table)  # brackets in names are slices
+    _console().print(table)
 
 
 def print_surveys(surveys: Sequence[Survey]) -> None:
@@ -157,7 +169,7 @@ def print_prediction(result: Mapping[str, Any]) -> None:
     """Print whether a model will need Adam, why, how sure that is, and what it cost."""
     from harness.leaderboard.report import LABELS
 
-    console = Console(markup=False, highlight=False)
+    console = _console()
     console.print(f"{result['target']}: {result['answer']}")
     console.print(
         f"probability that it needs Adam {result['probability']:.2f} "
@@ -205,7 +217,7 @@ def print_checks(checks: Sequence[Check]) -> None:
         sizes = ["–" if x is None else f"{x:.1e}" for x in (check.deviation, check.allowed)]
         outcome = check.outcome if check.reason is None else f"{check.outcome}: {check.reason}"
         table.add_row(check.model, check.stage, check.block, str(check.probe), *sizes, outcome)
-    console = Console(markup=False, highlight=False)
+    console = _console()
     console.print(table)
     for reason, count in reasons.most_common():
         console.print(f"not verifiable here ({count}): {reason}")
@@ -218,7 +230,7 @@ def print_finding(finding: Finding) -> None:
     line.add_column(width=18)
     line.add_column(overflow="fold")
     line.add_row(finding.outcome, finding.check, finding.text)
-    Console(markup=False, highlight=False).print(line)
+    _console().print(line)
 
 
 def print_differences(changes: Mapping[str, pd.DataFrame], num_rows: int) -> None:

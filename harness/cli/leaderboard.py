@@ -95,7 +95,7 @@ def predict(
     TARGET is an entry of the registry, or module:factory, timm:NAME or 'transformers:TYPE?...'
     with --task. Without --js0 it takes six products per block.
     """
-    from harness.display import print_prediction, progress_bar
+    from harness.display import cost_line, print_prediction, progress_bar
     from harness.leaderboard import predict as prediction
 
     entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
@@ -105,6 +105,7 @@ def predict(
             with_js0=with_js0,
             data_root=data_root,
             device=device_of(device),
+            on_forecast=lambda *cost: click.echo(cost_line(*cost), err=True),
             on_progress=on_progress,
         )
     result = prediction.predict(entry, found, source) | {"target": target, "cost": cost}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from harness.registry import ModelEntry
 from spectra_db.heterogeneity import MIN_PROBES, gradient_rms_spread, js0, spread
 
 if TYPE_CHECKING:
+    from harness.estimator.cost import Forecast
     from harness.training import Problem
 
 # v·Hv and |Hv|² follow from a rule of two steps.
@@ -64,6 +65,7 @@ def measure(
     with_js0: bool,
     data_root: Path | None = None,
     device: str | None = None,
+    on_forecast: Callable[[int, int, Forecast], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure a model at initialisation, on the blocks of partition `weights`.
@@ -73,6 +75,7 @@ def measure(
         with_js0: Take the whole spectrum, for JS⁰, at the entry's number of steps; else two steps.
         data_root: Folder of data sets.
         device: Where to compute.
+        on_forecast: Called with (probes, steps, what they cost) before the first product.
         on_progress: Called with (products done, products in all).
 
     Returns:
@@ -83,29 +86,45 @@ def measure(
         UserError: The model has fewer than two blocks that are not zero, or can't be measured.
     """
     from harness.estimator import estimate_spectra, find_blocks
+    from harness.estimator.cost import forecast
     from harness.estimator.summary import block_summaries
     from harness.training import load_problem
 
     problem: Problem = load_problem(entry, "init", SEED, data_root=data_root)
-    begin = time.perf_counter()
     blocks = find_blocks(problem.model, "weights")
     count_terms = tasks.get(entry.task, **entry.task_options).num_terms
-    options: dict[str, Any] = {"num_steps": CHEAP_STEPS, "exact_size": 0}
-    if with_js0:
-        options = {"num_steps": entry.num_steps}
+    num_probes = max(entry.num_probes, MIN_PROBES)
+    num_steps = entry.num_steps if with_js0 else CHEAP_STEPS
+    if on_forecast is not None:
+        cost = forecast(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            blocks,
+            num_probes=num_probes,
+            num_steps=num_steps,
+        )
+        if not with_js0:  # small blocks are sampled too
+            each = num_probes * num_steps
+            flops = cost.pass_flops + each * sum(cost.block_flops)
+            cost = replace(cost, num_products=each * len(blocks), flops=flops)
+        on_forecast(num_probes, num_steps, cost)
+    begin = time.perf_counter()
+    exact_size: dict[str, Any] = {} if with_js0 else {"exact_size": 0}
     rows = estimate_spectra(
         problem.model,
         problem.loss_fn,
         problem.batches,
         blocks=blocks,
-        num_probes=max(entry.num_probes, MIN_PROBES),
+        num_probes=num_probes,
+        num_steps=num_steps,
         seed=SEED,
         device=device,
         batch_weights=count_terms,
         # The probes are those of a published spectrum of the same name.
         identity={"model": entry.name, "stage": "init", "partition": "weights"},
         on_progress=on_progress,
-        **options,
+        **exact_size,
     )
     nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
     if nonzero < 2:
@@ -134,13 +153,13 @@ def measure(
     found = pd.DataFrame(
         [{"metric": m} | {c: getattr(e, c) for c in columns} for m, e in estimates.items()]
     )
-    cost = {
+    spent = {
         "num_products": int(rows["num_products"].sum()),
         "seconds": time.perf_counter() - begin,
         "num_params": sum(p.numel() for p in problem.model.parameters()),
         "num_blocks": len(blocks),
     }
-    return found, cost
+    return found, spent
 
 
 def predict(entry: ModelEntry, found: pd.DataFrame, source: Path | str | None) -> dict[str, Any]:

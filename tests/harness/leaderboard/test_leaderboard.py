@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from click.testing import CliRunner
 import spectra_db
 from harness.cli import main
 from harness.leaderboard import report, statistics, tables
+from harness.leaderboard.export import export
 from harness.leaderboard.model_page import charts
 from harness.submission.verified import mark_verified
 from harness.submission.verify import Check
@@ -184,20 +184,24 @@ def _perceptron(folder: Path) -> Path:
     return folder
 
 
-@released
-def test_the_readme_shows_the_release():
+@pytest.fixture(scope="module")
+def release():
     data = tables.read(None)
-    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+    return data, statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+
+
+@released
+def test_the_readme_shows_the_release(release):
+    data, board = release
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.readme_block(board, data) in text, "run: make leaderboard"
 
 
 @released
-def test_the_table_of_the_release_is_that_of_its_tables(tmp_path):
+def test_the_table_of_the_release_is_that_of_its_tables(release, tmp_path):
     if not (BUNDLED / "leaderboard" / "all.parquet").exists():
         pytest.skip("the release has no table leaderboard yet")
-    for table in ("models", "heterogeneity", "gaps", "spectra", "blocks", "runs"):
-        shutil.copytree(BUNDLED / table, tmp_path / table)
-    assert call("--source", tmp_path, "--out", tmp_path).exit_code == 0
+    data, board = release
+    export(data, board, tmp_path)
     ours, stored = (spectra_db.load("leaderboard", source=s) for s in (tmp_path, None))
     pd.testing.assert_frame_equal(ours, stored)

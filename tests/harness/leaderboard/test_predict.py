@@ -64,6 +64,8 @@ def test_an_entry_gets_an_answer_with_its_place_its_uncertainty_and_its_cost(fol
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["answer"] in ("SGD should do", "use Adam", "unclear")
+    cost = facts["cost"]
+    assert result.stderr.startswith(f"forecast at 3 probes × 2 steps: {cost['num_products']} pro")
     assert 0 <= facts["low"] <= facts["probability"] <= facts["high"] <= 1
     assert [row["metric"] for row in facts["measures"]] == list(MEASURES)
     for row in facts["measures"]:

@@ -36,7 +36,7 @@ paper: $(READY)
 
 # Which measure predicts the SGD-Adam gap: the table of the release, and the README's part of it.
 leaderboard: $(READY)
-	$(BIN)/harness leaderboard --out spectra_db/data --readme README.md
+	$(BIN)/harness leaderboard --out spectra_db/data --readme README.md --docs docs/leaderboard.md
 
 # The release as static pages; open build/site/index.html.
 site: $(READY)

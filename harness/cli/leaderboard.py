@@ -22,11 +22,17 @@ from harness.cli.base import device_of, main, options
     type=click.Path(dir_okay=False, path_type=Path),
     help="File whose part between the markers is written anew.",
 )
+@click.option(
+    "--docs",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The same of docs/leaderboard.md: cheap measures, and how well they predict.",
+)
 @click.option("--stage", default="init", show_default=True, help="Stage of the printed table.")
 @options("source", "registry", "json")
 def leaderboard(
     out: Path | None,
     readme: Path | None,
+    docs: Path | None,
     stage: str,
     source: Path | None,
     registry: Path | None,
@@ -46,9 +52,10 @@ def leaderboard(
     if out is not None:
         for path in export(data, board, out):
             click.echo(f"written: {path}", err=True)
-    if readme is not None:
-        report.write_readme(readme, report.readme_block(board, data))
-        click.echo(f"written: {readme}", err=True)
+    for page, block in ((readme, report.readme_block), (docs, report.docs_block)):
+        if page is not None:
+            report.write_part(page, block(board, data))
+            click.echo(f"written: {page}", err=True)
     if as_json:
         facts: dict[str, Any] = {
             "updated": None if data.updated is None else data.updated.isoformat(),

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import UserError
-from harness.leaderboard.statistics import REFERENCE, TIERS
+from harness.leaderboard import classifier
+from harness.leaderboard.statistics import REFERENCE, TIERS, measurements
 from harness.leaderboard.tables import Dataset
 from spectra_db.schema import STAGES
 
@@ -148,7 +149,45 @@ def readme_block(board: pd.DataFrame, data: Dataset) -> str:
     return "\n\n".join([BEGIN, said, *(["\n".join(lines)] if lines else []), caption, END])
 
 
-def write_readme(path: Path, block: str) -> None:
+def docs_block(board: pd.DataFrame, data: Dataset) -> str:
+    """Return the part of docs/leaderboard.md between the markers: cheap measures, predictions."""
+    rows = {(row["metric"], row["scale"]): row for row in ranking(board)}
+    day = "unknown date" if data.updated is None else f"{data.updated:%Y-%m-%d}"
+    paragraphs = [BEGIN]
+    if REFERENCE in rows:
+        paragraphs.append(_cheap(rows, rows[REFERENCE]["num_products"]))
+    measured = measurements(data.models, data.heterogeneity, data.gaps)
+    lines = [
+        "| measures | accuracy | the majority's answer | clear intervals | of them right |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    skill = False
+    for label, names in (
+        ("spreads of gradient, rms eigenvalue and trace", classifier.CHEAP),
+        ("with JS⁰", classifier.WITH_JS0),
+    ):
+        examples = classifier.Examples.of(measured, names)
+        test = classifier.summary(classifier.held_out(examples))
+        skill = skill or test["accuracy"] > test["majority"]
+        cells = [f"{test['accuracy']:.0%}", f"{test['majority']:.0%}"]
+        cells += [str(test["num_clear"]), str(test["clear_correct"])]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    verdict = "A rule that is more often right than the majority's answer may give a clear answer."
+    if not skill:
+        verdict = (
+            "So there is no skill yet, and every answer on these data is “unclear”; what remains "
+            "useful is the place among the models."
+        )
+    paragraphs += [
+        f"Each of {test['num_models']} models of {len(set(examples.families))} families predicted "
+        f"from the other families, data of {day}:",
+        "\n".join(lines),
+        verdict,
+    ]
+    return "\n\n".join([*paragraphs, END])
+
+
+def write_part(path: Path, block: str) -> None:
     """Put the block between the markers of a file.
 
     Raises:
@@ -157,9 +196,9 @@ def write_readme(path: Path, block: str) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--readme {path} can't be read: {error.strerror}") from error
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"--readme {path} needs a line '{BEGIN}' and after it a line '{END}'")
+        raise UserError(f"{path} needs a line '{BEGIN}' and after it a line '{END}'")
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     part = path.with_name(f".{path.name}.part")
     part.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")

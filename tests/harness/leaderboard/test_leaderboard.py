@@ -198,6 +198,13 @@ def test_the_readme_shows_the_release(release):
 
 
 @released
+def test_the_docs_show_how_well_the_release_predicts(release):
+    data, board = release
+    text = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert report.docs_block(board, data) in text, "run: make leaderboard"
+
+
+@released
 def test_the_table_of_the_release_is_that_of_its_tables(release, tmp_path):
     if not (BUNDLED / "leaderboard" / "all.parquet").exists():
         pytest.skip("the release has no table leaderboard yet")

@@ -71,8 +71,12 @@ def choice(name: str, *choices: str) -> Callable[[Any], Any]:
     )
 
 
-def _writable(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+def _writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
+    if value is None:
+        if not ctx.params.get("dry_run"):
+            raise click.MissingParameter(ctx=ctx, param=param)
+        return None
     existing = next(path for path in [value, *value.absolute().parents] if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -97,10 +101,9 @@ def options(*names: str) -> Callable[[Any], Any]:
         ),
         "out": click.option(
             "--out",
-            required=True,
             type=click.Path(path_type=Path),
             callback=_writable,
-            help="Folder that the tables are written to.",
+            help="Folder that the tables are written to.  [required]",
         ),
         "source": click.option(
             "--source",

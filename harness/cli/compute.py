@@ -338,7 +338,8 @@ def train(
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print the forecast and stop; --device may then be one that is not here, such as h100.",
+    is_eager=True,  # --out can be left out then
+    help="Print the forecast and stop, without --out; --device may be one that is not here: h100.",
 )
 @click.option(
     "--throughput", type=float, help="TFLOP/s for the forecast.  [default: measured, or assumed]"

@@ -104,14 +104,20 @@ def test_the_cost_of_one_block_is_its_products_times_its_operations():
     assert cost.spectrum_flops == [3, 30]
 
 
-def test_the_command_forecasts_for_a_device_that_is_not_here(tmp_path: Path):
+def test_the_command_forecasts_for_a_device_that_is_not_here_and_writes_nothing(
+    tmp_path: Path, monkeypatch
+):
     from click.testing import CliRunner
 
     from harness.cli import main
 
-    arguments = ["run", "cnn-digits", "--dry-run", "--device", "h100", "--out", str(tmp_path / "o")]
-    done = CliRunner().invoke(main, [*arguments, "--throughput", "20"])
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "cnn-digits", "--device", "h100", "--throughput", "20"]
+    done = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert done.exit_code == 0, done.output
     assert "device-hours" in done.output
     assert "on one h100; throughput given: 20 TFLOP/s" in done.output
-    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.iterdir())
+    undone = CliRunner().invoke(main, ["run", "cnn-digits"])
+    assert undone.exit_code == 2
+    assert "Missing option '--out'" in undone.output

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench bench-check paper leaderboard site clean
+.PHONY: demo test lint bench bench-check bench-peers dashboard accuracy paper leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +28,18 @@ bench: $(READY)
 	$(BIN)/asv machine --yes
 	$(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
 		--set-commit-hash $$(git rev-parse HEAD) --bench '^(accuracy|pieces|cost.(Step|Memory|Rebuilt))'
+
+# Our products against the paper's algorithm and two libraries, by turns in one run.
+bench-peers: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.peers
+
+# What `make bench` kept of all commits, as pages: .asv/html/index.html.
+dashboard: $(READY)
+	$(BIN)/asv publish
+
+# How far estimates are from the truth: docs/accuracy.md; about 12 minutes of one core.
+accuracy: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.study
 
 # The tables and figures of the paper from the release: docs/paper.md. One thread: what it computes
 # is too small to share.

@@ -25,10 +25,14 @@ class Case:
 
 def gpt_10m() -> Case:
     """GPT of 10.8 M parameters, 39 blocks, 2 sequences of 256 tokens."""
-    model = _seeded(
-        lambda: GPT(65, 256, num_layers=6, num_heads=6, width=384, tied=False, bias=False)
+    return Case(
+        gpt(65, 256, num_layers=6, num_heads=6, width=384), cross_entropy, tokens(65, 2, 256)
     )
-    return Case(model, cross_entropy, _tokens(65, 2, 256))
+
+
+def gpt(vocab_size: int, context: int, **options: int) -> nn.Module:
+    """Return a GPT without biases, its head untied from the embedding."""
+    return _seeded(lambda: GPT(vocab_size, context, tied=False, bias=False, **options))
 
 
 def resnet18() -> Case:
@@ -45,7 +49,7 @@ def small(kind: str) -> Case:
     """A net of a few thousand parameters, whose dense block Hessians are quick to diagonalise."""
     if kind == "gpt":
         model = _seeded(lambda: GPT(32, 16, num_layers=2, num_heads=2, width=24, tied=False))
-        return Case(model, cross_entropy, _tokens(32, 16, 16))
+        return Case(model, cross_entropy, tokens(32, 16, 16))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (64,), generator=generator)
@@ -73,10 +77,11 @@ def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) ->
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
-def _tokens(vocab_size: int, num_sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens(vocab_size: int, num_sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random tokens and what follows each, shape (num_sequences, context) both."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (num_sequences, context + 1), generator=generator)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    text = torch.randint(vocab_size, (num_sequences, context + 1), generator=generator)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 def _seeded(build: Callable[[], nn.Module]) -> nn.Module:

@@ -6,12 +6,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
-from benchmarks.cases import Case, gpt_10m, resnet18
+from benchmarks.cases import Case, resnet18
+from benchmarks.peers import CASES
 from harness import estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.hessian import BlockHessian
 
-CASES = {"gpt-10m": gpt_10m, "resnet18": resnet18}
+# More operations than these per step are an error, which `make bench-check` reports.
+MOST_GFLOP = {"gpt-10m": 600, "resnet18": 110}
 BUDGET = 8 << 30
 
 
@@ -43,7 +45,10 @@ class Step:
         self.case = CASES[name]()
 
     def track_gflop(self, name: str) -> float:
-        return lockstep_flops(self.case) / 1e9
+        gflop = lockstep_flops(self.case) / 1e9
+        if gflop > MOST_GFLOP[name]:
+            raise ValueError(f"{gflop:.1f} GFLOP per step; at most {MOST_GFLOP[name]} are allowed")
+        return gflop
 
     track_gflop.unit = "GFLOP per step"  # type: ignore[attr-defined]
 

@@ -1,22 +1,28 @@
-"""The same products by other ways: the paper's algorithm and two libraries.
+"""The same products by other ways: the paper's algorithm and two libraries. `make bench-peers`.
 
 Each returns a function that takes one product with every block of partition `weights`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
+import click
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, gpt_10m, resnet18
 from harness import find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.hessian import BlockHessian
 
 Step = Callable[[], None]
+CASES = {"gpt-10m": gpt_10m, "resnet18": resnet18}
 
 
 def ours(case: Case) -> Step:
@@ -137,3 +143,45 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of partition `weights`, none of them sliced."""
     parameters = dict(model.named_parameters())
     return [parameters[block.name] for block in find_blocks(model)]
+
+
+@click.command()
+@click.option("--case", "names", type=click.Choice(list(CASES)), multiple=True, help="Default: all")
+@click.option("--way", "ways", type=click.Choice(list(PEERS)), multiple=True, help="Default: all")
+@click.option("--rounds", default=3, show_default=True, help="Steps of each way.")
+def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
+    """Time a step of each way, by turns, and print operations and the least of the times.
+
+    Turns spread what else the machine does over all ways; the least of several times is the one
+    that it disturbed least.
+    """
+    table = Table("case", "way")
+    for column in ("GFLOP", "s", "CPU s", "time / ours", "CPU / ours"):
+        table.add_column(column, justify="right")
+    for name in names or CASES:
+        steps = {
+            way: PEERS[way](CASES[name]()) for way in dict.fromkeys(["ours", *(ways or PEERS)])
+        }
+        flops, times = {}, {way: [] for way in steps}
+        for way, step in steps.items():  # also warms up
+            with FlopCounterMode(display=False) as counter:
+                step()
+            flops[way] = counter.get_total_flops() / 1e9
+        for _ in range(rounds):
+            for way, step in steps.items():
+                begin = time.perf_counter(), time.process_time()
+                step()
+                times[way].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+        least = {
+            way: [min(kind) for kind in zip(*pairs, strict=True)] for way, pairs in times.items()
+        }
+        for way, (wall, cpu) in least.items():
+            ratios = (
+                f"{mine / ours:.2f}" for mine, ours in zip((wall, cpu), least["ours"], strict=True)
+            )
+            table.add_row(name, way, f"{flops[way]:.0f}", f"{wall:.2f}", f"{cpu:.2f}", *ratios)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,20 @@ recipe that puts them together: read that one first.
 
 from __future__ import annotations
 
-from harness.estimator.blocks import Block, find_blocks
-from harness.estimator.spectrum import estimate_spectra
+from importlib import import_module
+from typing import Any
 
+# Resolved on first use, so that products and Lanczos need no more than torch.
+_EXPORTS = {
+    "Block": "harness.estimator.blocks",
+    "estimate_spectra": "harness.estimator.spectrum",
+    "find_blocks": "harness.estimator.blocks",
+}
 __all__ = ["Block", "estimate_spectra", "find_blocks"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import an export of this package when it is first used."""
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'harness.estimator' has no attribute {name!r}")

@@ -1,0 +1,346 @@
+"""How far estimates are from the truth, measured: `make accuracy` writes docs/accuracy.md.
+
+Each piece is kept in build/accuracy, so that the command goes on where it was stopped; about 12
+minutes of one core in all. Needs no data but what comes with the packages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import wasserstein_distance
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import spectra_db
+from benchmarks.cases import KINDS, small
+from harness import estimate_spectra, registry
+from harness.estimator.adaptive import estimate_to_tolerance
+from harness.estimator.checks import take
+from harness.estimator.lanczos import Recurrence, lanczos
+from harness.estimator.quadrature import gauss_rule
+from harness.registry import ModelEntry
+from harness.training import load_problem
+
+PROBES, STEPS = (3, 5, 10), (10, 20, 40, 80)
+POOL = 180  # probes per block that the repetitions share out
+REFERENCE = (30, 200)
+FEW = ((3, 33), (3, 66), (3, 100), (5, 33), (5, 66), (5, 100), (10, 33), (10, 66), (10, 100))
+TOLERANCE = 0.02
+
+
+def reference_entries() -> dict[str, tuple[ModelEntry, int]]:
+    """Return entries on real data, with the samples of a batch that make a step short."""
+    cnn = registry.get("cnn-digits")
+    mlp = replace(
+        cnn,
+        name="mlp-digits",
+        factory="harness.registry.networks.mlp:MLP",
+        options={"widths": (64, 64)},
+    )
+    return {
+        "gpt": (registry.get("gpt-pydoc"), 8),
+        "vit": (registry.get("vit-digits"), 8),
+        "cnn": (cnn, 64),
+        "mlp": (mlp, 256),
+    }
+
+
+def exact(kind: str) -> pd.DataFrame:
+    """Diagonalise every block of a small net, in float64."""
+    case = small(kind)
+    rows = estimate_spectra(
+        case.model, case.loss_fn, [case.batch], dtype=torch.float64, exact_size=10**6
+    )
+    return rows.drop(columns=["reason", "tolerance"])
+
+
+def repeated(truth: pd.DataFrame) -> pd.DataFrame:
+    """Sample spectra that are known, again and again, with each number of probes and steps.
+
+    Gaussian probes look the same in every basis, so that Lanczos on the diagonal matrix of the
+    eigenvalues has the distribution of Lanczos on the Hessian; this costs no products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pools: dict[str, list[Recurrence]] = {}
+    for row in truth.itertuples():
+        diagonal = torch.tensor(row.nodes, dtype=torch.float64)
+        starts = torch.randn(POOL, len(diagonal), generator=generator, dtype=torch.float64)
+        pools[row.block] = [lanczos(lambda v, d=diagonal: d * v, s, max(STEPS)) for s in starts]
+    found = []
+    for num_probes in PROBES:
+        for num_steps in STEPS:
+            for i in range(POOL // num_probes):
+                probes = range(i * num_probes, (i + 1) * num_probes)
+                rows = rows_of(truth, pools, probes, num_steps)
+                numbers = {"num_probes": num_probes, "num_steps": num_steps}
+                found.append(numbers | estimate(rows) | errors_of_blocks(truth, rows))
+    return pd.DataFrame(found)
+
+
+def errors_of_blocks(truth: pd.DataFrame, rows: pd.DataFrame) -> dict[str, float]:
+    """Return the mean over blocks of the errors of trace, second moment and spectrum.
+
+    Of the trace relative to n · rms eigenvalue (it may be zero), of the second moment to itself,
+    of the spectrum (Wasserstein-1) to the rms eigenvalue.
+    """
+    errors = []
+    for (_, exact_row), (_, mine) in zip(
+        truth.groupby("block"), rows.groupby("block"), strict=True
+    ):
+        t = np.asarray(exact_row["nodes"].iloc[0])
+        theta = np.concatenate(list(mine["nodes"]))
+        w = np.concatenate(list(mine["weights"])) / len(mine)
+        rms = np.sqrt(np.mean(t**2))
+        trace = abs(w @ theta - t.mean()) / rms
+        square = abs(w @ theta**2 / rms**2 - 1)
+        errors.append((trace, square, wasserstein_distance(t, theta, None, w) / rms))
+    return dict(zip(("trace", "square", "w1"), np.mean(errors, axis=0), strict=True))
+
+
+def to_tolerance(kind: str) -> pd.DataFrame:
+    """Ask for js0 to 2 %, with three seeds."""
+    case = small(kind)
+    found = []
+    for seed in range(3):
+        reached = estimate_to_tolerance(
+            case.model, case.loss_fn, [case.batch], tolerance=TOLERANCE, exact_size=0, seed=seed
+        )
+        found.append(
+            estimate(reached.rows)
+            | {
+                "num_probes": reached.num_probes,
+                "num_steps": reached.num_steps,
+                "truncation_error": reached.truncation_error,
+                "within": reached.is_within,
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def reference(entry: ModelEntry, num_samples: int) -> pd.DataFrame:
+    """Take js0 of a real model with 30 probes × 200 steps, and with parts of them.
+
+    The first row is the reference, the others are disjoint groups of its probes.
+    """
+    problem = load_problem(entry)
+    [batch] = problem.batches
+    begin = time.process_time()
+    rows = estimate_spectra(
+        problem.model,
+        problem.loss_fn,
+        [take(batch, 0, num_samples)],
+        num_probes=REFERENCE[0],
+        num_steps=REFERENCE[1],
+    )
+    seconds = (time.process_time() - begin) / (REFERENCE[0] * REFERENCE[1])
+    sampled = rows[rows["method"] == "slq"]
+    runs: dict[str, list[Recurrence]] = {
+        str(name): [
+            Recurrence(torch.empty(0), None, list(r.alphas), list(r.betas), None, r.breakdown)
+            for r in group.itertuples()
+        ]
+        for name, group in sampled.groupby("block")
+    }
+    blocks = {"num_blocks": rows["block"].nunique(), "num_sampled": len(runs), "seconds": seconds}
+    numbers = {"num_probes": REFERENCE[0], "num_steps": REFERENCE[1]}
+    found = [blocks | estimate(rows) | numbers]
+    known = rows[rows["probe"] == 0]
+    for num_probes, num_steps in FEW:
+        for i in range(REFERENCE[0] // num_probes):
+            few = rows_of(known, runs, range(num_probes * i, num_probes * (i + 1)), num_steps)
+            found.append(
+                blocks | estimate(few) | {"num_probes": num_probes, "num_steps": num_steps}
+            )
+    return pd.DataFrame(found)
+
+
+class TF32(TorchDispatchMode):
+    """Rounds what is multiplied to the 10 bits of TF32's mantissa; sums stay float32.
+
+    What a GPU's tensor cores do, where there is none: for the deviation, not for the speed.
+    """
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.PRODUCTS:
+            first = 1 if name in ("addmm", "baddbmm") else 0
+            rounded = [_to_tf32(a) for a in args[first : first + 2]]
+            if name == "convolution_backward":
+                rounded.append(_to_tf32(args[2]))
+            args = (*args[:first], *rounded, *args[first + len(rounded) :])
+        return func(*args, **(kwargs or {}))
+
+
+def _to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Round float32 to nearest, ties to even, at 10 bits of the mantissa."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32).view_as(x)
+
+
+ARITHMETIC: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "float64": (nullcontext, {"dtype": torch.float64}),
+    "float32": (nullcontext, {}),
+    "TF32 (emulated)": (TF32, {}),
+    "float32, `medium`": (nullcontext, {"matmul_precision": "medium"}),
+    "bfloat16": (nullcontext, {"dtype": torch.bfloat16}),
+}
+
+
+def arithmetic(kind: str) -> pd.DataFrame:
+    """Take one spectrum in every arithmetic, with the same probes."""
+    case = small(kind)
+    results = []
+    wide = pd.DataFrame()
+    for name, (mode, options) in ARITHMETIC.items():
+        with mode():
+            rows = estimate_spectra(
+                case.model,
+                case.loss_fn,
+                [case.batch],
+                num_probes=3,
+                num_steps=40,
+                exact_size=0,
+                **options,
+            )
+        wide = rows if name == "float64" else wide
+        ends, distances = [], []
+        for a, b in zip(wide.itertuples(), rows.itertuples(), strict=True):
+            size = np.abs(a.nodes).max()
+            ends.append(abs(np.abs(b.nodes).max() / size - 1))
+            rms = np.sqrt(np.dot(a.weights, np.square(a.nodes)))
+            distances.append(wasserstein_distance(a.nodes, b.nodes, a.weights, b.weights) / rms)
+        results.append(
+            {"arithmetic": name, "largest": np.max(ends), "w1": np.mean(distances)} | estimate(rows)
+        )
+    return pd.DataFrame(results)
+
+
+def full() -> pd.DataFrame:
+    """Follow the full spectrum of a perceptron on digits, most of it near zero, step by step.
+
+    With the same probe in float32, in float64, and in float64 with reorthogonalisation, whose
+    rule of many steps stands for the truth. W1 in units of the rms eigenvalue.
+    """
+    entry, num_samples = reference_entries()["mlp"]
+    problem = load_problem(replace(entry, options={"widths": (256, 128)}))
+    batch = take(problem.batches[0], 0, num_samples)
+    wide: dict[str, Any] = {"dtype": torch.float64, "num_steps": 61}
+    settings = {
+        "float32": {"num_steps": 61},
+        "float64": wide,
+        "reorthogonalised": wide | {"num_steps": 250, "reorthogonalize": True},
+    }
+    runs = {
+        name: estimate_spectra(
+            problem.model, problem.loss_fn, [batch], blocks="full", num_probes=2, **options
+        )
+        for name, options in settings.items()
+    }
+
+    def rule(name: str, m: int, probe: int = 0) -> tuple[Any, Any]:
+        row = runs[name].iloc[probe]
+        return gauss_rule(row["alphas"][:m], row["betas"][:m])
+
+    truth = rule("reorthogonalised", 250)
+    rms = np.sqrt(truth[1] @ truth[0] ** 2)
+
+    def distance(a: tuple[Any, Any], b: tuple[Any, Any]) -> float:
+        return float(wasserstein_distance(a[0], b[0], a[1], b[1]) / rms)
+
+    found = []
+    for m in (20, 30, 36, 38, 40, 42, 44, 46, 48, 50, 55, 60):
+        errors = {f"{name}: error": distance(rule(name, m), truth) for name in settings}
+        found.append(
+            {"num_steps": m}
+            | errors
+            | {
+                "float32 to float64": distance(rule("float32", m), rule("float64", m)),
+                "to the next step": distance(rule("float64", m), rule("float64", m + 1)),
+                "to the other probe": distance(rule("float64", m), rule("float64", m, 1)),
+            }
+        )
+    near_zero = truth[1][np.abs(truth[0]) < 0.02 * rms].sum()
+    size = runs["float32"]["num_params"].iloc[0]
+    return pd.DataFrame(found).assign(num_params=size, near_zero=near_zero)
+
+
+def rows_of(
+    blocks: pd.DataFrame, runs: dict[str, list[Recurrence]], probes: range, num_steps: int
+) -> pd.DataFrame:
+    """Return rows of table `spectra` from some probes' leading steps; exact ones as they are."""
+    rows = []
+    for row in blocks.to_dict("records"):
+        if row["block"] not in runs:
+            rows.append(row)
+            continue
+        for probe in probes:
+            run = runs[row["block"]][probe]
+            alphas, betas = run.alphas[:num_steps], run.betas[:num_steps]
+            nodes, weights = gauss_rule(alphas, betas)
+            ended = run.breakdown and len(run.alphas) <= num_steps
+            lists = {"alphas": alphas, "betas": betas, "nodes": nodes, "weights": weights}
+            numbers = {"num_steps": len(alphas), "num_products": len(alphas), "breakdown": ended}
+            rows.append(row | lists | numbers | {"probe": probe, "method": "slq"})
+    return pd.DataFrame(rows).assign(reason=None)
+
+
+def estimate(rows: pd.DataFrame) -> dict[str, float]:
+    """Return js0 of some rows with its errors."""
+    e = spectra_db.js0(rows)
+    names = ("value", "corrected", "standard_error", "ci_low", "ci_high")
+    return {name: getattr(e, name) for name in names}
+
+
+@click.command()
+@click.option("--pieces", type=click.Path(path_type=Path), default=Path("build/accuracy"))
+@click.option("--page", type=click.Path(path_type=Path), default=Path("docs/accuracy.md"))
+def main(pieces: Path, page: Path) -> None:
+    """Measure the estimator's errors and write the page about them."""
+    from benchmarks.study_page import render
+
+    torch.set_num_threads(1)
+    begin = time.process_time()
+
+    def kept(name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """Return a piece from its file, made first if it is not there."""
+        file = pieces / f"{name}.parquet"
+        if not file.exists():
+            pieces.mkdir(parents=True, exist_ok=True)
+            started = time.process_time()
+            made = make()
+            click.echo(f"{name}: {time.process_time() - started:.0f} s of processor", err=True)
+            made.to_parquet(file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+        return pd.read_parquet(file)
+
+    truths = {k: kept(f"exact-{k}", lambda k=k: exact(k)).assign(reason=None) for k in KINDS}
+    entries = reference_entries()
+    text = render(
+        truths={kind: spectra_db.js0(rows).value for kind, rows in truths.items()},
+        sizes={kind: list(rows["num_params"]) for kind, rows in truths.items()},
+        repeated={k: kept(f"repeated-{k}", lambda k=k: repeated(truths[k])) for k in KINDS},
+        tolerance={k: kept(f"tolerance-{k}", lambda k=k: to_tolerance(k)) for k in KINDS},
+        reference={
+            entry.name: kept(f"reference-{kind}", lambda e=entry, n=n: reference(e, n))
+            for kind, (entry, n) in entries.items()
+        },
+        arithmetic={k: kept(f"arithmetic-{k}", lambda k=k: arithmetic(k)) for k in KINDS},
+        full=kept("full", full),
+    )
+    page.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {page}; {time.process_time() - begin:.0f} s of processor", err=True)
+
+
+if __name__ == "__main__":
+    main()

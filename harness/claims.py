@@ -18,8 +18,9 @@ def claim(out: Path, unit: Unit) -> Iterator[bool]:
 
     A lock on a file, which ends with the process, however that ends. On a cluster the folder's
     file system must pass `flock` on to other machines (NFS 4, Lustre with -o flock).
+    The name is that of a lock, which releases leave out.
     """
-    path, is_new = out / ".claims" / f"{unit.slug}.lock", not out.exists()
+    path, is_new = out / ".claims" / f".{unit.slug}.lock", not out.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

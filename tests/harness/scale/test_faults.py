@@ -23,6 +23,7 @@ from harness.errors import OutputError
 from harness.plan import STAGE_SEED, Unit, missing, survey
 from harness.run import run_entries
 from spectra_db import store
+from spectra_db.release import list_files
 from tests.harness.test_run import RECIPE, do, job_of, tiny, values
 
 from . import victim
@@ -139,6 +140,14 @@ def test_a_command_refuses_what_another_process_does(tmp_path, command, unit):
     assert done.returncode == 2
     assert "another process does this" in done.stderr
     assert "name another --out" in done.stderr
+
+
+def test_claims_are_no_part_of_a_release(tmp_path):
+    (tmp_path / "data").mkdir()
+    with claim(tmp_path / "data", Unit("tiny", "train", "adamw", 0.01)) as ours:
+        assert ours
+        assert list((tmp_path / "data").rglob("*.lock"))
+        assert list_files(tmp_path / "data") == []
 
 
 def harness(*arguments: str) -> subprocess.CompletedProcess[str]:

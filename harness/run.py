@@ -237,11 +237,12 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Train once; keep the stages of the run that they are taken from."""
     from harness.training import train
 
-    for torn in (job.checkpoints / unit.model / run_name(unit.seed)).glob(".*.tmp"):
-        torn.unlink()  # of a process that was killed
     entry = job.entries[unit.model]
     data = tasks.get(entry.task, **entry.task_options).load(job.data_root)
     keeps_stages = unit.optimizer == "adamw" and unit.seed == STAGE_SEED
+    if keeps_stages:  # no other run writes there, so that these are of a process that was killed
+        for torn in (job.checkpoints / unit.model / run_name(unit.seed)).glob(".*.tmp"):
+            torn.unlink()
     result = train(
         entry,
         data,

@@ -92,6 +92,15 @@ def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole, monkeypatch):
     check_same(tmp_path / "reversed", whole)
 
 
+def test_a_run_leaves_the_checkpoints_alone_that_another_is_writing(tmp_path):
+    job = job_of(tmp_path, tiny())
+    writing = job.checkpoints / "tiny" / "adamw-seed1" / ".p10.tmp"
+    writing.parent.mkdir(parents=True)
+    writing.touch()
+    run._train(Unit("tiny", "train", "sgd", 0.1, STAGE_SEED), job)
+    assert writing.exists()
+
+
 def test_two_processes_in_one_folder_share_the_units(tmp_path, whole):
     out = tmp_path / "out"
     surveyed = survey(tiny(), None)

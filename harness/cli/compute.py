@@ -482,6 +482,8 @@ def verify(
         check_registry(folder, registry)
         if checkpoints is None and beside.is_dir():
             checkpoints = beside
+    elif "/" in target:
+        raise UserError(f"there is no folder {target}; name one, or a model of the tables")
     rows, stages = load_published(source, target or None)
     chosen = sample_rows(rows, sample, seed)
     if source is not None and checkpoints is None and (source / "checkpoints").is_dir():

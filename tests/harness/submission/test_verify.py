@@ -156,6 +156,12 @@ def test_arguments_out_of_range_are_usage_errors(folder, arguments, message):
     assert message in result.output
 
 
+def test_a_folder_that_is_not_there_is_no_model(tmp_path):
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert f"there is no folder {tmp_path / 'none'}" in result.stderr
+
+
 def test_what_agrees_is_marked_as_verified_on_request(folder):
     arguments = ["verify", str(folder), "--sample", "2"]
     assert CliRunner().invoke(main, arguments).exit_code == 0

@@ -44,12 +44,11 @@ class _Group(click.Group):
             if os.environ.get("HARNESS_TRACEBACK"):
                 raise
             # What spectra_db refuses is the user's to mend, too; it knows no UserError.
-            ours = isinstance(error, UserError) or (
-                isinstance(error, ValueError) and type(error).__module__.startswith("spectra_db")
-            )
+            of_dataset = type(error).__module__.startswith("spectra_db")
+            ours = isinstance(error, UserError) or (isinstance(error, ValueError) and of_dataset)
             if stop := output_error(getattr(error, "filename", None) or "the output", error):
                 error = stop
-            elif isinstance(error, RuntimeError):  # torch's, of no memory among others
+            elif isinstance(error, RuntimeError) and not of_dataset:  # such as no memory
                 _fail(reason_of(error).removeprefix("RuntimeError: "), 1)
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
 

@@ -1,31 +1,16 @@
-"""What the commands show on the terminal: tables, forecasts, bars with the remaining time."""
+"""What the commands print: tables, forecasts, results."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-
-from harness.errors import reason_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,15 +18,13 @@ if TYPE_CHECKING:
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
     from harness.forecast import Outlook
-    from harness.plan import Survey, Unit
+    from harness.plan import Survey
     from harness.registry import ModelEntry
     from harness.submission.validate import Finding
     from harness.submission.verify import Check
     from spectra_db.jackknife import Estimate
 
-_LOG_EVERY = 5.0  # seconds between lines of progress
 _UNBOUNDED = 10_000
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
 
 
 def _console() -> Console:
@@ -98,7 +81,7 @@ def print_surveys(surveys: Sequence[Survey]) -> None:
             f"{(survey.spectra_flops + survey.training_flops) / 1e12:.3g}",
             f"{survey.graph_bytes / 2**20:,.0f}",
         )
-    console = Console(markup=False, highlight=False)
+    console = _console()
     console.print(table)
     for reason in reasons:
         console.print(f"left out: {reason}")
@@ -122,7 +105,7 @@ def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> Non
             f"{entry.memory_bytes / 2**30:,.2g}",
             f"{entry.disk_bytes / 2**20:,.3g}",
         )
-    console = Console(markup=False, highlight=False)
+    console = _console()
     console.print(table)
     console.print(f"on one {device}; throughput {source}")
 
@@ -148,7 +131,7 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
             else:
                 gap = str(row.status)
         table.add_row(entry.name, js0, gap, needed)
-    Console(markup=False).print(table)
+    _console().print(table)
 
 
 def print_leaderboard(
@@ -162,7 +145,7 @@ def print_leaderboard(
     for row in rows:
         cells = [str(row[c]) if c in row else "–" for c in columns]
         table.add_row(row["label"], f"{row['num_products']:.0f}", *cells)
-    Console(markup=False, highlight=False).print(table)
+    _console().print(table)
 
 
 def print_prediction(result: Mapping[str, Any]) -> None:
@@ -320,106 +303,3 @@ def estimate_line(metric: str, estimate: Estimate, truncation_error: float) -> s
         return f"{metric} {estimate.value:.4f} (plug-in; its error needs {MIN_PROBES} probes)"
     text = f"{metric} {estimate.corrected:.4f} ± {estimate.standard_error:.4f}"
     return text + (f" (last steps {truncation_error:.4f})" if truncation_error else "")
-
-
-@contextmanager
-def progress_bar(
-    description: str, *, shown: bool = True, log: Path | None = None
-) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the remaining time; yields a function of (done, total).
-
-    Args:
-        description: What is done.
-        shown: Show it, if there is a terminal.
-        log: File for a JSON line every few seconds.
-    """
-    # What a command prints may be read by a program, and its errors too.
-    console = Console(stderr=True)
-    with (
-        json_lines(log) as write,
-        Progress(
-            *_COLUMNS,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (shown and console.is_terminal),
-        ) as progress,
-    ):
-        bar = progress.add_task(description, total=None)
-
-        def on_progress(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-            left = progress.tasks[bar].time_remaining
-            remaining = None if left is None else round(left)
-            write("progress", what=description, done=done, total=total, remaining=remaining)
-
-        yield on_progress
-
-
-@contextmanager
-def units_bar(
-    total: int, log: Path | None = None
-) -> Iterator[Callable[[str, Unit, dict[str, Any]], None]]:
-    """Show a bar over units of work; without a terminal, a line per unit that starts.
-
-    Args:
-        total: Units that are left.
-        log: File for JSON lines.
-    """
-    console = Console()
-    remaining = TextColumn("{task.fields[remaining]}")
-    with (
-        json_lines(log) as write,
-        Progress(*_COLUMNS, TimeElapsedColumn(), remaining, console=console) as progress,
-    ):
-        bar = progress.add_task("", total=total, remaining="")
-        finished = 0
-
-        def on_event(what: str, unit: Unit, facts: dict[str, Any]) -> None:
-            nonlocal finished
-            finished += what in ("done", "failed")
-            seconds = facts.get("remaining")
-            left = "" if seconds is None else f"about {timedelta(seconds=seconds)} left"
-            # Extensions of a grid come on top of what was counted at the start.
-            whole = finished + facts.get("units_left", 0)
-            progress.update(bar, completed=finished, total=whole, remaining=left)
-            if what == "start":
-                progress.update(bar, description=str(unit))
-            if what in ("start", "elsewhere") and not console.is_terminal:
-                note = "" if what == "start" else " (another process does it; waiting)"
-                console.print(f"{unit}{note}", highlight=False, markup=False)
-            named = {k: v for k, v in vars(unit).items() if v != "" and k != "ready"}
-            write(what, **named, **facts)
-
-        yield on_event
-
-
-@contextmanager
-def json_lines(path: Path | None) -> Iterator[Callable[..., None]]:
-    """Yield a function that appends an event to a file as one line of JSON.
-
-    Progress is kept every few seconds only. The last event is end, stopped or failed.
-    """
-    if path is None:
-        yield lambda event, **facts: None
-        return
-    latest = 0.0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file:
-
-        def write(event: str, **facts: Any) -> None:
-            nonlocal latest
-            if event == "progress" and time.monotonic() - latest < _LOG_EVERY:
-                return
-            latest = time.monotonic()
-            now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            file.write(json.dumps({"time": now, "event": event, **facts}) + "\n")
-
-        write("begin", command=sys.argv[1:], pid=os.getpid())
-        try:
-            yield write
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            write("stopped" if stopped else "failed", reason="" if stopped else reason_of(error))
-            raise
-        write("end")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import tasks
-from harness.claims import claim
 from harness.errors import output_error, reason_of
+from harness.locks import claim
 from harness.pace import Pace
 from harness.plan import STAGE_SEED, Survey, Unit, missing, settings_of
 from harness.registry import ModelEntry

@@ -1,8 +1,7 @@
-"""Commands that compute: list, describe, spectrum, train, run, verify."""
+"""Commands that compute: spectrum, train, run."""
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,85 +19,6 @@ if TYPE_CHECKING:
 # The scale metrics, which need few products, and those of whole spectra.
 CHEAP_METRICS = ("lambda_rms_spread", "trace_spread", "lambda_max_spread", "gradient_rms_spread")
 METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
-
-
-@main.command("list")
-@click.option("--tier", type=click.Choice(TIERS), help="One tier alone.")
-@options("registry", "json")
-def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
-    """List the models of the registry."""
-    from harness.display import print_entries
-    from harness.registry import entries
-
-    found = entries(tier, registry_dir=registry)
-    fields = ("name", "family", "tier", "task", "status", "description")
-    if as_json:
-        click.echo(json.dumps([{f: getattr(e, f) for f in fields} for e in found], indent=2))
-    else:
-        print_entries(found, fields[:-1])  # `describe` gives the description
-
-
-@main.command()
-@click.argument("model")
-@choice("partition", "weights", "paper", "all", "full")
-@click.option(
-    "--provenance", is_flag=True, help="Where its published numbers come from, row by row."
-)
-@options("source", "registry", "data_root", "json")
-def describe(
-    model: str,
-    partition: str,
-    provenance: bool,
-    source: Path | None,
-    registry: Path | None,
-    data_root: Path | None,
-    as_json: bool,
-) -> None:
-    """Describe a model: its blocks and what its spectrum costs."""
-    if provenance:
-        from harness.display import print_provenance
-        from spectra_db.provenance import trace
-
-        found = trace(model, source)
-        if as_json:
-            click.echo(json.dumps(found, indent=2))
-        else:
-            print_provenance(found)
-        return
-    if source is not None:
-        raise UserError("--source names published tables; it goes with --provenance")
-    from harness.display import cost_line, print_blocks
-    from harness.registry import get
-    from harness.spectra import blocks_of, forecast_of
-    from harness.training import load_problem
-
-    entry = get(model, registry_dir=registry)
-    problem = load_problem(entry, data_root=data_root)
-    blocks = blocks_of(problem, partition)
-    cost = forecast_of(problem, partition, entry.num_probes, entry.num_steps)
-    num_params = sum(p.numel() for p in problem.model.parameters())
-    if as_json:
-        facts = {
-            "name": entry.name,
-            "family": entry.family,
-            "tier": entry.tier,
-            "num_params": num_params,
-            "blocks": [
-                {"name": b.name, "kind": b.kind, "shape": b.shape, "num_params": b.num_params}
-                for b in blocks
-            ],
-            "num_products": cost.num_products,
-            "flops": cost.flops,
-            "graph_bytes": cost.graph_bytes,
-        }
-        click.echo(json.dumps(facts, indent=2))
-        return
-    click.echo(f"{entry.name}: {entry.description} ({entry.reference})")
-    click.echo(f"family {entry.family}, tier {entry.tier}, task {entry.task}")
-    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {partition}")
-    click.echo("GFLOP: of one product with the block")
-    print_blocks(blocks, cost)
-    click.echo(cost_line(entry.num_probes, entry.num_steps, cost))
 
 
 @main.command()
@@ -153,11 +73,12 @@ def spectrum(
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
-    from harness.claims import claim_or_refuse
-    from harness.display import cost_line, estimate_line, progress_bar
+    from harness.display import cost_line, estimate_line
     from harness.estimator.device import choose_device
+    from harness.locks import claim_or_refuse
     from harness.measure import halves, take_batch_error
     from harness.plan import Unit
+    from harness.progress import progress_bar
     from harness.registry import get
     from harness.scale.distributed import team
     from harness.spectra import Settings, command_line, forecast_of, take_spectrum
@@ -217,7 +138,10 @@ def spectrum(
 
         click.echo(estimate_line(metric, *measure(rows, metric)))
     if parts is not None:
-        with progress_bar(f"{entry.name} {stage}, halves of the batch") as on_progress:
+        with (
+            claim_or_refuse(out, unit),
+            progress_bar(f"{entry.name} {stage}, halves of the batch", log=log) as on_progress,
+        ):
             found = take_batch_error(
                 parts, chosen, out, command=command_line(), on_progress=on_progress
             )
@@ -236,8 +160,9 @@ def _take_metric(
     log: Path | None,
 ) -> None:
     """Take one metric, to a tolerance if there is one, and say what was reached."""
-    from harness.display import estimate_line, progress_bar
+    from harness.display import estimate_line
     from harness.measure import GRADIENT_METRIC, take_gradient_metric, take_metric
+    from harness.progress import progress_bar
     from harness.spectra import command_line
 
     if processes() > 1:
@@ -286,9 +211,9 @@ def train(
 ) -> None:
     """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
     from harness import tasks
-    from harness.claims import claim_or_refuse
-    from harness.display import progress_bar
+    from harness.locks import claim_or_refuse
     from harness.plan import Unit
+    from harness.progress import progress_bar
     from harness.registry import get
     from harness.spectra import rows_of, write_training
     from harness.training import grid
@@ -365,9 +290,10 @@ def run(
     time, each on what the others don't do.
     """
     from harness import registry as catalogue
-    from harness.display import print_outlooks, print_results, print_surveys, units_bar
+    from harness.display import print_outlooks, print_results, print_surveys
     from harness.forecast import DEVICES, outlook, throughput_of
     from harness.plan import missing, survey
+    from harness.progress import units_bar
     from harness.run import Job, num_threads, run_entries
     from harness.spectra import command_line
 
@@ -427,98 +353,4 @@ def run(
         click.echo(f"failed: {unit}: {reason}", err=True)
     click.echo(f"tables in {out}")
     if failed:
-        sys.exit(1)
-
-
-@main.command()
-@click.argument("target", default="")
-@click.option("--sample", default=10, show_default=True, type=click.IntRange(1), help="Rows.")
-@click.option("--budget", default=600.0, show_default=True, help="Seconds.")
-@click.option(
-    "--checkpoints",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
-)
-@click.option("--mark", is_flag=True, help="Note the models that agree in verified.json.")
-@options("source", "registry", "data_root", "seed", "device", "json")
-def verify(
-    target: str,
-    sample: int,
-    budget: float,
-    checkpoints: Path | None,
-    mark: bool,
-    source: Path | None,
-    registry: Path | None,
-    data_root: Path | None,
-    seed: int,
-    device: str | None,
-    as_json: bool,
-) -> None:
-    """Recompute a sample of published rows, one probe each, and compare.
-
-    TARGET is a model, a folder of tables, or a submission; by default all models of the bundled
-    release. Reading a submission executes none of its code; to recompute it, read the code, then
-    pass --registry SUBMISSION/entry. Rows whose data or weights are not here are listed as
-    unverifiable. The exit code is 0 if all that was recomputed agrees, and something was.
-    """
-    from dataclasses import asdict
-    from functools import partial
-
-    from harness.display import print_checks, progress_bar
-    from harness.registry import get
-    from harness.submission.submit import check_registry, reseal, tables_of
-    from harness.submission.verified import mark_verified
-    from harness.submission.verify import load_published, sample_rows, verify_sample
-    from spectra_db.load import BUNDLED
-
-    if not 0 < budget < float("inf"):
-        raise UserError(f"--budget is {budget}; it must be positive, in seconds")
-    folder: Path | None = None
-    if Path(target).is_dir() and target:
-        if source is not None:
-            raise UserError(f"{target} is a folder, and --source names another: pass one of them")
-        folder, target = Path(target), ""
-        source, beside = tables_of(folder)
-        check_registry(folder, registry)
-        if checkpoints is None and beside.is_dir():
-            checkpoints = beside
-    elif "/" in target:
-        raise UserError(f"there is no folder {target}; name one, or a model of the tables")
-    rows, stages = load_published(source, target or None)
-    chosen = sample_rows(rows, sample, seed)
-    if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
-        checkpoints = source / "checkpoints"
-    products, seconds = int(chosen["num_products"].sum()), float(chosen["seconds"].sum())
-    click.echo(
-        f"{len(chosen)} of {len(rows)} rows: {products:,} products, {seconds:,.0f} s where they "
-        f"were made; at most {budget:,.0f} s here",
-        err=True,
-    )
-    with progress_bar("verify") as on_progress:
-        checks = verify_sample(
-            chosen,
-            stages,
-            partial(get, registry_dir=registry),
-            budget=budget,
-            data_root=data_root,
-            checkpoint_dir=checkpoints,
-            device=device_of(device),
-            on_progress=on_progress,
-        )
-    if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=2))
-    else:
-        print_checks(checks)
-    if mark:
-        mark_verified(source or BUNDLED, checks)
-        if folder is not None and source != folder:
-            reseal(folder)  # a submission lists its files
-    counts = {o: sum(c.outcome == o for c in checks) for o in ("agrees", "deviates")}
-    left = len(checks) - sum(counts.values())
-    click.echo(
-        f"{counts['agrees']} agree, {counts['deviates']} deviate, {left} can't be verified here, "
-        f"{len(chosen) - len(checks)} left for want of time",
-        err=True,
-    )
-    if counts["deviates"] or not counts["agrees"]:
         sys.exit(1)

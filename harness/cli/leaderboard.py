@@ -102,8 +102,9 @@ def predict(
     TARGET is an entry of the registry, or module:factory, timm:NAME or 'transformers:TYPE?...'
     with --task. Without --js0 it takes six products per block.
     """
-    from harness.display import cost_line, print_prediction, progress_bar
+    from harness.display import cost_line, print_prediction
     from harness.leaderboard import predict as prediction
+    from harness.progress import progress_bar
 
     entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
     with progress_bar(target) as on_progress:

@@ -1,4 +1,4 @@
-"""Commands by which a model comes into the dataset: add-model, validate, submit."""
+"""Commands by which a model comes into the dataset: add-model, validate, submit, verify."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from harness.cli.base import main, options
+from harness.cli.base import device_of, main, options
 from harness.errors import UserError
 
 
@@ -213,3 +213,98 @@ def submit(
     if create_pr and repo is not None:
         page = open_pull_request(out, repo, f"submissions/{model}", f"Submit {model}")
         click.echo(f"pull request: {page}")
+
+
+@main.command()
+@click.argument("target", default="")
+@click.option("--sample", default=10, show_default=True, type=click.IntRange(1), help="Rows.")
+@click.option("--budget", default=600.0, show_default=True, help="Seconds.")
+@click.option(
+    "--checkpoints",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
+)
+@click.option("--mark", is_flag=True, help="Note the models that agree in verified.json.")
+@options("source", "registry", "data_root", "seed", "device", "json")
+def verify(
+    target: str,
+    sample: int,
+    budget: float,
+    checkpoints: Path | None,
+    mark: bool,
+    source: Path | None,
+    registry: Path | None,
+    data_root: Path | None,
+    seed: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Recompute a sample of published rows, one probe each, and compare.
+
+    TARGET is a model, a folder of tables, or a submission; by default all models of the bundled
+    release. Reading a submission executes none of its code; to recompute it, read the code, then
+    pass --registry SUBMISSION/entry. Rows whose data or weights are not here are listed as
+    unverifiable. The exit code is 0 if all that was recomputed agrees, and something was.
+    """
+    from dataclasses import asdict
+    from functools import partial
+
+    from harness.display import print_checks
+    from harness.progress import progress_bar
+    from harness.registry import get
+    from harness.submission.submit import check_registry, reseal, tables_of
+    from harness.submission.verified import mark_verified
+    from harness.submission.verify import load_published, sample_rows, verify_sample
+    from spectra_db.load import BUNDLED
+
+    if not 0 < budget < float("inf"):
+        raise UserError(f"--budget is {budget}; it must be positive, in seconds")
+    folder: Path | None = None
+    if Path(target).is_dir() and target:
+        if source is not None:
+            raise UserError(f"{target} is a folder, and --source names another: pass one of them")
+        folder, target = Path(target), ""
+        source, beside = tables_of(folder)
+        check_registry(folder, registry)
+        if checkpoints is None and beside.is_dir():
+            checkpoints = beside
+    elif "/" in target:
+        raise UserError(f"there is no folder {target}; name one, or a model of the tables")
+    rows, stages = load_published(source, target or None)
+    chosen = sample_rows(rows, sample, seed)
+    if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
+        checkpoints = source / "checkpoints"
+    products, seconds = int(chosen["num_products"].sum()), float(chosen["seconds"].sum())
+    click.echo(
+        f"{len(chosen)} of {len(rows)} rows: {products:,} products, {seconds:,.0f} s where they "
+        f"were made; at most {budget:,.0f} s here",
+        err=True,
+    )
+    with progress_bar("verify") as on_progress:
+        checks = verify_sample(
+            chosen,
+            stages,
+            partial(get, registry_dir=registry),
+            budget=budget,
+            data_root=data_root,
+            checkpoint_dir=checkpoints,
+            device=device_of(device),
+            on_progress=on_progress,
+        )
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        print_checks(checks)
+    if mark:
+        mark_verified(source or BUNDLED, checks)
+        if folder is not None and source != folder:
+            reseal(folder)  # a submission lists its files
+    counts = {o: sum(c.outcome == o for c in checks) for o in ("agrees", "deviates")}
+    left = len(checks) - sum(counts.values())
+    click.echo(
+        f"{counts['agrees']} agree, {counts['deviates']} deviate, {left} can't be verified here, "
+        f"{len(chosen) - len(checks)} left for want of time",
+        err=True,
+    )
+    if counts["deviates"] or not counts["agrees"]:
+        sys.exit(1)

@@ -15,7 +15,7 @@ from harness.leaderboard.statistics import REFERENCE, TIERS, measurements
 from harness.leaderboard.tables import Dataset
 from spectra_db.schema import STAGES
 
-BEGIN = "<!-- leaderboard: written by `harness leaderboard --readme` -->"
+BEGIN = "<!-- leaderboard: written by `make leaderboard` -->"
 END = "<!-- end of leaderboard -->"
 # The scale that a metric is judged at; the others are further readings.
 SCALES = ("lambda10", "none")

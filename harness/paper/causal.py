@@ -25,22 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from harness import tasks
-from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.paper import release
 from harness.paper.result import Result
 from harness.registry import get
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data
-from harness.training import stages
-from harness.training.loop import (
-    _DATA_SEED,
-    EVALUATION_FACTOR,
-    NUM_LOGGED,
-    evaluate,
-    make_optimizer,
-)
-from harness.training.schedule import learning_rate
+from harness.training import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,44 +153,15 @@ def train_blockwise(
     Raises:
         UserError: The entry has no recipe.
     """
-    if entry.recipe is None:
-        raise UserError(f"model {entry.name!r} has no training recipe")
-    recipe, task = entry.recipe, tasks.get(entry.task, **entry.task_options)
-    subset = task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train")))
-    model = stages.initial_model(entry, data.model_options, seed)
-    init_loss, _ = evaluate(task, model, subset, EVALUATION_FACTOR * recipe.batch_size)
-    scales = _scales(model, factors)
-    update = make_optimizer(model, recipe, "sgd", lr)
-    batches = task.batches(
-        data, recipe.batch_size, torch.Generator().manual_seed(seed + _DATA_SEED)
-    )
-    log_every = max(1, recipe.num_steps // NUM_LOGGED)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.train()
-        for step in range(recipe.num_steps):
-            rate = learning_rate(
-                step,
-                peak=lr,
-                warmup_steps=recipe.warmup_steps,
-                num_steps=recipe.num_steps,
-                schedule=recipe.schedule,
-            )
-            for group in update.param_groups:
-                group["lr"] = rate
-            loss = task.loss(model, next(batches))
-            if step % log_every == 0 and not math.isfinite(loss.item()):
-                return init_loss, init_loss
-            loss.backward()
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            for parameter, scale in scales:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-            update.step()
-            update.zero_grad(set_to_none=True)
-    final_loss, _ = evaluate(task, model, subset, EVALUATION_FACTOR * recipe.batch_size)
-    return init_loss, final_loss if final_loss <= init_loss else init_loss
+    scales = _scales(entry.build(data.model_options, seed), factors)
+
+    def scale(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and name in scales:
+                parameter.grad.mul_(scales[name])
+
+    run = train(entry, data, optimizer="sgd", lr=lr, seed=seed, on_gradients=scale)
+    return run.init_loss, run.final_loss
 
 
 def relative_gap(
@@ -260,8 +222,8 @@ def _stored(runs: pd.DataFrame, optimizer: str, lr: float, end: bool, seed: int)
     return float(runs.loc[kept, "value"].iloc[0])
 
 
-def _scales(model: nn.Module, factors: Mapping[str, float]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return per parameter the tensor that its gradient is multiplied by."""
+def _scales(model: nn.Module, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return, by name of the parameter, the tensor that its gradient is multiplied by."""
     named = dict(model.named_parameters())
     scales: dict[str, Tensor] = {}
     for block in find_blocks(model, "weights"):
@@ -272,7 +234,7 @@ def _scales(model: nn.Module, factors: Mapping[str, float]) -> list[tuple[nn.Par
             bias = part.parameter.removesuffix("weight") + "bias"
             if part.dim is None and bias in named and bias != part.parameter:
                 scales[bias] = torch.full_like(named[bias], factors.get(block.name, 1.0))
-    return [(named[name], scale) for name, scale in scales.items()]
+    return scales
 
 
 def _draw(values: Mapping[str, Any]) -> Figure:

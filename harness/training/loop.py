@@ -66,6 +66,7 @@ def train(
     checkpoint_dir: Path | str | None = None,
     pretrained_dir: Path | str | None = None,
     device: str = "cpu",
+    on_gradients: Callable[[nn.Module], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainingRun:
     """Train an entry by its recipe at one learning rate.
@@ -81,6 +82,7 @@ def train(
         pretrained_dir: where the stages of the entry lie that a pretrained one starts from;
             `checkpoint_dir` unless given.
         device: where to compute.
+        on_gradients: called with the model before each update, to change its clipped gradients.
         on_step: called with (steps done, num_steps) after each step.
 
     Returns:
@@ -148,6 +150,8 @@ def train(
             loss.backward()
             if recipe.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            if on_gradients is not None:
+                on_gradients(model)
             update.step()
             update.zero_grad(set_to_none=True)
             if step % log_every == 0:

@@ -18,8 +18,8 @@ import pytest
 
 import spectra_db
 from harness import run
-from harness.claims import claim
 from harness.errors import OutputError
+from harness.locks import claim
 from harness.plan import STAGE_SEED, Unit, missing, survey
 from harness.run import run_entries
 from spectra_db import store

@@ -1,0 +1,90 @@
+"""Commands that show the registry: list, describe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from harness.cli.base import TIERS, choice, main, options
+from harness.errors import UserError
+
+
+@main.command("list")
+@click.option("--tier", type=click.Choice(TIERS), help="One tier alone.")
+@options("registry", "json")
+def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
+    """List the models of the registry."""
+    from harness.display import print_entries
+    from harness.registry import entries
+
+    found = entries(tier, registry_dir=registry)
+    fields = ("name", "family", "tier", "task", "status", "description")
+    if as_json:
+        click.echo(json.dumps([{f: getattr(e, f) for f in fields} for e in found], indent=2))
+    else:
+        print_entries(found, fields[:-1])  # `describe` gives the description
+
+
+@main.command()
+@click.argument("model")
+@choice("partition", "weights", "paper", "all", "full")
+@click.option(
+    "--provenance", is_flag=True, help="Where its published numbers come from, row by row."
+)
+@options("source", "registry", "data_root", "json")
+def describe(
+    model: str,
+    partition: str,
+    provenance: bool,
+    source: Path | None,
+    registry: Path | None,
+    data_root: Path | None,
+    as_json: bool,
+) -> None:
+    """Describe a model: its blocks and what its spectrum costs."""
+    if provenance:
+        from harness.display import print_provenance
+        from spectra_db.provenance import trace
+
+        found = trace(model, source)
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+        else:
+            print_provenance(found)
+        return
+    if source is not None:
+        raise UserError("--source names published tables; it goes with --provenance")
+    from harness.display import cost_line, print_blocks
+    from harness.registry import get
+    from harness.spectra import blocks_of, forecast_of
+    from harness.training import load_problem
+
+    entry = get(model, registry_dir=registry)
+    problem = load_problem(entry, data_root=data_root)
+    blocks = blocks_of(problem, partition)
+    cost = forecast_of(problem, partition, entry.num_probes, entry.num_steps)
+    num_params = sum(p.numel() for p in problem.model.parameters())
+    if as_json:
+        facts = {
+            "name": entry.name,
+            "family": entry.family,
+            "tier": entry.tier,
+            "num_params": num_params,
+            "blocks": [
+                {"name": b.name, "kind": b.kind, "shape": b.shape, "num_params": b.num_params}
+                for b in blocks
+            ],
+            "num_products": cost.num_products,
+            "flops": cost.flops,
+            "graph_bytes": cost.graph_bytes,
+        }
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{entry.name}: {entry.description} ({entry.reference})")
+    click.echo(f"family {entry.family}, tier {entry.tier}, task {entry.task}")
+    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {partition}")
+    click.echo("GFLOP: of one product with the block")
+    print_blocks(blocks, cost)
+    click.echo(cost_line(entry.num_probes, entry.num_steps, cost))

@@ -63,6 +63,8 @@ class PrunedConvolutions(TorchFunctionMode):
     ) -> torch.Tensor:
         # Named as torch names them: callers may pass them by keyword.
         x, w = input, weight
+        if isinstance(padding, str):
+            padding = _as_numbers(padding, w.shape[2:], dilation)
         if isinstance(padding, str) or x.dim() != w.dim():
             return func(x, w, bias, stride, padding, dilation, groups)
         weight_id = id(w) if isinstance(w, nn.Parameter) else None
@@ -164,6 +166,17 @@ class _WeightGradient(torch.autograd.Function):
             _InputGradient.apply(g, u, ctx.shape) if wants_x else None,
             None,
         )
+
+
+def _as_numbers(
+    padding: str, kernel: Sequence[int], dilation: int | Sequence[int]
+) -> str | Sequence[int]:
+    """Return a named padding as numbers; as it is where the two sides of a dimension differ."""
+    if padding == "valid":
+        return [0] * len(kernel)
+    steps = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
+    spans = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
+    return padding if any(span % 2 for span in spans) else [span // 2 for span in spans]
 
 
 def _wants(ctx: Any, index: int) -> bool:

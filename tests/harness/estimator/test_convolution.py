@@ -49,7 +49,12 @@ NETS = {
         nn.Conv2d(2, 2, 3, groups=2, bias=False), nn.Tanh(), nn.Conv2d(2, 3, 1), nn.Tanh()
     ),
     "padding by name": lambda: net(
-        nn.Conv2d(2, 3, 3, padding="same"), nn.Tanh(), nn.Conv2d(3, 2, 3)
+        nn.Conv2d(2, 3, 3, padding="same", dilation=2),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 3, padding="valid"),
+    ),
+    "more padding on one side": lambda: net(
+        nn.Conv2d(2, 3, 2, padding="same"), nn.Tanh(), nn.Conv2d(3, 2, 3)
     ),
     "one dimension": lambda: net(
         nn.Flatten(2), nn.Conv1d(2, 3, 5, stride=3), nn.Tanh(), nn.Conv1d(3, 2, 2, padding=2)
@@ -80,10 +85,11 @@ def test_products_through_convolutions_equal_the_dense_hessian(name, partition):
             assert (hessian.dense(i) - H).norm() <= 1e-10 * max(H.norm(), 1e-3)
 
 
-def test_a_product_costs_two_convolutions_a_layer_behind_and_two_in_the_block():
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_a_product_costs_two_convolutions_a_layer_behind_and_two_in_the_block(padding):
     """At the block: forward with v, and the weight's gradient; behind it one up, one down."""
     width, size, depth = 4, 8, 4
-    layers = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)]
+    layers = [nn.Conv2d(width, width, 3, padding=padding, bias=False) for _ in range(depth)]
     model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())))
     loss = lambda m, x: F.mse_loss(m(x), torch.zeros_like(x))  # noqa: E731
     x = torch.randn(2, width, size, size)

@@ -149,8 +149,51 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
     row |= {"sigma": 0.0, "value": estimate.value, "corrected": estimate.corrected}
     row |= {"standard_error": 0.0, "truncation_error": 0.0, "batch_error": None}
     row |= {"num_blocks": estimate.num_blocks, "num_zero_blocks": 0, "num_products": 0}
+    row["batch_size"] = problem.batch_size
     store.write(out, "heterogeneity", [row])
     return estimate
+
+
+def take_moments(
+    problem: Problem,
+    settings: Settings,
+    out: Path,
+    *,
+    command: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Take the spreads of moments and of gradients on a batch larger than the spectrum's.
+
+    They need one product a probe, and one gradient. The rules are kept in OUT/larger_batch, apart
+    from the spectrum; the metrics replace those of the spectrum's batch, and say their own.
+
+    Args:
+        problem: The model at a stage, and the larger batch.
+        settings: As `take_metric`; as many probes as a spectrum's.
+        out: Folder of the tables.
+        command: The command line, for table `runs`.
+        on_progress: Called with (products done, products in all).
+
+    Returns:
+        The rows of `heterogeneity`.
+    """
+    folder = out / "larger_batch"
+    take_metric(
+        problem,
+        settings,
+        folder,
+        MOMENT_METRICS[0],
+        tolerance=None,
+        max_probes=settings.num_probes,
+        command=command,
+        on_progress=on_progress,
+    )
+    rows = rows_of(folder, "heterogeneity", problem.entry.name)
+    rows = rows[rows["metric"].isin([*MOMENT_METRICS, GRADIENT_METRIC])]
+    here = (rows["stage"] == problem.stage) & (rows["init_seed"] == problem.init_seed)
+    rows = rows[here & (rows["partition"] == settings.partition)]
+    store.write(out, "heterogeneity", rows)
+    return rows
 
 
 def halves(problem: Problem, settings: Settings) -> tuple[Problem, Problem]:
@@ -221,6 +264,8 @@ def take_batch_error(
     first, second = (rows["corrected"].fillna(rows["value"]) for rows in found)
     difference = (first - second).abs().rename("batch_error").reset_index()
     whole = rows_of(out, "heterogeneity", parts[0].entry.name).drop(columns="batch_error")
+    # Metrics on a larger batch say nothing of these halves.
+    whole = whole[whole["batch_size"] == sum(part.batch_size for part in parts)]
     rows = whole.merge(difference, on=keys)
     store.write(out, "heterogeneity", rows)
     return rows

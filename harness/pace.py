@@ -15,7 +15,7 @@ class Pace:
     did, else what any did. Units in flight count by the part of them that is done.
 
     Args:
-        costs: Operations of a unit by model, then by "train" or the partition of a spectrum.
+        costs: Operations of a unit by model, then by `Survey.unit_flops`' keys.
         clock: Seconds from some beginning.
     """
 
@@ -62,7 +62,7 @@ class Pace:
 
     def _flops(self, unit: Unit) -> float:
         costs = self._costs.get(unit.model, {})
-        return costs.get(unit.partition or "train", 0.0) or 1.0
+        return costs.get(unit.partition or unit.kind, 0.0) or 1.0
 
     def _rate(self, unit: Unit) -> float | None:
         """Return the seconds per operation expected of a unit."""

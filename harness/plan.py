@@ -17,6 +17,7 @@ from harness.spectra import Settings, forecast_of, rows_of
 from harness.training import grid
 from harness.training.gap import SEEDS
 from harness.training.stages import checkpoint_path
+from spectra_db.heterogeneity import MOMENT_METRICS
 
 if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
@@ -27,13 +28,13 @@ STAGE_SEED = 1
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work that is done as a whole or again: a training run, or a spectrum.
+    """One piece of work that is done as a whole or again.
 
     Attributes:
         model: Name of the entry.
-        kind: train or spectrum.
+        kind: train, spectrum, or moments: metrics that need few products, on a larger batch.
         optimizer, lr, seed: Of a training run.
-        stage, partition: Of a spectrum.
+        stage, partition: Of a spectrum; moments are of the entry's partition.
         ready: Whether it could start now; a run at the best rate has no rate before.
         blocks: Some blocks of a spectrum, to be taken alone; empty for all.
     """
@@ -51,7 +52,8 @@ class Unit:
     @property
     def slug(self) -> str:
         """A name for files."""
-        what = self.stage or self.optimizer, self.partition or f"{self.lr:g}", str(self.seed)
+        of = f"{self.lr:g}" if self.kind == "train" else self.partition or self.kind
+        what = self.stage or self.optimizer, of, str(self.seed)
         name = "-".join([self.model, *what])
         blocks = hashlib.sha256("\n".join(self.blocks).encode()).hexdigest()[:8]
         return f"{name}-{blocks}" if self.blocks else name
@@ -59,6 +61,8 @@ class Unit:
     def __str__(self) -> str:
         if self.kind == "train":
             return f"{self.model}: {self.optimizer} at {self.lr:g}, seed {self.seed}"
+        if self.kind == "moments":
+            return f"{self.model}: moments on a larger batch at {self.stage}"
         return f"{self.model}: {self.partition} spectrum at {self.stage}"
 
 
@@ -71,13 +75,13 @@ class Survey:
         reason: Why it can't be worked on; the numbers are zero then.
         num_params: Parameters of the model.
         num_blocks: Blocks of the entry's partition.
-        num_units: Training runs and spectra, if no grid is extended.
-        num_products: Hessian-vector products of all spectra.
-        spectra_flops: Floating-point operations of all spectra.
+        num_units: Training runs, spectra and moments, if no grid is extended.
+        num_products: Hessian-vector products of all spectra and moments.
+        spectra_flops: Floating-point operations of all spectra and moments.
         training_flops: Floating-point operations of all training runs.
-        graph_bytes: Memory of the kept graph of the Hessian's batch, in bytes.
-        costs: Forecast of the spectrum of each partition.
-        counts: At how many stages it is taken.
+        graph_bytes: Memory of the kept graph of the largest batch, in bytes.
+        costs: Forecast of the spectrum of each partition, and of "moments" where they are taken.
+        counts: At how many stages each is taken.
         run_flops: Operations of one training run.
     """
 
@@ -96,7 +100,7 @@ class Survey:
 
     @property
     def unit_flops(self) -> dict[str, float]:
-        """Operations of one unit: a training run ("train"), or a spectrum of a partition."""
+        """Operations of one unit: of "train", "moments", or the spectrum of a partition."""
         return {"train": self.run_flops, **{p: float(c.flops) for p, c in self.costs.items()}}
 
 
@@ -117,6 +121,12 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         return Survey(entry, reason=str(error))
     counts = Counter(partition for stage in entry.stages for partition in _partitions(entry, stage))
     costs = {p: forecast_of(problem, p, entry.num_probes, entry.num_steps) for p in counts}
+    if entry.moments_batch_size is not None:
+        larger = load_problem(
+            fresh, "init", STAGE_SEED, data_root=data_root, batch_size=entry.moments_batch_size
+        )
+        costs["moments"] = forecast_of(larger, entry.partition, entry.num_probes, 1)
+        counts["moments"] = 1
     runs, training = 0, 0.0
     if entry.trains and entry.recipe is not None:
         runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
@@ -175,6 +185,10 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
         for partition in _partitions(entry, stage):
             if not _has_spectrum(entry, out, stage, partition):
                 yield Unit(entry.name, "spectrum", stage=stage, partition=partition, ready=ready)
+    if entry.moments_batch_size is not None and not _has_moments(entry, out):
+        # The spectrum writes these metrics too, on its own batch: theirs come after.
+        ready = _has_spectrum(entry, out, "init", entry.partition)
+        yield Unit(entry.name, "moments", stage="init", ready=ready)
 
 
 def _partitions(entry: ModelEntry, stage: str) -> list[str]:
@@ -226,6 +240,16 @@ def _diverged(rows: pd.DataFrame) -> bool:
 
 def _stage_path(entry: ModelEntry, out: Path, stage: str) -> Path:
     return checkpoint_path(out / "checkpoints", entry.name, STAGE_SEED, stage)
+
+
+def _has_moments(entry: ModelEntry, out: Path) -> bool:
+    """Tell whether the metrics that are taken on a larger batch are of that batch."""
+    rows = rows_of(out, "heterogeneity", entry.name)
+    if rows.empty:
+        return False
+    rows = rows[(rows["stage"] == "init") & (rows["init_seed"] == STAGE_SEED)]
+    rows = rows[rows["metric"] == MOMENT_METRICS[0]]
+    return bool((rows["batch_size"] == entry.moments_batch_size).any())
 
 
 def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> bool:

@@ -218,10 +218,9 @@ def execute(unit: Unit, on_progress: OnProgress | None = None, *, job: Job) -> s
             left = missing(job.entries[unit.model], job.out)
             if replace(unit, blocks=()) not in left:  # it was done since
                 return ELSEWHERE
-            if unit.kind == "train":
-                _train(unit, job, on_progress)
-            else:
-                _take(unit, job, on_progress)
+            {"train": _train, "spectrum": _take, "moments": _take_moments}[unit.kind](
+                unit, job, on_progress
+            )
     except Exception as error:
         if output_error(job.out, error) is not None:
             raise
@@ -267,6 +266,24 @@ def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     )
     settings = settings_of(entry, unit.partition, job.device)
     take_spectrum(problem, settings, job.out, command=job.command, on_progress=on_progress)
+
+
+def _take_moments(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
+    """Take the metrics that need few products on the entry's larger batch."""
+    from harness.measure import take_moments
+    from harness.training import load_problem
+
+    entry = job.entries[unit.model]
+    problem = load_problem(
+        entry,
+        unit.stage,
+        unit.seed,
+        data_root=job.data_root,
+        checkpoint_dir=job.checkpoints,
+        batch_size=entry.moments_batch_size,
+    )
+    settings = settings_of(entry, entry.partition, job.device)
+    take_moments(problem, settings, job.out, command=job.command, on_progress=on_progress)
 
 
 def _write_failed(unit: Unit, job: Job, reason: str) -> None:

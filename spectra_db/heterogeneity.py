@@ -186,6 +186,7 @@ def metrics(
             "num_blocks": full.num_blocks,
             "num_zero_blocks": full.num_zero_blocks,
             "num_products": full.num_products,
+            "batch_size": int(rows["batch_size"].iloc[0]) if "batch_size" in rows else None,
         }
         table.append(identity | {"metric": metric, "scale": scale, "sigma": sigma} | found)
 

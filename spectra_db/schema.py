@@ -17,11 +17,18 @@ _LIST = pa.list_(_FLOAT)
 
 
 def _column(
-    name: str, kind: pa.DataType, description: str, unit: str = "", *, optional: bool = False
+    name: str,
+    kind: pa.DataType,
+    description: str,
+    unit: str = "",
+    *,
+    optional: bool = False,
+    since: str = "",
 ) -> pa.Field:
-    """Describe one column; `optional` ones may be null."""
-    metadata = {"description": description} | ({"unit": unit} if unit else {})
-    return pa.field(name, kind, nullable=optional, metadata=metadata)
+    """Describe one column; `optional` ones may be null, as those are that older releases lack."""
+    metadata = {"description": description, "unit": unit, "since": since}
+    metadata = {key: text for key, text in metadata.items() if text}
+    return pa.field(name, kind, nullable=optional or bool(since), metadata=metadata)
 
 
 _MODEL = _column("model", _TEXT, "Name of the registry entry")
@@ -151,6 +158,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("num_blocks", _INT, "Blocks that entered", "blocks"),
             _column("num_zero_blocks", _INT, "Exactly zero blocks left out", "blocks"),
             _column("num_products", _INT, "Hessian-vector products used", "products"),
+            _column("batch_size", _INT, "Samples in the metric's batch", "samples", since="0.3.0"),
         ]
     ),
     "training": pa.schema(

@@ -98,6 +98,8 @@ def read(
 ) -> pa.Table:
     """Read one file, or some columns and rows of it, and validate what was read.
 
+    A column that the file is older than is null.
+
     Args:
         path: The file.
         table: Name of its table.
@@ -120,11 +122,13 @@ def read(
         raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
     try:
         with pq.ParquetFile(path) as file:
-            _check_schema(table, file.schema_arrow, str(path))
+            _check_schema(table, file.schema_arrow, str(path), may_be_older=True)
             # Damaged metadata of a column raise here; asked for them, pyarrow would abort.
             file.scan_contents()
             _check_size(file.metadata, path)
-        content = pq.read_table(path, columns=needed, filters=where, partitioning=None)
+        content = pq.read_table(
+            path, schema=schema, columns=needed, filters=where, partitioning=None
+        )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidTable(f"{path}: not readable as Parquet: {reason}") from error
@@ -170,9 +174,12 @@ def validate(table: str, content: pa.Table, *, where: str = "the table") -> None
     _check_values(table, content, where)
 
 
-def _check_schema(table: str, found: pa.Schema, where: str) -> None:
-    """Check names, order and types of the columns."""
+def _check_schema(table: str, found: pa.Schema, where: str, *, may_be_older: bool = False) -> None:
+    """Check names, order and types of the columns; an older file may lack those that came later."""
     schema = TABLES[table]
+    if may_be_older:
+        there = set(found.names)
+        schema = pa.schema([f for f in schema if f.name in there or b"since" not in f.metadata])
     if found.names != schema.names:
         missing = sorted(set(schema.names) - set(found.names))
         unknown = sorted(set(found.names) - set(schema.names))

@@ -97,6 +97,8 @@ class ModelEntry:
         task_options: Its keyword arguments.
         hessian_batch_size: Samples of the Hessian's batch.
         microbatch_size: Samples of a microbatch, None for the whole batch.
+        moments_batch_size: Samples of a larger batch for the metrics that need but few products,
+            the spreads of moments and gradients, at init; None: the Hessian's batch.
         recipe: How it is trained; None: only its initial spectrum is taken.
         stages: Stages at which spectra are taken.
         full_stages: Stages at which the full spectrum is taken too.
@@ -124,6 +126,7 @@ class ModelEntry:
     options: Mapping[str, Any] = field(default_factory=dict)
     task_options: Mapping[str, Any] = field(default_factory=dict)
     microbatch_size: int | None = None
+    moments_batch_size: int | None = None
     recipe: Recipe | None = None
     stages: tuple[str, ...] = ("init",)
     full_stages: tuple[str, ...] = ()
@@ -152,7 +155,8 @@ class ModelEntry:
             refuse("full_stages", "they must be among the stages")
         if self.recipe is None and self.stages != ("init",):
             refuse("stages", "without a recipe there is only init")
-        for attribute in ("hessian_batch_size", "microbatch_size", "num_probes", "num_steps"):
+        sizes = ("hessian_batch_size", "microbatch_size", "moments_batch_size")
+        for attribute in (*sizes, "num_probes", "num_steps"):
             if (value := getattr(self, attribute)) is not None and value < 1:
                 refuse(attribute, "it must be at least 1")
         for attribute in ("source", "reference", "licence", "description"):

@@ -57,6 +57,7 @@ def load_problem(
     *,
     data_root: Path | str | None = None,
     checkpoint_dir: Path | str | None = None,
+    batch_size: int | None = None,
 ) -> Problem:
     """Build the problem of an entry at a stage.
 
@@ -66,6 +67,7 @@ def load_problem(
         seed: of the initialisation and of the AdamW run whose stages are used.
         data_root: see `harness.tasks`.
         checkpoint_dir: where `train` saved the stages; also those of the pretraining.
+        batch_size: samples of the Hessian's batch; None: as many as the entry says.
 
     Raises:
         UserError: the entry has no such stage, the stage or the pretraining is not trained yet
@@ -91,7 +93,7 @@ def load_problem(
     else:
         model = entry.build(data.model_options, seed)
         step = int(stages.load(model, path, entry=entry)["step"])
-    batch = task.fixed(data, "train", entry.hessian_batch_size)
+    batch = task.fixed(data, "train", batch_size or entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
     batches = tasks.split(batch, microbatch_size)
     weights = [task.num_terms(part) for part in batches]

@@ -27,6 +27,7 @@ from harness.scale import workers
 from harness.spectra import Settings, take_spectrum
 from harness.training import load_problem
 from spectra_db import store
+from spectra_db.heterogeneity import spread
 
 RECIPE = Recipe(
     num_steps=10, batch_size=64, sgd_lrs=(0.01, 0.1), adamw_lrs=(1e-3, 1e-2), num_lrs=2,
@@ -112,6 +113,25 @@ def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
     _, started = do(tmp_path, tiny(recipe=replace(RECIPE, extend_grid=True)))
     on_the_grid = [unit for unit in started if unit.kind == "train" and unit.seed == 0]
     assert len(on_the_grid) > 2 * RECIPE.num_lrs
+
+
+def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
+    entry = tiny(stages=("init",), full_stages=(), moments_batch_size=40)
+    assert [unit.ready for unit in missing(entry, tmp_path)] == [True, False]
+    failed, started = do(tmp_path, entry)
+    assert (failed, [unit.kind for unit in started]) == ({}, ["spectrum", "moments"])
+    rows = spectra_db.load("heterogeneity", source=tmp_path).set_index("metric")
+    larger = rows.loc[["lambda_rms_spread", "trace_spread", "gradient_rms_spread"]]
+    assert set(larger["batch_size"]) == {40}
+    assert set(rows.drop(index=larger.index)["batch_size"]) == {16}
+    # What the metric is on a problem of that batch.
+    problem = load_problem(replace(entry, hessian_batch_size=40), "init", 1)
+    spectrum = take_spectrum(problem, Settings(num_steps=1), tmp_path / "other", command="")
+    expected = spread(spectrum, "lambda_rms")
+    assert larger.loc["lambda_rms_spread", "corrected"] == pytest.approx(expected.corrected)
+    # Spectra stay those of one batch, and a second run finds all done.
+    assert spectra_db.load("spectra", source=tmp_path)["batch_size"].unique().tolist() == [16]
+    assert do(tmp_path, entry) == ({}, [])
 
 
 def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp_path):

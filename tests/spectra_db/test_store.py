@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -113,6 +114,22 @@ def test_columns_that_may_be_null_may_be_missing(tmp_path):
         del row[column]
     store.write(tmp_path, "spectra", [row])
     assert read(tmp_path)[["peak_bytes", "tolerance", "reason"]].isna().all(axis=None)
+
+
+def test_a_file_older_than_a_column_is_read_and_added_to(tmp_path):
+    row = {"model": "made-up", "stage": "init", "init_seed": 1, "train_run": "", "metric": "w1"}
+    row |= {"partition": "weights", "scale": "lambda10", "sigma": 0.0, "protocol_version": 1}
+    row |= {"num_blocks": 2, "num_zero_blocks": 0, "num_products": 10}
+    store.write(tmp_path, "heterogeneity", [row | {"batch_size": 16}])
+    path = store.path_of(tmp_path, "heterogeneity", "made-up")
+    pq.write_table(pq.read_table(path).drop_columns(["batch_size"]), path)
+    assert read(tmp_path, "heterogeneity")["batch_size"].isna().all()
+    where = pc.field("batch_size") == 16
+    assert store.read(path, "heterogeneity", where=where).num_rows == 0
+    store.write(tmp_path, "heterogeneity", [row | {"stage": "final", "batch_size": 64}])
+    found = read(tmp_path, "heterogeneity").set_index("stage")["batch_size"]
+    assert found.dropna().to_dict() == {"final": 64}
+    assert len(found) == 2
 
 
 def test_writing_again_replaces_rows_of_the_same_key(tmp_path):

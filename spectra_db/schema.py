@@ -158,7 +158,13 @@ TABLES: dict[str, pa.Schema] = {
             _column("num_blocks", _INT, "Blocks that entered", "blocks"),
             _column("num_zero_blocks", _INT, "Exactly zero blocks left out", "blocks"),
             _column("num_products", _INT, "Hessian-vector products used", "products"),
-            _column("batch_size", _INT, "Samples in the metric's batch", "samples", since="0.3.0"),
+            _column(
+                "batch_size",
+                _INT,
+                "Samples in the batch; null before 0.3.0",
+                "samples",
+                since="0.3.0",
+            ),
         ]
     ),
     "training": pa.schema(

@@ -16,7 +16,7 @@ COLUMNS = [(table, field) for table, schema in TABLES.items() for field in schem
 def test_every_column_says_what_it_holds(table, field):
     assert re.fullmatch(r"[a-z][a-z0-9_]*", field.name)
     assert field.metadata[b"description"].decode().strip()
-    assert set(field.metadata) <= {b"description", b"unit"}
+    assert set(field.metadata) <= {b"description", b"unit", b"since"}
     assert field.metadata.get(b"unit", b"-")
 
 

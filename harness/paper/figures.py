@@ -16,8 +16,8 @@ from harness.training import grid
 from harness.training.gap import SEEDS
 from spectra_db import density, plot
 from spectra_db.density import GROUP
-from spectra_db.heterogeneity import READINGS as ALL_READINGS
-from spectra_db.heterogeneity import pairwise_js
+from spectra_db.heterogeneity import READINGS as JS_READINGS
+from spectra_db.heterogeneity import SPECTRUM_METRICS, pairwise_js
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
 _SGD, _ADAM = "#D55E00", "#0072B2"
-# Readings of JS⁰ that claims are judged by: metric, scale. Table 1 is set beside all.
+# Every metric in each of its readings, the first the metric: Table 1 is set beside all.
+EVERY_READING = [
+    *(f"{metric} {scale}" for metric, scale, _ in JS_READINGS),
+    "w1 lambda10",
+    *(metric for metric in SPECTRUM_METRICS if metric.endswith("_spread")),
+    "gradient_rms_spread",
+]
+# Readings of JS⁰ that claims are judged by: metric, scale.
 READINGS = (("js0", "lambda10"), ("js0", "raw"), ("js0_paper", "lambda10"), ("js0_paper", "raw"))
 # Table 1: the paper's system, its JS⁰, our entry of the same architecture, our small kin.
 TABLE1 = (
@@ -106,7 +113,7 @@ def fig4(source: release.Source) -> Result:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    table = _js0_table(source)
+    table = _metrics_table(source)
     values: dict[str, Any] = {}
     for name, column in (("js0", "js0 lambda10"), ("js0_paper", "js0_paper lambda10")):
         groups = [table.loc[table["class"] == kind, column].dropna()
@@ -145,7 +152,7 @@ def fig5(source: release.Source) -> Result:
     """Show the sweep of perceptrons: heterogeneity, and SGD against Adam, against the scale c."""
     from matplotlib.figure import Figure
 
-    table, gaps = _js0_table(source), _gaps(source)
+    table, gaps = _metrics_table(source), _gaps(source)
     rows = []
     for c in range(1, 16):
         model = f"mlp-mnist-c{c}"
@@ -190,7 +197,7 @@ def fig6(source: release.Source) -> Result:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    table, gaps = _js0_table(source), _gaps(source)
+    table, gaps = _metrics_table(source), _gaps(source)
     lacking = [m for m in (PRETRAINED, SCRATCH) if m not in table.index or m not in gaps.index]
     if lacking:
         return Result(missing=tuple(f"spectrum and gap of {m}" for m in lacking))
@@ -225,7 +232,7 @@ def fig7(source: release.Source) -> Result:
     """Set the SGD-Adam gap against JS⁰ for all models that have both."""
     from matplotlib.figure import Figure
 
-    both = _js0_table(source).join(_gaps(source), how="inner")
+    both = _metrics_table(source).join(_gaps(source), how="inner")
     both = both[both["tier"] == "small"]
     if len(both) < 5:
         return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
@@ -260,9 +267,8 @@ def fig10(source: release.Source) -> Result:
 
 
 def table1(source: release.Source) -> Result:
-    """Set JS⁰ of the paper's systems, and of our small ones, beside Table 1, in every reading."""
-    table = _js0_table(source)
-    readings = [f"{metric} {scale}" for metric, scale, _ in ALL_READINGS]
+    """Set every metric of the paper's systems, and of our small ones, beside Table 1."""
+    table = _metrics_table(source)
     paper = [value for _, value, _, _ in TABLE1]
     values: dict[str, Any] = {"systems": [system for system, *_ in TABLE1], "paper": paper}
     chosen = {
@@ -272,7 +278,7 @@ def table1(source: release.Source) -> Result:
     for column, names in chosen.items():
         known = [i for i, name in enumerate(names) if name is not None]
         values[column] = {"models": names, "num_systems": len(known), "readings": {}}
-        for reading in readings:
+        for reading in EVERY_READING:
             found = [None if n is None else float(table[reading].to_dict()[n]) for n in names]
             row: dict[str, Any] = {"values": found}
             if len(known) >= 4:
@@ -290,20 +296,22 @@ def _classes(source: release.Source) -> dict[str, str]:
     return {str(model): kinds.get(family, "other") for model, family in families.items()}
 
 
-def _js0_table(source: release.Source) -> pd.DataFrame:
-    """Return JS⁰ at init in all readings, corrected, by model; with tier, family and class."""
+def _metrics_table(source: release.Source) -> pd.DataFrame:
+    """Return every metric at init, corrected, by model; with its tier, family and class."""
     rows = release.rows("heterogeneity", source, stage="init", init_seed=1)
-    rows = rows.sort_values("partition").drop_duplicates(["model", "metric", "scale"])
+    rows["reading"] = [
+        f"{m} {s}".removesuffix(" none") for m, s in rows[["metric", "scale"]].values
+    ]
+    rows["number"] = rows["corrected"].fillna(rows["value"])
+    rows = rows.sort_values("partition").drop_duplicates(["model", "reading"])
+    numbers = rows.set_index(["model", "reading"])["number"].unstack()  # noqa: PD010
+    error = rows[rows["reading"] == EVERY_READING[0]].set_index("model")["standard_error"]
     models = release.models(source)
-    table = models.loc[models["tier"] != "demo", ["tier", "family"]].copy()
-    for metric, scale, _ in ALL_READINGS:
-        part = rows[(rows["metric"] == metric) & (rows["scale"] == scale)].set_index("model")
-        table[f"{metric} {scale}"] = part["corrected"].fillna(part["value"])
-        if (metric, scale) == READINGS[0]:
-            table["error"] = part["standard_error"]
+    table = models.loc[models["tier"] != "demo", ["tier", "family"]]
+    table = table.join(numbers.reindex(columns=EVERY_READING)).join(error.rename("error"))
     classes = _classes(source)
     table["class"] = [classes[str(model)] for model in table.index]
-    return table.dropna(subset=["js0 lambda10"])
+    return table.dropna(subset=EVERY_READING[:1])
 
 
 def _gaps(source: release.Source) -> pd.DataFrame:

@@ -109,7 +109,7 @@ class Rebuilt:
                 halves,
                 self.blocks,
                 device=torch.device("cpu"),
-                memory_budget=50 << 20,
+                memory_budget=400 << 20,
             )
 
     def time_step(self) -> None:

@@ -68,7 +68,7 @@ def outlook(survey: Survey, throughput: Throughput) -> Outlook:
     times = [(cost, survey.counts[partition]) for partition, cost in survey.costs.items()]
     spectra = sum(cost.flops_within(budget) * count for cost, count in times)
     weights = 4.0 * survey.num_params
-    kept = max(min(cost.graph_bytes, budget) for cost, _ in times)
+    kept = max(min(cost.product_bytes, budget) for cost, _ in times)
     # With the graph kept one block's probes are advanced at a time: at most those of the full one.
     vectors = max(min(cost.vector_bytes, budget) for cost, _ in times)
     trains = survey.entry.trains

@@ -226,10 +226,12 @@ def execute(unit: Unit, on_progress: OnProgress | None = None, *, job: Job) -> s
             raise
         log.debug("%s failed", unit, exc_info=True)
         reason = reason_of(error)
-        if not unit.blocks:  # else the whole spectrum tries them again
-            _write_failed(unit, job, reason)
-        return reason
-    return None
+    else:
+        return None
+    # Only here, where the error no longer holds what may have filled the memory.
+    if not unit.blocks:  # else the whole spectrum tries them again
+        _write_failed(unit, job, reason)
+    return reason
 
 
 def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:

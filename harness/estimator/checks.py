@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -136,6 +136,46 @@ def check_deterministic(
                 "norm_mode='train'), or the loss averages over something else than samples "
                 "(masked tokens: pass batch_weights as a function that counts them)"
             )
+
+
+def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> None:
+    """Raise if a custom function marked `once_differentiable` lies in the gradients' graph.
+
+    Autograd cuts the graph there, and a backward pass pruned to a block would not run into the
+    error that torch planted, but go round it: the product would be wrong without a word.
+    """
+    stack = [g.grad_fn for g in gradients if g is not None]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise UserError(
+                "a custom autograd function of the model is marked once_differentiable and has "
+                "no second derivative; write its backward in differentiable operations"
+            )
+        stack += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def second_derivative_errors() -> Iterator[None]:
+    """Turn autograd's errors about missing second derivatives into ones that say what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0].split(" Hint:")[0]
+        causes = {
+            "is not implemented": "an operation of the model has no second derivative; replace it "
+            "by differentiable ones (for attention, torch's scaled_dot_product_attention)",
+            "inplace operation": "an in-place operation overwrote what the second derivative "
+            "needs; use the out-of-place form",
+        }
+        for sign, cause in causes.items():
+            if sign in text:
+                raise UserError(f"{cause}: {text}") from error
+        raise
 
 
 def _loss(model: nn.Module, loss_fn: LossFn, batch: Batch, index: int) -> torch.Tensor:

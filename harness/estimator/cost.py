@@ -27,6 +27,7 @@ class Forecast:
         flops: Floating-point operations of all of them, the shared passes included.
         pass_flops: Operations of one forward and backward pass over the batch.
         graph_bytes: Memory of the kept graph of the batch, in bytes.
+        product_bytes: The most memory that a product takes, that graph included.
         block_flops: Operations of one product with each block, in the order of the blocks.
         block_names: Their names.
         block_products: Products with each block.
@@ -47,6 +48,7 @@ class Forecast:
     num_exact: int = 0
     vector_bytes: int = 0
     stored_numbers: int = 0
+    product_bytes: int = 0
 
     @property
     def spectrum_flops(self) -> list[int]:
@@ -56,10 +58,10 @@ class Forecast:
     def flops_within(self, memory_budget: int) -> float:
         """Return the operations where graphs and vectors have so many bytes.
 
-        A batch whose graph can't be kept goes forward and backward again at each step, for as many
-        vectors at a time as fit beside the graph of a microbatch.
+        A batch of which a product takes more goes forward and backward again at each step, for as
+        many vectors at a time as fit beside the graph of a microbatch.
         """
-        if self.graph_bytes <= memory_budget:
+        if self.product_bytes <= memory_budget:
             return float(self.flops)
         # Microbatches are halved until one fits, which leaves a quarter or more of the memory.
         groups = -(-4 * self.vector_bytes // memory_budget)
@@ -100,6 +102,8 @@ def forecast(
             with FlopCounterMode(display=False) as counter:
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size)
+        two = take(batches[0], 0, 2)
+        grows = hessian.measure_peak(two) - hessian.product_bytes if leading_size(two) > 1 else 0
     sampled = num_probes * num_steps
     exact = [b.num_params <= EXACT_SIZE for b in blocks]
     counts = [b.num_params if e else sampled for b, e in zip(blocks, exact, strict=True)]
@@ -109,6 +113,7 @@ def forecast(
         flops=flops + shared.get_total_flops() * size,
         pass_flops=shared.get_total_flops() * size,
         graph_bytes=hessian.graph_bytes * size,
+        product_bytes=hessian.product_bytes + max(grows, hessian.graph_bytes) * (size - 1),
         block_flops=tuple(block_flops),
         block_names=tuple(b.name for b in blocks),
         block_products=tuple(counts),

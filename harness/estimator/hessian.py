@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,13 +12,23 @@ from torch.utils._pytree import tree_map_only
 
 from harness.errors import UserError
 from harness.estimator.blocks import Block
-from harness.estimator.checks import Batch, LossFn, check_deterministic, leading_size, take
+from harness.estimator.checks import (
+    Batch,
+    LossFn,
+    check_deterministic,
+    check_twice_differentiable,
+    leading_size,
+    second_derivative_errors,
+    take,
+)
 from harness.estimator.convolution import PrunedConvolutions
+from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
 from harness.estimator.share import Share
 
 Gradients = dict[str, torch.Tensor | None]
 NumTerms = Callable[[Batch], float]
 NORM_MODES = ("eval", "train")
+T = TypeVar("T")
 
 
 class BlockHessian:
@@ -41,7 +51,10 @@ class BlockHessian:
         batch_size: Samples in all microbatches.
         microbatch_size: Samples in the largest microbatch.
         graph_bytes: Estimate of what one microbatch's graph keeps.
+        product_bytes: Estimate of the most that a product takes: a graph and what comes and goes.
         keeps_graphs: The graphs of all microbatches are kept between products.
+        most_bytes: Estimate of what is taken at most beside the model: kept graphs and a product.
+            With a share the same in all processes.
     """
 
     def __init__(
@@ -83,10 +96,11 @@ class BlockHessian:
         check_deterministic(
             self._model, loss_fn, self.batches, count, batch_mates=norm_mode == "eval"
         )
-        may_split = norm_mode == "eval" and count is not None
-        self.graph_bytes = self._size_graph(memory_budget, may_split)
-        if may_split and count is not None:
-            terms = [count(b) for b in self.batches]
+        # Counts the terms of a piece of a batch; None: batches can't be cut.
+        self._count = count if norm_mode == "eval" else None
+        self.graph_bytes, self.product_bytes = self._size_graph(memory_budget)
+        if self._count is not None:
+            terms = [self._count(b) for b in self.batches]
         self.num_terms = sum(terms)
         self.weights = [t / self.num_terms for t in terms]
         self.microbatch_size = max(leading_size(b) for b in self.batches)
@@ -95,11 +109,14 @@ class BlockHessian:
         if share is not None:
             whole = self.microbatch_size
             # The same numbers in all processes, which must go through the same products.
-            num_batches, self.microbatch_size = share.sizes(self.batches, cut=may_split)
+            cut = self._count is not None
+            num_batches, self.microbatch_size = share.sizes(self.batches, cut=cut)
             self.graph_bytes = self.graph_bytes * self.microbatch_size // whole
-            cuttable = count if may_split else None
-            self.batches, self.weights = share.of(self.batches, self.weights, cuttable)
-        self.keeps_graphs = num_batches * self.graph_bytes <= memory_budget
+            self.product_bytes = self.product_bytes * self.microbatch_size // whole
+            self.batches, self.weights = share.of(self.batches, self.weights, self._count)
+        every_graph = (num_batches - 1) * self.graph_bytes + self.product_bytes
+        self.keeps_graphs = every_graph <= memory_budget
+        self.most_bytes = every_graph if self.keeps_graphs else self.product_bytes
         self._kept: list[Gradients] = []
 
     def products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
@@ -108,11 +125,7 @@ class BlockHessian:
         Raises:
             UserError: The loss has no second derivative; says where.
         """
-        results = [torch.zeros_like(v) for _, v in requests]
-        names = {part.parameter for index, _ in requests for part in self.blocks[index].parts}
-        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
-            for result, (index, vector) in zip(results, requests, strict=True):
-                self._add_product(result, gradients, self.blocks[index], vector, weight)
+        results = self._halving(lambda: self._products(requests))
         if self._share is not None:
             self._share.add_up(results)
         return results
@@ -126,14 +139,7 @@ class BlockHessian:
 
     def gradient(self) -> Gradients:
         """Return the gradient of the mean loss with respect to every parameter of the blocks."""
-        names = {part.parameter for block in self.blocks for part in block.parts}
-        total: Gradients = dict.fromkeys(sorted(names))  # one order in all processes
-        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
-            for name, g in gradients.items():
-                if g is not None:
-                    so_far = total[name]
-                    scaled = weight * g.detach()
-                    total[name] = scaled if so_far is None else so_far + scaled
+        total = self._halving(self._gradient)
         if self._share is not None:
             sums = [
                 torch.zeros_like(self.parameter(n)) if t is None else t for n, t in total.items()
@@ -141,6 +147,17 @@ class BlockHessian:
             self._share.add_up(sums)
             total = dict(zip(total, sums, strict=True))
         return total
+
+    def measure_peak(self, batch: Batch) -> int:
+        """Measure the most memory, in bytes, that a graph of a batch and a product with it take."""
+        names = {part.parameter for block in self.blocks for part in block.parts}
+        # The first block's product walks the whole network behind it.
+        block = self.blocks[0]
+        vector = torch.ones(block.num_params, dtype=self.dtype, device=self.device)
+        with PeakMemory(self.device) as memory:
+            gradients = self._gradients(_place(batch, self.device, self.dtype), names)
+            self._add_product(torch.zeros_like(vector), gradients, block, vector, 1.0)
+        return memory.peak
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return a parameter of the working copy, detached."""
@@ -155,6 +172,56 @@ class BlockHessian:
     def device(self) -> torch.device:
         """The device of the products."""
         return self._parameters[self.blocks[0].parts[0].parameter].device
+
+    def _products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+        """Return this process's part of the products."""
+        results = [torch.zeros_like(v) for _, v in requests]
+        names = {part.parameter for index, _ in requests for part in self.blocks[index].parts}
+        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
+            for result, (index, vector) in zip(results, requests, strict=True):
+                self._add_product(result, gradients, self.blocks[index], vector, weight)
+        return results
+
+    def _gradient(self) -> Gradients:
+        """Return this process's part of the gradient."""
+        names = {part.parameter for block in self.blocks for part in block.parts}
+        total: Gradients = dict.fromkeys(sorted(names))  # one order in all processes
+        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
+            for name, g in gradients.items():
+                if g is not None:
+                    so_far = total[name]
+                    scaled = weight * g.detach()
+                    total[name] = scaled if so_far is None else so_far + scaled
+        return total
+
+    def _halving(self, compute: Callable[[], T]) -> T:
+        """Return what `compute` does, with the microbatches halved while memory runs out."""
+        while True:
+            try:
+                return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+            # Only here, where the error no longer holds the frames that hold the tensors.
+            self._kept = []
+            release_cache(self.device)
+            if self._count is None or self.microbatch_size == 1:
+                raise UserError(
+                    f"out of memory with microbatches of {self.microbatch_size} samples, which "
+                    f"can't be halved ({reason}); pass smaller batches, or use a larger device"
+                )
+            self._halve(self._count)
+            self.keeps_graphs = False
+
+    def _halve(self, count: NumTerms) -> None:
+        """Halve the largest microbatches."""
+        whole = self.microbatch_size
+        self.batches = [piece for b in self.batches for piece in _halves(b, whole, count)]
+        self.weights = [count(b) / self.num_terms for b in self.batches]
+        self.microbatch_size = (whole + 1) // 2
+        self.graph_bytes = self.graph_bytes * self.microbatch_size // whole
+        self.product_bytes = self.product_bytes * self.microbatch_size // whole
 
     def _add_product(
         self,
@@ -176,7 +243,7 @@ class BlockHessian:
                 directions.append(piece.view(shape))
         if not outputs:
             return  # the loss is linear in these parameters, or does not use them
-        with _second_derivative_errors(), self._convolutions.for_parameters(inputs):
+        with second_derivative_errors(), self._convolutions.for_parameters(inputs):
             derivatives = torch.autograd.grad(
                 outputs, inputs, directions, retain_graph=True, allow_unused=True
             )
@@ -199,7 +266,7 @@ class BlockHessian:
     def _gradients(self, batch: Batch, names: set[str]) -> Gradients:
         """Run one forward and one differentiable backward pass."""
         ordered = [name for name in self._parameters if name in names]
-        with _second_derivative_errors():
+        with second_derivative_errors():
             with self._convolutions:
                 loss = self._loss_fn(self._model, batch)
             if not loss.requires_grad:
@@ -212,22 +279,32 @@ class BlockHessian:
             )
         return dict(zip(ordered, gradients, strict=True))
 
-    def _size_graph(self, memory_budget: int, may_split: bool) -> int:
-        """Halve the microbatches until the graph of one fits; return its size in bytes."""
+    def _size_graph(self, memory_budget: int) -> tuple[int, int]:
+        """Halve the microbatches until a product fits; return the bytes of graph and product."""
         sample = max(self.batches, key=leading_size)
-        per_sample = self._saved_bytes(take(sample, 0, 1) if may_split else sample)
+        if self._count is not None:
+            graph_of_one = self._saved_bytes(take(sample, 0, 1))
+            one = per_sample = self.measure_peak(take(sample, 0, 1))
+            if leading_size(sample) > 1:
+                # What doesn't grow with the samples, such as gradients, counts once.
+                per_sample = max(self.measure_peak(take(sample, 0, 2)) - one, 0)
         while True:
             size = max(leading_size(b) for b in self.batches)
-            graph_bytes = per_sample * size if may_split else per_sample
-            if graph_bytes <= memory_budget:
-                return graph_bytes
-            if not may_split or size == 1:
+            if self._count is None:
+                graph_bytes, product_bytes = self._saved_bytes(sample), self.measure_peak(sample)
+            else:
+                graph_bytes, product_bytes = graph_of_one * size, one + (size - 1) * per_sample
+            product_bytes = max(graph_bytes, product_bytes)
+            if product_bytes <= memory_budget:
+                return graph_bytes, product_bytes
+            if self._count is None or size == 1:
                 raise UserError(
-                    f"the graph of one microbatch of {size} samples takes about "
-                    f"{graph_bytes / 2**30:.2f} GiB, more than the memory budget of "
-                    f"{memory_budget / 2**30:.2f} GiB; raise the budget or pass smaller batches"
+                    f"a product with one microbatch of {size} samples takes about "
+                    f"{product_bytes / 2**30:.2g} GiB, more than the memory budget of "
+                    f"{memory_budget / 2**30:.2g} GiB; raise the budget or pass smaller batches"
                 )
-            self.batches = [piece for b in self.batches for piece in _halves(b, size)]
+            count = self._count
+            self.batches = [piece for b in self.batches for piece in _halves(b, size, count)]
 
     def _saved_bytes(self, batch: Batch) -> int:
         """Count the bytes of distinct storages that a graph of this batch keeps.
@@ -245,7 +322,7 @@ class BlockHessian:
         names = {part.parameter for block in self.blocks for part in block.parts}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             gradients = self._gradients(batch, names)
-        _check_twice_differentiable(gradients)
+        check_twice_differentiable(gradients.values())
         return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
 
     def _check_blocks(self) -> None:
@@ -265,27 +342,6 @@ class BlockHessian:
                 if part.of(mask).any():
                     raise UserError(f"block {block.name!r} overlaps another in {part.parameter!r}")
                 part.of(mask).fill_(True)
-
-
-def _check_twice_differentiable(gradients: Gradients) -> None:
-    """Raise if a custom function marked `once_differentiable` lies in the gradients' graph.
-
-    Autograd cuts the graph there, and a backward pass pruned to a block would not run into the
-    error that torch planted, but go round it: the product would be wrong without a word.
-    """
-    stack = [g.grad_fn for g in gradients.values() if g is not None]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise UserError(
-                "a custom autograd function of the model is marked once_differentiable and has "
-                "no second derivative; write its backward in differentiable operations"
-            )
-        stack += [following for following, _ in node.next_functions]
 
 
 def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
@@ -320,12 +376,16 @@ def _place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     return tree_map_only(torch.Tensor, move, batch)
 
 
-def _halves(batch: Batch, largest: int) -> list[Batch]:
-    """Halve a batch of more than half of `largest` samples, leave a smaller one whole."""
+def _halves(batch: Batch, largest: int, count: NumTerms) -> list[Batch]:
+    """Halve a batch of more than half of `largest` samples, leave a smaller one whole.
+
+    A piece without terms, such as one without masked tokens, has no mean and is left out.
+    """
     n = leading_size(batch)
     if n <= (largest + 1) // 2:
         return [batch]
-    return [take(batch, 0, (n + 1) // 2), take(batch, (n + 1) // 2, n)]
+    pieces = [take(batch, 0, (n + 1) // 2), take(batch, (n + 1) // 2, n)]
+    return [piece for piece in pieces if count(piece) > 0]
 
 
 def _terms(
@@ -342,22 +402,3 @@ def _terms(
             "≥ 0 per batch, not all zero: the number of terms that its mean loss averages"
         )
     return count, terms
-
-
-@contextmanager
-def _second_derivative_errors() -> Iterator[None]:
-    """Turn autograd's errors about missing second derivatives into ones that say what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).splitlines()[0].split(" Hint:")[0]
-        causes = {
-            "is not implemented": "an operation of the model has no second derivative; replace it "
-            "by differentiable ones (for attention, torch's scaled_dot_product_attention)",
-            "inplace operation": "an in-place operation overwrote what the second derivative "
-            "needs; use the out-of-place form",
-        }
-        for sign, cause in causes.items():
-            if sign in text:
-                raise UserError(f"{cause}: {text}") from error
-        raise

@@ -79,7 +79,10 @@ def estimate_spectra(
         norm_mode: eval: batch norms use running statistics. train: those of the microbatch.
         matmul_precision: highest: float32; high: TF32; medium: bfloat16, where the device can.
         memory_budget: Bytes for graphs and vectors; None: half of the device's memory. A
-            microbatch whose graph exceeds it is halved.
+            microbatch that takes more is halved, and so is one for which the device's memory
+            turns out not to be enough. Not counted: the model, the first check of the loss,
+            one pass without a graph over each batch as it is given, and freed memory that an
+            allocator doesn't give back.
         exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
         identity: Values of further columns of the rows: model, stage, init_seed, ...
         on_progress: Called with (products done, products in all).
@@ -140,7 +143,6 @@ def estimate_spectra(
             "step": 0,
             "progress": 0.0,
             "reorthogonalized": reorthogonalize,
-            "microbatch_size": hessian.microbatch_size,
             "batch_size": hessian.batch_size,
             "num_terms": round(hessian.num_terms),
             "data_source": "",
@@ -194,6 +196,8 @@ def _run(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
     blocks = plan.hessian.blocks
+    # Before the first product: processes of which one runs out of memory keep to one plan.
+    groups = list(_groups(plan, budget))
     total = sum(
         b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * plan.num_steps
         for b in blocks
@@ -205,7 +209,7 @@ def _run(
             yield [_exact_row(plan, shared, index)]
             done += block.num_params
             on_progress(done, total)
-    for pairs in _groups(plan, budget):
+    for pairs in groups:
         begin = time.perf_counter()
         states, seeds = [], []
         for index, probe in pairs:
@@ -244,7 +248,7 @@ def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
     memory beside a graph, since they share its forward and backward pass.
     """
     hessian = plan.hessian
-    free = budget - hessian.graph_bytes
+    free = budget - hessian.most_bytes
     vectors = 3 + (plan.num_steps if plan.reorthogonalize else 0)
     group: list[tuple[int, int]] = []
     used = 0
@@ -291,6 +295,8 @@ def _slq_row(
         "num_products": len(state.alphas),
         "seconds": seconds,
         "peak_bytes": peak_bytes(plan.hessian.device),
+        # Halved on the way if memory ran out.
+        "microbatch_size": plan.hessian.microbatch_size,
     }
 
 
@@ -320,6 +326,7 @@ def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
             "num_products": n,
             "seconds": time.perf_counter() - begin,
             "peak_bytes": peak_bytes(plan.hessian.device),
+            "microbatch_size": plan.hessian.microbatch_size,
         }
         | ({"status": "zero", "reason": "the block's Hessian is exactly zero"} if zero else {})
     )

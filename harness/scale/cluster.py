@@ -149,7 +149,7 @@ class _Cluster:
         if cost is not None and not self._needs["GPU"]:
             # Never more than the largest machine has: it would wait for ever.
             largest = max(node["Resources"].get("memory", 0) for node in self._ray.nodes())
-            memory = _BASE_BYTES + cost.graph_bytes + cost.vector_bytes
+            memory = _BASE_BYTES + cost.product_bytes + cost.vector_bytes
             needs["memory"] = int(min(memory, largest / 2))
         task = self._remote.options(**needs, max_retries=RETRIES)
         self._running[task.remote(self._execute, unit)] = unit

@@ -326,7 +326,7 @@ def divide(
         parts[rank].setdefault(name, []).append(probe)
         loads[rank] += weight
     if way == "auto":
-        passes = cost.pass_flops * (1 if cost.graph_bytes <= memory_budget else num_steps)
+        passes = cost.pass_flops * (1 if cost.product_bytes <= memory_budget else num_steps)
         by_probes = max(loads) + passes
         wire = 2 * (size - 1) / size * traffic * FLOPS_PER_BYTE
         by_samples = (sum(weights) + passes) / size + wire

@@ -272,9 +272,9 @@ def cost(s: Subject) -> str:
             found = replace(found, flops=found.pass_flops + of_products)
             note = f"; for want of time forecast from {len(few)} of {len(blocks)} blocks"
         costs[partition] = found
-    graph_bytes = max(cost.graph_bytes for cost in costs.values())
+    product_bytes = max(cost.product_bytes for cost in costs.values())
     memory = device_memory(CPU)
-    per_sample = graph_bytes / entry.hessian_batch_size
+    per_sample = max(cost.graph_bytes for cost in costs.values()) / entry.hessian_batch_size
     if per_sample > memory / 2:
         raise Failed(
             f"the graph of one sample takes {per_sample / 2**30:,.1f} GiB, half of this machine's "
@@ -288,8 +288,8 @@ def cost(s: Subject) -> str:
     speed = _speed(s, pass_flops)
     return (
         f"a spectrum about {_duration(costs[entry.partition].flops / speed)} here, the whole entry "
-        f"{flops / 1e12:.3g} TFLOP, about {_duration(flops / speed)}; graph of the batch "
-        f"{graph_bytes / 2**20:,.0f} MiB, of {memory / 2**21:,.0f} MiB that may be used{note}"
+        f"{flops / 1e12:.3g} TFLOP, about {_duration(flops / speed)}; a product takes "
+        f"{product_bytes / 2**20:,.0f} MiB, of {memory / 2**21:,.0f} MiB that may be used{note}"
     )
 
 

@@ -35,7 +35,7 @@ def test_the_operations_are_those_of_a_real_spectrum(memory_budget):
             memory_budget=memory_budget,
         )  # fmt: skip
     kept = memory_budget is None
-    assert kept == (cost.graph_bytes <= (memory_budget or 1 << 40))
+    assert kept == (cost.product_bytes <= (memory_budget or 1 << 40))
     forecast = cost.flops_within(memory_budget or 1 << 40)
     # On top come the passes that look for randomness, and those that size the graph.
     assert forecast == pytest.approx(counter.get_total_flops(), rel=0.3)

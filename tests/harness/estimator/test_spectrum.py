@@ -101,7 +101,7 @@ def test_rows_do_not_depend_on_the_split_or_on_the_memory_budget():
     options = SETTINGS | {"batch_weights": num_terms, "num_steps": 5}
     whole = estimate_spectra(model, cross_entropy, [batch], **options)
     parts = estimate_spectra(
-        model, cross_entropy, split(batch, [3, 1, 2]), memory_budget=300_000, **options
+        model, cross_entropy, split(batch, [3, 1, 2]), memory_budget=200_000, **options
     )
     assert set(parts["microbatch_size"]) == {3}
     for a, b in zip(whole["nodes"], parts["nodes"], strict=True):
@@ -179,11 +179,11 @@ def test_summaries_give_the_moments_and_the_sizes_of_weights_and_gradient():
         assert abs(summary["frobenius"] - float(H.norm())) <= 4 * summary["frobenius_error"]
 
 
-def test_memory_does_not_grow_with_steps_and_groups_of_probes_give_the_same_rows():
+def test_groups_of_probes_give_the_same_rows():
     model, batch = problem("gpt")
     options = SETTINGS | {"batch_weights": num_terms}
     whole = estimate_spectra(model, cross_entropy, [batch], **options)
-    graph = 200_000  # the graph alone, so that one probe at a time fits beside it
+    graph = 73_000  # a product alone, so that one probe at a time fits beside it
     parts = estimate_spectra(
         model, cross_entropy, split(batch, [1] * 6), memory_budget=graph, **options
     )

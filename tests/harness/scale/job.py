@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from harness import estimate_spectra, find_blocks
+from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import forecast
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.share import Share
@@ -28,7 +29,7 @@ CASES = {
     "samples": ("gpt", "samples", (6,), {}),
     "samples of uneven microbatches": ("gpt", "samples", (4, 3, 1, 2, 1), {}),
     "samples of even microbatches": ("gpt", "samples", (2, 2, 1, 1), {}),
-    "samples without kept graphs": ("cnn", "samples", (3, 3, 1), {"memory_budget": 40_000}),
+    "samples without kept graphs": ("cnn", "samples", (3, 3, 1), {"memory_budget": 62_000}),
     "batch statistics": ("cnn", "samples", (3, 2, 3), {"norm_mode": "train"}),
     "full by samples": ("mlp", "samples", (5,), {"blocks": "full"}),
 }
@@ -74,11 +75,12 @@ def main(folder: Path) -> None:
             assert not blocks
     model, batches, settings = inputs("samples of uneven microbatches")
     share = Share(together.rank, together.size, together.add_up)
-    hessian = BlockHessian(
-        model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
-        device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30, share=share,
-    )  # fmt: skip
-    gradient = hessian.gradient()
+    with fixed_arithmetic(model):
+        hessian = BlockHessian(
+            model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
+            device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30, share=share,
+        )  # fmt: skip
+        gradient = hessian.gradient()
     if together.leads:
         torch.save(gradient, folder / "gradient.pt")
 

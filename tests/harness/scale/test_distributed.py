@@ -14,6 +14,7 @@ import torch
 
 import spectra_db
 from harness.estimator.blocks import Block
+from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import Forecast
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.share import Share
@@ -75,10 +76,11 @@ def test_the_recorded_microbatch_is_the_largest_piece_that_was_computed(made):
 
 def test_the_gradient_is_summed_over_the_processes(made):
     model, batches, settings = job.inputs("samples of uneven microbatches")
-    whole = BlockHessian(
-        model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
-        device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30,
-    )  # fmt: skip
+    with fixed_arithmetic(model):
+        whole = BlockHessian(
+            model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
+            device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30,
+        )  # fmt: skip
     summed = torch.load(made / "gradient.pt")
     for name, gradient in whole.gradient().items():
         torch.testing.assert_close(summed[name], gradient)
@@ -110,8 +112,8 @@ def blocks_of(*sizes: int) -> list[Block]:
     return [Block(f"b{i}", "mlp", (), n, (n,)) for i, n in enumerate(sizes)]
 
 
-def cost_of(*flops: int, passes: int = 0, graph_bytes: int = 0) -> Forecast:
-    return Forecast(0, 0, passes, graph_bytes, flops)
+def cost_of(*flops: int, passes: int = 0, product_bytes: int = 0) -> Forecast:
+    return Forecast(0, 0, passes, 0, flops, product_bytes=product_bytes)
 
 
 def test_probes_are_divided_by_cost_and_blocks_stay_whole_but_at_the_cuts():
@@ -132,7 +134,7 @@ def test_every_probe_is_taken_by_one_process(size):
 
 
 @pytest.mark.parametrize(
-    ("flops", "num_probes", "graph_bytes", "shares_samples"),
+    ("flops", "num_probes", "product_bytes", "shares_samples"),
     [
         (10**9, 10, 0, False),  # ten probes for two processes: nothing to gain by sums
         (10**9, 1, 0, True),  # one probe can't be divided
@@ -141,9 +143,9 @@ def test_every_probe_is_taken_by_one_process(size):
     ],
 )
 def test_the_rule_picks_what_is_forecast_to_be_faster(
-    flops, num_probes, graph_bytes, shares_samples
+    flops, num_probes, product_bytes, shares_samples
 ):
-    cost = cost_of(flops, passes=4 * flops, graph_bytes=graph_bytes)
+    cost = cost_of(flops, passes=4 * flops, product_bytes=product_bytes)
     parts = divide(cost, blocks_of(5000), num_probes, 100, way="auto", size=2, memory_budget=1)
     assert (parts is None) == shares_samples
 

@@ -1,13 +1,13 @@
 """How far estimates are from the truth, measured: `make accuracy` writes docs/accuracy.md.
 
-Each piece is kept in build/accuracy, so that the command goes on where it was stopped; about 12
+Each piece is kept in build/accuracy, so that the command goes on where it was stopped; about 14
 minutes of one core in all. Needs no data but what comes with the packages.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from benchmarks.cases import KINDS, small
 from harness import estimate_spectra, registry
 from harness.estimator.adaptive import estimate_to_tolerance
 from harness.estimator.checks import take
+from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.lanczos import Recurrence, lanczos
 from harness.estimator.quadrature import gauss_rule
 from harness.registry import ModelEntry
@@ -32,6 +33,7 @@ from harness.training import load_problem
 
 PROBES, STEPS = (3, 5, 10), (10, 20, 40, 80)
 POOL = 180  # probes per block that the repetitions share out
+SCALED_PROBES, SCALED_STEPS, SCALED_REPETITIONS = (3, 10), 40, 60
 REFERENCE = (30, 200)
 FEW = ((3, 33), (3, 66), (3, 100), (5, 33), (5, 66), (5, 100), (10, 33), (10, 66), (10, 100))
 TOLERANCE = 0.02
@@ -69,12 +71,7 @@ def repeated(truth: pd.DataFrame) -> pd.DataFrame:
     Gaussian probes look the same in every basis, so that Lanczos on the diagonal matrix of the
     eigenvalues has the distribution of Lanczos on the Hessian; this costs no products.
     """
-    generator = torch.Generator().manual_seed(0)
-    pools: dict[str, list[Recurrence]] = {}
-    for row in truth.itertuples():
-        diagonal = torch.tensor(row.nodes, dtype=torch.float64)
-        starts = torch.randn(POOL, len(diagonal), generator=generator, dtype=torch.float64)
-        pools[row.block] = [lanczos(lambda v, d=diagonal: d * v, s, max(STEPS)) for s in starts]
+    pools = sampled(truth, POOL, max(STEPS))
     found = []
     for num_probes in PROBES:
         for num_steps in STEPS:
@@ -83,6 +80,46 @@ def repeated(truth: pd.DataFrame) -> pd.DataFrame:
                 rows = rows_of(truth, pools, probes, num_steps)
                 numbers = {"num_probes": num_probes, "num_steps": num_steps}
                 found.append(numbers | estimate(rows) | errors_of_blocks(truth, rows))
+    return pd.DataFrame(found)
+
+
+def sampled(truth: pd.DataFrame, count: int, num_steps: int) -> dict[str, list[Recurrence]]:
+    """Return so many probes of each block by Lanczos on the diagonal matrix of its eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    pools: dict[str, list[Recurrence]] = {}
+    for row in truth.itertuples():
+        diagonal = torch.tensor(row.nodes, dtype=torch.float64)
+        starts = torch.randn(count, len(diagonal), generator=generator, dtype=torch.float64)
+        pools[row.block] = [lanczos(lambda v, d=diagonal: d * v, s, num_steps) for s in starts]
+    return pools
+
+
+def scaled(
+    truth: pd.DataFrame, scales: Sequence[str] = ("lambda10", "raw"), exact_size: int = 0
+) -> pd.DataFrame:
+    """Sample known spectra scaled by each sample's own λ10, as js0 does, and by the exact one.
+
+    So the noise of λ10 is told from that of the densities. `jump` is the largest ratio of
+    neighbours among the 8th to the 13th largest |eigenvalue|, over all blocks.
+
+    Args:
+        truth: Exact rows.
+        scales: lambda10, and raw: the eigenvalues are divided by the exact λ10 already.
+        exact_size: Blocks of at most so many parameters are not sampled.
+    """
+    sizes = [np.sort(np.abs(nodes))[::-1] for nodes in truth["nodes"]]
+    jump = max(float((x[7:12] / x[8:13]).max()) for x in sizes)
+    by_exact = truth.assign(nodes=[n / x[9] for n, x in zip(truth["nodes"], sizes, strict=True)])
+    larger = by_exact[by_exact["num_params"] > exact_size]
+    pools = sampled(larger, SCALED_REPETITIONS * max(SCALED_PROBES), SCALED_STEPS)
+    found = []
+    for num_probes in SCALED_PROBES:
+        for i in range(SCALED_REPETITIONS):
+            probes = range(i * num_probes, (i + 1) * num_probes)
+            rows = rows_of(by_exact, pools, probes, SCALED_STEPS)
+            for scale in scales:
+                numbers = {"num_probes": num_probes, "scale": scale, "jump": jump}
+                found.append(numbers | estimate(rows, scale))
     return pd.DataFrame(found)
 
 
@@ -295,9 +332,9 @@ def rows_of(
     return pd.DataFrame(rows).assign(reason=None)
 
 
-def estimate(rows: pd.DataFrame) -> dict[str, float]:
+def estimate(rows: pd.DataFrame, scale: str = "lambda10") -> dict[str, float]:
     """Return js0 of some rows with its errors."""
-    e = spectra_db.js0(rows)
+    e = spectra_db.js0(rows, scale=scale)
     names = ("value", "corrected", "standard_error", "ci_low", "ci_high")
     return {name: getattr(e, name) for name in names}
 
@@ -330,6 +367,11 @@ def main(pieces: Path, page: Path) -> None:
         truths={kind: spectra_db.js0(rows).value for kind, rows in truths.items()},
         sizes={kind: list(rows["num_params"]) for kind, rows in truths.items()},
         repeated={k: kept(f"repeated-{k}", lambda k=k: repeated(truths[k])) for k in KINDS},
+        scaled={k: kept(f"scaled-{k}", lambda k=k: scaled(truths[k])) for k in KINDS},
+        exact_heads={
+            k: kept(f"heads-{k}", lambda k=k: scaled(truths[k], ["lambda10"], EXACT_SIZE))
+            for k in KINDS
+        },
         tolerance={k: kept(f"tolerance-{k}", lambda k=k: to_tolerance(k)) for k in KINDS},
         reference={
             entry.name: kept(f"reference-{kind}", lambda e=entry, n=n: reference(e, n))

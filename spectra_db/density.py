@@ -36,6 +36,9 @@ GROUP = (
     "batch_hash",
     "protocol_version",
 )
+# What is read of each row beside.
+_COLUMNS = ("block", "probe", "method", "status", "reason", "num_params", "num_products")
+_COLUMNS += ("breakdown", "nodes", "weights", "alphas", "betas")
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,23 @@ def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
     """Gather rows of table `spectra` into one spectrum per block, in the order of the rows.
 
     Raises:
-        ValueError: No rows, rows of several spectra, or rows without a spectrum (failed, pending).
+        ValueError: No rows, rows of several spectra, rows without a spectrum (failed, pending),
+            a row twice, or a rule that is none.
     """
     if len(rows) == 0:
         raise ValueError("there are no rows; check the filters")
+    if absent := [column for column in _COLUMNS if column not in rows]:
+        raise ValueError(f"the rows have no column {absent[0]!r}; pass whole rows of table spectra")
     varying = [c for c in GROUP if c in rows and len(rows[c].unique()) > 1]
     if varying:
         values = "; ".join(f"{c}: {', '.join(map(str, rows[c].unique()[:4]))}" for c in varying)
         raise ValueError(f"the rows are of several spectra ({values}); select one")
+    repeated = rows[rows.duplicated(["block", "probe"])]
+    if len(repeated):  # would count as further probes
+        first = repeated.iloc[0]
+        raise ValueError(
+            f"probe {first['probe']} of block {first['block']!r} is there twice; keep one"
+        )
     missing = rows[~rows["status"].isin(["ok", "zero"])]
     if len(missing):
         first = missing.iloc[0]
@@ -136,6 +148,11 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
         column: tuple(np.asarray(v, dtype=np.float64) for v in group[column])
         for column in ("nodes", "weights", "alphas", "betas")
     }
+    for nodes, weights in zip(arrays["nodes"], arrays["weights"], strict=True):
+        if not (np.isfinite(nodes).all() and np.isclose(weights.sum(), 1.0)):
+            raise ValueError(
+                f"a rule of block {name!r} is none: its nodes must be finite, its weights sum to 1"
+            )
     return BlockSpectrum(
         name=name,
         num_params=int(group["num_params"].iloc[0]),

@@ -12,9 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spectra_db import manifest, store
-from spectra_db.schema import STAGES, TABLES
+from spectra_db.schema import STAGES, STATUSES, TABLES
 
 BUNDLED = Path(__file__).parent / "data"
+# Columns of few words, a misspelt one of which would select nothing.
+_WORDS = {
+    "stage": STAGES,
+    "status": STATUSES,
+    "partition": ("weights", "paper", "all", "full"),
+}
 
 
 class NotFound(ValueError):  # noqa: N818
@@ -80,7 +86,8 @@ def load(
         for path in paths:
             manifest.check_file(folder, known, f"{table}/{path.name}")
     parts = [store.read(path, table, columns=columns, where=where) for path in paths]
-    return pa.concat_tables(parts).to_pandas()
+    empty = TABLES[table].empty_table().select(columns)
+    return pa.concat_tables([empty, *parts]).to_pandas()
 
 
 def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
@@ -91,9 +98,10 @@ def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
         if pa.types.is_list(kind):
             raise NotFound(f"column {column} holds lists; filter on another")
         values = _values(value)
-        for stage in values if column == "stage" else ():
-            if stage not in STAGES:
-                raise NotFound(f"no stage {stage!r}; {hint(str(stage), STAGES)}")
+        words = _WORDS.get(column)
+        for word in values if words else ():
+            if word not in words:
+                raise NotFound(f"no {column} {word!r}; {hint(str(word), words)}")
         try:
             allowed = pa.array([v for v in values if v is not None], type=kind)
         except (pa.ArrowException, TypeError, ValueError) as error:
@@ -166,6 +174,6 @@ def _no_table(
         page = f"https://huggingface.co/datasets/{source}/tree/{revision or 'main'}"
         of = "" if models is None else f" of {', '.join(map(str, models))}"
         return NotFound(f"dataset {str(source)!r} holds no table {table}{of}; see {page}")
-    tables = [t for t in TABLES if any((folder / t).glob("*.parquet"))]
+    tables = [t for t in TABLES if _paths(folder, t, manifest.read(folder))]
     known = f"it has {', '.join(tables)}" if tables else "it has no tables at all"
     return NotFound(f"{folder} holds no table {table}; {known}")

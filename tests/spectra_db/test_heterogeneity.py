@@ -256,6 +256,11 @@ def test_failed_blocks_are_refused_by_name_and_reason(sampled):
         (lambda rows: js0(rows.iloc[:0]), "there are no rows"),
         (lambda rows: js0(rows[rows["block"] == "layers.0.weight"]), "1 of 1 blocks are not zero"),
         (lambda rows: spread(rows, "median"), "unknown statistic 'median'"),
+        (lambda rows: js0(rows[["block", "nodes"]]), "no column 'probe'; pass whole rows of table"),
+        (lambda rows: js0(pd.concat([rows, rows])), "probe 0 of block '.*' is there twice"),
+        (lambda rows: js0(rows.assign(weights=2 * rows["weights"])), "its weights sum to 1"),
+        # Nodes that are nan went as places into a matrix, and ended the process.
+        (lambda rows: spectra_db.density(rows.assign(nodes=np.nan * rows["nodes"])), "be finite"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(sampled, call, message):

@@ -44,6 +44,7 @@ def test_filters_take_a_value_or_several(source):
     assert len(load("spectra", source=source, stage="p10")) == 0
     assert len(load("spectra", source=source, tolerance=0.1)) == 1
     assert len(load("spectra", source=source, tolerance=None)) == 7
+    assert load("spectra", source=source, model=[], columns=["block"]).columns.tolist() == ["block"]
 
 
 def test_columns_are_those_that_were_asked_for(source):
@@ -76,6 +77,8 @@ def test_rows_of_several_models_are_sorted_by_key(tmp_path):
         ({"table": "spectra", "nodes": 1.0}, "column nodes holds lists"),
         ({"table": "spectra", "stage": "p5"}, r"no stage 'p5'; did you mean p50"),
         ({"table": "spectra", "stage": ["init", "end"]}, "no stage 'end'; .* init, p10, p25, p50"),
+        ({"table": "spectra", "partition": "weight"}, r"no partition 'weight'; did you mean weig"),
+        ({"table": "spectra", "status": "OK"}, "no status 'OK'; known are ok, zero, pending, fai"),
         ({"table": "gaps"}, "holds no table gaps; it has spectra"),
     ],
 )

@@ -37,8 +37,10 @@ GROUP = (
     "protocol_version",
 )
 # What is read of each row beside.
-_COLUMNS = ("block", "probe", "method", "status", "reason", "num_params", "num_products")
-_COLUMNS += ("breakdown", "nodes", "weights", "alphas", "betas")
+_COLUMNS = (
+    *("block", "probe", "method", "status", "reason", "num_params", "num_products"),
+    *("breakdown", "nodes", "weights", "alphas", "betas"),
+)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
         if pa.types.is_list(kind):
             raise NotFound(f"column {column} holds lists; filter on another")
         values = _values(value)
-        words = _WORDS.get(column)
+        words = _WORDS.get(column, ())
         for word in values if words else ():
             if word not in words:
                 raise NotFound(f"no {column} {word!r}; {hint(str(word), words)}")

@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,9 @@ class _Group(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command line and exit; HARNESS_TRACEBACK=1 raises what failed."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # a question mark for what a terminal lacks
+                stream.reconfigure(errors="replace")
         try:
             sys.exit(super().main(*args, **(extra | {"standalone_mode": False})) or 0)
         except click.exceptions.NoArgsIsHelpError as error:

@@ -29,7 +29,7 @@ bench: $(READY)
 	$(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
 		--set-commit-hash $$(git rev-parse HEAD) --bench '^(accuracy|pieces|cost.(Step|Memory|Rebuilt))'
 
-# Our products against the paper's algorithm and two libraries, by turns in one run.
+# Our products against the paper's algorithm and three libraries, by turns in one run.
 bench-peers: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.peers
 

@@ -102,15 +102,12 @@ class Rebuilt:
         case = resnet18()
         self.blocks = find_blocks(case.model)
         halves = [tuple(t[i : i + 8] for t in case.batch) for i in (0, 8)]
+        cpu = torch.device("cpu")
+        args = (case.model, case.loss_fn, halves, self.blocks)
         with fixed_arithmetic(case.model):
-            self.hessian = BlockHessian(
-                case.model,
-                case.loss_fn,
-                halves,
-                self.blocks,
-                device=torch.device("cpu"),
-                memory_budget=400 << 20,
-            )
+            # Enough for a product with one half, not for the graphs of both.
+            one = BlockHessian(*args, device=cpu, memory_budget=BUDGET).product_bytes
+            self.hessian = BlockHessian(*args, device=cpu, memory_budget=one)
 
     def time_step(self) -> None:
         assert not self.hessian.keeps_graphs

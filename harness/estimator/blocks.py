@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from harness.errors import UserError
 
@@ -36,6 +37,9 @@ _TOKEN = re.compile(r"(^|[._])(cls|class|dist|reg|mask|register)_token", re.I)
 _PATCH = re.compile(r"(^|[._])(patch_embed\w*|conv_proj|patchify|to_patch\w*)|^stem\.proj", re.I)
 _STATE = re.compile(r"(^|\.)(A_log|D|dt_bias|A)$")
 _HEAD = re.compile(r"(^|_)(head|classifier|score|decoder|fc)($|_)", re.I)
+# What `torch.nn.utils.parametrize` computes a parameter from: of weight_norm `original1`, the
+# direction, has the weight's shape, and `original0`, the lengths, has not.
+_PARAMETRIZED = re.compile(r"((?:.+\.)?)parametrizations\.(\w+)\.original\d*")
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -139,6 +143,16 @@ def find_blocks(
     return blocks
 
 
+def unclassified(model: nn.Module) -> list[Block]:
+    """List what could be weights, but belongs to no block of partition `weights`.
+
+    No module that is known owns these parameters. Class tokens and scales are vectors, and not
+    among them.
+    """
+    blocks = find_blocks(model, "all")
+    return [b for b in blocks if b.kind == "other" and sum(side > 1 for side in b.shape) > 1]
+
+
 def _parameter_blocks(
     model: nn.Module, named: Sequence[tuple[str, nn.Parameter]]
 ) -> Iterator[Block]:
@@ -146,8 +160,9 @@ def _parameter_blocks(
     modules = dict(model.named_modules())
     head = _head_name(model)
     for name, parameter in named:
-        path, _, attribute = name.rpartition(".")
-        kind = _kind(name, attribute, modules[path], head)
+        plain = _plain_name(name, parameter, modules)
+        path, _, attribute = plain.rpartition(".")
+        kind = _kind(plain, attribute, modules[path], head)
         shape = tuple(parameter.shape)
         fused = _fused_kinds(path, attribute, modules[path], parameter)
         if fused:
@@ -161,6 +176,16 @@ def _parameter_blocks(
                 )
         else:
             yield Block(name, kind, (Part(name),), parameter.numel(), shape)
+
+
+def _plain_name(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
+    """Return the name that a parametrized weight would have without its parametrization."""
+    found = _PARAMETRIZED.fullmatch(name)
+    if found is None:
+        return name
+    path, attribute = found.groups()
+    computed = getattr(modules[path.removesuffix(".")], attribute)
+    return f"{path}{attribute}" if computed.shape == parameter.shape else name
 
 
 def _fused_kinds(
@@ -204,6 +229,8 @@ def _kind(name: str, attribute: str, module: nn.Module, head: str | None) -> str
         return "position" if _POSITION.search(_spaced(name)) else "other"
     if name == head:
         return "head"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "attention_output"  # of nn.MultiheadAttention alone
     if isinstance(module, nn.modules.conv._ConvNd):
         return "embedding" if _PATCH.search(path) else "conv"
     for kind, pattern in _PROJECTIONS.items():
@@ -240,7 +267,7 @@ def _head_name(model: nn.Module) -> str | None:
     """
     names = {id(p): name for name, p in model.named_parameters()}
     candidates = [
-        (path, names.get(id(module.weight)))
+        (path, f"{path}.weight" if is_parametrized(module) else names.get(id(module.weight)))
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     ]

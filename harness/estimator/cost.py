@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,12 +96,12 @@ def forecast(
             device=device,
             memory_budget=device_memory(device),
         )
-        with FlopCounterMode(display=False) as shared:
+        with _counter() as shared:
             hessian.products([])
         block_flops = []
         for index, block in enumerate(blocks):
             vector = torch.ones(block.num_params, dtype=hessian.dtype, device=device)
-            with FlopCounterMode(display=False) as counter:
+            with _counter() as counter:
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size)
         two = take(batches[0], 0, 2)
@@ -127,6 +129,18 @@ def forecast(
             b.num_params if e else 4 * sampled for b, e in zip(blocks, exact, strict=True)
         ),
     )
+
+
+def _counter() -> FlopCounterMode:
+    """Return a counter that does not follow modules.
+
+    To follow them it hooks into their inputs, which are leaves where they are parametrizations,
+    and `torch.autograd.grad` refuses such hooks on the leaves that it differentiates by.
+    """
+    counter = FlopCounterMode(display=False)
+    nothing: dict[str, Any] = {"__enter__": lambda: None, "__exit__": lambda *_: None}
+    counter.mod_tracker = SimpleNamespace(parents={"Global"}, **nothing)  # type: ignore[assignment]
+    return counter
 
 
 def cut(costs: Sequence[float], num_parts: int) -> list[int]:

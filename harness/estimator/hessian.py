@@ -277,7 +277,19 @@ class BlockHessian:
                 create_graph=True,
                 allow_unused=True,
             )
+            if all(g is None for g in gradients):  # such as of an unused module alone
+                self._check_uses_model(loss)
         return dict(zip(ordered, gradients, strict=True))
+
+    def _check_uses_model(self, loss: torch.Tensor) -> None:
+        """Raise unless the loss depends on the copy of the model, whichever its parameter."""
+        trained = [p for p in self._parameters.values() if p.requires_grad]
+        found = torch.autograd.grad(loss.reshape(()), trained, retain_graph=True, allow_unused=True)
+        if all(g is None for g in found):
+            raise UserError(
+                "the loss depends on no parameter of the model that loss_fn is given; use that "
+                "one, (model, batch) ↦ loss, and not another one from around it"
+            )
 
     def _size_graph(self, memory_budget: int) -> tuple[int, int]:
         """Halve the microbatches until a product fits; return the bytes of graph and product."""

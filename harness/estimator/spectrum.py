@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.estimator import lanczos
-from harness.estimator.blocks import Block, find_blocks
+from harness.estimator.blocks import Block, find_blocks, unclassified
 from harness.estimator.checks import Batch, LossFn, batch_hash, fixed_arithmetic
 from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.device import choose_device, device_memory, device_name, peak_bytes
@@ -110,6 +111,16 @@ def estimate_spectra(
         [['weight', 12, 'exact']]
     """
     _check_settings(num_probes, num_steps, probe_distribution, matmul_precision, dtype)
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise UserError(f"batches is a {type(batches).__name__}; pass a list of batches")
+    batches = list(batches)  # once: a loader may shuffle, and a generator ends
+    if isinstance(blocks, str) and blocks == "weights" and (odd := unclassified(model)):
+        warnings.warn(
+            f"in no block of partition weights: {', '.join(b.name for b in odd)} "
+            f"({sum(b.num_params for b in odd):,} parameters), since no nn.Linear, nn.Conv or "
+            "nn.Embedding owns them; blocks='all', or a list of Block, takes them too",
+            stacklevel=2,
+        )
     partition = blocks if isinstance(blocks, str) else "custom"
     blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
     target = choose_device(model, device)
@@ -306,6 +317,11 @@ def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
     block = plan.hessian.blocks[index]
     n = block.num_params
     H = plan.hessian.dense(index).double()
+    if not torch.isfinite(H).all():
+        raise FloatingPointError(
+            f"the Hessian of block {block.name!r} is not finite; use a wider dtype or look for inf "
+            "or nan in the second derivative"
+        )
     zero = not H.any()
     nodes = [0.0] if zero else torch.linalg.eigvalsh(H).tolist()
     return (

@@ -15,6 +15,7 @@ from torch import nn
 from harness import tasks
 from harness.errors import UserError
 from harness.estimator import Block, find_blocks
+from harness.estimator.blocks import unclassified
 from harness.estimator.device import device_memory
 from harness.registry import recipes
 from harness.registry.entry import ModelEntry
@@ -216,15 +217,10 @@ def inspect_model(model: nn.Module) -> Findings:
     return Findings(
         num_params=sum(p.numel() for p in once.values()),
         blocks=find_blocks(model),
-        unclassified=[b for b in find_blocks(model, "all") if _is_unclassified(b)],
+        unclassified=unclassified(model),
         frozen=[n for n, p in once.items() if not p.requires_grad],
         tied=[n for n in every if n not in once],
     )
-
-
-def _is_unclassified(block: Block) -> bool:
-    """Tell whether a block could be a weight; class tokens and scales are vectors."""
-    return block.kind == "other" and sum(side > 1 for side in block.shape) > 1
 
 
 def names(found: list[str], most: int = 4) -> str:

@@ -5,9 +5,11 @@ import timm
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from harness import find_blocks
 from harness.errors import UserError
+from harness.estimator.blocks import unclassified
 
 from .models import GPT
 
@@ -116,3 +118,29 @@ def test_frozen_parameters_belong_to_no_block_and_a_frozen_model_is_refused():
 def test_unknown_partition_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="weights, paper, all, full"):
         find_blocks(nn.Linear(1, 1), "layers")
+
+
+def test_parametrized_weights_are_blocks_of_the_kinds_that_they_had():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.ModuleDict({"qkv": spectral_norm(nn.Linear(6, 18))})
+            self.fc1 = weight_norm(nn.Linear(6, 4))
+            self.head = orthogonal(nn.Linear(4, 4))
+
+    assert kinds(Net()) == {
+        "attn.qkv.parametrizations.weight.original[q]": "query",
+        "attn.qkv.parametrizations.weight.original[k]": "key",
+        "attn.qkv.parametrizations.weight.original[v]": "value",
+        "fc1.parametrizations.weight.original1": "mlp",
+        "head.parametrizations.weight.original": "head",
+    }
+    assert unclassified(Net()) == []
+
+
+def test_the_output_of_attention_is_known_by_its_module_whatever_its_name():
+    assert kinds(nn.ModuleDict({"mix": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 2)})) == {
+        **{f"mix.in_proj_weight[{kind[0]}]": kind for kind in ("query", "key", "value")},
+        "mix.out_proj.weight": "attention_output",
+        "head.weight": "head",
+    }

@@ -9,10 +9,12 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.parametrizations import weight_norm
 
 import spectra_db
 from harness import estimate_spectra, find_blocks
 from harness.errors import UserError
+from harness.estimator.cost import forecast
 from harness.estimator.summary import block_summaries
 from spectra_db.schema import TABLES
 
@@ -255,6 +257,70 @@ def test_attention_and_recurrent_kernels_without_second_derivative_are_avoided()
 def test_settings_out_of_range_are_refused_with_what_is_allowed(options, message):
     with pytest.raises(UserError, match=message):
         rows_of(**options)
+
+
+def small(*layers, loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1]), **options):
+    model = nn.Sequential(*layers, nn.Linear(4, 3))
+    batch = (torch.linspace(0.1, 1, 48).reshape(8, 6), torch.arange(8) % 3)
+    return estimate_spectra(model, loss_fn, **{"batches": [batch], "num_steps": 3} | options)
+
+
+def test_weights_that_no_known_module_owns_are_left_out_with_a_warning():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W = nn.Parameter(torch.eye(6, 4))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.W)
+
+    with pytest.warns(UserWarning, match=r"in no block .*: 0.W \(24 parameters\)"):
+        small(Raw())
+    assert "0.W" in set(small(Raw(), blocks="all")["block"])
+
+
+def test_a_loss_of_another_model_than_the_one_given_is_refused():
+    other = nn.Linear(6, 3)
+    with pytest.raises(UserError, match="no parameter of the model that loss_fn is given"):
+        small(nn.Linear(6, 4), loss_fn=lambda _, b: F.cross_entropy(other(b[0]), b[1]))
+
+
+def test_blocks_without_a_finite_hessian_are_named():
+    class Root(nn.Module):
+        def forward(self, x):
+            return torch.sqrt(x - x.detach())  # the slope at 0 is infinite
+
+    with pytest.raises(FloatingPointError, match=r"Hessian of block '0.weight' is not finite"):
+        small(nn.Linear(6, 4), Root())
+
+
+def test_batches_may_come_from_a_generator_and_are_none_of_a_tensor():
+    batch = (torch.linspace(0.1, 1, 48).reshape(8, 6), torch.arange(8) % 3)
+    hashes = [
+        small(nn.Linear(6, 4), batches=batches)["batch_hash"].unique().tolist()
+        for batches in ([batch], (b for b in [batch]))
+    ]
+    assert hashes[0] == hashes[1]
+    with pytest.raises(UserError, match="batches is a Tensor; pass a list of batches"):
+        small(nn.Linear(6, 4), batches=batch[0])
+
+
+def test_the_cost_of_parametrized_models_is_counted():
+    model = nn.Sequential(weight_norm(nn.Linear(6, 4)), nn.Linear(4, 3))
+    plain = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    batch = (torch.ones(8, 6), torch.arange(8) % 3)
+    flops = [
+        forecast(
+            each,
+            lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            [batch],
+            find_blocks(each, "full"),
+            num_probes=1,
+            num_steps=2,
+        ).flops
+        for each in (model, plain)
+    ]
+    assert flops[0] >= flops[1] > 0
 
 
 def _rules(rows):

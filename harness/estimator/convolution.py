@@ -46,6 +46,8 @@ class PrunedConvolutions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self._uses.update(id(a) for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter))
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         if func not in _OPERATIONS or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         return self._convolve(func, *args, **kwargs)
@@ -166,6 +168,11 @@ class _WeightGradient(torch.autograd.Function):
             _InputGradient.apply(g, u, ctx.shape) if wants_x else None,
             None,
         )
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Return v g / |v|: the second derivative of torch's own kernel is wrong (seen on CPU)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _as_numbers(

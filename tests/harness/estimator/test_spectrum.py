@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,6 +304,35 @@ def test_batches_may_come_from_a_generator_and_are_none_of_a_tensor():
     assert hashes[0] == hashes[1]
     with pytest.raises(UserError, match="batches is a Tensor; pass a list of batches"):
         small(nn.Linear(6, 4), batches=batch[0])
+
+
+def test_weight_norm_has_the_spectrum_of_its_formula():
+    class Formula(nn.Module):  # the derivative of torch's own kernel is no symmetric matrix
+        def __init__(self, normed):
+            super().__init__()
+            self.g, self.v, self.bias = normed.weight_g, normed.weight_v, normed.bias
+
+        def forward(self, x):
+            return F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)), self.bias)
+
+    layer = weight_norm(nn.Linear(6, 4))
+    pair = layer.parametrizations.weight
+    formula = Formula(
+        SimpleNamespace(weight_g=pair.original0, weight_v=pair.original1, bias=layer.bias)
+    )
+    head = nn.Linear(4, 3)
+    batch = (torch.linspace(0.1, 1, 48).reshape(8, 6), torch.arange(8) % 3)
+    nodes = [
+        estimate_spectra(
+            nn.Sequential(each, nn.Tanh(), head),
+            lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            [batch],
+            blocks="full",
+            dtype=torch.float64,
+        )["nodes"][0]
+        for each in (layer, formula)
+    ]
+    assert np.allclose(nodes[0], nodes[1], rtol=1e-10, atol=1e-12)
 
 
 def test_the_cost_of_parametrized_models_is_counted():

@@ -103,7 +103,8 @@ def write(path: Path, text: str) -> None:
 # In the order of the file; left out where they have the default of ModelEntry.
 _ORDER = (
     *("name", "family", "tier", "factory", "options", "task", "task_options"),
-    *("hessian_batch_size", "microbatch_size", "num_probes", "num_steps", "paper_blocks"),
+    *("hessian_batch_size", "microbatch_size", "moments_batch_size", "num_probes", "num_steps"),
+    "paper_blocks",
     *("recipe", "stages", "full_stages", "pretrained", "status", "reason"),
     *("source", "reference", "licence", "description"),
 )

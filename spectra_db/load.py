@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spectra_db import manifest, store
-from spectra_db.schema import STAGES, STATUSES, TABLES
+from spectra_db.schema import PARTITIONS, STAGES, STATUSES, TABLES
 
 BUNDLED = Path(__file__).parent / "data"
 # Columns of few words, a misspelt one of which would select nothing.
 _WORDS = {
     "stage": STAGES,
     "status": STATUSES,
-    "partition": ("weights", "paper", "all", "full"),
+    "partition": (*PARTITIONS, "custom"),
 }
 
 

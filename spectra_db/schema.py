@@ -11,6 +11,8 @@ PROTOCOL_VERSION = 1
 
 STATUSES = ("ok", "zero", "pending", "failed")
 STAGES = ("init", "p10", "p25", "p50", "final")
+# Of rules; rows of blocks that a caller chose say `custom`.
+PARTITIONS = ("weights", "paper", "all", "full")
 
 _TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 _LIST = pa.list_(_FLOAT)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from harness.errors import UserError
+from spectra_db.schema import PARTITIONS
 
-PARTITIONS = ("weights", "paper", "all", "full")
 FULL_BLOCK = "__full__"
 
 # The last words of a module's path that name one projection, as timm, transformers, torch and

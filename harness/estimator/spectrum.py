@@ -123,6 +123,10 @@ def estimate_spectra(
         )
     partition = blocks if isinstance(blocks, str) else "custom"
     blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
+    if strange := [block for block in blocks if not isinstance(block, Block)]:
+        raise UserError(
+            f"blocks holds {strange[0]!r}; pass a partition, or some of find_blocks(model)"
+        )
     target = choose_device(model, device)
     budget = device_memory(target) // 2 if memory_budget is None else memory_budget
     with fixed_arithmetic(model, matmul_precision):
@@ -364,6 +368,8 @@ def _check_settings(
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype is {dtype!r}; pass a torch.dtype, such as torch.float32")
     for name, given, allowed in (
         ("probe_distribution", distribution, PROBE_DISTRIBUTIONS),
         ("matmul_precision", precision, PRECISIONS),

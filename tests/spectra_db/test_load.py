@@ -44,6 +44,7 @@ def test_filters_take_a_value_or_several(source):
     assert len(load("spectra", source=source, stage="p10")) == 0
     assert len(load("spectra", source=source, tolerance=0.1)) == 1
     assert len(load("spectra", source=source, tolerance=None)) == 7
+    assert len(load("spectra", source=source, partition="custom")) == 0
     assert load("spectra", source=source, model=[], columns=["block"]).columns.tolist() == ["block"]
 
 

@@ -306,6 +306,13 @@ def test_batches_may_come_from_a_generator_and_are_none_of_a_tensor():
         small(nn.Linear(6, 4), batches=batch[0])
 
 
+def test_names_are_no_blocks_and_no_dtypes():
+    with pytest.raises(UserError, match=r"blocks holds 'weight'; pass a partition, or some of"):
+        small(nn.Linear(6, 4), blocks=["weight"])
+    with pytest.raises(UserError, match=r"dtype is 'float32'; pass a torch.dtype"):
+        small(nn.Linear(6, 4), dtype="float32")
+
+
 def test_weight_norm_has_the_spectrum_of_its_formula():
     class Formula(nn.Module):  # the derivative of torch's own kernel is no symmetric matrix
         def __init__(self, normed):

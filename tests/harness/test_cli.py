@@ -203,7 +203,7 @@ def test_a_broken_table_is_named(tmp_path):
 
 def test_the_choices_are_those_of_the_estimator():
     from harness import measure
-    from harness.estimator import spectrum
+    from harness.estimator import blocks, spectrum
     from spectra_db.schema import PARTITIONS
 
     choices = {
@@ -214,7 +214,7 @@ def test_the_choices_are_those_of_the_estimator():
     assert choices["dtype"] == set(spectrum.DTYPES)
     assert choices["matmul_precision"] == set(spectrum.PRECISIONS)
     assert choices["probe_distribution"] == set(spectrum.PROBE_DISTRIBUTIONS)
-    assert choices["partition"] == set(PARTITIONS)
+    assert choices["partition"] == set(PARTITIONS) == set(blocks.PARTITIONS)
     assert choices["metric"] == set(measure.METRICS)
 
 

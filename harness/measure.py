@@ -12,6 +12,7 @@ import torch
 
 from harness import tasks
 from harness.errors import UserError
+from harness.estimator.cost import EXACT_SIZE
 from harness.spectra import (
     Settings,
     blocks_of,
@@ -48,6 +49,7 @@ def take_metric(
     tolerance: float | None,
     max_probes: int | None = None,
     max_steps: int | None = None,
+    exact_size: int = EXACT_SIZE,
     command: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Reached:
@@ -66,6 +68,7 @@ def take_metric(
         tolerance: As `estimate_to_tolerance`.
         max_probes: As `estimate_to_tolerance`.
         max_steps: As `estimate_to_tolerance`.
+        exact_size: As `estimate_spectra`.
         command: The command line, for table `runs`.
         on_progress: Called with (products done, products in all) of each round.
 
@@ -99,6 +102,7 @@ def take_metric(
         max_steps=max_steps,
         known=_known(out, settings, problem),
         identity=identity | facts_of(problem, run),
+        exact_size=exact_size,
         on_round=write_round,
         on_progress=on_progress,
         **options_of(problem, settings),
@@ -164,7 +168,8 @@ def take_moments(
 ) -> pd.DataFrame:
     """Take the spreads of moments and of gradients on a batch larger than the spectrum's.
 
-    They need one product a probe, and one gradient. The rules are kept in OUT/larger_batch, apart
+    They need one product a probe, and one gradient; blocks that would take more products to be
+    exact than to be sampled are sampled. The rules are kept in OUT/larger_batch, apart
     from the spectrum; the metrics replace those of the spectrum's batch, and say their own.
 
     Args:
@@ -185,6 +190,7 @@ def take_moments(
         MOMENT_METRICS[0],
         tolerance=None,
         max_probes=settings.num_probes,
+        exact_size=settings.num_probes,
         command=command,
         on_progress=on_progress,
     )

@@ -125,7 +125,9 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         larger = load_problem(
             fresh, "init", STAGE_SEED, data_root=data_root, batch_size=entry.moments_batch_size
         )
-        costs["moments"] = forecast_of(larger, entry.partition, entry.num_probes, 1)
+        costs["moments"] = forecast_of(
+            larger, entry.partition, entry.num_probes, 1, exact_size=entry.num_probes
+        )
         counts["moments"] = 1
     runs, training = 0, 0.0
     if entry.trains and entry.recipe is not None:

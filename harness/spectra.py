@@ -68,12 +68,13 @@ def forecast_of(
     num_steps: int,
     *,
     blocks: list[Block] | None = None,
+    exact_size: int | None = None,
 ) -> Forecast:
     """Return what a spectrum of a problem, or of some blocks of it, costs.
 
-    Found from one product per block on one sample.
+    Found from one product per block on one sample; `exact_size` as in `estimate_spectra`.
     """
-    from harness.estimator.cost import forecast
+    from harness.estimator.cost import EXACT_SIZE, forecast
 
     return forecast(
         problem.model,
@@ -82,6 +83,7 @@ def forecast_of(
         blocks_of(problem, partition) if blocks is None else blocks,
         num_probes=num_probes,
         num_steps=num_steps,
+        exact_size=EXACT_SIZE if exact_size is None else exact_size,
     )
 
 

@@ -33,7 +33,8 @@ class PrunedConvolutions(TorchFunctionMode):
     """Replaces the convolutions of a forward pass by ones that skip what is not needed.
 
     To be entered around the forward pass; `for_parameters` around a second backward pass says
-    with respect to which parameters it differentiates.
+    with respect to which parameters it differentiates. Weight norms, which are mostly those of
+    convolutions, are replaced by their formula.
     """
 
     def __init__(self) -> None:

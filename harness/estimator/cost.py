@@ -79,6 +79,7 @@ def forecast(
     *,
     num_probes: int,
     num_steps: int,
+    exact_size: int = EXACT_SIZE,
 ) -> Forecast:
     """Count the cost of a spectrum on one sample and scale it to the batch.
 
@@ -107,7 +108,7 @@ def forecast(
         two = take(batches[0], 0, 2)
         grows = hessian.measure_peak(two) - hessian.product_bytes if leading_size(two) > 1 else 0
     sampled = num_probes * num_steps
-    exact = [b.num_params <= EXACT_SIZE for b in blocks]
+    exact = [b.num_params <= exact_size for b in blocks]
     counts = [b.num_params if e else sampled for b, e in zip(blocks, exact, strict=True)]
     flops = sum(n * f for n, f in zip(counts, block_flops, strict=True))
     return Forecast(

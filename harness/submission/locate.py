@@ -16,7 +16,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harness.estimator.checks import Batch, LossFn, leading_size, take
+from harness.errors import UserError
+from harness.estimator.checks import (
+    Batch,
+    LossFn,
+    check_twice_differentiable,
+    leading_size,
+    take,
+)
 
 _HARNESS = Path(__file__).parents[1]
 # Steps of central differences, relative to the size of what is moved: kinks spoil large ones,
@@ -147,26 +154,12 @@ def _differentiate_twice(call: Call) -> None:
         return
     try:
         first = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-        _check_marks(first)
+        check_twice_differentiable(first)
         again = _sum_of_squares([g for g in first if g is not None])
         if again is not None:
             torch.autograd.grad(again, leaves, allow_unused=True)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, UserError) as error:
         raise _Misbehaves from error
-
-
-def _check_marks(gradients: tuple[torch.Tensor | None, ...]) -> None:
-    """Raise where torch has cut the graph at a custom function marked once_differentiable."""
-    stack = [g.grad_fn for g in gradients if g is not None]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise _Misbehaves
-        stack += [following for following, _ in node.next_functions]
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor | None:

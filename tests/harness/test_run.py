@@ -20,6 +20,7 @@ import pytest
 import spectra_db
 from harness import run, spectra
 from harness.errors import UserError
+from harness.estimator import estimate_spectra
 from harness.plan import Survey, Unit, missing, survey
 from harness.registry import ModelEntry, Recipe, get
 from harness.run import Job, execute, run_entries
@@ -124,10 +125,15 @@ def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
     larger = rows.loc[["lambda_rms_spread", "trace_spread", "gradient_rms_spread"]]
     assert set(larger["batch_size"]) == {40}
     assert set(rows.drop(index=larger.index)["batch_size"]) == {16}
+    # Three blocks with one product for each of three probes; exact ones take one a parameter.
+    assert set(larger.loc[["lambda_rms_spread", "trace_spread"], "num_products"]) == {3 * 3}
     # What the metric is on a problem of that batch.
     problem = load_problem(replace(entry, hessian_batch_size=40), "init", 1)
-    spectrum = take_spectrum(problem, Settings(num_steps=1), tmp_path / "other", command="")
-    expected = spread(spectrum, "lambda_rms")
+    rows = estimate_spectra(
+        problem.model, problem.loss_fn, problem.batches, num_probes=3, num_steps=1, exact_size=3,
+        seed=1, identity={"model": "tiny", "stage": "init"},
+    )  # fmt: skip
+    expected = spread(rows, "lambda_rms")
     assert larger.loc["lambda_rms_spread", "corrected"] == pytest.approx(expected.corrected)
     # Spectra stay those of one batch, and a second run finds all done.
     assert spectra_db.load("spectra", source=tmp_path)["batch_size"].unique().tolist() == [16]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -157,6 +158,25 @@ def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> None
                 "no second derivative; write its backward in differentiable operations"
             )
         stack += [following for following, _ in node.next_functions]
+
+
+def warn_of_asymmetry(asymmetries: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Warn of blocks whose products are not those of a symmetric matrix, beyond rounding.
+
+    Args:
+        asymmetries: By the block's name, how far uᵀHv and vᵀHu are apart, relative to ‖H‖.
+        dtype: Of the products; what exceeds √eps of it is not taken for rounding.
+    """
+    allowed = math.sqrt(torch.finfo(dtype).eps)
+    odd = {name: value for name, value in asymmetries.items() if value > allowed}
+    if odd:
+        warnings.warn(
+            f"the Hessian of {', '.join(odd)} is not symmetric: uᵀHv and vᵀHu differ by up to "
+            f"{max(odd.values()):.1e} of its norm. Either a second derivative of the model is "
+            "wrong, or the block's Hessian is zero but for rounding, as that of attention's key "
+            "biases is: then dtype=torch.float64 makes its eigenvalues smaller still",
+            stacklevel=2,
+        )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from harness.estimator.checks import (
     leading_size,
     second_derivative_errors,
     take,
+    warn_of_asymmetry,
 )
 from harness.estimator.convolution import PrunedConvolutions
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
@@ -132,9 +133,11 @@ class BlockHessian:
 
     def dense(self, index: int) -> torch.Tensor:
         """Return the block's Hessian, symmetrised, shape (n, n): n products."""
-        n = self.blocks[index].num_params
-        identity = torch.eye(n, dtype=self.dtype, device=self.device)
+        block = self.blocks[index]
+        identity = torch.eye(block.num_params, dtype=self.dtype, device=self.device)
         H = torch.stack(self.products([(index, row) for row in identity]))
+        if norm := float(H.norm()):
+            warn_of_asymmetry({block.name: float((H - H.T).norm()) / norm}, self.dtype)
         return (H + H.T) / 2
 
     def gradient(self) -> Gradients:

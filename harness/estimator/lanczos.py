@@ -28,6 +28,7 @@ class Recurrence:
         betas: Off-diagonal of T, the last being the residual norm.
         basis: All vectors so far if reorthogonalising, else None.
         breakdown: The residual vanished: the rule is exact and the recurrence is over.
+        asymmetry: |⟨v_1, A v_2⟩ − ⟨v_2, A v_1⟩| / ‖T‖ after two steps; rounding if A is symmetric.
     """
 
     vector: torch.Tensor
@@ -36,6 +37,7 @@ class Recurrence:
     betas: list[float] = field(default_factory=list)
     basis: list[torch.Tensor] | None = None
     breakdown: bool = False
+    asymmetry: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -111,19 +113,22 @@ def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor])
     """
     scalars = []
     for r, w in zip(recurrences, products, strict=True):
+        lean = torch.zeros((), dtype=torch.float64, device=w.device)
         if r.previous is not None:
             w.add_(r.previous, alpha=-r.betas[-1])
+            if len(r.alphas) == 1:  # once tells, and costs a product of vectors
+                lean = _dot(w, r.previous)
         alpha = _dot(w, r.vector)
         w.addcmul_(r.vector, alpha.to(w.dtype), value=-1)
         if r.basis is not None:
             for _ in range(2):  # twice is enough (Parlett 1998, section 6.9)
                 for q in r.basis:
                     w.addcmul_(q, _dot(w, q).to(w.dtype), value=-1)
-        scalars += [alpha, torch.linalg.vector_norm(w, dtype=torch.float64)]
+        scalars += [alpha, torch.linalg.vector_norm(w, dtype=torch.float64), lean]
     if not recurrences:
         return
-    values = torch.stack(scalars).tolist()  # the one synchronisation
-    for r, w, alpha, beta in zip(recurrences, products, values[::2], values[1::2], strict=True):
+    values = torch.stack(scalars).view(-1, 3).tolist()  # the one synchronisation
+    for r, w, (alpha, beta, lean) in zip(recurrences, products, values, strict=True):
         if not (abs(alpha) < float("inf") and beta < float("inf")):
             raise FloatingPointError(
                 f"product {len(r.alphas) + 1} of the operator is not finite; use a wider dtype "
@@ -131,6 +136,8 @@ def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor])
             )
         r.alphas.append(alpha)
         r.betas.append(beta)
+        if lean:
+            r.asymmetry = abs(lean) / _norm(r)
         r.breakdown = beta <= _BREAKDOWN_EPS * torch.finfo(w.dtype).eps * _norm(r)
         r.breakdown |= len(r.alphas) == w.numel()
         if not r.breakdown:

@@ -15,7 +15,13 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator import lanczos
 from harness.estimator.blocks import Block, find_blocks, unclassified
-from harness.estimator.checks import Batch, LossFn, batch_hash, fixed_arithmetic
+from harness.estimator.checks import (
+    Batch,
+    LossFn,
+    batch_hash,
+    fixed_arithmetic,
+    warn_of_asymmetry,
+)
 from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.device import choose_device, device_memory, device_name, peak_bytes
 from harness.estimator.hessian import BlockHessian, NumTerms
@@ -247,6 +253,8 @@ def _run(
             on_progress(done + sum(steps), total)
         done += len(pairs) * plan.num_steps
         on_progress(done, total)
+        named = zip(pairs, states, strict=True)
+        warn_of_asymmetry({blocks[i].name: s.asymmetry for (i, _), s in named}, plan.hessian.dtype)
         seconds = (time.perf_counter() - begin) / len(pairs)
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.parametrizations import weight_norm
 
 import spectra_db
-from harness import estimate_spectra, find_blocks
+from harness import estimate_spectra, find_blocks, registry
 from harness.errors import UserError
 from harness.estimator.cost import forecast
 from harness.estimator.summary import block_summaries
+from harness.training import load_problem
 from spectra_db.schema import TABLES
 
 from .models import ViT, cross_entropy, num_terms, problem, split
@@ -362,3 +364,48 @@ def test_the_cost_of_parametrized_models_is_counted():
 
 def _rules(rows):
     return [(np.asarray(r.nodes), np.asarray(r.weights)) for r in rows.itertuples()]
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax whose first derivative is right and whose second is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.softmax(-1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * y - y * (g * y.detach()).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("exact_size", [0, 1000])
+def test_a_wrong_second_derivative_is_warned_of_where_it_leaves_the_hessian_asymmetric(exact_size):
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(8, 6)
+
+    def loss(softmax):
+        return lambda m, x: softmax(m[1](m[0](x).tanh())).square().mean()
+
+    settings = {"num_probes": 1, "num_steps": 3, "exact_size": exact_size}
+    with pytest.warns(UserWarning, match=r"Hessian of 0\.weight.* is not symmetric"):
+        estimate_spectra(model, loss(_Softmax.apply), [batch], **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate_spectra(model, loss(lambda x: x.softmax(-1)), [batch], **settings)
+
+
+@pytest.mark.parametrize("exact_size", [0, 1000])
+def test_a_block_that_is_zero_but_for_rounding_is_warned_of(exact_size):
+    # Softmax over the keys does not change if all keys are moved by the same vector.
+    problem = load_problem(registry.get("vit-digits"), batch_size=8)
+    model = problem.model
+    blocks = [b for b in find_blocks(model, "all") if b.name.endswith(("key.bias", "value.bias"))]
+    settings = {"num_probes": 1, "num_steps": 2, "exact_size": exact_size, "blocks": blocks}
+    with pytest.warns(UserWarning, match="not symmetric") as caught:
+        estimate_spectra(model, problem.loss_fn, problem.batches, **settings)
+    text = " ".join(str(warning.message) for warning in caught)
+    assert "attn.key.bias" in text
+    assert "attn.value.bias" not in text

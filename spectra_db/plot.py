@@ -131,7 +131,7 @@ def training_curves(rows: pd.DataFrame) -> Figure:
         rows: Rows of table `training` of one model.
 
     Raises:
-        ValueError: The rows are of several models.
+        ValueError: The rows are of several models, or of another table.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -139,6 +139,9 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     models = sorted(rows["model"].unique())
     if len(models) > 1:
         raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
+    used = ("seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
+    if absent := [column for column in used if column not in rows]:
+        raise ValueError(f"the rows have no column {absent[0]!r}; pass rows of table training")
     seed = rows["seed"].min()
     losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)].sort_values("step")
     finals = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]

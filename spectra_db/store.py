@@ -117,10 +117,10 @@ def read(
     # What the validation needs beside.
     beside = {*KEYS[table], "protocol_version", *(_RULE if set(_LISTS) & set(wanted) else ())}
     needed = [name for name in schema.names if name in beside or name in wanted]
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
     try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
         with pq.ParquetFile(path) as file:
             _check_schema(table, file.schema_arrow, str(path), may_be_older=True)
             # Damaged metadata of a column raise here; asked for them, pyarrow would abort.

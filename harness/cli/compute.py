@@ -164,12 +164,17 @@ def _take_metric(
     from harness.measure import GRADIENT_METRIC, take_gradient_metric, take_metric
     from harness.progress import progress_bar
     from harness.spectra import command_line
+    from spectra_db.jackknife import MIN_PROBES
 
     if processes() > 1:
         raise UserError("--tol and the scale metrics run in one process; start it without torchrun")
     if metric == GRADIENT_METRIC:
         click.echo(estimate_line(metric, take_gradient_metric(problem, settings, out), 0.0))
         return
+    if num_probes is not None and num_probes < MIN_PROBES:
+        raise UserError(
+            f"--num-probes is {num_probes}; an error needs at least {MIN_PROBES} probes"
+        )
     with progress_bar(f"{problem.entry.name} {problem.stage}", log=log) as on_progress:
         reached = take_metric(
             problem,
@@ -299,6 +304,12 @@ def run(
 
     if bool(models) == (tier is not None):
         raise UserError("name models, or pass --tier, not both")
+    if engine == "ray":
+        from harness.scale.cluster import import_ray
+
+        import_ray()  # the survey takes long
+    elif address is not None:
+        raise UserError("--address is that of a Ray cluster: pass --engine ray too")
     if tier is not None:
         chosen = catalogue.entries(tier, registry_dir=registry)
     else:
@@ -343,8 +354,6 @@ def run(
             num_gpus=int(device.startswith("cuda")),
             jobs=jobs,
         )
-    elif address is not None:
-        raise UserError("--address is that of a Ray cluster: pass --engine ray too")
     left = sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)
     with units_bar(left, log) as event:
         failed = run_entries(surveys, job, jobs=jobs, engine=cluster, on_event=event)

@@ -107,6 +107,7 @@ def predict(
     from harness.progress import progress_bar
 
     entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
+    known = prediction.read_known(entry, source, with_js0=with_js0)
     with progress_bar(target) as on_progress:
         found, cost = prediction.measure(
             entry,
@@ -116,7 +117,7 @@ def predict(
             on_forecast=lambda *cost: click.echo(cost_line(*cost), err=True),
             on_progress=on_progress,
         )
-    result = prediction.predict(entry, found, source) | {"target": target, "cost": cost}
+    result = prediction.predict(entry, found, known) | {"target": target, "cost": cost}
     if as_json:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:

@@ -117,8 +117,13 @@ def estimate_spectra(
         [['weight', 12, 'exact']]
     """
     _check_settings(num_probes, num_steps, probe_distribution, matmul_precision, dtype)
-    if isinstance(batches, torch.Tensor | Mapping):
-        raise UserError(f"batches is a {type(batches).__name__}; pass a list of batches")
+    if isinstance(batches, torch.Tensor | Mapping) or (
+        isinstance(batches, tuple) and all(isinstance(b, torch.Tensor) for b in batches)
+    ):
+        raise UserError(
+            f"batches is a {type(batches).__name__}; pass a list of batches, such as "
+            "[(inputs, targets)]"
+        )
     batches = list(batches)  # once: a loader may shuffle, and a generator ends
     if isinstance(blocks, str) and blocks == "weights" and (odd := unclassified(model)):
         warnings.warn(

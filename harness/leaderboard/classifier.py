@@ -106,6 +106,20 @@ class Prediction:
     outside: tuple[str, ...]
 
 
+def check(examples: Examples) -> None:
+    """Raise unless there are enough models of both kinds.
+
+    Raises:
+        UserError: There are too few models, or all of one kind.
+    """
+    kinds = len(set(examples.needed.tolist()))
+    if len(examples.names) < MIN_MODELS or kinds < 2:
+        raise UserError(
+            f"{len(examples.names)} models of {kinds} kinds are too few to predict from; give "
+            "--source DIR with the tables of trained models that need Adam and of others that don't"
+        )
+
+
 def classify(examples: Examples, x: Array, error: Array, *, seed: int = 0) -> Prediction:
     """Return the probability that a model needs Adam, with its interval, and the answer.
 
@@ -121,12 +135,7 @@ def classify(examples: Examples, x: Array, error: Array, *, seed: int = 0) -> Pr
     Raises:
         UserError: There are too few models, or all of one kind.
     """
-    kinds = len(set(examples.needed.tolist()))
-    if len(examples.names) < MIN_MODELS or kinds < 2:
-        raise UserError(
-            f"{len(examples.names)} models of {kinds} kinds are too few to predict from; give "
-            "--source DIR with the tables of trained models that need Adam and of others that don't"
-        )
+    check(examples)
     generator = np.random.default_rng(seed)
     families, names = pd.factorize(pd.Series(examples.families), sort=True)
     count = len(names)

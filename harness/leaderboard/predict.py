@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,13 +162,48 @@ def measure(
     return found, spent
 
 
-def predict(entry: ModelEntry, found: pd.DataFrame, source: Path | str | None) -> dict[str, Any]:
-    """Say whether a model needs Adam, from its measures and the leaderboard's models.
+@dataclass(frozen=True)
+class Known:
+    """What a model is predicted from.
+
+    Attributes:
+        every: The leaderboard's models.
+        others: Those but for the model itself.
+        age: How old the data are.
+    """
+
+    every: classifier.Examples
+    others: classifier.Examples
+    age: str
+
+
+def read_known(entry: ModelEntry, source: Path | str | None, *, with_js0: bool) -> Known:
+    """Read the leaderboard's models that a model is predicted from.
 
     Args:
         entry: The model; its own rows of the leaderboard are left out.
-        found: Its measures, from `measure`.
         source: Tables of the leaderboard.
+        with_js0: JS⁰ is among the measures.
+
+    Raises:
+        NotFound: The source has no table `models`.
+        UserError: It has too few models.
+    """
+    data = read(source)
+    measured = measurements(data.models, data.heterogeneity, data.gaps)
+    every = classifier.Examples.of(measured, classifier.WITH_JS0 if with_js0 else classifier.CHEAP)
+    others = every.only(np.array([name != entry.name for name in every.names], dtype=bool))
+    classifier.check(others)
+    return Known(every, others, data.age)
+
+
+def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, Any]:
+    """Say whether a model needs Adam, from its measures and the leaderboard's models.
+
+    Args:
+        entry: The model.
+        found: Its measures, from `measure`.
+        known: From `read_known`, with the same measures.
 
     Returns:
         answer, and the `reasons` if it is unclear; probability, low, high, outside; `measures`:
@@ -176,14 +211,10 @@ def predict(entry: ModelEntry, found: pd.DataFrame, source: Path | str | None) -
         num_families, held_out (what `summary` says), data (how old they are).
 
     Raises:
-        UserError: The leaderboard has too few models; a measure is not positive.
+        UserError: A measure is not positive.
     """
-    data = read(source)
-    measured = measurements(data.models, data.heterogeneity, data.gaps)
-    rows = found.set_index("metric")
-    names = [m for m in classifier.WITH_JS0 if m in rows.index]
-    every = classifier.Examples.of(measured, names)
-    others = every.only(np.array([name != entry.name for name in every.names]))
+    every, others = known.every, known.others
+    rows, names = found.set_index("metric"), list(every.measures)
     corrected = rows["corrected"].where(rows["corrected"] > 0, rows["value"])
     value = corrected.loc[names].to_numpy(np.float64)
     error = rows["standard_error"].fillna(0.0).loc[names].to_numpy(np.float64)
@@ -213,7 +244,7 @@ def predict(entry: ModelEntry, found: pd.DataFrame, source: Path | str | None) -
         "in_leaderboard": entry.name in every.names,
         "reasons": reasons,
         "held_out": test,
-        "data": data.age,
+        "data": known.age,
     }
     return result
 

@@ -65,8 +65,11 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
 
 def defines_entries(path: Path) -> bool:
     """Tell whether a Python file defines ENTRIES, without executing it."""
+    content = path.read_bytes()
+    if b"ENTRIES" not in content:  # whatever it is, even no Python of this version
+        return False
     try:
-        body = ast.parse(path.read_bytes(), str(path)).body
+        body = ast.parse(content, str(path)).body
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     names = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}

@@ -151,6 +151,7 @@ class ModelEntry:
         for attribute in ("stages", "full_stages"):
             if not set(getattr(self, attribute)) <= set(STAGES):
                 refuse(attribute, f"choose from {', '.join(STAGES)}")
+            object.__setattr__(self, attribute, tuple(getattr(self, attribute)))
         if not set(self.full_stages) <= set(self.stages):
             refuse("full_stages", "they must be among the stages")
         if self.recipe is None and self.stages != ("init",):

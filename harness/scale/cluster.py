@@ -25,6 +25,21 @@ _BASE_BYTES = 1 << 30  # of a process with torch, before any graph
 _LOOK = 1.0  # seconds between looks at the size of the cluster
 
 
+def import_ray() -> Any:
+    """Return the module.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            "--engine ray needs Ray, which is not installed: pip install 'hessian-spectra[ray]'"
+        ) from error
+    return ray
+
+
 def run_on_ray(
     agenda: Agenda,
     execute: Callable[..., str | None],
@@ -52,12 +67,7 @@ def run_on_ray(
         UserError: Ray is not installed, or there is no cluster at the address.
         OSError: A task could not write.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            "--engine ray needs Ray, which is not installed: pip install 'hessian-spectra[ray]'"
-        ) from error
+    ray = import_ray()
     here = {"num_cpus": jobs * num_cpus, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, **({"address": address} if address else here))

@@ -74,6 +74,11 @@ def test_curves_of_several_models_are_refused():
         plot.training_curves(rows)
 
 
+def test_curves_of_another_table_are_refused(rows):
+    with pytest.raises(ValueError, match="no column 'metric'; pass rows of table training"):
+        plot.training_curves(rows.assign(seed=0))
+
+
 @pytest.mark.parametrize("draw", [plot.spectra, plot.js_heatmap])
 def test_spectra_of_several_stages_are_refused(rows, draw):
     with pytest.raises(ValueError, match="several spectra"):

@@ -274,6 +274,13 @@ def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path):
         store.read(path, "training")
 
 
+def test_a_link_that_leads_nowhere_is_refused_by_name(tmp_path):
+    path = tmp_path / "made-up.parquet"
+    path.symlink_to(tmp_path / "gone.parquet")
+    with pytest.raises(InvalidTable, match=r"made-up\.parquet: not readable"):
+        store.read(path, "training")
+
+
 def test_a_file_cut_short_is_refused_by_name(tmp_path):
     store.write(tmp_path, "training", [training()])
     path = store.path_of(tmp_path, "training", "made-up")

@@ -306,6 +306,8 @@ def test_batches_may_come_from_a_generator_and_are_none_of_a_tensor():
     assert hashes[0] == hashes[1]
     with pytest.raises(UserError, match="batches is a Tensor; pass a list of batches"):
         small(nn.Linear(6, 4), batches=batch[0])
+    with pytest.raises(UserError, match=r"batches is a tuple; .* such as \[\(inputs, targets\)\]"):
+        small(nn.Linear(6, 4), batches=batch)
 
 
 def test_names_are_no_blocks_and_no_dtypes():

@@ -127,3 +127,11 @@ def test_a_leaderboard_of_too_few_models_is_refused(folder, tmp_path):
     result = call("cnn-digits", "--source", tmp_path / "few")
     assert result.exit_code == 2
     assert "too few to predict from" in result.stderr
+    assert "products" not in result.stderr  # refused before anything is measured
+
+
+def test_a_source_without_tables_is_refused_before_anything_is_measured(tmp_path):
+    result = call("cnn-digits", "--source", tmp_path)
+    assert result.exit_code == 2
+    assert "holds no table models" in result.stderr
+    assert "products" not in result.stderr

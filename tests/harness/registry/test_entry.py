@@ -88,6 +88,10 @@ def test_an_entry_is_frozen_with_its_options() -> None:
         ENTRY.options["in_features"] = 4  # type: ignore[index]
 
 
+def test_stages_in_a_list_are_those_in_a_tuple() -> None:
+    assert changed(recipe=None, stages=["init"]) == changed(recipe=None, stages=("init",))
+
+
 def test_an_entry_survives_pickling() -> None:
     assert pickle.loads(pickle.dumps(ENTRY)) == ENTRY
 

@@ -129,3 +129,13 @@ def test_an_entry_file_that_fails_is_named(tmp_path: Path) -> None:
         registry.entries(registry_dir=tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         registry.entries(registry_dir=tmp_path / "nowhere")
+
+
+def test_a_broken_file_without_entries_is_passed_over_and_one_with_entries_is_named(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "script.py").write_text("print 'of another Python'\n")
+    registry.entries(registry_dir=tmp_path)
+    (tmp_path / "mine.py").write_text("ENTRIES = (\n")
+    with pytest.raises(UserError, match=r"mine\.py can't be read: SyntaxError: .*line 1"):
+        registry.entries(registry_dir=tmp_path)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from harness import registry
+from harness.errors import UserError
 from harness.forecast import measured, outlook
 from harness.plan import Unit, survey
 from harness.run import Job, run_entries
@@ -25,10 +26,12 @@ def compare(name: str, data_root: Path | None) -> None:
     """Forecast an entry, run it into a folder that is thrown away, and print both."""
     entry = registry.get(name)
     surveyed = survey(entry, data_root)
+    if surveyed.reason is not None:
+        raise UserError(f"{name} can't be run: {surveyed.reason}")
     rate = measured(surveyed, data_root, "cpu", clock=time.process_time)
     foretold = outlook(surveyed, rate)
     training = surveyed.training_flops / rate.training
-    forecast = {"train": training, "spectrum": 3600 * foretold.hours - training}
+    forecast = {"training": training, "spectra": 3600 * foretold.hours - training}
     spent: Counter[str] = Counter()
     begin = time.process_time()
 
@@ -37,16 +40,21 @@ def compare(name: str, data_root: Path | None) -> None:
         if what == "start":
             begin = time.process_time()
         elif what == "done":
-            spent[unit.kind] += time.process_time() - begin
+            # The forecast of spectra has that of moments in it.
+            kind = "training" if unit.kind == "train" else "spectra"
+            spent[kind] += time.process_time() - begin
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         job = Job(out, {name: entry}, data_root, "cpu", 1, "benchmarks.forecast")
-        run_entries([surveyed], job, on_event=on_event)
+        for unit, reason in run_entries([surveyed], job, on_event=on_event).items():
+            raise UserError(f"{unit} failed, so that there is nothing to compare: {reason}")
         kept = [*out.glob("*/*.parquet"), *out.glob("checkpoints/**/*.safetensors")]
         disk = sum(path.stat().st_size for path in kept)
     forecast["all"], spent["all"] = sum(forecast.values()), spent.total()
     for what, seconds in forecast.items():
+        if not spent[what]:  # an entry that isn't trained
+            continue
         ratio = seconds / spent[what]
         print(f"{name:20} {what:9} {seconds:8.1f} s  {spent[what]:8.1f} s  {ratio:.2f}")
     print(
@@ -59,5 +67,8 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="+")
     torch.set_num_threads(1)
     root = os.environ.get("HARNESS_DATA_ROOT")
-    for name in parser.parse_args().names:
-        compare(name, Path(root) if root else None)
+    try:
+        for name in parser.parse_args().names:
+            compare(name, Path(root) if root else None)
+    except UserError as error:
+        parser.error(str(error))

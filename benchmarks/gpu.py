@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=4, help="of looped against batched")
     parser.add_argument("--out", type=Path, default=Path("build/gpu.json"))
     options = parser.parse_args()
+    if options.steps < 2 or options.probes < 1:
+        parser.error("--steps must be 2 at least, the first of which warms up, and --probes 1")
     found = measure(torch.device(options.device), options.size, options.steps, options.probes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1))

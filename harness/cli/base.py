@@ -74,7 +74,7 @@ def choice(name: str, *choices: str) -> Callable[[Any], Any]:
     )
 
 
-def _writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+def writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
     if value is None:
         if not ctx.params.get("dry_run"):
@@ -105,7 +105,7 @@ def options(*names: str) -> Callable[[Any], Any]:
         "out": click.option(
             "--out",
             type=click.Path(path_type=Path),
-            callback=_writable,
+            callback=writable,
             help="Folder that the tables are written to.  [required]",
         ),
         "source": click.option(

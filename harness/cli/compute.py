@@ -85,6 +85,8 @@ def spectrum(
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)
+    if tol is not None and not 0 < tol < 1:
+        raise UserError(f"--tol is {tol}; it must be between 0 and 1, for example 0.02")
     if memory_budget is not None and not memory_budget > 0:
         raise UserError(f"--memory-budget is {memory_budget}; it must be positive, in GiB")
     chosen = Settings(
@@ -304,6 +306,8 @@ def run(
 
     if bool(models) == (tier is not None):
         raise UserError("name models, or pass --tier, not both")
+    if throughput is not None and not dry_run:
+        raise UserError("--throughput is of the forecast: pass --dry-run too")
     if engine == "ray":
         from harness.scale.cluster import import_ray
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import main, options
+from harness.cli.base import main, options, writable
 from harness.errors import UserError
 
 
@@ -17,6 +17,7 @@ from harness.errors import UserError
     type=click.Path(file_okay=False, path_type=Path),
     default="docs",
     show_default=True,
+    callback=writable,  # before hours of work
     help="Folder of paper.md, and of paper/ with figures and numbers.",
 )
 @options("source", "data_root")

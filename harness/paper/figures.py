@@ -49,7 +49,7 @@ PRETRAINED, SCRATCH = "gpt-nano-sft", "gpt-nano-books"
 
 
 def fig1(source: release.Source) -> Result:
-    """Compare full spectra of CNNs and Transformers, two models of each, over stages."""
+    """Compare full spectra of CNNs and Transformers over stages; draw three models of each."""
     spectra = _full_spectra(source)
     if not spectra:
         return Result(missing=("full spectra",))
@@ -276,11 +276,13 @@ def table1(source: release.Source) -> Result:
         "small": [next((n for n in kin if n in table.index), None) for *_, kin in TABLE1],
     }
     for column, names in chosen.items():
-        known = [i for i, name in enumerate(names) if name is not None]
-        values[column] = {"models": names, "num_systems": len(known), "readings": {}}
+        num_systems = sum(name is not None for name in names)
+        values[column] = {"models": names, "num_systems": num_systems, "readings": {}}
         for reading in EVERY_READING:
-            found = [None if n is None else float(table[reading].to_dict()[n]) for n in names]
+            column_of = table[reading].dropna().to_dict()
+            found = [None if n not in column_of else float(column_of[n]) for n in names]
             row: dict[str, Any] = {"values": found}
+            known = [i for i, value in enumerate(found) if value is not None]
             if len(known) >= 4:
                 ours = pd.Series([found[i] for i in known])
                 row |= _spearman(pd.Series([paper[i] for i in known]), ours)

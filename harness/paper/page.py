@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ def write(out: Path) -> Path:
         UserError: The file can't be written.
     """
     path = out / "paper.md"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    text = render(out / "paper")
     try:
-        temporary.write_text(render(out / "paper"), encoding="utf-8")
-        temporary.replace(path)
+        with result.whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -48,7 +45,7 @@ def render(folder: Path) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["cell"] = _cell
-    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3g}"
+    environment.filters["number"] = _number
     return environment.get_template("paper.md").render(
         rows=rows,
         counts=Counter(row["status"] for row in rows),
@@ -57,6 +54,11 @@ def render(folder: Path) -> str:
             for name, section in SECTIONS.items()
         },
     )
+
+
+def _number(value: float | str | None) -> str:
+    """Write a number; a dash for none, and for nan, which JSON has as a text."""
+    return "–" if value is None or isinstance(value, str) else f"{value:.3g}"
 
 
 def _cell(value: Any) -> str:

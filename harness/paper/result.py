@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +47,8 @@ def save(name: str, result: Result, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for figure_name, figure in result.figures.items():
             with mpl.rc_context({"svg.hashsalt": figure_name}):
-                figure.savefig(out / f"{figure_name}.svg", metadata={"Date": None})
-            figure.savefig(out / f"{figure_name}.png", dpi=110, metadata={"Software": None})
+                _save_figure(figure, out / f"{figure_name}.svg", metadata={"Date": None})
+            _save_figure(figure, out / f"{figure_name}.png", dpi=110, metadata={"Software": None})
         record = {"figures": sorted(result.figures), "missing": list(result.missing)}
         write_json(out / f"{name}.json", record | {"values": result.values})
     except OSError as error:
@@ -64,7 +66,7 @@ def load(name: str, out: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"values": record["values"], **record}
+        return {key: record[key] for key in ("values", "figures", "missing")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of `harness paper`; delete it") from error
 
@@ -72,13 +74,25 @@ def load(name: str, out: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, numbers rounded to a few significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rounded(value), indent=1, ensure_ascii=False)
+    with whole(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a file beside a path, which takes its place when it is written whole."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        text = json.dumps(rounded(value), indent=1, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    with whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], **options)
 
 
 def rounded(value: Any) -> Any:

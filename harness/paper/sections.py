@@ -76,7 +76,11 @@ def run(name: str, source: Source, out: Path) -> Result:
     module, _, function = section.function.partition(":")
     code = import_module(f"harness.paper.{module}")
     if section.is_long:
-        result: Result = code.summarise(_records(name, out), source)
+        try:
+            result: Result = code.summarise(_records(name, out), source)
+        except (KeyError, TypeError) as error:
+            folder = out / "paper" / name
+            raise UserError(f"{folder} holds what is no measurement; delete it") from error
     else:
         result = getattr(code, function)(source)
     save(name, result, out / "paper")

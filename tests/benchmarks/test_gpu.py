@@ -49,3 +49,10 @@ def test_the_measurement_runs_with_torch_and_numpy_alone(tmp_path):
     assert found["deviation"]["largest"] < 1e-5
     assert "128 tokens" in done.stdout
     assert "float32:" in done.stdout
+
+
+def test_a_single_step_is_refused_since_the_first_warms_up() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--size", "tiny", "--steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--steps must be 2 at least" in done.stderr

@@ -92,6 +92,16 @@ def test_a_rank_correlation_with_table_1_takes_four_systems(source, monkeypatch)
     assert reading["rho"] == pytest.approx(spearmanr(range(4), reading["values"]).statistic)
 
 
+def test_a_reading_that_a_model_lacks_is_left_out_of_its_row_alone(source, monkeypatch):
+    table = figures._metrics_table(source)
+    table.loc["vgg4-mnist", "w1 lambda10"] = np.nan
+    monkeypatch.setattr(figures, "_metrics_table", lambda source: table)
+    small = figures.table1(source).values["small"]
+    place = small["models"].index("vgg4-mnist")
+    assert small["readings"]["w1 lambda10"]["values"][place] is None
+    assert small["readings"]["js0 raw"]["values"][place] > 0
+
+
 def test_a_monotone_relation_has_correlation_one_whatever_families_are_drawn():
     x = pd.Series(np.arange(9.0))
     found = figures._family_spearman(x, x**3, pd.Series(list("aabbccdde")))

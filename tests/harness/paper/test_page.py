@@ -9,7 +9,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.paper import claims, page, result
 from harness.paper.result import Result
-from harness.paper.sections import SECTIONS
+from harness.paper.sections import SECTIONS, run
 
 STATUSES = {claims.REPRODUCED, claims.PARTLY, claims.NOT_REPRODUCED, claims.NOT_TESTED}
 
@@ -126,3 +126,110 @@ def test_on_par_and_worse_are_judged_model_by_model():
         assert judged(where, "", {"models": gaps}) == claims.PARTLY
     assert judged("Figure 10", "", {"models": {"a": gaps["a"]}}) == claims.REPRODUCED
     assert judged("Figure 9", "", {"models": {"a": gaps["a"]}}) == claims.NOT_REPRODUCED
+
+
+def case_values(**changes) -> dict:
+    draws = {"gradient_descent": 15000.0, "adam": 50.0, "ratio": 300.0, "ratio_q10": 40.0}
+    draws |= {"ratio_q90": 900.0}
+    steps = {"steps_gd": 15000.0, "steps_adam099": 15000.0}
+    for key, value in changes.items():
+        (steps if key in steps else draws)[key] = value
+    names = ("case1", "case2", "case3", "case4")
+    return {
+        **dict.fromkeys(names, steps),
+        "draws": dict.fromkeys(names, draws),
+        "tolerance": 1e-6,
+        "num_draws": 100,
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "status"),
+    [
+        ("case 3", {}, claims.REPRODUCED),
+        ("case 3", {"ratio_q10": 0.5}, claims.PARTLY),
+        ("case 1", {"ratio": 0.2, "ratio_q10": 0.02}, claims.NOT_REPRODUCED),
+        ("case 1", {"ratio": 0.2, "ratio_q10": 0.02, "steps_adam099": 5000.0}, claims.PARTLY),
+        ("case 1", {"ratio": 0.2, "ratio_q10": 0.02, "steps_adam099": "inf"},
+         claims.NOT_REPRODUCED),
+        ("case 4", {"ratio": 1.5}, claims.REPRODUCED),
+        ("case 4", {"ratio": 0.01}, claims.PARTLY),  # a hundred times slower isn't alike
+        ("case 4", {"ratio": 0.01, "steps_adam099": "inf"}, claims.NOT_REPRODUCED),
+    ],
+)  # fmt: skip
+def test_quadratic_cases_are_judged_on_both_sides_and_for_both_decays(case, changes, status):
+    assert judged(f"Section 3, {case}", "", case_values(**changes)) == status
+
+
+def test_more_than_half_of_the_gap_must_be_so_by_two_standard_errors():
+    def values(error: float) -> dict:
+        share = {"closed": {"value": 0.55, "error": error}}
+        return {"models": {"m": {"sgd_gap": {"value": 0.1}, "init, p = 1": share}}}
+
+    assert judged("Beyond the paper", "", values(0.02)) == claims.REPRODUCED
+    assert judged("Beyond the paper", "", values(0.06)) == claims.NOT_REPRODUCED
+
+
+def test_notes_say_what_the_numbers_say_and_not_what_they_once_said():
+    def note(where: str, text: str, values: dict) -> str:
+        [claim] = [c for c in claims.CLAIMS if c.where == where and text in c.text]
+        return claims.verdict(claim, {"values": values, "missing": []})[2]
+
+    ratio = {"ratio_at_most_1000": {"orthonormal": 0.5, "gaussian": 0.66}, "num_draws": 10_000}
+    assert "fits better" not in note("After Theorem 1", "r ≤ 1000", ratio)
+    milder = {"q10": [0.1] * 3, "median": [0.5] * 3, "q90": [20.0] * 3, "mean": [0.6] * 3}
+    assert "worse in 0 of 3" in note("After Theorem 1", "multiplies", {"preconditioned": milder})
+    names = ("N(0, 0.02²), at the start", "N(0, 0.02²), trained", "torch's, at the start",
+             "torch's, trained")  # fmt: skip
+    everywhere = {name: {"diagonal_over_others": 50.0} for name in names}
+    assert "holds in 4 of 4" in note("Figure 2", "", everywhere)
+
+
+def test_a_condition_number_far_from_the_papers_in_every_block_is_not_reproduced():
+    values = {"q10": [50.0] * 3, "median": [60.0] * 3, "q90": [70.0] * 3, "mean": [60.0] * 3}
+    status = judged("After Theorem 1", "multiplies", {"preconditioned": values})
+    assert status == claims.NOT_REPRODUCED
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_anything_is_computed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("harness.paper.sections.run", lambda *_: pytest.fail("it was computed"))
+    (tmp_path / "file").write_text("")
+    answer = CliRunner().invoke(main, ["paper", "fig12", "--out", str(tmp_path / "file" / "x")])
+    assert answer.exit_code == 2
+    assert "--out" in answer.stderr
+
+
+def test_a_measurement_of_another_shape_is_refused_by_its_folder(tmp_path):
+    folder = tmp_path / "paper" / "blockdiagonal"
+    folder.mkdir(parents=True)
+    (folder / "mlp-mnist-init.json").write_text('{"model": "mlp-mnist"}')
+    source = tmp_path / "nowhere"
+    with pytest.raises(UserError, match="blockdiagonal holds what is no measurement; delete it"):
+        run("blockdiagonal", source, tmp_path)
+
+
+def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
+    from matplotlib.figure import Figure
+
+    class Broken(Figure):
+        def savefig(self, file, **options):
+            file.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "fig.svg").write_text("old")
+    with pytest.raises(UserError, match="No space left"):
+        result.save("s", Result({}, {"fig": Broken()}), tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("fig.svg", "old")]
+
+
+def test_nan_is_a_dash_in_a_table():
+    assert [page._number(x) for x in (None, "nan", 0.12345)] == ["–", "–", "0.123"]
+
+
+def test_what_is_not_in_the_release_is_explained_only_where_something_is_not(tmp_path):
+    needs = "needs the spectra of the named entries"
+    assert needs not in page.render(tmp_path)
+    result.save("fig8", Result({}, missing=("case1 (needs a GPT)",)), tmp_path)
+    assert needs in page.render(tmp_path)

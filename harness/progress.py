@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from harness.errors import reason_of
+from harness.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from harness.plan import Unit
@@ -108,13 +108,20 @@ def json_lines(path: Path | None) -> Iterator[Callable[..., None]]:
     """Yield a function that appends an event to a file as one line of JSON.
 
     Progress is kept every few seconds only. The last event is end, stopped or failed.
+
+    Raises:
+        UserError: The file can't be written to.
     """
     if path is None:
         yield lambda event, **facts: None
         return
     latest = 0.0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a", buffering=1)
+    except OSError as error:
+        raise UserError(f"--log {path} can't be written to: {error.strerror}") from error
+    with stream as file:
 
         def write(event: str, **facts: Any) -> None:
             nonlocal latest

@@ -7,6 +7,7 @@ from pathlib import Path
 from harness import registry
 from harness.errors import UserError
 from harness.plan import Unit, missing
+from harness.registry import ModelEntry
 from harness.spectra import rows_of
 
 
@@ -27,7 +28,7 @@ def unfinished(source: Path, registry_dir: Path | None = None) -> dict[str, str]
             continue  # the row has the reason
         entry = entries[model]
         try:
-            left = [unit for unit in missing(entry, source) if not _explained(unit, source)]
+            left = [unit for unit in missing(entry, source) if not _explained(unit, entry, source)]
         except UserError as error:
             reasons[model] = str(error)
             continue
@@ -39,15 +40,15 @@ def unfinished(source: Path, registry_dir: Path | None = None) -> dict[str, str]
     return reasons
 
 
-def _explained(unit: Unit, source: Path) -> bool:
-    """Tell whether rows say why a unit is missing."""
+def _explained(unit: Unit, entry: ModelEntry, source: Path) -> bool:
+    """Tell whether rows say why a unit is missing; moments wait for their stage's spectrum."""
     if unit.kind == "train":
         rows = rows_of(source, "gaps", unit.model)
     else:
         rows = rows_of(source, "spectra", unit.model)
         if len(rows):
-            here = (rows["stage"] == unit.stage) & (rows["partition"] == unit.partition)
-            rows = rows[here]
+            partition = unit.partition or entry.partition
+            rows = rows[(rows["stage"] == unit.stage) & (rows["partition"] == partition)]
     return len(rows) > 0 and bool(rows["status"].isin(["failed", "pending"]).any())
 
 

@@ -87,7 +87,7 @@ def spectrum(
     entry = get(model, registry_dir=registry)
     if tol is not None and not 0 < tol < 1:
         raise UserError(f"--tol is {tol}; it must be between 0 and 1, for example 0.02")
-    if memory_budget is not None and not memory_budget > 0:
+    if memory_budget is not None and not 0 < memory_budget < float("inf"):
         raise UserError(f"--memory-budget is {memory_budget}; it must be positive, in GiB")
     chosen = Settings(
         num_probes=num_probes or entry.num_probes,

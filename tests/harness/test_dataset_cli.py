@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from harness.cli import main
+from harness.registry import get
 from spectra_db import store
 from spectra_db.load import BUNDLED
 from spectra_db.schema import TABLES
@@ -82,6 +84,19 @@ def test_a_failure_with_its_reason_is_released(source):
     path = source / "training" / f"{MODEL}.parquet"
     path.unlink()
     store.write(source, "training", training[training["seed"] != 2])
+    assert unfinished(source) == {}
+
+
+def test_moments_that_wait_for_a_failed_spectrum_keep_nothing_out_of_a_release(source, monkeypatch):
+    from harness.publication import unfinished
+
+    entry = replace(get(MODEL), moments_batch_size=4096)
+    monkeypatch.setattr("harness.publication.registry.entries", lambda registry_dir: [entry])
+    assert "moments on a larger batch" in unfinished(source)[MODEL]
+    rows = store.read(source / "spectra" / f"{MODEL}.parquet", "spectra").to_pandas()
+    rows = rows[(rows["stage"] == "init") & (rows["partition"] == entry.partition)]
+    nothing = {c: [[] for _ in range(len(rows))] for c in ("alphas", "betas", "nodes", "weights")}
+    store.write(source, "spectra", rows.assign(status="failed", reason="out of memory", **nothing))
     assert unfinished(source) == {}
 
 

@@ -36,7 +36,7 @@ from harness.training import train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Cheapest first; the gaps of the last four are the largest of the release.
+# Of several families, cheapest first.
 MODELS = (
     "mlp-deep-cifar10",
     "gpt-2x64-shakespeare",

@@ -52,7 +52,7 @@ Models on real data in float32, by the protocol: blocks of at most 1,000 paramet
 reference took {reference_numbers}. Root mean square (and largest) error of the corrected JS⁰ over
 disjoint groups of the reference's own probes, relative; groups of ten are a third of the reference,
 so that their error is a fifth larger than it looks. A tenth of the paper's 1,000 products a block
-is 3 × 33.
+is 3 × 33 or 4 × 25.
 
 {reference}
 

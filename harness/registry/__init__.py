@@ -65,11 +65,8 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
 
 def defines_entries(path: Path) -> bool:
     """Tell whether a Python file defines ENTRIES, without executing it."""
-    content = path.read_bytes()
-    if b"ENTRIES" not in content:  # whatever it is, even no Python of this version
-        return False
     try:
-        body = ast.parse(content, str(path)).body
+        body = ast.parse(path.read_bytes(), str(path)).body
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     names = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -80,7 +77,10 @@ def defines_entries(path: Path) -> bool:
 def _read_folder(folder: Path) -> list[ModelEntry]:
     """Execute the Python files of a folder that define entries, and gather these."""
     found: list[ModelEntry] = []
-    for path in filter(defines_entries, sorted(folder.glob("*.py"))):
+    for path in sorted(folder.glob("*.py")):
+        # What doesn't even name them may be no Python of this version: not the registry's matter.
+        if b"ENTRIES" not in path.read_bytes() or not defines_entries(path):
+            continue
         spec = importlib.util.spec_from_file_location(f"harness_registry_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None

@@ -21,6 +21,8 @@ _WORDS = {
     "status": STATUSES,
     "partition": (*PARTITIONS, "custom"),
 }
+# Columns of names that the data decide: one that no row has is misspelt, or not there.
+_NAMES = ("block", "family", "metric", "optimizer", "scale", "split", "statistic", "task", "tier")
 
 
 class NotFound(ValueError):  # noqa: N818
@@ -50,7 +52,8 @@ def load(
         The rows, sorted by their key; list columns hold numpy arrays.
 
     Raises:
-        NotFound: Unknown table, column, model, source or revision.
+        NotFound: Unknown table, column, model, source or revision; a stage, status or partition
+            that can't be, or a name (of a block, metric, optimizer, ...) that no row has.
         InvalidTable: A file breaks the schema.
         InvalidRelease: A file is not the one that the release's manifest lists.
         HubError: The Hub can't be reached, and the cache lacks the revision.
@@ -85,9 +88,27 @@ def load(
     if known is not None:
         for path in paths:
             manifest.check_file(folder, known, f"{table}/{path.name}")
-    parts = [store.read(path, table, columns=columns, where=where) for path in paths]
-    empty = TABLES[table].empty_table().select(columns)
-    return pa.concat_tables([empty, *parts]).to_pandas()
+    named = [column for column in filters if column in _NAMES]
+    needed = list(dict.fromkeys([*columns, *named]))
+    parts = [store.read(path, table, columns=needed, where=where) for path in paths]
+    found = pa.concat_tables([TABLES[table].empty_table().select(needed), *parts])
+    for column in named:
+        _check_names(table, column, _values(filters[column]), found, paths)
+    return found.select(columns).to_pandas()
+
+
+def _check_names(
+    table: str, column: str, wanted: list[Any], found: pa.Table, paths: list[Path]
+) -> None:
+    """Raise if no row of the files has one of the names, whatever the other filters are."""
+    absent = [name for name in wanted if name not in set(found[column].to_pylist())]
+    if not absent or not paths:
+        return
+    parts = [store.read(path, table, columns=[column])[column].unique() for path in paths]
+    there = sorted({name for part in parts for name in part.to_pylist()} - {None})
+    for name in absent:
+        if name is not None and name not in there:
+            raise NotFound(f"no {column} {name!r} in table {table}; {hint(str(name), there)}")
 
 
 def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:

@@ -136,10 +136,10 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    models = sorted(rows["model"].unique())
+    models = sorted(rows["model"].unique()) if "model" in rows else []
     if len(models) > 1:
         raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
-    used = ("seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
+    used = ("model", "seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
     if absent := [column for column in used if column not in rows]:
         raise ValueError(f"the rows have no column {absent[0]!r}; pass rows of table training")
     seed = rows["seed"].min()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -215,21 +216,22 @@ def held_out(examples: Examples) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def summary(predicted: pd.DataFrame) -> dict[str, float | int]:
+def summary(predicted: pd.DataFrame) -> dict[str, Any]:
     """Return how good held-out predictions are: all by their probability, and the clear answers.
 
     Keys: num_models, accuracy (probability above one half, against needed), majority (accuracy of
-    always giving the more frequent answer), num_clear, clear_correct.
+    always giving the more frequent answer; both None where no model could be predicted), num_clear,
+    clear_correct.
     """
     known = predicted.dropna(subset="probability")
     right = (known["probability"] > 0.5) == known["needed"].astype(bool)
     clear = known[known["answer"] != ANSWERS[2]]
     correct = (clear["answer"] == ANSWERS[1]) == clear["needed"].astype(bool)
-    share = float(known["needed"].astype(float).mean()) if len(known) else float("nan")
+    share = float(known["needed"].astype(float).mean()) if len(known) else None
     return {
         "num_models": len(known),
-        "accuracy": float(right.mean()) if len(known) else float("nan"),
-        "majority": max(share, 1 - share),
+        "accuracy": float(right.mean()) if len(known) else None,
+        "majority": None if share is None else max(share, 1 - share),
         "num_clear": len(clear),
         "clear_correct": int(correct.sum()),
     }

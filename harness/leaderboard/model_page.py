@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.leaderboard.tables import optional
+from harness.leaderboard.tables import optional, standard
 from harness.registry.entry import partition_of
 from spectra_db.density import density
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.schema import STAGES
 
-# The settings of PROTOCOL's spectra; a folder may hold others beside them.
-STANDARD = {
-    "operator": "hessian",
-    "norm_mode": "eval",
-    "dtype": "float32",
-    "probe_distribution": "gaussian",
-}
 # Densities below this are not drawn: less than one eigenvalue of any block.
 FLOOR = 1e-5
 _BINS_PER_UNIT = 20  # of the axis, which is arsinh of the eigenvalue: σ = 0.05 near zero
@@ -54,8 +47,8 @@ def charts(
     named: dict[str, str] = {}
     for stage in [stage for stage in STAGES if stage in set(rows["stage"])]:
         at_stage = rows[rows["stage"] == stage]
-        ours = _in_order(_standard(at_stage[at_stage["partition"] == partition]))
-        full = _standard(at_stage[at_stage["partition"] == "full"])
+        ours = _in_order(standard(at_stage[at_stage["partition"] == partition]))
+        full = standard(at_stage[at_stage["partition"] == "full"])
         if len(full) and (full["status"] == "ok").all():
             found["full"][stage] = _binned(density(full))["__full__"]
         if ours.empty:
@@ -64,6 +57,9 @@ def charts(
         lacking = ours[ours["status"].isin(["failed", "pending"])]
         if len(lacking):
             found["failed"][stage] = str(lacking["reason"].iloc[0])
+            continue
+        if not (ours["status"] == "ok").any():
+            found["failed"][stage] = "all blocks are exactly zero"
             continue
         found["spectra"][stage] = _binned(density(ours[ours["status"] == "ok"]))
         compared = ours[ours["block_kind"] != "bias"] if weights_alone else ours
@@ -119,17 +115,6 @@ def _curves(training: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return curves
-
-
-def _standard(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
-    if rows.empty:
-        return rows
-    settings = list(STANDARD)
-    rank = (rows[settings] != pd.Series(STANDARD)).sum(axis=1)
-    spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
-    first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
-    return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:

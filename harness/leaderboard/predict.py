@@ -226,7 +226,9 @@ def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, A
     test = classifier.summary(classifier.held_out(every))
     reasons = [f"{name} lies outside the leaderboard's range" for name in result["outside"]]
     # A rule that has shown no skill where it could be tested has no clear answer to give.
-    if not test["accuracy"] > test["majority"]:
+    if not test["num_models"]:
+        reasons.append("no model of the leaderboard can be predicted from other families")
+    elif not test["accuracy"] > test["majority"]:
         reasons.append("on families left out the rule is no better than the majority's answer")
     if not reasons and result["answer"] == classifier.ANSWERS[2]:
         reasons.append("the interval holds one half")

@@ -53,7 +53,7 @@ class Cell:
         if self.value != self.value:
             return "–"
         if self.low != self.low:
-            return f"{self.value:.2f}"
+            return f"{self.value:.2f}".replace("-", "−")
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "−")
 
 
@@ -115,6 +115,8 @@ def sentences(board: pd.DataFrame) -> list[str]:
         verdict = "more heterogeneous models have the larger gaps"
     elif spearman.high < 0:
         verdict = "more heterogeneous models have the smaller gaps"
+    elif spearman.low != spearman.low:
+        verdict = "without an interval the data decide nothing"
     said = [
         f"Over {js0['num_models']} models of {js0['num_families']} families the rank correlation "
         f"of JS⁰ at initialisation and the gap is {spearman}, that of the families' means "
@@ -161,14 +163,18 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
         "| measures | accuracy | the majority's answer | clear intervals | of them right |",
         "|---|---:|---:|---:|---:|",
     ]
-    skill = False
+    skill, most, families = False, 0, 0
     for label, names in (
         ("spreads of gradient, rms eigenvalue and trace", classifier.CHEAP),
         ("with JS⁰", classifier.WITH_JS0),
     ):
         examples = classifier.Examples.of(measured, names)
         test = classifier.summary(classifier.held_out(examples))
+        if not test["num_models"]:
+            continue
         skill = skill or test["accuracy"] > test["majority"]
+        most = max(most, int(test["num_models"]))
+        families = max(families, len(set(examples.families)))
         cells = [f"{test['accuracy']:.0%}", f"{test['majority']:.0%}"]
         cells += [str(test["num_clear"]), str(test["clear_correct"])]
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -178,9 +184,11 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
             "So there is no skill yet, and every answer on these data is “unclear”; what remains "
             "useful is the place among the models."
         )
+    if not most:
+        return "\n\n".join([*paragraphs, "No model can be predicted from other families yet.", END])
     paragraphs += [
-        f"Each of {test['num_models']} models of {len(set(examples.families))} families predicted "
-        f"from the other families, data of {day}:",
+        f"Each of {most} models of {families} families predicted from the other families, data of "
+        f"{day}:",
         "\n".join(lines),
         verdict,
     ]
@@ -197,7 +205,9 @@ def write_part(path: Path, block: str) -> None:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} can't be read: it is no UTF-8 text") from error
+    if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
         raise UserError(f"{path} needs a line '{BEGIN}' and after it a line '{END}'")
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     part = path.with_name(f".{path.name}.part")

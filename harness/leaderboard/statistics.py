@@ -67,6 +67,7 @@ def measurements(
         joined["block_products"] = joined["num_products"] / joined["num_blocks"]
     estimate = joined["corrected"].where(joined["corrected"] > 0, joined["value"])
     enters = joined["gap_status"].eq("ok") & joined["tier"].isin(TIERS) & (estimate > 0)
+    enters &= joined["partition"].eq("weights")  # over other blocks it is another metric
     return joined.assign(
         estimate=estimate, standard_error=joined["standard_error"].fillna(0.0), enters=enters
     )
@@ -183,17 +184,20 @@ def _stage_rows(
     reference = [r for r in readings if (r[1], r[2]) == REFERENCE]
     table: list[dict[str, object]] = []
     for reading, rows in readings.items():
-        found = dict(draws[reading])
+        found, changes, both = dict(draws[reading]), {}, rows
         if reference and reading != reference[0]:
             other = draws[reference[0]]["spearman"]
             found["advantage"] = np.abs(found["spearman"]) - np.abs(other)
         if reading[0] != "init":
             before = at_init[(at_init[READING[1:]] == list(reading[1:])).all(axis=1)]
-            found |= _changes(sample, rows, before)
+            changes = _changes(sample, rows, before)
+            found |= changes
+            both = rows[rows["model"].isin(set(before["model"]))]
         shared = dict(zip(READING, reading, strict=True))
         shared |= {"num_products": float(rows["block_products"].median())}
-        counts = {"num_models": len(rows), "num_families": rows["family"].nunique()}
         for name, values in found.items():
+            used = both if name in changes else rows
+            counts = {"num_models": len(used), "num_families": used["family"].nunique()}
             low, high = _interval(values[1:]) if counts["num_families"] > 1 else (np.nan, np.nan)
             value = {"value": values[0], "ci_low": low, "ci_high": high}
             if counts["num_models"] < MIN_MODELS:
@@ -259,7 +263,8 @@ def left_out_accuracy(
         weights: How often each model counts, shape (B, n).
 
     Returns:
-        The accuracy, and that of the majority of the other families; both of shape (B,).
+        The accuracy, and that of the majority of the other families; both of shape (B,), nan in
+        draws of one family, which has no others.
     """
     order = np.argsort(x, axis=1, kind="stable")
     xs, labels, w = (np.take_along_axis(a, order, axis=1) for a in (x, needed, weights))
@@ -286,11 +291,13 @@ def left_out_accuracy(
     threshold = np.where(outside, np.where(np.isfinite(ends[1]), -np.inf, np.inf), middle)
     total = np.maximum(w.sum(axis=1), 1e-300)
     predicted = xs >= np.take_along_axis(threshold, family, axis=1)
+    several = ((w[..., None] * one_hot).sum(axis=1) > 0).sum(axis=1) > 1
     accuracy = (w * (predicted == labels)).sum(axis=1) / total
     balance = below[:, -1] - beneath[:, -1]  # (B, F): needed less not needed
     others = balance.sum(axis=1, keepdims=True) - balance
     majority = np.take_along_axis((others > 0).astype(float), family, axis=1)
-    return accuracy, (w * (majority == labels)).sum(axis=1) / total
+    of_majority = (w * (majority == labels)).sum(axis=1) / total
+    return np.where(several, accuracy, np.nan), np.where(several, of_majority, np.nan)
 
 
 def _between(
@@ -308,14 +315,18 @@ def _between(
 
 
 def _changes(sample: _Sample, now: pd.DataFrame, before: pd.DataFrame) -> dict[str, Array]:
-    """Return how a metric stands against initialisation: its mean ratio, and how often it rose."""
+    """Return how a metric stands against initialisation: its mean ratio, and how often it rose.
+
+    Over the models that have it at both; nan in draws without any.
+    """
     x, weights = sample.log_metric(now)
     start, there = sample.log_metric(before)
     # The errors of two stages are independent; the first draw has none.
     shifted = start.copy()
     shifted[1:] = np.roll(start[1:], 1, axis=0)
     weights = np.where(there > 0, weights, 0.0)
-    total = np.maximum(weights.sum(axis=1), 1e-300)
+    total = weights.sum(axis=1)
+    total = np.where(total > 0, total, np.nan)  # no model of the draw has both
     change = x - shifted
     return {
         "ratio_to_init": 10 ** ((weights * change).sum(axis=1) / total),

@@ -18,6 +18,13 @@ from spectra_db.load import BUNDLED, NotFound
 from spectra_db.schema import TABLES
 
 _SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
+# The settings of PROTOCOL's spectra; a folder may hold others beside them.
+_STANDARD = {
+    "operator": "hessian",
+    "norm_mode": "eval",
+    "dtype": "float32",
+    "probe_distribution": "gaussian",
+}
 _COUNTED = [*_SPECTRUM, "block", "block_kind", "method", "num_products"]
 
 
@@ -84,11 +91,13 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
     spectra = optional("spectra", source, columns=_COUNTED)
     paper = set(models.loc[models["tier"].map(partition_of) == "paper", "model"])
     has_gap = set(gaps.loc[gaps["status"] == "ok", "model"])
-    has_weights = set(metrics.loc[metrics["partition"] == "weights", "model"])
-    for model in sorted((paper & has_gap) - has_weights):
-        ours = metrics[metrics["model"] == model]
-        derived = _of_weights(model, ours, source)
-        metrics = pd.concat([metrics[metrics["model"] != model], derived], ignore_index=True)
+    with_biases = metrics["model"].isin(paper & has_gap) & (metrics["partition"] == "paper")
+    if with_biases.any():
+        derived = [
+            _of_weights(str(model), ours, source)
+            for model, ours in metrics[with_biases].groupby("model")
+        ]
+        metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
     folder = BUNDLED if source is None else Path(source)
     verified = verified_models(folder) if folder.is_dir() else set()
     return Dataset(
@@ -111,6 +120,17 @@ def optional(table: str, source: Path | str | None, **filters: Any) -> pd.DataFr
         return TABLES[table].empty_table().to_pandas()
 
 
+def standard(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
+    if rows.empty:
+        return rows
+    settings = list(_STANDARD)
+    rank = (rows[settings] != pd.Series(_STANDARD)).sum(axis=1)
+    spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
+    first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
+    return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
+
+
 def _one_spectrum(metrics: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
     """Keep one partition of a model, `weights` if there is, and one seed of a stage, the lowest."""
     known = metrics[metrics["model"].isin(set(models["model"]))]
@@ -130,7 +150,7 @@ def _of_weights(model: str, ours: pd.DataFrame, source: Path | str | None) -> pd
         at_stage = rows[(rows[_SPECTRUM] == spectrum).all(axis=1) & (rows["block_kind"] != "bias")]
         where = [c for c in _SPECTRUM if c != "partition"]
         beside = blocks[(blocks[where] == spectrum[where]).all(axis=1)]
-        found = measures.metrics(at_stage, block_rows=beside if len(beside) else None)
+        found = measures.metrics(standard(at_stage), block_rows=beside if len(beside) else None)
         parts.append(found.assign(partition="weights"))
     return pd.concat(parts, ignore_index=True)[ours.columns]
 
@@ -180,7 +200,9 @@ def _with_pending(
     ]
     if absent:
         models = pd.concat([models, pd.DataFrame(absent)], ignore_index=True)
-    measured = set(metrics["model"])
+    at_init = metrics[metrics["stage"] == "init"]
+    measured = set(at_init["model"])
+    of_weights = set(at_init.loc[at_init["partition"] == "weights", "model"])
     of_gap = gaps.set_index("model")
 
     def missing(row: Any) -> str:
@@ -191,7 +213,9 @@ def _with_pending(
         if row.model not in of_gap.index:
             return "no gap: not trained with both optimizers yet"
         gap = of_gap.loc[row.model]
-        return "" if gap["status"] == "ok" else f"gap {gap['status']}: {gap['reason']}"
+        if gap["status"] != "ok":
+            return f"gap {gap['status']}: {gap['reason']}"
+        return "" if row.model in of_weights else "no spectrum of partition weights yet"
 
     return models.assign(missing=[missing(row) for row in models.itertuples()]).sort_values(
         "model", ignore_index=True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harness.errors import UserError, reason_of
 from harness.tasks import sources
 
 Batch = tuple[Tensor, ...]
@@ -140,7 +141,25 @@ class Task(ABC):
 
 @lru_cache(maxsize=8)
 def _load_once(task: Task, root: Path | None) -> Data:
-    return task.read(root)
+    try:
+        return task.read(root)
+    except (OSError, ValueError, LookupError) as error:
+        where = "" if root is None else f" below {root}"
+        raise UserError(
+            f"the data of task {task.name!r} can't be read{where} ({reason_of(error)}); put whole "
+            "files there"
+        ) from error
+
+
+def check_sizes(task: Task, **least: int) -> None:
+    """Raise a UserError unless options are whole numbers of at least so much, or None."""
+    for name, low in least.items():
+        value = getattr(task, name)
+        if value is not None and not (isinstance(value, int) and value >= low):
+            raise UserError(
+                f"task {task.name!r}: {name} is {value!r}; it must be a whole number of at "
+                f"least {low}"
+            )
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.tasks import sources
-from harness.tasks.base import Batch, Data, Task
+from harness.tasks.base import Batch, Data, Task, check_sizes
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class ImageTask(Task):
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
     max_pixel: ClassVar[int] = 255
+
+    def __post_init__(self) -> None:
+        check_sizes(self, train_size=1, test_size=0, image_size=1)
 
     def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
         """Gather, normalise, resize; nothing here is random."""
@@ -135,6 +138,10 @@ class ParquetImages(ImageTask):
                 self.name, root, paths, self.repo, lambda hub, rev: self._hub(hub, rev, sizes)
             )
             checksum = sources.sha256(t.numpy().tobytes() for part in parts for t in part)
+        parts = [
+            tuple(tensor[: sizes[split]] for tensor in part)
+            for split, part in zip(self.splits, parts, strict=True)
+        ]
         train = parts[0]
         test = parts[1] if len(parts) > 1 else tuple(t[:0] for t in train)
         return self._data(train, test, source, checksum, self.num_classes)
@@ -149,8 +156,8 @@ class ParquetImages(ImageTask):
         parts: list[Batch] = []
         for split in self.splits:
             rows = hub.load_dataset(self.repo, split=split, revision=revision, streaming=True)
-            if sizes[split] is not None:
-                rows = rows.take(sizes[split])
+            if (size := sizes[split]) is not None:
+                rows = rows.take(max(1, size))  # one tells the shape
             images, labels = zip(
                 *((self.pixels(row[self.columns[0]]), row[self.columns[1]]) for row in rows),
                 strict=True,
@@ -235,6 +242,6 @@ def _read_parquet(file: Path, size: int | None) -> tuple[list[bytes], list[int]]
     import pyarrow.parquet as pq
 
     table = pq.read_table(file, columns=["image", "label"])
-    table = table if size is None else table.slice(0, size)
+    table = table if size is None else table.slice(0, max(1, size))  # one tells the shape
     images = [image["bytes"] for image in table["image"].to_pylist()]
     return images, table["label"].to_pylist()

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import IGNORED, Batch, Data, Task, token_loss
+from harness.tasks.base import IGNORED, Batch, Data, Task, check_sizes, token_loss
 from harness.tasks.tokenizers import Words
 
 # BERT's: of the chosen words 80 % become the mask, 10 % a random word, 10 % stay (Devlin et al.).
@@ -42,6 +43,14 @@ class Cornell(Task):
 
     name: ClassVar[str] = "cornell"
     metric: ClassVar[str] = "loss"
+
+    def __post_init__(self) -> None:
+        check_sizes(self, context=1, vocab_size=1, train_lines=1)
+        if not 0 < self.mask_fraction <= 1:
+            raise UserError(
+                f"task {self.name!r}: mask_fraction is {self.mask_fraction}; it must be above 0 "
+                "and at most 1"
+            )
 
     def read(self, root: Path | None) -> Data:
         """Read `cornell_movie_dialogs/movie_lines.txt` into sequences (N, context)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import IGNORED, Batch, Data, Task, token_loss
+from harness.tasks.base import IGNORED, Batch, Data, Task, check_sizes, token_loss
 from harness.tasks.tokenizers import Tokenizer, make_tokenizer
 
 # Files of the data root (the second, where there is one, is the test split) and the Hub's id.
@@ -47,6 +47,9 @@ class Instructions(Task):
 
     name: ClassVar[str] = "sft"
     metric: ClassVar[str] = "loss"
+
+    def __post_init__(self) -> None:
+        check_sizes(self, context=1)
 
     def read(self, root: Path | None) -> Data:
         """Read and tokenize the pairs into inputs and targets (N, context)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.tasks import sources
-from harness.tasks.base import Batch, Data, Task
+from harness.tasks.base import Batch, Data, Task, check_sizes
 from harness.tasks.tokenizers import make_tokenizer
 
 
@@ -47,6 +47,9 @@ class TextTask(Task):
 
     metric: ClassVar[str] = "loss"
     alphabet: ClassVar[str] = "ascii"  # "own": the sorted characters of the corpus itself
+
+    def __post_init__(self) -> None:
+        check_sizes(self, context=1, vocab_size=1)
 
     @abstractmethod
     def corpus(self, root: Path | None) -> Corpus:
@@ -202,6 +205,10 @@ class OpenWebText(TextTask):
     documents: int = 2_000
 
     name: ClassVar[str] = "openwebtext"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, documents=1)
 
     def corpus(self, root: Path | None) -> Corpus:
         """Read the text; the first 90 % train."""

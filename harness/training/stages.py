@@ -159,16 +159,17 @@ def load(
             raise UserError(f"checkpoint {path} does not have the sha256 {sha256}; {retrain}")
         with safe_open(str(path), framework="pt") as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {})[_FACTS])
+        recorded = facts["tensors_sha256"]
         if entry is not None and facts["entry_hash"] != entry_hash(entry):
             raise UserError(
                 f"checkpoint {path} was trained for another version of {entry.name!r} "
                 f"(network, task or recipe differ); {retrain}"
             )
         load_model(model, path)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {path} cannot be read ({reason}); {retrain}") from error
-    if _digest(model) != facts["tensors_sha256"]:
+    if _digest(model) != recorded:
         raise UserError(f"checkpoint {path} is corrupted: its weights were altered; {retrain}")
     return facts
 

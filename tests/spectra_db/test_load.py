@@ -165,3 +165,24 @@ def test_importing_is_quick_and_takes_no_torch_nor_harness():
         assert not {"torch", "harness", "matplotlib", "huggingface_hub"} & set(modules)
         best = min(best, float(seconds))
     assert best < 0.5
+
+
+def test_a_name_that_no_row_has_is_refused_and_one_that_other_rows_have_is_not(source):
+    load = spectra_db.load
+    with pytest.raises(NotFound, match=r"no block 'c' in table spectra; known are a, b"):
+        load("spectra", source=source, block=["a", "c"])
+    rows = load("spectra", source=source, block="a", stage="p10", columns=["stage"])
+    assert rows.columns.tolist() == ["stage"]
+    assert rows.empty
+    assert load("spectra", source=source, model=[], block="c").empty
+
+
+def test_a_misspelt_metric_gets_a_close_match(tmp_path):
+    row = dict.fromkeys(spectra_db.schema.TABLES["training"].names, 1)
+    row |= {"model": "m", "optimizer": "sgd", "split": "train", "metric": "loss"}
+    store.write(tmp_path, "training", [row | {"diverged": False}])
+    assert len(spectra_db.load("training", source=tmp_path, metric="loss", optimizer="sgd")) == 1
+    with pytest.raises(NotFound, match=r"no metric 'los' in table training; did you mean loss"):
+        spectra_db.load("training", source=tmp_path, metric="los")
+    with pytest.raises(NotFound, match=r"no optimizer 'adam' .*known are sgd"):
+        spectra_db.load("training", source=tmp_path, optimizer="adam")

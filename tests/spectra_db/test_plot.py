@@ -77,6 +77,8 @@ def test_curves_of_several_models_are_refused():
 def test_curves_of_another_table_are_refused(rows):
     with pytest.raises(ValueError, match="no column 'metric'; pass rows of table training"):
         plot.training_curves(rows.assign(seed=0))
+    with pytest.raises(ValueError, match="no column 'model'; pass rows of table training"):
+        plot.training_curves(rows.drop(columns="model"))
 
 
 @pytest.mark.parametrize("draw", [plot.spectra, plot.js_heatmap])

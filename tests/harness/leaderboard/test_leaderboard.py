@@ -212,3 +212,66 @@ def test_the_table_of_the_release_is_that_of_its_tables(release, tmp_path):
     export(data, board, tmp_path)
     ours, stored = (spectra_db.load("leaderboard", source=s) for s in (tmp_path, None))
     pd.testing.assert_frame_equal(ours, stored)
+
+
+def test_every_stage_of_a_model_with_biases_is_compared_by_its_weights(tmp_path):
+    from spectra_db.heterogeneity import metrics
+
+    rows = spectra_db.load("spectra", source=_perceptron(tmp_path), model="p")
+    later = rows.assign(stage="final", train_run="adamw-seed1")
+    store.write(tmp_path, "spectra", later)
+    store.write(tmp_path, "heterogeneity", metrics(later))
+    # Someone took the weights alone at initialisation, and a spectrum in float64 too.
+    alone = rows[rows["block_kind"] != "bias"].assign(partition="weights")
+    store.write(tmp_path, "heterogeneity", metrics(alone))
+    store.write(tmp_path, "spectra", later.assign(dtype="float64"))
+    found = tables.read(tmp_path).heterogeneity
+    assert set(found["partition"]) == {"weights"}
+    js0 = found[(found["metric"] == "js0") & (found["scale"] == "lambda10")].set_index("stage")
+    assert js0.loc["final", "corrected"] == pytest.approx(js0.loc["init", "corrected"])
+
+
+def test_a_model_without_a_comparable_spectrum_at_initialisation_says_so(folder):
+    for model, change in (("m0", {"stage": "final"}), ("m1", {"partition": "all"})):
+        path = store.path_of(folder, "heterogeneity", model)
+        rows = spectra_db.load("heterogeneity", source=folder, model=model)
+        path.unlink()
+        store.write(folder, "heterogeneity", rows.assign(**change))
+    pending = tables.read(folder).pending.set_index("model")["reason"]
+    assert pending["m0"] == "no spectrum at initialisation yet"
+    assert pending["m1"] == "no spectrum of partition weights yet"
+
+
+def test_one_family_decides_nothing_for_want_of_an_interval():
+    gaps = np.r_[np.linspace(0, 0.05, 4), np.linspace(0.2, 0.3, 4)]
+    board = statistics.leaderboard(*made_up({"js0": np.exp(-gaps)}, gaps, ["a"] * 8))
+    said = report.sentences(board)[0]
+    assert "is −1.00, that" in said
+    assert said.endswith("without an interval the data decide nothing.")
+
+
+def test_docs_of_tables_that_predict_nothing_say_so(tmp_path):
+    store.write(tmp_path, "models", [model_row("m0", tier="demo")])
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    result = call("--source", tmp_path, "--docs", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert "No model can be predicted from other families yet." in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{report.END}\n{report.BEGIN}\n".encode(), "and after it a line"),
+        (b"\xff\xfe", "no UTF-8 text"),
+    ],
+)
+def test_a_page_that_has_no_part_to_write_is_refused(folder, tmp_path, content, message):
+    page = tmp_path / "README.md"
+    page.write_bytes(content)
+    result = call("--source", folder, "--readme", page)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert page.read_bytes() == content

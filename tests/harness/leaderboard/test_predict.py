@@ -135,3 +135,23 @@ def test_a_source_without_tables_is_refused_before_anything_is_measured(tmp_path
     assert result.exit_code == 2
     assert "holds no table models" in result.stderr
     assert "products" not in result.stderr
+
+
+def test_two_families_of_one_kind_each_can_not_test_the_rule(tmp_path):
+    values = {m: np.exp(np.random.default_rng(0).normal(size=8)) for m in MEASURES}
+    parts = made_up(values, np.repeat([0.0, 1.0], 4), list("aaaabbbb"), errors=1e-3)
+    for table, rows in zip(("models", "heterogeneity", "gaps"), parts, strict=True):
+        store.write(tmp_path, table, rows)
+    result = call("cnn-digits", "--source", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    facts = json.loads(result.stdout, parse_constant=refuse)
+    assert facts["answer"] == "unclear"
+    assert "no model of the leaderboard can be predicted from other families" in facts["reasons"]
+    assert facts["held_out"]["accuracy"] is None
+    shown = call("cnn-digits", "--source", tmp_path)
+    assert shown.exit_code == 0, shown.output
+    assert "nan" not in shown.stdout

@@ -251,3 +251,15 @@ def test_an_out_that_is_a_file_is_refused(tables_folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be made"):
         build(tables_folder, tmp_path / "file")
+
+
+def test_a_stage_of_zero_blocks_alone_says_so(tmp_path):
+    zero = {"status": "zero", "method": "exact", "probe": 0}
+    zero |= {"nodes": [0.0], "weights": [1.0], "alphas": [], "betas": []}
+    store.write(tmp_path, "models", [model_row("p")])
+    store.write(tmp_path, "gaps", [gap_row("p", 0.1)])
+    rows = {row["block"]: row | zero for row in spectrum_rows("p")}
+    store.write(tmp_path, "spectra", list(rows.values()))
+    build(tmp_path, tmp_path / "site")
+    html = (tmp_path / "site" / "models" / "p.html").read_text(encoding="utf-8")
+    assert "Stage init: all blocks are exactly zero" in html

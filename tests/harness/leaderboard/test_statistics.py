@@ -241,3 +241,36 @@ def test_tables_of_several_protocols_are_refused():
     gaps.loc[2, "protocol_version"] = 2
     with pytest.raises(UserError, match=r"protocol versions \[1, 2\].*reads 1 alone"):
         leaderboard(models, metrics, gaps)
+
+
+def test_a_change_in_training_is_of_the_models_that_have_both_ends():
+    x, gap, _ = some_data(0)
+    models, metrics, gaps = made_up({"js0": x, "w1": x}, gap, FAMILIES)
+    later = metrics.assign(stage="final", corrected=2 * metrics["corrected"])
+    start = metrics[
+        (metrics["metric"] == "js0") & metrics["model"].isin([f"m{i}" for i in range(5)])
+    ]
+    board = leaderboard(models, pd.concat([start, later]), gaps, num_draws=50)
+    row = statistic(board, "ratio_to_init", stage="final")
+    assert (row["num_models"], row["num_families"]) == (5, 2)
+    # Draws that lack both families say nothing, rather than that nothing changes.
+    assert [row["value"], row["ci_low"], row["ci_high"]] == pytest.approx([2, 2, 2])
+    assert statistic(board, "spearman", stage="final")["num_models"] == N
+    row = statistic(board, "ratio_to_init", "w1", stage="final")
+    assert row["num_models"] == 0
+    assert np.isnan(row["value"])
+
+
+def test_one_family_has_no_other_one_to_set_a_threshold_on():
+    x, gap, _ = some_data(0)
+    board = leaderboard(*made_up({"js0": x}, gap, ["a"] * N), num_draws=10)
+    assert np.isnan(statistic(board, "accuracy")["value"])
+    assert np.isnan(statistic(board, "accuracy_majority")["value"])
+
+
+def test_metrics_over_other_blocks_do_not_enter():
+    x, gap, _ = some_data(0)
+    models, metrics, gaps = made_up({"js0": x}, gap, FAMILIES)
+    metrics.loc[metrics["model"] == "m3", "partition"] = "all"
+    joined = measurements(models, metrics, gaps).set_index("model")
+    assert joined.index[~joined["enters"]].tolist() == ["m3"]

@@ -272,3 +272,55 @@ def test_a_hub_data_set_is_read_where_the_root_lacks_it(tmp_path: Path, monkeypa
     assert data.source == "Hub uoft-cs/cifar10 at 0123abcd"
     assert data.train[0].shape == (4, 3, 32, 32)
     assert data.test[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mnist", {"train_size": 0}, "train_size is 0; it must be a whole number of at least 1"),
+        ("digits", {"test_size": -5}, "test_size is -5; .* at least 0"),
+        ("pydoc", {"context": 0}, "context is 0"),
+        ("openwebtext", {"context": "a"}, "context is 'a'"),
+        ("openwebtext", {"documents": 0}, "documents is 0"),
+        ("cornell", {"mask_fraction": 1.5}, "mask_fraction is 1.5"),
+        ("sft", {"context": 0}, "context is 0"),
+    ],
+)
+def test_sizes_that_can_not_be_are_refused(name, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        tasks.get(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "content"),
+    [
+        ("tiny-shakespeare", "tinyshakespeare/input.txt", b"\xff\xff"),
+        ("cornell", "cornell_movie_dialogs/movie_lines.txt", b" +++$+++ ".join([b"x"] * 5)),
+        ("imagenet", "imagenet1k_sample/train.parquet", b"torn"),
+    ],
+)
+def test_data_that_can_not_be_read_are_named_in_one_line(name, path, content, tmp_path) -> None:
+    (tmp_path / path).parent.mkdir()
+    (tmp_path / path).write_bytes(content)
+    with pytest.raises(UserError, match=f"the data of task '{name}' can't be read below") as caught:
+        tasks.get(name).load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_without_a_test_split_have_an_empty_one(tmp_path: Path) -> None:
+    import io
+
+    import pandas as pd
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("L", (28, 28)).save(buffer, "png")
+    images = [{"bytes": buffer.getvalue()}] * 3
+    (tmp_path / "mnist").mkdir()
+    for split in ("train", "test"):
+        rows = pd.DataFrame({"image": images, "label": [0, 1, 2]})
+        rows.to_parquet(tmp_path / "mnist" / f"{split}.parquet")
+    task = tasks.get("mnist", train_size=2, test_size=0)
+    data = task.load(tmp_path)
+    assert (task.size(data, "train"), task.size(data, "test")) == (2, 0)
+    assert data.test[0].shape == (0, 1, 28, 28)

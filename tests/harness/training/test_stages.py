@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from harness import tasks
@@ -89,6 +90,16 @@ def test_a_corrupted_checkpoint_names_the_file_and_the_remedy(
         content = bytearray(b"" if damage == "empty" else b"not a checkpoint at all")
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint .*final\.safetensors .*delete it and train"):
+        stages.load(tied, path)
+
+
+@pytest.mark.parametrize("facts", ["{}", "7"])
+def test_a_checkpoint_that_this_program_did_not_write_is_refused(
+    facts: str, tied: nn.Module, tmp_path: Path
+) -> None:
+    path = tmp_path / "final.safetensors"
+    save_model(tied, str(path), metadata={"harness": facts})
+    with pytest.raises(UserError, match=r"cannot be read .*; delete it and train again"):
         stages.load(tied, path)
 
 

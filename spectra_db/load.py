@@ -101,7 +101,8 @@ def _check_names(
     table: str, column: str, wanted: list[Any], found: pa.Table, paths: list[Path]
 ) -> None:
     """Raise if no row of the files has one of the names, whatever the other filters are."""
-    absent = [name for name in wanted if name not in set(found[column].to_pylist())]
+    present = set(found[column].unique().to_pylist())
+    absent = [name for name in wanted if name not in present]
     if not absent or not paths:
         return
     parts = [store.read(path, table, columns=[column])[column].unique() for path in paths]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -160,21 +160,23 @@ def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> None
         stack += [following for following, _ in node.next_functions]
 
 
-def warn_of_asymmetry(asymmetries: Mapping[str, float], dtype: torch.dtype) -> None:
+def warn_of_asymmetry(asymmetries: Iterable[tuple[str, float]], dtype: torch.dtype) -> None:
     """Warn of blocks whose products are not those of a symmetric matrix, beyond rounding.
 
     Args:
-        asymmetries: By the block's name, how far uᵀHv and vᵀHu are apart, relative to ‖H‖.
+        asymmetries: Names of blocks, a block once or once a probe, and how far uᵀHv and vᵀHu are
+            apart, relative to ‖H‖.
         dtype: Of the products; what exceeds √eps of it is not taken for rounding.
     """
     allowed = math.sqrt(torch.finfo(dtype).eps)
-    odd = {name: value for name, value in asymmetries.items() if value > allowed}
+    odd = [(name, value) for name, value in asymmetries if value > allowed]
     if odd:
         warnings.warn(
-            f"the Hessian of {', '.join(odd)} is not symmetric: uᵀHv and vᵀHu differ by up to "
-            f"{max(odd.values()):.1e} of its norm. Either a second derivative of the model is "
-            "wrong, or the block's Hessian is zero but for rounding, as that of attention's key "
-            "biases is: then dtype=torch.float64 makes its eigenvalues smaller still",
+            f"the Hessian of {', '.join(dict.fromkeys(name for name, _ in odd))} is not symmetric: "
+            f"uᵀHv and vᵀHu differ by up to {max(value for _, value in odd):.1e} of its norm. "
+            "Either a second derivative of the model is wrong, or the block's Hessian is zero but "
+            "for rounding, as that of attention's key biases is: then dtype=torch.float64 makes "
+            "its eigenvalues smaller still",
             stacklevel=2,
         )
 

@@ -137,7 +137,7 @@ class BlockHessian:
         identity = torch.eye(block.num_params, dtype=self.dtype, device=self.device)
         H = torch.stack(self.products([(index, row) for row in identity]))
         if norm := float(H.norm()):
-            warn_of_asymmetry({block.name: float((H - H.T).norm()) / norm}, self.dtype)
+            warn_of_asymmetry([(block.name, float((H - H.T).norm()) / norm)], self.dtype)
         return (H + H.T) / 2
 
     def gradient(self) -> Gradients:

@@ -111,9 +111,12 @@ def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor])
     Raises:
         FloatingPointError: A product is not finite.
     """
+    if not recurrences:
+        return
     scalars = []
+    zero = torch.zeros((), dtype=torch.float64, device=products[0].device)
     for r, w in zip(recurrences, products, strict=True):
-        lean = torch.zeros((), dtype=torch.float64, device=w.device)
+        lean = zero
         if r.previous is not None:
             w.add_(r.previous, alpha=-r.betas[-1])
             if len(r.alphas) == 1:  # once tells, and costs a product of vectors
@@ -125,8 +128,6 @@ def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor])
                 for q in r.basis:
                     w.addcmul_(q, _dot(w, q).to(w.dtype), value=-1)
         scalars += [alpha, torch.linalg.vector_norm(w, dtype=torch.float64), lean]
-    if not recurrences:
-        return
     values = torch.stack(scalars).view(-1, 3).tolist()  # the one synchronisation
     for r, w, (alpha, beta, lean) in zip(recurrences, products, values, strict=True):
         if not (abs(alpha) < float("inf") and beta < float("inf")):

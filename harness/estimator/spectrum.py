@@ -259,7 +259,8 @@ def _run(
         done += len(pairs) * plan.num_steps
         on_progress(done, total)
         named = zip(pairs, states, strict=True)
-        warn_of_asymmetry({blocks[i].name: s.asymmetry for (i, _), s in named}, plan.hessian.dtype)
+        found = [(blocks[index].name, state.asymmetry) for (index, _), state in named]
+        warn_of_asymmetry(found, plan.hessian.dtype)
         seconds = (time.perf_counter() - begin) / len(pairs)
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])

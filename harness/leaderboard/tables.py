@@ -19,7 +19,7 @@ from spectra_db.schema import TABLES
 
 _SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
 # The settings of PROTOCOL's spectra; a folder may hold others beside them.
-_STANDARD = {
+STANDARD = {
     "operator": "hessian",
     "norm_mode": "eval",
     "dtype": "float32",
@@ -124,8 +124,8 @@ def standard(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
     if rows.empty:
         return rows
-    settings = list(_STANDARD)
-    rank = (rows[settings] != pd.Series(_STANDARD)).sum(axis=1)
+    settings = list(STANDARD)
+    rank = (rows[settings] != pd.Series(STANDARD)).sum(axis=1)
     spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
     first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
     return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from harness import tasks
 from harness.estimator import find_blocks
+from harness.leaderboard.tables import optional
 from harness.paper import release
 from harness.paper.result import Result
 from harness.registry import get
@@ -53,7 +54,7 @@ MAX_EXTENSIONS = 4
 
 def units(source: release.Source) -> list[str]:
     """List models and variants whose plain runs and eigenvalues the release holds."""
-    gaps = release.rows("gaps", source)
+    gaps = optional("gaps", source)
     known = set(gaps.loc[gaps["status"] == "ok", "model"]) if len(gaps) else set()
     return [
         _unit(model, stage, p)
@@ -76,7 +77,7 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
     entry = get(model)
     data = tasks.get(entry.task, **entry.task_options).load(data_root)
     factors = block_factors(_curvatures(source, model, stage), power)
-    [plain] = release.rows("gaps", source, model=model).to_dict("records")
+    [plain] = optional("gaps", source, model=model).to_dict("records")
     grid: dict[int, float] = {}
 
     def final(exponent: int, seed: int) -> float:
@@ -91,7 +92,7 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
         if not wanted and len(grid) < 3 + MAX_EXTENSIONS and best in (min(grid), max(grid)):
             wanted = [best - 1 if best == min(grid) else best + 1]
     losses = [final(best, seed) for seed in SEEDS]
-    runs = release.rows("training", source, model=model)
+    runs = optional("training", source, model=model)
     init, sgd, adam = (
         [_stored(runs, *what, seed) for seed in SEEDS]
         for what in (
@@ -210,7 +211,7 @@ def _parts(unit: str) -> tuple[str, str, float]:
 
 def _curvatures(source: release.Source, model: str, stage: str) -> pd.Series:
     """Return the largest |eigenvalue| of each block at a stage."""
-    blocks = release.rows("blocks", source, model=model, stage=stage, init_seed=1)
+    blocks = optional("blocks", source, model=model, stage=stage, init_seed=1)
     largest = blocks[["lambda_max", "lambda_min"]].abs().max(axis=1)
     return pd.Series(largest.to_numpy(dtype=float), index=blocks["block"].to_numpy())
 

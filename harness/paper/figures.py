@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu, rankdata, spearmanr
 
+from harness.leaderboard.tables import optional
 from harness.paper import release
 from harness.paper.result import Result
 from harness.training import grid
@@ -157,7 +158,7 @@ def fig5(source: release.Source) -> Result:
     for c in range(1, 16):
         model = f"mlp-mnist-c{c}"
         if model in table.index and model in gaps.index:
-            runs = release.rows("training", source, model=model)
+            runs = optional("training", source, model=model)
             accuracy = {o: _accuracy(runs, o) for o in ("sgd", "adamw")}
             row = {
                 "c": c,
@@ -221,7 +222,7 @@ def fig6(source: release.Source) -> Result:
         for axis in (axes[row, 0].xaxis, axes[row, 0].yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         figure.colorbar(image, ax=axes[row, 0], label="JS distance", shrink=0.8)
-        _draw_curves(axes[row, 1], release.rows("training", source, model=model))
+        _draw_curves(axes[row, 1], optional("training", source, model=model))
         axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=9)
         axes[row, 1].set(xlabel="step", ylabel="loss of the minibatch")
     axes[0, 1].legend(fontsize=8, frameon=False)
@@ -300,7 +301,7 @@ def _classes(source: release.Source) -> dict[str, str]:
 
 def _metrics_table(source: release.Source) -> pd.DataFrame:
     """Return every metric at init, corrected, by model; with its tier, family and class."""
-    rows = release.rows("heterogeneity", source, stage="init", init_seed=1)
+    rows = optional("heterogeneity", source, stage="init", init_seed=1)
     rows["reading"] = [
         f"{m} {s}".removesuffix(" none") for m, s in rows[["metric", "scale"]].values
     ]
@@ -317,7 +318,7 @@ def _metrics_table(source: release.Source) -> pd.DataFrame:
 
 
 def _gaps(source: release.Source) -> pd.DataFrame:
-    rows = release.rows("gaps", source)
+    rows = optional("gaps", source)
     columns = ["gap", "standard_error", "adam_needed", "sgd_lr", "adam_lr"]
     return rows[rows["status"] == "ok"].set_index("model")[columns]
 
@@ -416,7 +417,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     for ax in axes[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes, models, strict=False):
-        _draw_curves(ax, release.rows("training", source, model=model))
+        _draw_curves(ax, optional("training", source, model=model))
         found = values[model]
         ax.set_title(f"{model}\ngap {found['gap']:.3f} ± {found['error']:.3f}", fontsize=8)
     axes[0].legend(fontsize=8, frameon=False)

@@ -5,32 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 import spectra_db
-from spectra_db.load import NotFound
-from spectra_db.schema import TABLES
+from harness.leaderboard.tables import STANDARD, optional
 
 # Folder of tables, or None for the bundled release.
 Source = Path | str | None
-# The settings of the protocol's spectra; a folder may hold others beside them.
-_STANDARD = {
-    "operator": "hessian",
-    "norm_mode": "eval",
-    "dtype": "float32",
-    "probe_distribution": "gaussian",
-    "init_seed": 1,
-}
-
-
-def rows(table: str, source: Source, **filters: Any) -> pd.DataFrame:
-    """Load rows of a table; none where the table or the model is not there."""
-    try:
-        return spectra_db.load(table, source=source, **filters)
-    except NotFound:
-        return pd.DataFrame(columns=TABLES[table].names)
+_SETTINGS = {**STANDARD, "init_seed": 1}
 
 
 def models(source: Source) -> pd.DataFrame:
@@ -57,12 +40,12 @@ def spectrum(
         partition: None for the blocks (paper or weights, whichever there is), or "full".
     """
     wanted = [partition] if partition else ["paper", "weights"]
-    found = rows("spectra", source, model=model, stage=stage)
-    for column, value in _STANDARD.items():
+    found = optional("spectra", source, model=model, stage=stage)
+    for column, value in _SETTINGS.items():
         found = found[found[column] == value]
     for name in wanted:
         part = found[found["partition"] == name]
-        metrics = rows("heterogeneity", source, model=model, stage=stage, partition=name)
+        metrics = optional("heterogeneity", source, model=model, stage=stage, partition=name)
         complete = len(part) > 0 and (name == "full" or len(metrics) > 0)
         if complete and part["status"].isin(["ok", "zero"]).all():
             return in_order(part)

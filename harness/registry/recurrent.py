@@ -18,7 +18,7 @@ _LSTM_RECIPE: dict[str, Any] = {
         LANGUAGE, num_steps=500, batch_size=32, sgd_lrs=(1e-1, 10.0), adamw_lrs=(1e-3, 1e-1)
     )
 }
-# The reference path of Mamba goes through the sequence step by step: short sequences.
+# Mamba without its fused kernel goes through the sequence step by step: short sequences.
 _SHORT: dict[str, Any] = {
     "task_options": {"context": 32},
     "hessian_batch_size": 64,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
 
 from harness.errors import UserError
 
@@ -149,14 +151,37 @@ def llama(vocab_size: int, context: int, **options: Any) -> nn.Module:
 def mamba(vocab_size: int, **options: Any) -> nn.Module:
     """Build a Mamba language model (Gu & Dao 2023) from options of `MambaConfig`.
 
-    Where mamba_ssm is not installed transformers takes its reference path in plain torch, the one
-    that has second derivatives.
+    transformers' own, but for the mixers' forward pass, which gives the same. Its reference path
+    slices the whole sequence at every step, and the derivative of a slice is as large as the
+    sequence: at 32 characters a product takes three times as long. The kernels of mamba_ssm, which
+    it takes where they are installed, have no second derivative.
     """
     from transformers import MambaConfig, MambaForCausalLM
+    from transformers.models.mamba.modeling_mamba import MambaMixer
 
-    return MambaForCausalLM(
-        MambaConfig(vocab_size=vocab_size, use_cache=False, **_NO_IDS | options)
-    )
+    class Mixer(MambaMixer):
+        def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:  # (B, T, C) -> (B, T, C)
+            T, N = hidden.shape[1], self.ssm_state_size
+            x, gate = self.in_proj(hidden).chunk(2, dim=-1)
+            x = self.act(self.conv1d(x.mT)[..., :T]).mT
+            dt, B, C = self.x_proj(x).split([self.time_step_rank, N, N], dim=-1)
+            dt = softplus(self.dt_proj(dt))
+            decay = torch.exp(-torch.exp(self.A_log) * dt[..., None])  # (B, T, D, N)
+            drive = (dt * x)[..., None] * B[:, :, None]  # (B, T, D, N)
+            state, read = torch.zeros_like(drive[:, 0]), []
+            for a, b, c in zip(decay.unbind(1), drive.unbind(1), C.unbind(1), strict=True):
+                state = a * state + b
+                read.append((state @ c[..., None])[..., 0])
+            y = torch.stack(read, 1) + self.D * x
+            return self.out_proj(y * silu(gate))
+
+    config = MambaConfig(vocab_size=vocab_size, use_cache=False, **_NO_IDS | options)
+    model = MambaForCausalLM(config)
+    for index, layer in enumerate(model.backbone.layers):
+        mixer = Mixer(config, index)
+        mixer.load_state_dict(layer.get_submodule("mixer").state_dict())
+        layer.register_module("mixer", mixer)
+    return model
 
 
 def bert(vocab_size: int, context: int, **options: Any) -> nn.Module:

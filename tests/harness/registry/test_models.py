@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 
 from harness import registry, tasks
@@ -136,6 +137,25 @@ def test_the_mixer_s_head_is_not_zero() -> None:
     entry = registry.get("mixer-cifar10")
     head = entry.build(model_options(entry), 0).get_parameter("head.weight")
     assert head.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_mamba_is_that_of_transformers() -> None:
+    entry = registry.get("mamba-3x32-books")
+    ours = entry.build(model_options(entry), 0).double()
+    theirs = transformers.MambaForCausalLM(ours.config).double()
+    theirs.load_state_dict(ours.state_dict())
+    tokens, targets = tiny_batch(entry)
+    losses, products = [], []
+    for model in (ours, theirs):
+        loss = loss_of(model, (tokens, targets))
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        losses.append(loss.item())
+        products.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters))
+    # Theirs casts to float32 on the way, whatever the model's dtype.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-7)
+    for mine, reference in zip(*products, strict=True):
+        assert (mine - reference).norm() < 1e-5 * reference.norm()
 
 
 @pytest.mark.parametrize("name", ["digits", "pydoc"])

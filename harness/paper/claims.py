@@ -268,10 +268,9 @@ def _heterogeneous(metric: str) -> Callable[[Values], Verdict]:
 def _table1(column: str, what: str) -> Callable[[Values], Verdict]:
     def rule(v: Values) -> Verdict:
         found = v[column]
-        known = f"{found['num_systems']:.0f} of {len(v['systems'])} {what}"
-        if found["num_systems"] < 4:
-            missing = zip(v["systems"], found["models"], strict=True)
-            without = ", ".join(system for system, model in missing if model is None)
+        known = f"{len(found['systems'])} of {len(v['systems'])} {what}"
+        if len(found["systems"]) < 4:
+            without = ", ".join(s for s in v["systems"] if s not in found["systems"])
             return NOT_TESTED, "too few in this release", f"{known}; without {without}"
         rho = {name: found["readings"][name]["rho"] for name in _READINGS}
         best = rho["js0_paper lambda10"]

@@ -270,25 +270,35 @@ def fig10(source: release.Source) -> Result:
 def table1(source: release.Source) -> Result:
     """Set every metric of the paper's systems, and of our small ones, beside Table 1."""
     table = _metrics_table(source)
-    paper = [value for _, value, _, _ in TABLE1]
-    values: dict[str, Any] = {"systems": [system for system, *_ in TABLE1], "paper": paper}
+    values: dict[str, Any] = {"systems": [system for system, *_ in TABLE1]}
     chosen = {
         "ours": [name if name in table.index else None for _, _, name, _ in TABLE1],
         "small": [next((n for n in kin if n in table.index), None) for *_, kin in TABLE1],
     }
     for column, names in chosen.items():
-        num_systems = sum(name is not None for name in names)
-        values[column] = {"models": names, "num_systems": num_systems, "readings": {}}
+        there = [(row, n) for row, n in zip(TABLE1, names, strict=True) if n is not None]
+        paper = [value for (_, value, *_), _ in there]
+        found = table.loc[[name for _, name in there], EVERY_READING]
+        readings: dict[str, Any] = {}
         for reading in EVERY_READING:
-            column_of = table[reading].dropna().to_dict()
-            found = [None if n not in column_of else float(column_of[n]) for n in names]
-            row: dict[str, Any] = {"values": found}
-            known = [i for i, value in enumerate(found) if value is not None]
+            numbers = [None if pd.isna(x) else float(x) for x in found[reading]]
+            readings[reading] = {"values": numbers}
+            known = [i for i, number in enumerate(numbers) if number is not None]
             if len(known) >= 4:
-                ours = pd.Series([found[i] for i in known])
-                row |= _spearman(pd.Series([paper[i] for i in known]), ours)
-            values[column]["readings"][reading] = row
-    missing = [f"initial spectrum of {name}" for _, _, name, _ in TABLE1 if name not in table.index]
+                ours = pd.Series([numbers[i] for i in known])
+                readings[reading] |= _spearman(pd.Series([paper[i] for i in known]), ours)
+        values[column] = {
+            "systems": [system for (system, *_), _ in there],
+            "paper": paper,
+            "models": [name for _, name in there],
+            "readings": readings,
+        }
+    reasons = release.models(source)["reason"].dropna().to_dict()
+    missing = [
+        f"{system} at real size ({name}: {reasons.get(name, 'not computed yet')})"
+        for system, _, name, _ in TABLE1
+        if name not in table.index
+    ]
     return Result(values, missing=tuple(missing))
 
 

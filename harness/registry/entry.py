@@ -61,9 +61,15 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least 1")
         for name in ("sgd_lrs", "adamw_lrs"):
-            low, high = getattr(self, name)
+            given = getattr(self, name)
+            try:
+                low, high = given
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"recipe: {name} is {given!r}; it must be the lowest and the highest rate"
+                ) from None
             if not 0 < low < high:
-                raise UserError(f"recipe: {name} is {(low, high)}; it must be 0 < lowest < highest")
+                raise UserError(f"recipe: {name} is {given}; it must be 0 < lowest < highest")
         if self.num_lrs < 2:
             raise UserError(f"recipe: num_lrs is {self.num_lrs}; it must be at least 2")
         if self.schedule not in ("cosine", "constant"):

@@ -71,6 +71,8 @@ def test_a_mistake_in_an_entry_is_named_with_the_remedy(
         ({"num_lrs": 1}, "num_lrs is 1; it must be at least 2"),
         ({"sgd_lrs": (1.0, 0.1)}, "sgd_lrs is (1.0, 0.1); it must be 0 < lowest < highest"),
         ({"adamw_lrs": (0.0, 0.1)}, "adamw_lrs is (0.0, 0.1); it must be 0 < lowest < highest"),
+        ({"sgd_lrs": 0.1}, "sgd_lrs is 0.1; it must be the lowest and the highest rate"),
+        ({"adamw_lrs": (1e-3, 1e-2, 0.1)}, "it must be the lowest and the highest rate"),
         ({"schedule": "linear"}, "schedule is 'linear'; choose cosine or constant"),
     ],
 )

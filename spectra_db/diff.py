@@ -31,9 +31,9 @@ _ERRORS = 2.0
 _RELATIVE = 1e-5
 # How a row came about, not what it says.
 _CIRCUMSTANCES = {"run_id", "seconds", "peak_bytes", "started", "device", "microbatch_size"}
-# Rules of one probe are as in `harness verify`: 1,000 roundings of the first product, rounding of
-# each step, and twice the truncation.
-_EPS, _MOMENT_EPS, _TRUNCATIONS = float(np.finfo(np.float32).eps), 1000, 2.0
+# Rules are as in `harness verify`: 1,000 roundings of a product, rounding of each step, and of a
+# probe's twice the truncation.
+_EPS, _PRODUCT_EPS, _TRUNCATIONS = float(np.finfo(np.float32).eps), 1000, 2.0
 _LISTS = ("alphas", "betas", "nodes", "weights")
 COLUMNS = ["change", "column", "before", "after", "allowed"]
 
@@ -190,8 +190,9 @@ def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:
         return [*sizes, 0.0, np.nan]
     if not len(a) or not len(b) or old["method"] != new["method"]:
         return [*sizes, 0.0, np.inf]
-    allowed = max(len(a), len(b)) * _EPS * max(np.abs(a).max(), np.abs(b).max())
-    if old["method"] == "slq" and _first_product(old, new) > _MOMENT_EPS * _EPS:
+    largest = max(np.abs(a).max(), np.abs(b).max())
+    allowed = (_PRODUCT_EPS + max(len(a), len(b))) * _EPS * largest
+    if old["method"] == "slq" and _first_product(old, new) > _PRODUCT_EPS * _EPS:
         return [*sizes, allowed, np.inf]  # another probe, batch or Hessian
     if old["method"] == "slq" and not old["breakdown"]:
         steps = max(1, int(TRUNCATION * len(old["alphas"])))

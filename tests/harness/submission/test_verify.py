@@ -69,6 +69,13 @@ def test_an_exact_spectrum_with_one_eigenvalue_altered_deviates(folder):
     assert check_of(folder, row, nodes=nodes).outcome == "deviates"
 
 
+@pytest.mark.parametrize(("roundings", "outcome"), [(300, "agrees"), (5000, "deviates")])
+def test_an_exact_spectrum_may_be_off_by_the_rounding_of_its_products(folder, roundings, outcome):
+    row = rows_of(folder, stage="init", method="exact").iloc[0].to_dict()
+    off = roundings * np.finfo(np.float32).eps * np.abs(row["nodes"]).max()
+    assert check_of(folder, row, nodes=row["nodes"] + off).outcome == outcome
+
+
 def test_another_probe_passed_off_as_this_one_deviates(folder):
     rows = rows_of(folder, stage="init", method="slq").to_dict("records")
     names = ("alphas", "betas", "nodes", "weights")

@@ -35,7 +35,7 @@ def lockstep_flops(case: Case) -> int:
 
 
 class Step:
-    """One product with every block: operations and time."""
+    """One product with every block: operations."""
 
     params = (list(CASES),)
     param_names = ("case",)

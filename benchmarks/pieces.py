@@ -163,7 +163,7 @@ class Recurrence:
 
 
 class Load:
-    """Reading a spectrum from its file."""
+    """Reading a table of 50 files."""
 
     def setup(self) -> None:
         self.folder = tempfile.TemporaryDirectory()

@@ -143,9 +143,9 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
     if settings.partition == "full" or not settings.is_protocol:
         return estimate
     known = rows_of(out, "blocks", problem.entry.name)
-    for column, value in shared.items() if len(known) else ():
+    for column, value in shared.items():
         known = known[known[column] == value]
-    present = set(known["block"]) if len(known) else set()
+    present = set(known["block"])
     new = [shared | size for size in sizes if size["block"] not in present]
     if new:
         store.write(out, "blocks", new)

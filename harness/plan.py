@@ -167,14 +167,12 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
     rows = rows_of(out, "training", entry.name)
     retrained = False
     if entry.trains and entry.recipe is not None:
-        if len(rows):
-            ends = rows.loc[(rows["split"] == "train") & (rows["step"] > 0) & ~rows["diverged"]]
-            strange = set(ends["step"]) - {entry.recipe.num_steps}
-            if strange:
-                raise UserError(
-                    f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
-                    f"{entry.recipe.num_steps}: name another --out"
-                )
+        ends = rows.loc[(rows["split"] == "train") & (rows["step"] > 0) & ~rows["diverged"]]
+        if strange := set(ends["step"]) - {entry.recipe.num_steps}:
+            raise UserError(
+                f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
+                f"{entry.recipe.num_steps}: name another --out"
+            )
         for optimizer in ("sgd", "adamw"):
             for unit in _missing_runs(entry, optimizer, rows, out):
                 # Checkpoints that lie there are then of another run, such as `train --lr`'s.
@@ -226,15 +224,11 @@ def _missing_runs(
 def _stage_rates(entry: ModelEntry, out: Path) -> set[float]:
     """Return the learning rates of the run that the stages were last taken from, at most one."""
     rows = rows_of(out, "stages", entry.name)
-    if rows.empty:
-        return set()
     return set(rows.loc[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED), "lr"])
 
 
 def _diverged(rows: pd.DataFrame) -> bool:
     """Tell whether the run whose stages are kept diverged."""
-    if not len(rows):
-        return False
     best = grid.best(rows, "adamw")
     run = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED)]
     return bool(run.loc[run["lr"] == best, "diverged"].any())
@@ -247,8 +241,6 @@ def _stage_path(entry: ModelEntry, out: Path, stage: str) -> Path:
 def _has_moments(entry: ModelEntry, out: Path) -> bool:
     """Tell whether the metrics that are taken on a larger batch are of that batch."""
     rows = rows_of(out, "heterogeneity", entry.name)
-    if rows.empty:
-        return False
     rows = rows[(rows["stage"] == "init") & (rows["init_seed"] == STAGE_SEED)]
     rows = rows[rows["metric"] == MOMENT_METRICS[0]]
     return bool((rows["batch_size"] == entry.moments_batch_size).any())
@@ -260,7 +252,7 @@ def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> b
     wanted = {"stage": stage, "partition": partition, "init_seed": STAGE_SEED}
     standard = settings_of(entry, partition, None)
     wanted |= {c: getattr(standard, c) for c in ("dtype", "norm_mode", "probe_distribution")}
-    for column, value in wanted.items() if len(rows) else ():
+    for column, value in wanted.items():
         rows = rows[rows[column] == value]
     if not len(rows) or not rows["status"].isin(["ok", "zero"]).all():
         return False
@@ -274,8 +266,6 @@ def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> b
     # A single block has nothing to be compared with.
     compared = len(set(rows.loc[rows["status"] == "ok", "block"])) > 1
     derived = rows_of(out, "heterogeneity" if compared else "blocks", entry.name)
-    if not len(derived):
-        return False
     # Another seed's rows say nothing of this one's blocks.
     return bool(((derived["stage"] == stage) & (derived["init_seed"] == STAGE_SEED)).any())
 

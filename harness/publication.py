@@ -46,10 +46,9 @@ def _explained(unit: Unit, entry: ModelEntry, source: Path) -> bool:
         rows = rows_of(source, "gaps", unit.model)
     else:
         rows = rows_of(source, "spectra", unit.model)
-        if len(rows):
-            partition = unit.partition or entry.partition
-            rows = rows[(rows["stage"] == unit.stage) & (rows["partition"] == partition)]
-    return len(rows) > 0 and bool(rows["status"].isin(["failed", "pending"]).any())
+        partition = unit.partition or entry.partition
+        rows = rows[(rows["stage"] == unit.stage) & (rows["partition"] == partition)]
+    return bool(rows["status"].isin(["failed", "pending"]).any())
 
 
 def derive(folder: Path, registry_dir: Path | None = None) -> None:

@@ -290,15 +290,11 @@ def write_training(run: TrainingRun, out: Path) -> None:
     if run.stage_rows:
         model, seed = run.stage_rows[0]["model"], run.stage_rows[0]["seed"]
         known = rows_of(out, "stages", model)
-        before = (
-            {}
-            if known.empty
-            else dict(zip(known["stage"], known["checkpoint_sha256"], strict=True))
-        )
+        before = dict(zip(known["stage"], known["checkpoint_sha256"], strict=True))
         now = {row["stage"]: row["checkpoint_sha256"] for row in run.stage_rows}
         changed = [stage for stage in now if before.get(stage, now[stage]) != now[stage]]
         rows = rows_of(out, "spectra", model)
-        if changed and len(rows):
+        if changed:
             stale = rows["stage"].isin(changed) & (rows["train_run"] == run_name(seed))
             reason = "the stage was trained again, with other weights"
             one_each = rows[stale & (rows["probe"] == 0)].copy()
@@ -312,7 +308,8 @@ def write_training(run: TrainingRun, out: Path) -> None:
 def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
     """Return a model's rows of a table, none where there is no file."""
     path = store.path_of(out, table, model)
-    return store.read(path, table).to_pandas() if path.exists() else pd.DataFrame()
+    rows = store.read(path, table) if path.exists() else TABLES[table].empty_table()
+    return rows.to_pandas()
 
 
 def identity_of(problem: Problem, settings: Settings) -> dict[str, Any]:
@@ -337,8 +334,6 @@ def identity_of(problem: Problem, settings: Settings) -> dict[str, Any]:
 def stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
     """Return the rows of one spectrum in the store."""
     rows = rows_of(out, "spectra", identity["model"])
-    if rows.empty:
-        return pd.DataFrame(columns=TABLES["spectra"].names)
     for column, value in identity.items():
         rows = rows[rows[column] == value]
     return rows

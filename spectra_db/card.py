@@ -63,6 +63,7 @@ def render(folder: Path, version: str) -> str:
         for table, some in paths.items()
         if some
     }
+    computed = models[models["status"] == "ok"]
     with_spectra = [path.stem for path in paths["spectra"]]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -73,12 +74,13 @@ def render(folder: Path, version: str) -> str:
     return environment.get_template("card.md.jinja").render(
         version=version,
         protocol_version=PROTOCOL_VERSION,
-        num_models=len(models),
+        num_models=len(computed),
         example=min(with_spectra, default="MODEL"),
         size_category=_size_category(sum(rows.values())),
         tables=[_table(table, rows[table], default=i == 0) for i, table in enumerate(rows)],
-        families=_families(models),
-        tasks=_tasks(models),
+        families=_families(computed),
+        pending=models[models["status"] != "ok"].to_dict("records"),
+        tasks=_tasks(computed),
     )
 
 

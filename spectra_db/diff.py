@@ -10,10 +10,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.stats import wasserstein_distance
 
-from spectra_db.density import truncated_rule
-from spectra_db.heterogeneity import TRUNCATION
+from spectra_db import rules
 from spectra_db.schema import KEYS, TABLES
 from spectra_db.store import InvalidTable
 
@@ -31,9 +29,6 @@ _ERRORS = 2.0
 _RELATIVE = 1e-5
 # How a row came about, not what it says.
 _CIRCUMSTANCES = {"run_id", "seconds", "peak_bytes", "started", "device", "microbatch_size"}
-# Rules are as in `harness verify`: 1,000 roundings of a product, rounding of each step, and of a
-# probe's twice the truncation.
-_EPS, _PRODUCT_EPS, _TRUNCATIONS = float(np.finfo(np.float32).eps), 1000, 2.0
 _LISTS = ("alphas", "betas", "nodes", "weights")
 COLUMNS = ["change", "column", "before", "after", "allowed"]
 
@@ -177,7 +172,8 @@ def _allowed(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> n
 
 def _rules(was: pd.DataFrame, now: pd.DataFrame) -> _Move:
     """Compare the rules of probes; before and after are the means of |θ|."""
-    pairs = zip(was.to_dict("records"), now.to_dict("records"), strict=True)
+    records = (rows.reset_index("dtype").to_dict("records") for rows in (was, now))
+    pairs = zip(*records, strict=True)
     columns = np.array([_rule(old, new) for old, new in pairs], dtype=float).reshape(-1, 4).T
     return _Move(*columns)
 
@@ -190,20 +186,6 @@ def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:
         return [*sizes, 0.0, np.nan]
     if not len(a) or not len(b) or old["method"] != new["method"]:
         return [*sizes, 0.0, np.inf]
-    largest = max(np.abs(a).max(), np.abs(b).max())
-    allowed = (_PRODUCT_EPS + max(len(a), len(b))) * _EPS * largest
-    if old["method"] == "slq" and _first_product(old, new) > _PRODUCT_EPS * _EPS:
-        return [*sizes, allowed, np.inf]  # another probe, batch or Hessian
-    if old["method"] == "slq" and not old["breakdown"]:
-        steps = max(1, int(TRUNCATION * len(old["alphas"])))
-        nodes, weights = truncated_rule(old["alphas"], old["betas"], steps)
-        allowed += _TRUNCATIONS * wasserstein_distance(a, nodes, u, weights)
-    distance = wasserstein_distance(a, b, u, v)
-    return [*sizes, allowed, distance / allowed if allowed else np.inf]
-
-
-def _first_product(old: dict[Any, Any], new: dict[Any, Any]) -> float:
-    """Return by how much v·Hv and |Hv| of the probe moved, relative to the norm of Hv."""
-    moved = [abs(new[name][0] - old[name][0]) for name in ("alphas", "betas")]
-    norm = float(np.sqrt(old["weights"] @ old["nodes"] ** 2))
-    return max(moved) / norm if norm else np.inf
+    found = rules.compare(old, new)
+    ratio = found.distance / found.allowed if found.allowed else np.inf
+    return [*sizes, found.allowed, ratio if found.is_first_alike else np.inf]

@@ -97,6 +97,14 @@ def load(
     return found.select(columns).to_pandas()
 
 
+def optional(table: str, source: Path | str | None = None, **filters: Any) -> pd.DataFrame:
+    """Read rows of a table as `load` does; none where what is asked for is not there."""
+    try:
+        return load(table, source=source, **filters)
+    except NotFound:
+        return TABLES[table].empty_table().to_pandas()
+
+
 def _check_names(
     table: str, column: str, wanted: list[Any], found: pa.Table, paths: list[Path]
 ) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from spectra_db import manifest
-from spectra_db.load import BUNDLED, NotFound, load
+from spectra_db.load import BUNDLED, load, optional
 from spectra_db.manifest import Manifest
-from spectra_db.schema import STAGES, TABLES
+from spectra_db.schema import STAGES
 
 # The reading that the leaderboard shows first.
 _READING = {"metric": "js0", "scale": "lambda10"}
@@ -37,9 +37,9 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
         NotFound: The source has no such model.
     """
     row = load("models", source=source, model=model)
-    measured = _rows("heterogeneity", source, model=model, **_READING)
-    spectra = _rows("spectra", source, model=model)
-    stages = _rows("stages", source, model=model)
+    measured = optional("heterogeneity", source, model=model, **_READING)
+    spectra = optional("spectra", source, model=model)
+    stages = optional("stages", source, model=model)
     folder = BUNDLED if source is None else Path(source)
     release = manifest.read(folder) if folder.is_dir() else None
     measured = measured.sort_values("stage", key=lambda stage: stage.map(STAGES.index))
@@ -50,24 +50,16 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
         "measurements": _records(
             measured[["stage", "partition", *_READING, "sigma", "corrected", "standard_error"]]
         ),
-        "gap": next(iter(_records(_rows("gaps", source, model=model))), None),
-        "training": _ends(_rows("training", source, model=model, metric="loss", split="train")),
+        "gap": next(iter(_records(optional("gaps", source, model=model))), None),
+        "training": _ends(optional("training", source, model=model, metric="loss", split="train")),
         "spectra": _spectra(spectra, stages),
-        "runs": _records(_rows("runs", source, model=model)),
+        "runs": _records(optional("runs", source, model=model)),
         "files": {
             path: file.sha256
             for path, file in ({} if release is None else release.files).items()
             if Path(path).stem == model
         },
     }
-
-
-def _rows(table: str, source: Path | str | None, **filters: Any) -> pd.DataFrame:
-    """Load rows; none where the source lacks the table, or the table the model."""
-    try:
-        return load(table, source=source, **filters)
-    except NotFound:
-        return TABLES[table].empty_table().to_pandas()
 
 
 def _entered(folder: Path, release: Manifest | None, model: str) -> list[dict[str, Any]]:

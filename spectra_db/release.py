@@ -104,12 +104,15 @@ def list_files(folder: Path) -> list[str]:
 def replace_folder(staging: Path, out: Path) -> None:
     """Put a finished folder in the place of a release, or of nothing.
 
-    The old one is kept until the new one is there.
-
     Raises:
         InvalidRelease: What lies at `out` is no release.
     """
     _earlier(out)
+    swap(staging, out)
+
+
+def swap(staging: Path, out: Path) -> None:
+    """Put a finished folder in the place of another, which is kept until the new one is there."""
     staging.chmod(0o755)
     if not out.exists():
         staging.rename(out)

@@ -55,7 +55,6 @@ def _float(name: str, description: str, unit: str = "") -> pa.Field:
     return _column(name, _FLOAT, description, unit, optional=True)
 
 
-_NATS = "nats"
 _LOSS = "mean loss"
 _CURVATURE = "loss per squared parameter"
 
@@ -67,7 +66,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("tier", _TEXT, "demo, small or paper"),
             _column("task", _TEXT, "Data set and loss"),
             _NUM_PARAMS,
-            _column("num_blocks", _INT, "Blocks of partition weights", "blocks"),
+            _column("num_blocks", _INT, "Blocks of the entry's partition", "blocks"),
             _column("source", _TEXT, "Where the architecture comes from"),
             _column("licence", _TEXT, "Licence of the architecture's code"),
             _column("reference", _TEXT, "Paper or page that defines the architecture"),

@@ -320,8 +320,8 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
     return new.sort_by([(key, "ascending") for key in keys])
 
 
-def rewrite(source: Path, target: Path, table: str) -> int:
-    """Copy a file as this version writes it, and return its number of rows.
+def rewrite(source: Path, target: Path, table: str) -> None:
+    """Copy a file as this version writes it.
 
     Raises:
         InvalidTable: The file is not valid; nothing is written.
@@ -329,7 +329,6 @@ def rewrite(source: Path, target: Path, table: str) -> int:
     content = read(source, table)
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, _upsert(table, None, content))
-    return content.num_rows
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:

@@ -26,16 +26,16 @@ METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
 @click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
 @choice("partition", "weights", "paper", "all", "full")
 @choice("metric", *METRICS)
-@click.option("--tol", type=float, help="Add probes and steps until the metric is known to this.")
-@click.option("--num-probes", type=click.IntRange(1), help="With --tol the most.")
-@click.option("--num-steps", type=click.IntRange(1), help="With --tol the most.")
+@click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
+@click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
+@click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
 @choice("dtype", "float32", "float64", "bfloat16")
 @choice("norm-mode", "eval", "train")
 @choice("probe-distribution", "gaussian", "rademacher")
 @choice("matmul-precision", "highest", "high", "medium")
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
-@click.option("--batch-error", is_flag=True, help="Then take it on either half of the batch too.")
+@click.option("--batch-error", is_flag=True, help="Also take each half of the batch.")
 @click.option(
     "--share",
     type=click.Choice(["auto", "probes", "samples"]),
@@ -196,7 +196,8 @@ def _take_metric(
         options = {"--num-steps": reached.needs_steps, "--num-probes": reached.needs_probes}
         more = " and ".join(name for name, needed in options.items() if needed)
         raise click.ClickException(
-            f"{metric} is not known to {tol:g} of itself; what was reached is kept: raise {more}"
+            f"the relative error of {metric} is still above {tol:g}; what was reached is kept: "
+            f"raise {more}"
         )
 
 
@@ -266,7 +267,7 @@ def train(
     help="Processes, each of one thread, or of OMP_NUM_THREADS.",
 )
 @choice("engine", "local", "ray")
-@click.option("--address", help="Of a Ray cluster.  [default: one on this machine]")
+@click.option("--address", help="Address of a Ray cluster.  [default: a new one on this machine]")
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -225,7 +225,10 @@ def submit(
     help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
 )
 @click.option("--mark", is_flag=True, help="Note the models that agree in verified.json.")
-@options("source", "registry", "data_root", "seed", "device", "json")
+@click.option(
+    "--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws the sample."
+)
+@options("source", "registry", "data_root", "device", "json")
 def verify(
     target: str,
     sample: int,

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.leaderboard.tables import optional, standard
+from harness.leaderboard.tables import standard
 from harness.registry.entry import partition_of
 from spectra_db.density import density
 from spectra_db.heterogeneity import pairwise_js
+from spectra_db.load import optional
 from spectra_db.schema import STAGES
 
 # Densities below this are not drawn: less than one eigenvalue of any block.

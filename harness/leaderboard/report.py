@@ -110,13 +110,13 @@ def sentences(board: pd.DataFrame) -> list[str]:
             f"{count} trained models of the tiers {' and '.join(TIERS)} are too few for statistics."
         ]
     spearman = js0["spearman"]
-    verdict = "the interval holds 0, so that the data decide nothing"
+    verdict = "the interval contains 0, so that no direction is established"
     if spearman.low > 0:
         verdict = "more heterogeneous models have the larger gaps"
     elif spearman.high < 0:
         verdict = "more heterogeneous models have the smaller gaps"
     elif spearman.low != spearman.low:
-        verdict = "without an interval the data decide nothing"
+        verdict = "without an interval no direction is established"
     said = [
         f"Over {js0['num_models']} models of {js0['num_families']} families the rank correlation "
         f"of JS⁰ at initialisation and the gap is {spearman}, that of the families' means "
@@ -236,7 +236,7 @@ def _raw(board: pd.DataFrame, rows: dict[tuple[str, str], Any]) -> list[str]:
     if row is None or row["spearman"].value != row["spearman"].value:
         return []
     return [
-        "Of raw eigenvalues, as the authors' code compares them, which takes in their size, it is "
+        "With eigenvalues that are not rescaled, as the authors' code compares them, it is "
         f"{row['spearman']}.{_left_out(board, *RAW[0])}"
     ]
 
@@ -249,15 +249,15 @@ def _cheap(rows: dict[tuple[str, str], Any], reference: float) -> str:
             continue
         price = "no products" if row["num_products"] == 0 else f"{row['num_products']:.0f} products"
         gain = row["advantage"]
-        outcome = "not told apart"
+        outcome = "no significant difference"
         if gain.low > 0 or gain.high < 0:
             outcome = "better" if gain.low > 0 else "worse"
         parts.append(f"{row['label']} ({price}) {gain}, {outcome}")
     if not parts:
         return "No measure for a tenth of the products of JS⁰ is in the data."
     return (
-        f"Cheap measures against JS⁰ ({reference:.0f} products per block), by how much larger "
-        f"their correlation is in size: {'; '.join(parts)}."
+        f"How much stronger the correlation of cheaper measures is than that of JS⁰ "
+        f"({reference:.0f} products per block), as difference of |ρ|: {'; '.join(parts)}."
     )
 
 

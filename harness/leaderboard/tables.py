@@ -14,8 +14,7 @@ from harness.registry import entries
 from harness.registry.entry import partition_of
 from harness.submission.verified import verified_models
 from spectra_db import heterogeneity as measures
-from spectra_db.load import BUNDLED, NotFound
-from spectra_db.schema import TABLES
+from spectra_db.load import BUNDLED, optional
 
 _SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
 # The settings of PROTOCOL's spectra; a folder may hold others beside them.
@@ -110,14 +109,6 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         gaps=gaps,
         runs=optional("runs", source),
     )
-
-
-def optional(table: str, source: Path | str | None, **filters: Any) -> pd.DataFrame:
-    """Load rows of a table; none where the table or the model is not there."""
-    try:
-        return spectra_db.load(table, source=source, **filters)
-    except NotFound:
-        return TABLES[table].empty_table().to_pandas()
 
 
 def standard(rows: pd.DataFrame) -> pd.DataFrame:

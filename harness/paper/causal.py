@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from harness import tasks
 from harness.estimator import find_blocks
-from harness.leaderboard.tables import optional
 from harness.paper import release
 from harness.paper.result import Result
 from harness.registry import get
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data
 from harness.training import train
+from spectra_db.load import optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

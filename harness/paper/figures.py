@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu, rankdata, spearmanr
 
-from harness.leaderboard.tables import optional
 from harness.paper import release
 from harness.paper.result import Result
 from harness.training import grid
@@ -19,6 +18,7 @@ from spectra_db import density, plot
 from spectra_db.density import GROUP
 from spectra_db.heterogeneity import READINGS as JS_READINGS
 from spectra_db.heterogeneity import SPECTRUM_METRICS, pairwise_js
+from spectra_db.load import optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 import spectra_db
-from harness.leaderboard.tables import STANDARD, optional
+from harness.leaderboard.tables import STANDARD
+from spectra_db.load import optional
 
 # Folder of tables, or None for the bundled release.
 Source = Path | str | None

@@ -1,1 +1,1 @@
-"""Past one machine: one spectrum over many devices, a campaign over a cluster."""
+"""Past one process: a campaign over workers or a cluster, one spectrum over many devices."""

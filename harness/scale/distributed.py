@@ -30,7 +30,6 @@ from harness.estimator.device import choose_device, device_memory
 from harness.estimator.share import Share
 from spectra_db.schema import TABLES
 
-WAYS = ("auto", "probes", "samples")
 # What a byte over the wire costs in operations: 10 TFLOP/s at 100 GB/s, 100 GFLOP/s at 1 GB/s.
 FLOPS_PER_BYTE = 100
 _BUCKET = 1 << 24  # elements summed at once

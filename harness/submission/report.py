@@ -7,23 +7,21 @@ from typing import Any
 
 import pandas as pd
 
-import spectra_db
 from harness.registry.entry import STAGES, ModelEntry
-from spectra_db.load import NotFound
+from spectra_db.load import optional
 
 _JS0 = {"metric": "js0", "scale": "lambda10"}
 
 
-def render(entry: ModelEntry, data: Path, compare_with: Path | None) -> str:
+def render(entry: ModelEntry, data: Path) -> str:
     """Return the report in Markdown.
 
     Args:
         entry: The model.
         data: Folder of its tables.
-        compare_with: Release in which its place is found; None for the bundled one.
     """
-    [model] = _load("models", data).to_dict("records")
-    runs, spectra = _load("runs", data), _load("spectra", data)
+    [model] = optional("models", data).to_dict("records")
+    runs, spectra = optional("runs", data), optional("spectra", data)
     products, seconds = int(spectra["num_products"].sum()), float(spectra["seconds"].sum())
     lines = [
         f"# {entry.name}",
@@ -45,7 +43,7 @@ def render(entry: ModelEntry, data: Path, compare_with: Path | None) -> str:
         "",
         "## Where it would stand",
         "",
-        *_standing(entry, data, compare_with),
+        *_standing(entry, data),
         "",
         "## How it was made",
         "",
@@ -61,21 +59,13 @@ def render(entry: ModelEntry, data: Path, compare_with: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _load(table: str, source: Path | None, **only: Any) -> pd.DataFrame:
-    """Return rows of a table, none where there is no such table."""
-    try:
-        return spectra_db.load(table, source=source, **only)
-    except NotFound:
-        return pd.DataFrame(columns=spectra_db.schema.TABLES[table].names)
-
-
 def _values(rows: pd.DataFrame, column: str) -> str:
     return ", ".join(sorted(set(rows[column].astype(str)))) or "not recorded"
 
 
 def _heterogeneity(entry: ModelEntry, data: Path) -> list[str]:
     """Return JS⁰ by stage, as a table."""
-    rows = _load("heterogeneity", data, partition=entry.partition, **_JS0)
+    rows = optional("heterogeneity", data, partition=entry.partition, **_JS0)
     if rows.empty:
         return ["There is none: fewer than two blocks have a spectrum."]
     lines = ["| stage | JS⁰ | standard error | blocks | zero blocks |", "|---|---|---|---|---|"]
@@ -92,7 +82,7 @@ def _heterogeneity(entry: ModelEntry, data: Path) -> list[str]:
 
 def _gap(data: Path) -> list[str]:
     """Return the gap in words."""
-    rows = _load("gaps", data)
+    rows = optional("gaps", data)
     if rows.empty:
         return ["Not trained."]
     [row] = rows.to_dict("records")
@@ -108,16 +98,16 @@ def _gap(data: Path) -> list[str]:
     ]
 
 
-def _standing(entry: ModelEntry, data: Path, release: Path | None) -> list[str]:
-    """Return the model's place among those of a release, by JS⁰ and by gap."""
+def _standing(entry: ModelEntry, data: Path) -> list[str]:
+    """Return the model's place among those of the bundled release, by JS⁰ and by gap."""
     lines = []
     asked: list[tuple[str, str, str, dict[str, Any]]] = [
         ("JS⁰ at initialisation", "heterogeneity", "corrected", {"stage": "init", **_JS0}),
         ("SGD-Adam gap", "gaps", "gap", {"status": "ok"}),
     ]
     for what, table, column, only in asked:
-        mine = _load(table, data, **only).dropna(subset=[column])
-        others = _load(table, release, **only).dropna(subset=[column])
+        mine = optional(table, data, **only).dropna(subset=[column])
+        others = optional(table, None, **only).dropna(subset=[column])
         if table == "heterogeneity":
             mine, others = (rows[rows["partition"] == entry.partition] for rows in (mine, others))
         others = others[others["model"] != entry.name].drop_duplicates("model")

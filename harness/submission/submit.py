@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 
-from harness import tasks
 from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.registry import ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
 from harness.training.problem import load_problem
 from spectra_db import check, store
-from spectra_db.release import release
+from spectra_db.release import release, swap
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 NAME = "submission.json"
@@ -50,7 +49,6 @@ def assemble(
     code_version: str,
     registry: Path | None = None,
     data_root: Path | None = None,
-    compare_with: Path | None = None,
     checkpoints: bool = True,
 ) -> list[str]:
     """Write the submission of a finished entry; an earlier one of the model is replaced.
@@ -62,7 +60,6 @@ def assemble(
         code_version: Of this program.
         registry: Folder that the entry and its modules come from; None for the tree.
         data_root: Folder of data sets.
-        compare_with: Release in which the model's place is found; None for the bundled one.
         checkpoints: Send the weights of the stages along.
 
     Returns:
@@ -83,7 +80,7 @@ def assemble(
         _write_entry(entry, registry, code, staging / "entry")
         if checkpoints:
             _copy_checkpoints(entry, source, staging)
-        text = report.render(entry, staging / "data", compare_with)
+        text = report.render(entry, staging / "data")
         (staging / "README.md").write_text(text, encoding="utf-8")
         facts = {
             "format": _FORMAT,
@@ -96,8 +93,7 @@ def assemble(
             "platform": platform.platform(),
         }
         _seal(staging, facts)
-        staging.chmod(0o755)
-        _swap(staging, out)
+        swap(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return problems(out)
@@ -194,7 +190,6 @@ def _check_tables(
     if row["status"] != "ok":
         raise UserError(f"{entry.name} has status {row['status']}: {row['reason']}")
     problem = load_problem(entry, data_root=data_root)
-    tasks.get(entry.task, **entry.task_options)
     facts = {name: getattr(entry, name) for name in _FACTS}
     facts["num_params"] = sum(p.numel() for p in problem.model.parameters())
     found = find_blocks(problem.model, entry.partition, paper_blocks=entry.paper_blocks)
@@ -266,17 +261,6 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
     part = folder / f".{NAME}.part"
     part.write_text(text, encoding="utf-8")
     part.replace(folder / NAME)
-
-
-def _swap(staging: Path, out: Path) -> None:
-    """Put the new folder in the place of an old one."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
-        out.rename(old / out.name)
-        staging.rename(out)
-        shutil.rmtree(old)
-    else:
-        staging.rename(out)
 
 
 def _wrong_files(folder: Path, facts: dict[str, Any]) -> Iterator[str]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import wasserstein_distance
 
 import spectra_db
 from harness.errors import UserError
@@ -27,18 +26,8 @@ from harness.estimator.spectrum import DTYPES
 from harness.registry import ModelEntry
 from harness.training import Problem, load_problem
 from harness.training.stages import PRETRAINING_SEED, checkpoint_path
-from spectra_db.heterogeneity import TRUNCATION
-from spectra_db.load import NotFound
-
-# Rounding of a product, relative to its norm. float32 against float64 differed by up to 200 eps on
-# perceptrons of 266,000 parameters, and in eigenvalues by up to 300 eps of the largest on those
-# whose outputs are scaled by 15; another probe differs by 1 / sqrt(num_params) and more.
-_PRODUCT_EPS = 1000
-# Rules of the same probe differed by up to 1.2 times the change from 3/4 of their steps where each
-# product was disturbed by one rounding error of float32 (small and demo models).
-_TRUNCATIONS = 2.0
-# Of the arithmetic that a row says it was made in.
-_PRECISION_EPS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+from spectra_db import rules
+from spectra_db.load import optional
 
 
 @dataclass(frozen=True)
@@ -86,12 +75,7 @@ def verify(
 ) -> Check:
     """Recompute one row of table `spectra` and compare.
 
-    Two things must hold: the first two moments of the probe, v·Hv and |Hv|, agree to 1,000 rounding
-    errors; and the rules are no further apart than 1,000 rounding errors of the largest node, for
-    the products, and one for each node, plus twice the published rule's change against three
-    quarters of its steps. Later alphas and betas are not compared one by one: once an eigenvalue
-    has converged, rounding decides them, while the rule stays (Greenbaum 1989, Linear Algebra
-    Appl. 113).
+    The first two moments of the probe and the rules must be as close as `spectra_db.rules` says.
 
     Args:
         row: The published row.
@@ -103,7 +87,7 @@ def verify(
     """
     try:
         problem = _problem(row, entry, stages, data_root, checkpoint_dir)
-        alphas, betas, nodes, weights = _recompute(row, problem, device)
+        found = rules.compare(row, _recompute(row, problem, device))
     except Unverifiable as error:
         return _check(row, "unverifiable", reason=str(error))
     except _Wrong as error:
@@ -111,19 +95,16 @@ def verify(
     rms = float(np.sqrt(row["weights"] @ row["nodes"] ** 2))
     if rms == 0.0:
         return _check(row, "deviates", reason="the published rule is zero, its status is ok")
-    eps = max(torch.finfo(DTYPES[row["dtype"]]).eps, _PRECISION_EPS[row["matmul_precision"]])
-    deviation = float(wasserstein_distance(nodes, row["nodes"], weights, row["weights"])) / rms
-    allowed = (_PRODUCT_EPS + len(nodes)) * eps * float(np.abs(row["nodes"]).max()) / rms
     reason = None
-    if row["method"] == "slq":
-        allowed += _TRUNCATIONS * _truncation_error(row) / rms
-        first = np.abs([row["alphas"][0] - alphas[0], row["betas"][0] - betas[0]]).max() / rms
-        if first > _PRODUCT_EPS * eps:
-            reason = f"the first product differs by {first:.1e} of its norm: another probe or batch"
-    if reason is None and deviation > allowed:
+    if not found.is_first_alike:
+        reason = (
+            f"the first product differs by {found.first:.1e} of its norm: another probe or batch"
+        )
+    elif not found.is_explained:
         reason = "the rules are further apart than rounding and truncation explain"
     outcome = "agrees" if reason is None else "deviates"
-    return _check(row, outcome, deviation=deviation, allowed=allowed, reason=reason)
+    size = {"deviation": found.distance / rms, "allowed": found.allowed / rms}
+    return _check(row, outcome, **size, reason=reason)
 
 
 def verify_sample(
@@ -232,9 +213,7 @@ def _check_checkpoint(
         raise Unverifiable(f"the checkpoint of {model} at {stage} here is not the published one")
 
 
-def _recompute(
-    row: dict[Any, Any], problem: Problem, device: str | None
-) -> tuple[list[float], list[float], np.ndarray, np.ndarray]:
+def _recompute(row: dict[Any, Any], problem: Problem, device: str | None) -> dict[str, Any]:
     """Return alphas, betas, nodes and weights of the row's block and probe."""
     entry = problem.entry
     found = find_blocks(problem.model, row["partition"], paper_blocks=entry.paper_blocks)
@@ -260,7 +239,8 @@ def _recompute(
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
         if row["method"] == "exact":
             eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
-            return [], [], eigenvalues, np.full(len(eigenvalues), 1 / len(eigenvalues))
+            weights = np.full(len(eigenvalues), 1 / len(eigenvalues))
+            return {"alphas": [], "betas": [], "nodes": eigenvalues, "weights": weights}
         names = (row["init_seed"], row["model"], row["stage"], row["block"], row["probe"])
         if probe_seed(*names) != row["probe_seed"]:
             raise _Wrong("the probe's seed is not the one of its name")
@@ -272,16 +252,7 @@ def _recompute(
             reorthogonalize=row["reorthogonalized"],
         )
     nodes, weights = gauss_rule(run.alphas, run.betas)
-    return run.alphas, run.betas, nodes, weights
-
-
-def _truncation_error(row: dict[Any, Any]) -> float:
-    """Return the distance between the published rule and one of three quarters of its steps."""
-    steps = max(1, int(TRUNCATION * len(row["alphas"])))
-    if row["breakdown"]:
-        return 0.0
-    nodes, weights = gauss_rule(row["alphas"][:steps], row["betas"][:steps])
-    return float(wasserstein_distance(row["nodes"], nodes, row["weights"], weights))
+    return {"alphas": run.alphas, "betas": run.betas, "nodes": nodes, "weights": weights}
 
 
 def load_published(source: Path | None, model: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -292,8 +263,4 @@ def load_published(source: Path | None, model: str | None) -> tuple[pd.DataFrame
     """
     only = {} if model is None else {"model": model}
     spectra = spectra_db.load("spectra", source=source, **only)
-    try:
-        stages = spectra_db.load("stages", source=source)
-    except NotFound:  # initial spectra alone
-        stages = pd.DataFrame(columns=spectra_db.schema.TABLES["stages"].names)
-    return spectra, stages
+    return spectra, optional("stages", source)  # there is none beside initial spectra alone

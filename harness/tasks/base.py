@@ -124,10 +124,6 @@ class Task(ABC):
         """Return the mean loss over exactly `num_terms(batch)` terms, a scalar tensor."""
         return self.loss_of(self.logits(model, batch), batch)
 
-    def score(self, model: nn.Module, batch: Batch) -> float | None:
-        """Score the model on the batch (accuracy in [0, 1]); None for language."""
-        return self.score_of(self.logits(model, batch), batch)
-
     def _checked_size(self, data: Data, split: str, size: int) -> int:
         """Return the number of samples of a split, or say that `size` is not available."""
         count = self.size(data, split)

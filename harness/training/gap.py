@@ -41,7 +41,7 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
         undefined because AdamW's progress I - A is within noise (its 95 % interval reaches 0). The
         last two carry a reason and nulls for what is not known.
     """
-    rows = rows[rows["model"] == model] if len(rows) else rows
+    rows = rows[rows["model"] == model]
     row: dict[str, Any] = {"model": model, "protocol_version": PROTOCOL_VERSION}
     row |= dict.fromkeys(
         ("gap", "standard_error", "ci_low", "ci_high", "sgd_loss", "adam_loss", "init_loss")

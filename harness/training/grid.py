@@ -31,8 +31,6 @@ def final_losses(rows: pd.DataFrame, optimizer: str, seed: int = GRID_SEED) -> p
     A run is finished when it has the loss on the fixed training subset (split "train") after its
     last step; a diverged one carries its initial loss there.
     """
-    if not len(rows):
-        return pd.Series(dtype=float)
     kept = rows[
         (rows["optimizer"] == optimizer)
         & (rows["seed"] == seed)

@@ -72,7 +72,7 @@ def test_a_tolerance_is_met_stored_and_builds_on_what_is_there(tmp_path):
 
 def test_a_tolerance_that_is_not_met_is_a_failure_that_keeps_what_was_reached(tmp_path):
     said = call(tmp_path, "--tol", "0.0001", "--num-probes", "3", "--num-steps", "5", code=1)
-    assert "not known to 0.0001 of itself" in said
+    assert "the relative error of js0 is still above 0.0001" in said
     assert "raise --num-steps" in said
     rows, _, _ = tables(tmp_path)
     assert set(rows["num_steps"]) <= {0, 5}

@@ -247,7 +247,7 @@ def test_one_family_decides_nothing_for_want_of_an_interval():
     board = statistics.leaderboard(*made_up({"js0": np.exp(-gaps)}, gaps, ["a"] * 8))
     said = report.sentences(board)[0]
     assert "is −1.00, that" in said
-    assert said.endswith("without an interval the data decide nothing.")
+    assert said.endswith("without an interval no direction is established.")
 
 
 def test_docs_of_tables_that_predict_nothing_say_so(tmp_path):

@@ -51,10 +51,10 @@ def test_every_system_of_the_paper_has_an_entry() -> None:
     assert {entry.name for entry in registry.entries("paper")} >= PAPER
 
 
-def test_tier_small_has_twenty_models_of_eight_families_most_with_two() -> None:
+def test_tier_small_has_the_29_models_of_the_readme_most_families_two() -> None:
     families = Counter(entry.family for entry in registry.entries("small"))
-    assert families.total() >= 20
-    assert len(families) >= 8
+    assert families.total() == 29
+    assert len(families) == 11
     assert sum(count >= 2 for count in families.values()) > len(families) / 2
 
 

@@ -15,19 +15,18 @@ from harness.training import grid
 
 
 def rows_of(losses: dict[float, float], optimizer: str = "sgd", seed: int = 0) -> pd.DataFrame:
-    columns = {"model": "tiny", "optimizer": optimizer, "seed": seed, "metric": "loss"}
-    return pd.DataFrame(
-        [
-            {**columns, "lr": lr, "step": step, "split": split, "value": value}
-            for lr, loss in losses.items()
-            for step, split, value in [(0, "train", 2.3), (9, "batch", 0.0), (20, "train", loss)]
-        ]
-    )
+    rows = [
+        ("tiny", optimizer, seed, "loss", lr, step, split, value)
+        for lr, loss in losses.items()
+        for step, split, value in [(0, "train", 2.3), (9, "batch", 0.0), (20, "train", loss)]
+    ]
+    columns = ["model", "optimizer", "seed", "metric", "lr", "step", "split", "value"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def run_to_the_end(recipe: Recipe, loss: Callable[[float], float]) -> dict[float, float]:
     done: dict[float, float] = {}
-    while todo := grid.pending(recipe, "sgd", rows_of(done) if done else pd.DataFrame()):
+    while todo := grid.pending(recipe, "sgd", rows_of(done)):
         done |= {lr: loss(lr) for lr in todo}
         assert len(done) < 100
     return done

@@ -5,7 +5,6 @@ A folder with a `manifest.json` is a release; a folder of tables without one is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spectra_db.files import sha256_of, whole
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 NAME = "manifest.json"
@@ -92,8 +92,7 @@ def belongs(path: str) -> bool:
 
 def describe(path: Path, rows: int | None = None) -> File:
     """Return a file's entry."""
-    with path.open("rb") as file:
-        return File(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size, rows)
+    return File(sha256_of(path), path.stat().st_size, rows)
 
 
 def read(folder: Path) -> Manifest | None:
@@ -145,9 +144,8 @@ def write(folder: Path, manifest: Manifest) -> None:
     content = asdict(manifest) | {
         "files": {p: asdict(manifest.files[p]) for p in sorted(manifest.files)}
     }
-    part = folder / f".{NAME}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / NAME)
+    with whole(folder / NAME) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def check_file(folder: Path, manifest: Manifest, path: str) -> None:

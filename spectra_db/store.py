@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from spectra_db.files import whole
 from spectra_db.schema import KEYS, PROTOCOL_VERSION, STATUSES, TABLES
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -350,20 +349,11 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: pa.Table) -> None:
-    """Write a file beside the old one, force it to disk, and rename it over.
+    """Write a file beside the old one and rename it over.
 
     The caller holds the file's lock, so another such file is what a killed process left.
     """
     for torn in path.parent.glob(f".{path.name}.*.tmp"):
         torn.unlink()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(content, file, **_encoding(content.schema))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole(path) as part:
+        pq.write_table(content, part, **_encoding(content.schema))

@@ -9,6 +9,7 @@ import pandas as pd
 from harness.leaderboard.statistics import measurements
 from harness.leaderboard.tables import Dataset
 from spectra_db import store
+from spectra_db.files import whole
 
 # Of `measurements`, what a reader of the CSV needs.
 COLUMNS = [
@@ -39,7 +40,6 @@ def export(data: Dataset, board: pd.DataFrame, out: Path) -> list[Path]:
         "pending.csv": data.pending,
     }
     for name, rows in files.items():
-        part = folder / f".{name}.part"
-        rows.to_csv(part, index=False)
-        part.replace(folder / name)
+        with whole(folder / name) as part:
+            rows.to_csv(part, index=False)
     return [*([table] if len(board) else []), *(folder / name for name in files)]

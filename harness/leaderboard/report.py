@@ -13,6 +13,7 @@ from harness.errors import UserError
 from harness.leaderboard import classifier
 from harness.leaderboard.statistics import REFERENCE, TIERS, measurements
 from harness.leaderboard.tables import Dataset
+from spectra_db.files import whole
 from spectra_db.schema import STAGES
 
 BEGIN = "<!-- leaderboard: written by `make leaderboard` -->"
@@ -210,9 +211,8 @@ def write_part(path: Path, block: str) -> None:
     if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
         raise UserError(f"{path} needs a line '{BEGIN}' and after it a line '{END}'")
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
 
 
 def _left_out(board: pd.DataFrame, metric: str, scale: str) -> str:

@@ -10,6 +10,7 @@ import jinja2
 
 from harness.errors import UserError
 from harness.paper import claims, result
+from spectra_db.files import whole
 
 
 def write(out: Path) -> Path:
@@ -21,7 +22,7 @@ def write(out: Path) -> Path:
     path = out / "paper.md"
     text = render(out / "paper")
     try:
-        with result.whole(path) as temporary:
+        with whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from error

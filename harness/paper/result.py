@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
+from spectra_db.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,17 +75,6 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(rounded(value), indent=1, ensure_ascii=False)
     with whole(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield a file beside a path, which takes its place when it is written whole."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _save_figure(figure: Figure, path: Path, **options: Any) -> None:

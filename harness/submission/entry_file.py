@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from math import isfinite
@@ -15,6 +13,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.registry import defines_entries, recipes
 from harness.registry.entry import STAGES, ModelEntry, Recipe
+from spectra_db.files import whole
 
 TODO = "TODO"  # begins what the author has to fill in
 _WIDTH = 100
@@ -87,17 +86,10 @@ def write(path: Path, text: str) -> None:
     """Write a file by an atomic rename; its folder is made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # In the order of the file; left out where they have the default of ModelEntry.

@@ -11,7 +11,6 @@ Reading one executes nothing of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ from harness.registry import ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
 from harness.training.problem import load_problem
 from spectra_db import check, store
+from spectra_db.files import sha256_of, whole
 from spectra_db.release import release, swap
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
@@ -249,18 +249,17 @@ def _copy_checkpoints(entry: ModelEntry, source: Path, staging: Path) -> None:
     for row in rows:
         name = Path("checkpoints") / entry.name / f"adamw-seed{row['seed']}"
         original = source / name / f"{row['stage']}.safetensors"
-        if original.is_file() and _sha256(original) == row["checkpoint_sha256"]:
+        if original.is_file() and sha256_of(original) == row["checkpoint_sha256"]:
             (staging / name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, staging / name / original.name)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write submission.json, with the sha256 of every other file."""
-    files = {name: _sha256(folder / name) for name in _files(folder)}
+    files = {name: sha256_of(folder / name) for name in _files(folder)}
     text = json.dumps(facts | {"files": files}, indent=2) + "\n"
-    part = folder / f".{NAME}.part"
-    part.write_text(text, encoding="utf-8")
-    part.replace(folder / NAME)
+    with whole(folder / NAME) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _wrong_files(folder: Path, facts: dict[str, Any]) -> Iterator[str]:
@@ -274,7 +273,7 @@ def _wrong_files(folder: Path, facts: dict[str, Any]) -> Iterator[str]:
             yield f"{path}: {NAME} does not list it"
         elif name not in there:
             yield f"{path}: {NAME} lists it, it is not there"
-        elif _sha256(path) != facts["files"][name]:
+        elif sha256_of(path) != facts["files"][name]:
             yield f"{path}: not the file that {NAME} lists"
 
 
@@ -306,8 +305,3 @@ def _files(folder: Path) -> list[str]:
         found += [path for path in paths if path.is_symlink() or not path.is_dir()]
     names = [path.relative_to(folder).as_posix() for path in found]
     return sorted(name for name in names if name != NAME)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

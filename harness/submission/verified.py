@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
 from spectra_db import store
+from spectra_db.files import sha256_of, whole
 
 if TYPE_CHECKING:
     from harness.submission.verify import Check
@@ -39,9 +39,8 @@ def mark_verified(root: Path, checks: Sequence[Check]) -> None:
         note = {"spectra_sha256": _digest(root, model), "num_rows": num_rows, "verified": now}
         notes[model] = note
     notes = {model: note for model, note in notes.items() if model not in wrong}
-    part = root / f".{NOTE}.part"
-    part.write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(root / NOTE)
+    with whole(root / NOTE) as part:
+        part.write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def verified_models(root: Path) -> set[str]:
@@ -64,6 +63,6 @@ def _read(root: Path) -> dict[str, dict[str, Any]]:
 def _digest(root: Path, model: str) -> str | None:
     """Return the sha256 of a model's spectra; None where there are none."""
     try:
-        return hashlib.sha256(store.path_of(root, "spectra", model).read_bytes()).hexdigest()
+        return sha256_of(store.path_of(root, "spectra", model))
     except (OSError, store.InvalidTable):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from harness.registry import ModelEntry
 from harness.training import Problem, load_problem
 from harness.training.stages import PRETRAINING_SEED, checkpoint_path
 from spectra_db import rules
+from spectra_db.files import sha256_of
 from spectra_db.load import optional
 
 
@@ -209,7 +209,7 @@ def _check_checkpoint(
     path = checkpoint_path(checkpoint_dir or "", model, seed, stage)
     if checkpoint_dir is None or not path.is_file():
         raise Unverifiable(f"the checkpoint of {model} at {stage} is not here")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != known.iloc[0]["checkpoint_sha256"]:
+    if sha256_of(path) != known.iloc[0]["checkpoint_sha256"]:
         raise Unverifiable(f"the checkpoint of {model} at {stage} here is not the published one")
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
+from spectra_db.files import sha256_of, whole
 
 # Fractions of the budget of steps at which each stage is taken.
 FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
@@ -113,26 +113,17 @@ def save(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = json.dumps({**facts, "tensors_sha256": _digest(model)}, sort_keys=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with whole(path) as part:
         try:
-            save_model(model, name, metadata={_FACTS: record})
+            save_model(model, str(part), metadata={_FACTS: record})
         except SafetensorError as error:
             found = re.search(r"os error (\d+)", str(error))
             if found is None:
                 raise
             number = int(found.group(1))  # such as that of a full disk
-            raise OSError(number, os.strerror(number), name) from error
-        content = _sorted_header(temporary.read_bytes())
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            raise OSError(number, os.strerror(number), str(part)) from error
+        content = _sorted_header(part.read_bytes())
+        part.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -155,7 +146,7 @@ def load(
     """
     retrain = "delete it and train again"
     try:
-        if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if sha256 is not None and sha256_of(path) != sha256:
             raise UserError(f"checkpoint {path} does not have the sha256 {sha256}; {retrain}")
         with safe_open(str(path), framework="pt") as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {})[_FACTS])

@@ -299,7 +299,7 @@ def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
 
 def estimate_line(metric: str, estimate: Estimate, truncation_error: float) -> str:
     """Return a metric with its errors in a line."""
-    from spectra_db.heterogeneity import MIN_PROBES
+    from spectra_db.jackknife import MIN_PROBES
 
     if estimate.corrected != estimate.corrected:  # nan: not known
         return f"{metric} {estimate.value:.4f} (plug-in; its error needs {MIN_PROBES} probes)"

@@ -11,19 +11,7 @@ import scipy
 
 from spectra_db.density import SCALES, Array, BlockSpectrum, check_reading, lattice_densities
 from spectra_db.divergence import js_divergences, w1_distances
-from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
-
-__all__ = [
-    "MIN_PROBES",
-    "Estimate",
-    "js0",
-    "js0_paper",
-    "measure",
-    "metrics",
-    "pairwise_js",
-    "spread",
-    "w1",
-]
+from spectra_db.jackknife import Blocks, Estimate
 
 # Widths of the two readings: ours, the paper's; raw eigenvalues take the authors' code's σ² = 1e-5.
 SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from harness.leaderboard.tables import standard
+from harness.leaderboard.tables import in_network_order, standard
 from harness.registry.entry import partition_of
 from spectra_db.density import density
 from spectra_db.heterogeneity import pairwise_js
@@ -48,7 +47,7 @@ def charts(
     named: dict[str, str] = {}
     for stage in [stage for stage in STAGES if stage in set(rows["stage"])]:
         at_stage = rows[rows["stage"] == stage]
-        ours = _in_order(standard(at_stage[at_stage["partition"] == partition]))
+        ours = in_network_order(standard(at_stage[at_stage["partition"] == partition]))
         full = standard(at_stage[at_stage["partition"] == "full"])
         if len(full) and (full["status"] == "ok").all():
             found["full"][stage] = _binned(density(full))["__full__"]
@@ -116,18 +115,3 @@ def _curves(training: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return curves
-
-
-def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """Sort blocks as a network is read: embeddings, layers by their numbers, the head."""
-    ends = {"embedding": 0, "position": 0, "head": 2}
-    heads = {b.rpartition(".")[0] for b in rows.loc[rows["block_kind"] == "head", "block"]}
-
-    def place(row: Any) -> tuple[int, list[tuple[int, str]], int]:
-        words = re.findall(r"\d+|\D+", row.block)
-        numbered = [(int(word), "") if word.isdigit() else (-1, word) for word in words]
-        of_head = row.block_kind == "bias" and row.block.rpartition(".")[0] in heads
-        return 2 if of_head else ends.get(row.block_kind, 1), numbered, row.probe
-
-    places = [place(row) for row in rows.itertuples()]
-    return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]

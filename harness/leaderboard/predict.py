@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from harness.leaderboard import classifier
 from harness.leaderboard.statistics import measurements
 from harness.leaderboard.tables import read
 from harness.registry import ModelEntry
-from spectra_db.heterogeneity import MIN_PROBES, gradient_rms_spread, js0, spread
+from spectra_db.heterogeneity import gradient_rms_spread, js0, spread
+from spectra_db.jackknife import MIN_PROBES
 
 if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
@@ -86,7 +87,7 @@ def measure(
         UserError: The model has fewer than two blocks that are not zero, or can't be measured.
     """
     from harness.estimator import estimate_spectra, find_blocks
-    from harness.estimator.cost import forecast
+    from harness.estimator.cost import EXACT_SIZE, forecast
     from harness.estimator.summary import block_summaries
     from harness.training import load_problem
 
@@ -95,6 +96,7 @@ def measure(
     count_terms = tasks.get(entry.task, **entry.task_options).num_terms
     num_probes = max(entry.num_probes, MIN_PROBES)
     num_steps = entry.num_steps if with_js0 else CHEAP_STEPS
+    exact_size = EXACT_SIZE if with_js0 else 0  # small blocks are sampled too
     if on_forecast is not None:
         cost = forecast(
             problem.model,
@@ -103,14 +105,10 @@ def measure(
             blocks,
             num_probes=num_probes,
             num_steps=num_steps,
+            exact_size=exact_size,
         )
-        if not with_js0:  # small blocks are sampled too
-            each = num_probes * num_steps
-            flops = cost.pass_flops + each * sum(cost.block_flops)
-            cost = replace(cost, num_products=each * len(blocks), flops=flops)
         on_forecast(num_probes, num_steps, cost)
     begin = time.perf_counter()
-    exact_size: dict[str, Any] = {} if with_js0 else {"exact_size": 0}
     rows = estimate_spectra(
         problem.model,
         problem.loss_fn,
@@ -124,7 +122,7 @@ def measure(
         # The probes are those of a published spectrum of the same name.
         identity={"model": entry.name, "stage": "init", "partition": "weights"},
         on_progress=on_progress,
-        **exact_size,
+        exact_size=exact_size,
     )
     nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
     if nonzero < 2:

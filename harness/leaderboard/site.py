@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from harness.errors import UserError
 from harness.leaderboard import model_page, report
 from harness.leaderboard.export import export
 from harness.leaderboard.statistics import leaderboard, measurements
-from harness.leaderboard.tables import Dataset, read
+from harness.leaderboard.tables import Dataset, natural_key, read
 from spectra_db import store
 from spectra_db.load import BUNDLED
 from spectra_db.schema import STAGES, TABLES
@@ -132,7 +131,7 @@ def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
     measured = set(joined["model"]) | set(data.runs["model"]) | set(data.gaps["model"])
     entering = set(joined.loc[joined["enters"], "model"])
     models = []
-    for row in sorted(data.models.to_dict("records"), key=lambda row: _natural(row["model"])):
+    for row in sorted(data.models.to_dict("records"), key=lambda row: natural_key(row["model"])):
         name = row["model"]
         facts: dict[str, Any] = dict.fromkeys(("gap", "low", "high", "needed", "js0"))
         facts |= {"enters": name in entering, "has_page": name in measured}
@@ -147,12 +146,6 @@ def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
             facts["js0_error"] = _short(js0.loc[name, "standard_error"])
         models.append({str(key): value for key, value in row.items()} | facts)
     return models
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts c2 before c10."""
-    words = re.findall(r"\d+|\D+", name)
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in words]
 
 
 def _metric_table(joined: pd.DataFrame) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.errors import UserError
+from harness.training.gap import THRESHOLD
 from spectra_db.schema import PROTOCOL_VERSION, STAGES, TABLES
 
 Array = npt.NDArray[np.float64]
@@ -24,7 +25,6 @@ REFERENCE = ("js0", "lambda10")
 TIERS = ("small", "paper")
 LEVEL = 0.95
 NUM_DRAWS = 1000
-THRESHOLD = 0.1  # of "Adam needed", as docs/protocol.md has it
 MIN_MODELS = 4
 # Draws of a metric are kept above this part of its value: logarithms are taken.
 _FLOOR = 0.1

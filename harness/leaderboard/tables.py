@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,6 +110,28 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         gaps=gaps,
         runs=optional("runs", source),
     )
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts c2 before c10."""
+    words = re.findall(r"\d+|\D+", name)
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in words]
+
+
+def in_network_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Sort blocks as a network is read: what comes first, layers by their numbers, the head."""
+    ends = {"embedding": 0, "position": 0, "head": 2}
+    heads = {b.rpartition(".")[0] for b in rows.loc[rows["block_kind"] == "head", "block"]}
+
+    def place(row: Any) -> tuple[int, list[tuple[int, str]], int]:
+        of_head = row.block_kind == "bias" and row.block.rpartition(".")[0] in heads
+        # The first convolution, where it has a name of its own.
+        middle = 0 if re.match(r"(stem|conv1|patch_embed)\b", row.block) else 1
+        at = 2 if of_head else ends.get(row.block_kind, middle)
+        return at, natural_key(row.block), row.probe
+
+    places = [place(row) for row in rows.itertuples()]
+    return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]
 
 
 def standard(rows: pd.DataFrame) -> pd.DataFrame:

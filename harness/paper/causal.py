@@ -14,7 +14,6 @@ Everything else is as in `harness.training.train`: initialisation, data, schedul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from harness.registry import get
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data
 from harness.training import train
+from harness.training.gap import SEEDS, relative_gap
 from spectra_db.load import optional
 
 if TYPE_CHECKING:
@@ -47,15 +47,15 @@ MODELS = (
 )
 # (stage at which λ_l is taken, p). At init some blocks are nearly flat, and will not stay so.
 VARIANTS = (("init", 1.0), ("init", 0.5), ("p10", 1.0))
-SEEDS = (1, 2, 3)
 RATIO = 10**0.5
 MAX_EXTENSIONS = 4
+Values = dict[str, float]
 
 
 def units(source: release.Source) -> list[str]:
     """List models and variants whose plain runs and eigenvalues the release holds."""
     gaps = optional("gaps", source)
-    known = set(gaps.loc[gaps["status"] == "ok", "model"]) if len(gaps) else set()
+    known = set(gaps.loc[gaps["status"] == "ok", "model"])
     return [
         _unit(model, stage, p)
         for model in MODELS
@@ -111,8 +111,8 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
         "grid_losses": [grid[k] for k in sorted(grid)],
         "lr": plain["sgd_lr"] * RATIO**best,
         "losses": losses,
-        "gap": relative_gap(losses, adam, init),
-        "sgd_gap": relative_gap(sgd, adam, init),
+        "gap": _with_error(losses, adam, init),
+        "sgd_gap": _with_error(sgd, adam, init),
         "closed": closed_share(losses, sgd, adam),
     }
 
@@ -165,23 +165,13 @@ def train_blockwise(
     return run.init_loss, run.final_loss
 
 
-def relative_gap(
-    losses: Sequence[float], adam: Sequence[float], init: Sequence[float]
-) -> dict[str, float]:
-    """Return (L − L_adam) / (L_init − L_adam) over paired seeds; error as in table gaps."""
-    ours, best, start = (np.array(x, dtype=float) for x in (losses, adam, init))
-    progress = start - best
-    value = float((ours - best).mean() / progress.mean())
-    residuals = (ours - best) - value * progress
-    error = residuals.std(ddof=1) / (math.sqrt(len(ours)) * progress.mean())
-    return {"value": value, "error": float(error)}
+def _with_error(losses: Sequence[float], adam: Sequence[float], init: Sequence[float]) -> Values:
+    return dict(zip(("value", "error"), relative_gap(losses, adam, init), strict=True))
 
 
-def closed_share(
-    losses: Sequence[float], sgd: Sequence[float], adam: Sequence[float]
-) -> dict[str, float]:
+def closed_share(losses: Sequence[float], sgd: Sequence[float], adam: Sequence[float]) -> Values:
     """Return the share of SGD's gap that is closed, (L_sgd − L) / (L_sgd − L_adam), with error."""
-    return relative_gap([-x for x in losses], [-x for x in sgd], [-x for x in adam])
+    return _with_error([-x for x in losses], [-x for x in sgd], [-x for x in adam])
 
 
 def summarise(records: Mapping[str, dict[str, Any]], source: release.Source) -> Result:

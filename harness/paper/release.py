@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 import spectra_db
-from harness.leaderboard.tables import STANDARD
+from harness.leaderboard.tables import STANDARD, in_network_order
 from spectra_db.load import optional
 
 # Folder of tables, or None for the bundled release.
@@ -49,21 +48,8 @@ def spectrum(
         metrics = optional("heterogeneity", source, model=model, stage=stage, partition=name)
         complete = len(part) > 0 and (name == "full" or len(metrics) > 0)
         if complete and part["status"].isin(["ok", "zero"]).all():
-            return in_order(part)
+            return in_network_order(part)
     return found[:0]
-
-
-def in_order(part: pd.DataFrame) -> pd.DataFrame:
-    """Sort blocks as a network is read: what comes first, layers by their numbers, the head."""
-    ends = {"embedding": 0, "position": 0, "head": 2}
-    places = []
-    for row in part.itertuples():
-        words = re.findall(r"\d+|\D+", str(row.block))
-        numbered = [(int(w), "") if w.isdigit() else (-1, w) for w in words]
-        # The first convolution, where it has a name of its own.
-        first = 0 if re.match(r"(stem|conv1|patch_embed)\b", str(row.block)) else 1
-        places.append((ends.get(str(row.block_kind), first), numbered, row.probe))
-    return part.iloc[sorted(range(len(part)), key=places.__getitem__)]
 
 
 def first_spectrum(

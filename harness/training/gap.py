@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from harness.registry.entry import Recipe
@@ -85,18 +86,32 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
         )
         return row | {"status": "failed", "reason": reason}
 
-    value = (sgd - adam).mean() / progress.mean()
-    residuals = (sgd - adam) - value * progress
-    error = residuals.std(ddof=1) / (math.sqrt(len(SEEDS)) * progress.mean())
+    value, error = relative_gap(sgd, adam, init)
     return row | {
-        "gap": float(value),
-        "standard_error": float(error),
-        "ci_low": float(value - quantile * error),
-        "ci_high": float(value + quantile * error),
+        "gap": value,
+        "standard_error": error,
+        "ci_low": value - quantile * error,
+        "ci_high": value + quantile * error,
         "adam_needed": bool(value > THRESHOLD and value > 2 * error),
         "status": "ok",
         "reason": None,
     }
+
+
+def relative_gap(losses: ArrayLike, adam: ArrayLike, init: ArrayLike) -> tuple[float, float]:
+    """Return Σ(L − L_adam) / Σ(L_init − L_adam) over paired seeds, and its standard error.
+
+    Args:
+        losses: Final losses, shape (seeds,).
+        adam: Those of AdamW.
+        init: Initial losses.
+    """
+    ours, best, start = (np.array(x, dtype=float) for x in (losses, adam, init))
+    progress = start - best
+    value = (ours - best).mean() / progress.mean()
+    residuals = (ours - best) - value * progress  # by the delta method
+    error = residuals.std(ddof=1) / (math.sqrt(len(ours)) * progress.mean())
+    return float(value), float(error)
 
 
 def _final_loss(rows: pd.DataFrame, optimizer: str, lr: float | None, seed: int) -> float | None:

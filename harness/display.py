@@ -112,8 +112,8 @@ def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> Non
 
 def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
-    from harness.plan import STAGE_SEED
     from harness.spectra import rows_of
+    from harness.training.stages import STAGE_SEED
 
     table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("JS⁰", "SGD-Adam gap", "Adam needed"):

@@ -10,9 +10,10 @@ from typing import Any
 
 from harness import tasks
 from harness.errors import UserError
-from harness.plan import STAGE_SEED, Survey
+from harness.plan import Survey
 from harness.run import num_threads
 from harness.spectra import blocks_of
+from harness.training.stages import STAGE_SEED
 
 # float32 without tensor cores, dense, as the makers' data sheets have it (operations per second),
 # and memory (bytes). The protocol computes in float32 without TF32.

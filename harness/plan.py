@@ -16,14 +16,11 @@ from harness.registry import ModelEntry
 from harness.spectra import Settings, forecast_of, rows_of
 from harness.training import grid
 from harness.training.gap import SEEDS
-from harness.training.stages import checkpoint_path
+from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db.heterogeneity import MOMENT_METRICS
 
 if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
-
-# The run whose stages are kept; it also seeds their initialisation and their probes.
-STAGE_SEED = 1
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from harness import tasks
 from harness.errors import output_error, reason_of
 from harness.locks import claim
 from harness.pace import Pace
-from harness.plan import STAGE_SEED, Survey, Unit, missing, settings_of
+from harness.plan import Survey, Unit, missing, settings_of
 from harness.registry import ModelEntry
 from harness.scale import workers
 from harness.spectra import rows_of, take_spectrum, write_failed_blocks, write_training
 from harness.training.gap import gap
-from harness.training.stages import run_name
+from harness.training.stages import STAGE_SEED, run_name
 from spectra_db import store
 from spectra_db.schema import PROTOCOL_VERSION
 

@@ -21,15 +21,13 @@ from harness import tasks
 from harness.errors import UserError
 from spectra_db import store
 from spectra_db.heterogeneity import metrics
-from spectra_db.schema import PROTOCOL_VERSION, TABLES
+from spectra_db.schema import LISTS, PROTOCOL_VERSION, TABLES
 
 if TYPE_CHECKING:
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
     from harness.scale.distributed import Team
     from harness.training import Problem, TrainingRun
-
-_LISTS = ("alphas", "betas", "nodes", "weights")
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ def write_failed_blocks(problem: Problem, settings: Settings, out: Path, reason:
         "status": "failed",
         "reason": reason,
     }
-    common |= dict.fromkeys(_LISTS, ())
+    common |= dict.fromkeys(LISTS, ())
     rows = [
         common | {"block": block.name, "block_kind": block.kind, "num_params": block.num_params}
         for block in blocks_of(problem, settings.partition)
@@ -298,7 +296,7 @@ def write_training(run: TrainingRun, out: Path) -> None:
             stale = rows["stage"].isin(changed) & (rows["train_run"] == run_name(seed))
             reason = "the stage was trained again, with other weights"
             one_each = rows[stale & (rows["probe"] == 0)].copy()
-            for column in _LISTS:
+            for column in LISTS:
                 one_each[column] = [()] * len(one_each)
             store.write(out, "spectra", one_each.assign(status="pending", reason=reason))
         store.write(out, "stages", run.stage_rows)

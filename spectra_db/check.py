@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from spectra_db import card, diff, manifest, store
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import list_files
-from spectra_db.schema import TABLES
+from spectra_db.schema import SPECTRUM, TABLES
 
+_SPECTRUM = list(SPECTRUM)
 # A release comes with the package and with every clone.
 MAX_BYTES = 100_000_000
-_SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
 
 
 def problems(folder: Path, previous: Path | None = None) -> list[str]:
@@ -85,7 +85,7 @@ def _tables(folder: Path, known: Manifest) -> Iterator[str]:
 def _fits(folder: Path) -> Iterator[str]:
     """Compare tables with each other."""
     tables = {
-        "spectra": [*_SPECTRUM, "run_id", "status"],
+        "spectra": [*SPECTRUM, "run_id", "status"],
         "heterogeneity": _SPECTRUM,
         "stages": ["model", "stage", "optimizer", "seed"],
         "runs": ["model", "run_id"],

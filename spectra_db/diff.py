@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spectra_db import rules
-from spectra_db.schema import KEYS, TABLES
+from spectra_db.schema import KEYS, LISTS, TABLES
 from spectra_db.store import InvalidTable
 
 # Which column states the error of which.
@@ -29,7 +29,6 @@ _ERRORS = 2.0
 _RELATIVE = 1e-5
 # How a row came about, not what it says.
 _CIRCUMSTANCES = {"run_id", "seconds", "peak_bytes", "started", "device", "microbatch_size"}
-_LISTS = ("alphas", "betas", "nodes", "weights")
 COLUMNS = ["change", "column", "before", "after", "allowed"]
 
 
@@ -106,7 +105,7 @@ def _changes(table: str, was: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     was, now = (rows.drop_duplicates(key).set_index(key) for rows in (was, now))
     common = was.index.intersection(now.index)
     was, now = was.loc[common], now.loc[common]
-    names = [c for c in was.columns if c not in _CIRCUMSTANCES and c not in _LISTS]
+    names = [c for c in was.columns if c not in _CIRCUMSTANCES and c not in LISTS]
     moves = {name: _move(table, name, was, now) for name in names if table != "runs"}
     if table == "spectra":
         moves["nodes"] = _rules(was, now)

@@ -250,11 +250,13 @@ TABLES: dict[str, pa.Schema] = {
     ),
 }
 
-_SPECTRUM = ("model", "stage", "init_seed", "train_run", "partition")
+# What names a spectrum, and the lists of a quadrature rule with the recurrence behind it.
+SPECTRUM = ("model", "stage", "init_seed", "train_run", "partition")
+LISTS = ("alphas", "betas", "nodes", "weights")
 KEYS: dict[str, tuple[str, ...]] = {
     "models": ("model", "protocol_version"),
     "spectra": (
-        *_SPECTRUM,
+        *SPECTRUM,
         "block",
         "operator",
         "norm_mode",
@@ -265,7 +267,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "probe",
     ),
     "blocks": ("model", "stage", "init_seed", "train_run", "block", "protocol_version"),
-    "heterogeneity": (*_SPECTRUM, "metric", "scale", "sigma", "protocol_version"),
+    "heterogeneity": (*SPECTRUM, "metric", "scale", "sigma", "protocol_version"),
     "training": ("model", "optimizer", "lr", "seed", "step", "split", "metric", "protocol_version"),
     "stages": ("model", "stage", "optimizer", "seed", "protocol_version"),
     "gaps": ("model", "protocol_version"),

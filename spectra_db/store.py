@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from spectra_db.files import whole
-from spectra_db.schema import KEYS, PROTOCOL_VERSION, STATUSES, TABLES
+from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Tables that are not per model are one file.
@@ -24,9 +24,8 @@ _WHOLE = "all"
 # be made to allocate without bound.
 MAX_FILE_BYTES = 1 << 30
 _TOLERANCE = 1e-9  # of sums of weights
-_LISTS = ("alphas", "betas", "nodes", "weights")
 # What the checks of these lists need; all of it is read where one of them is.
-_RULE = (*_LISTS, "method", "num_params", "status", "reason")
+_RULE = (*LISTS, "method", "num_params", "status", "reason")
 
 
 class InvalidTable(ValueError):  # noqa: N818
@@ -114,7 +113,7 @@ def read(
     schema = TABLES[table]
     wanted = schema.names if columns is None else list(columns)
     # What the validation needs beside.
-    beside = {*KEYS[table], "protocol_version", *(_RULE if set(_LISTS) & set(wanted) else ())}
+    beside = {*KEYS[table], "protocol_version", *(_RULE if set(LISTS) & set(wanted) else ())}
     needed = [name for name in schema.names if name in beside or name in wanted]
     try:
         size = path.stat().st_size
@@ -241,7 +240,7 @@ def _validate_rules(content: pa.Table, refuse: Any) -> None:
     def marked(rows: np.ndarray) -> np.ndarray:
         return np.bincount(rows, minlength=count) > 0
 
-    for name in _LISTS:
+    for name in LISTS:
         column = content[name].combine_chunks()
         # A null becomes nan.
         flat[name] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)

@@ -16,8 +16,9 @@ from harness.registry.entry import partition_of
 from harness.submission.verified import verified_models
 from spectra_db import heterogeneity as measures
 from spectra_db.load import BUNDLED, optional
+from spectra_db.schema import SPECTRUM
 
-_SPECTRUM = ["model", "stage", "init_seed", "train_run", "partition"]
+_SPECTRUM = list(SPECTRUM)
 # The settings of PROTOCOL's spectra; a folder may hold others beside them.
 STANDARD = {
     "operator": "hessian",

@@ -24,7 +24,7 @@ from harness.estimator.quadrature import gauss_rule
 from harness.estimator.spectrum import DTYPES
 from harness.registry import ModelEntry
 from harness.training import Problem, load_problem
-from harness.training.stages import PRETRAINING_SEED, checkpoint_path
+from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import rules
 from spectra_db.files import sha256_of
 from spectra_db.load import optional
@@ -174,7 +174,7 @@ def _problem(
     """Load the row's problem, from weights and data that are provably the published ones."""
     model, stage, seed = entry.name, row["stage"], row["init_seed"]
     if stage == "init" and entry.pretrained is not None:
-        model, stage, seed = entry.pretrained, "final", PRETRAINING_SEED
+        model, stage, seed = entry.pretrained, "final", STAGE_SEED
     if stage != "init":
         _check_checkpoint(published, model, stage, seed, checkpoint_dir)
     try:

@@ -27,7 +27,8 @@ from spectra_db.files import sha256_of, whole
 
 # Fractions of the budget of steps at which each stage is taken.
 FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
-PRETRAINING_SEED = 1  # the run whose stages are kept
+# The run whose stages are kept; it also seeds their initialisation and their probes.
+STAGE_SEED = 1
 _FACTS = "harness"  # the key of our facts in the safetensors metadata
 
 
@@ -80,7 +81,7 @@ def initial_model(
     """
     model = entry.build(model_options, seed)
     if entry.pretrained is not None:
-        path = checkpoint_path(checkpoint_dir or "", entry.pretrained, PRETRAINING_SEED, "final")
+        path = checkpoint_path(checkpoint_dir or "", entry.pretrained, STAGE_SEED, "final")
         if checkpoint_dir is None or not path.is_file():
             where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
             raise UserError(

@@ -20,8 +20,9 @@ import spectra_db
 from harness import run
 from harness.errors import OutputError
 from harness.locks import claim
-from harness.plan import STAGE_SEED, Unit, missing, survey
+from harness.plan import Unit, missing, survey
 from harness.run import run_entries
+from harness.training.stages import STAGE_SEED
 from spectra_db import store
 from spectra_db.release import list_files
 from tests.harness.test_run import RECIPE, do, job_of, tiny, values

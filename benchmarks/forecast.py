@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from harness import registry
+from harness.campaign.forecast import measured, outlook
+from harness.campaign.plan import Unit, survey
+from harness.campaign.run import Job, run_entries
 from harness.errors import UserError
-from harness.forecast import measured, outlook
-from harness.plan import Unit, survey
-from harness.run import Job, run_entries
 
 
 def compare(name: str, data_root: Path | None) -> None:

@@ -15,10 +15,10 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from harness.campaign.forecast import Outlook
+    from harness.campaign.plan import Survey
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
-    from harness.forecast import Outlook
-    from harness.plan import Survey
     from harness.registry import ModelEntry
     from harness.submission.validate import Finding
     from harness.submission.verify import Check
@@ -89,7 +89,7 @@ def print_surveys(surveys: Sequence[Survey]) -> None:
 
 def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> None:
     """Print what entries take on a device, and all of them."""
-    from harness.forecast import total
+    from harness.campaign.forecast import total
 
     table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("products", "PFLOP", "device-hours", "memory GiB", "disk MiB"):

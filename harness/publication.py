@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness import registry
+from harness.campaign.plan import Unit, missing
 from harness.errors import UserError
-from harness.plan import Unit, missing
 from harness.registry import ModelEntry
 from harness.spectra import rows_of
 

@@ -73,11 +73,11 @@ def spectrum(
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
+    from harness.campaign.locks import claim_or_refuse
+    from harness.campaign.plan import Unit
     from harness.display import cost_line, estimate_line
     from harness.estimator.device import choose_device
-    from harness.locks import claim_or_refuse
     from harness.measure import halves, take_batch_error
-    from harness.plan import Unit
     from harness.progress import progress_bar
     from harness.registry import get
     from harness.scale.distributed import team
@@ -219,8 +219,8 @@ def train(
 ) -> None:
     """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
     from harness import tasks
-    from harness.locks import claim_or_refuse
-    from harness.plan import Unit
+    from harness.campaign.locks import claim_or_refuse
+    from harness.campaign.plan import Unit
     from harness.progress import progress_bar
     from harness.registry import get
     from harness.spectra import rows_of, write_training
@@ -298,11 +298,11 @@ def run(
     time, each on what the others don't do.
     """
     from harness import registry as catalogue
+    from harness.campaign.forecast import DEVICES, outlook, throughput_of
+    from harness.campaign.plan import missing, survey
+    from harness.campaign.run import Job, num_threads, run_entries
     from harness.display import print_outlooks, print_results, print_surveys
-    from harness.forecast import DEVICES, outlook, throughput_of
-    from harness.plan import missing, survey
     from harness.progress import units_bar
-    from harness.run import Job, num_threads, run_entries
     from harness.spectra import command_line
 
     if bool(models) == (tier is not None):

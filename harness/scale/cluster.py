@@ -15,8 +15,8 @@ from harness.errors import UserError
 from harness.estimator.cost import Forecast, cut
 
 if TYPE_CHECKING:
-    from harness.plan import Unit
-    from harness.run import Agenda
+    from harness.campaign.plan import Unit
+    from harness.campaign.run import Agenda
 
 RETRIES = 3  # of a task whose worker died
 # Operations that are worth a task of their own, beside loading the model and its data again.

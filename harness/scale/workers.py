@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.plan import Unit
-    from harness.run import Agenda
+    from harness.campaign.plan import Unit
+    from harness.campaign.run import Agenda
 
 Execute = Callable[..., "str | None"]
 _LOOK = 1.0  # seconds between looks at how far the workers are

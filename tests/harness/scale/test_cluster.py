@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.plan import Unit, missing, survey
-from harness.run import run_entries
+from harness.campaign.plan import Unit, missing, survey
+from harness.campaign.run import run_entries
 from harness.scale.cluster import run_on_ray
-from tests.harness.test_run import do, job_of, tiny
+from tests.harness.campaign.test_run import do, job_of, tiny
 
 from .test_faults import check_same
 

@@ -17,15 +17,15 @@ import pandas as pd
 import pytest
 
 import spectra_db
-from harness import run
+from harness.campaign import run
+from harness.campaign.locks import claim
+from harness.campaign.plan import Unit, missing, survey
+from harness.campaign.run import run_entries
 from harness.errors import OutputError
-from harness.locks import claim
-from harness.plan import Unit, missing, survey
-from harness.run import run_entries
 from harness.training.stages import STAGE_SEED
 from spectra_db import store
 from spectra_db.release import list_files
-from tests.harness.test_run import RECIPE, do, job_of, tiny, values
+from tests.harness.campaign.test_run import RECIPE, do, job_of, tiny, values
 
 from . import victim
 

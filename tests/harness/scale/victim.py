@@ -8,10 +8,10 @@ import resource
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+from harness.campaign.plan import Survey, Unit
+from harness.campaign.run import run_entries
 from harness.errors import OutputError
-from harness.plan import Survey, Unit
-from harness.run import run_entries
-from tests.harness.test_run import job_of
+from tests.harness.campaign.test_run import job_of
 
 
 def server() -> ForkServerContext:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import tasks
+from harness.campaign.locks import claim
+from harness.campaign.pace import Pace
+from harness.campaign.plan import Survey, Unit, missing, settings_of
 from harness.errors import output_error, reason_of
-from harness.locks import claim
-from harness.pace import Pace
-from harness.plan import Survey, Unit, missing, settings_of
 from harness.registry import ModelEntry
 from harness.scale import workers
 from harness.spectra import rows_of, take_spectrum, write_failed_blocks, write_training

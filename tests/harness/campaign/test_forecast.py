@@ -8,13 +8,21 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import estimate_spectra
+from harness.campaign.forecast import (
+    DEVICES,
+    Throughput,
+    measured,
+    named,
+    outlook,
+    throughput_of,
+    total,
+)
+from harness.campaign.plan import survey
 from harness.errors import UserError
 from harness.estimator.cost import Forecast, cut
-from harness.forecast import DEVICES, Throughput, measured, named, outlook, throughput_of, total
-from harness.plan import survey
 from harness.spectra import blocks_of, forecast_of
 from harness.training import load_problem
-from tests.harness.test_run import do, tiny
+from tests.harness.campaign.test_run import do, tiny
 
 SLOW = Throughput(products=1e9, training=2e9, memory=8e9, source="a test")
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.pace import Pace
-from harness.plan import Unit
+from harness.campaign.pace import Pace
+from harness.campaign.plan import Unit
 
 COSTS = {"a": {"train": 10.0, "weights": 1000.0}, "b": {"train": 100.0, "weights": 5000.0}}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from harness.campaign.plan import Unit
 from harness.errors import UserError
-from harness.plan import Unit
 
 
 @contextmanager

@@ -18,12 +18,13 @@ import pandas as pd
 import pytest
 
 import spectra_db
-from harness import run, spectra
+from harness import spectra
+from harness.campaign import run
+from harness.campaign.plan import Survey, Unit, missing, survey
+from harness.campaign.run import Job, execute, run_entries
 from harness.errors import UserError
 from harness.estimator import estimate_spectra
-from harness.plan import Survey, Unit, missing, survey
 from harness.registry import ModelEntry, Recipe, get
-from harness.run import Job, execute, run_entries
 from harness.scale import workers
 from harness.spectra import Settings, take_spectrum
 from harness.training import load_problem

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import tasks
+from harness.campaign.plan import Survey
+from harness.campaign.run import num_threads
 from harness.errors import UserError
-from harness.plan import Survey
-from harness.run import num_threads
 from harness.spectra import blocks_of
 from harness.training.stages import STAGE_SEED
 

@@ -162,6 +162,13 @@ class Recurrence:
         gauss_rule(self.alphas, self.betas)
 
 
+class Import:
+    """Importing the package that reads."""
+
+    def timeraw_import(self) -> str:
+        return "import spectra_db"
+
+
 class Load:
     """Reading a table of 50 files."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -286,8 +287,10 @@ def write_training(run: TrainingRun, out: Path) -> None:
     from harness.training.stages import run_name
 
     if run.stage_rows:
-        model, seed = run.stage_rows[0]["model"], run.stage_rows[0]["seed"]
+        first = run.stage_rows[0]
+        model, seed = first["model"], first["seed"]
         known = rows_of(out, "stages", model)
+        known = known[(known["optimizer"] == first["optimizer"]) & (known["seed"] == seed)]
         before = dict(zip(known["stage"], known["checkpoint_sha256"], strict=True))
         now = {row["stage"]: row["checkpoint_sha256"] for row in run.stage_rows}
         changed = [stage for stage in now if before.get(stage, now[stage]) != now[stage]]
@@ -301,6 +304,13 @@ def write_training(run: TrainingRun, out: Path) -> None:
             store.write(out, "spectra", one_each.assign(status="pending", reason=reason))
         store.write(out, "stages", run.stage_rows)
     store.write(out, "training", run.rows)
+
+
+def checkpoint_sha256(out: Path, model: str, stage: str, seed: int) -> str | None:
+    """Return the hash that table `stages` has of a checkpoint, None where it has none."""
+    rows = rows_of(out, "stages", model)
+    rows = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == seed) & (rows["stage"] == stage)]
+    return None if rows.empty else str(rows.iloc[0]["checkpoint_sha256"])
 
 
 def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
@@ -340,10 +350,9 @@ def stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
 def _finished_rows(
     out: Path, identity: dict[str, Any], blocks: list[Block], settings: Settings
 ) -> pd.DataFrame:
-    """Return the rows in the store of blocks that are complete with these settings."""
+    """Return the stored rows of blocks that have these settings and no fewer probes."""
     rows = stored_rows(out, identity)
     rows = rows[rows["status"].isin(["ok", "zero"]) & rows["block"].isin([b.name for b in blocks])]
-    rows = rows[rows["probe"] < settings.num_probes]
     asked = (rows["num_steps"] == settings.num_steps) | rows["breakdown"]
     asked &= rows["reorthogonalized"] == settings.reorthogonalize
     asked &= rows["matmul_precision"] == settings.matmul_precision
@@ -393,4 +402,4 @@ def code_version() -> str:
 
 def command_line() -> str:
     """Return the command that started this process, without the path of the interpreter."""
-    return " ".join(["harness", *sys.argv[1:]])
+    return shlex.join(["harness", *sys.argv[1:]])

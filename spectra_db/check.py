@@ -12,6 +12,7 @@ from spectra_db import card, diff, manifest, store
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import list_files
 from spectra_db.schema import SPECTRUM, TABLES
+from spectra_db.store import InvalidTable
 
 _SPECTRUM = list(SPECTRUM)
 # A release comes with the package and with every clone.
@@ -143,7 +144,11 @@ def _follows(folder: Path, known: Manifest, previous: Path) -> Iterator[str]:
         yield f"{folder}: version {known.version} does not follow {before.version}"
     if new[0] > old[0]:
         return
-    lost = diff.removed(previous, folder)
+    try:
+        lost = diff.removed(previous, folder)
+    except InvalidTable as error:
+        yield str(error)
+        return
     for table, keys in lost.items():
         yield (
             f"{folder / table}: {len(keys)} rows of {before.version} are lost, "

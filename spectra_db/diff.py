@@ -96,13 +96,23 @@ def _read(path: Path, table: str, columns: list[str] | None = None) -> pd.DataFr
         if name not in content.schema.names:
             empty = pa.nulls(content.num_rows, TABLES[table].field(name).type)
             content = content.append_column(name, empty)
-    return content.select(names).to_pandas()
+    try:
+        content = content.select(names).cast(TABLES[table].empty_table().select(names).schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise InvalidTable(f"{path}: {error}") from error
+    rows = content.to_pandas()
+    repeated = rows.duplicated([key for key in KEYS[table] if key in names])
+    if repeated.any():
+        raise InvalidTable(
+            f"{path}: the key of row {int(repeated.argmax())} repeats an earlier one"
+        )
+    return rows
 
 
 def _changes(table: str, was: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     """Return rows of the same key that differ, each with its largest move."""
     key = list(KEYS[table])
-    was, now = (rows.drop_duplicates(key).set_index(key) for rows in (was, now))
+    was, now = (rows.set_index(key) for rows in (was, now))
     common = was.index.intersection(now.index)
     was, now = was.loc[common], now.loc[common]
     names = [c for c in was.columns if c not in _CIRCUMSTANCES and c not in LISTS]

@@ -1,9 +1,10 @@
-"""Files written whole or not at all, and their hashes."""
+"""Files and folders written whole or not at all, and the hashes of files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,22 @@ def whole(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def swap(staging: Path, out: Path) -> None:
+    """Put a finished folder in the place of another, which is kept until the new one is there."""
+    staging.chmod(0o755)
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
+    out.rename(old / out.name)
+    try:
+        staging.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def sha256_of(path: Path) -> str:

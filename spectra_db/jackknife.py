@@ -115,9 +115,21 @@ class Blocks:
         return sum(b.num_products for b in self.blocks)
 
     def truncated(self, fraction: float) -> Blocks:
-        """Return the blocks after that fraction of the Lanczos steps, for plug-in values alone."""
-        steps = max((len(a) for b in self.blocks for a, _ in b.tridiagonals), default=0)
-        shorter = [b.truncated(steps, fraction) for b in self.blocks]
+        """Return the blocks after that fraction of the Lanczos steps, for plug-in values alone.
+
+        As many were asked for as the probes took that did not break down; if all did, every rule
+        is exact and stays.
+        """
+        steps = max(
+            (
+                len(alphas)
+                for b in self.blocks
+                for (alphas, _), broke in zip(b.tridiagonals, b.breakdowns, strict=True)
+                if not broke
+            ),
+            default=0,
+        )
+        shorter = [b.truncated(steps, fraction) for b in self.blocks] if steps else self.blocks
         return Blocks(shorter, self.num_zero_blocks, errors_known=False)
 
     def scales(self, scale: str) -> Array:

@@ -22,7 +22,10 @@ _WORDS = {
     "partition": (*PARTITIONS, "custom"),
 }
 # Columns of names that the data decide: one that no row has is misspelt, or not there.
-_NAMES = ("block", "family", "metric", "optimizer", "scale", "split", "statistic", "task", "tier")
+_NAMES = (
+    *("block", "block_kind", "dtype", "family", "kind", "method", "metric", "norm_mode"),
+    *("operator", "optimizer", "probe_distribution", "scale", "split", "statistic", "task", "tier"),
+)
 
 
 class NotFound(ValueError):  # noqa: N818
@@ -133,8 +136,11 @@ def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
             if word not in words:
                 raise NotFound(f"no {column} {word!r}; {hint(str(word), words)}")
         try:
-            allowed = pa.array([v for v in values if v is not None], type=kind)
-        except (pa.ArrowException, TypeError, ValueError) as error:
+            asked = [v for v in values if v is not None]
+            allowed = pa.array(asked, type=kind)
+            if pa.types.is_integer(kind) and allowed.to_pylist() != asked:
+                raise ValueError("it holds integers")
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise NotFound(f"column {column} can't be {value!r}: {error}") from error
         test = pc.field(column).isin(allowed)
         if None in values:

@@ -88,7 +88,8 @@ def _ends(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
     """Return each spectrum with its counts, its run and seeds, its data and its checkpoint."""
     shared = ["stage", "partition", "init_seed", "train_run", "run_id", "batch_hash", "data_source"]
-    checkpoints = dict(zip(stages["stage"], stages["checkpoint_sha256"], strict=True))
+    stages = stages[stages["optimizer"] == "adamw"].set_index(["stage", "seed"])
+    checkpoints = stages["checkpoint_sha256"].to_dict()
     found = []
     for values, some in rows.groupby(shared, sort=False):
         sampled = some[some["method"] == "slq"]
@@ -100,7 +101,7 @@ def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
                 "probes": int(sampled["probe"].max()) + 1 if len(sampled) else 0,
                 "progress": float(some["progress"].iloc[0]),
                 "failed": int(some["status"].isin(["failed", "pending"]).sum()),
-                "checkpoint_sha256": checkpoints.get(values[0]),
+                "checkpoint_sha256": checkpoints.get((values[0], values[2])),
             }
         )
     return sorted(found, key=lambda spectrum: (spectrum["progress"], spectrum["partition"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -10,7 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from spectra_db import card, manifest, store
+from spectra_db import card, manifest, store, verified
+from spectra_db.files import swap
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
@@ -48,6 +48,7 @@ def release(
         InvalidTable: A table is not valid.
     """
     wanted = manifest.version_of(version)
+    out = out.absolute()  # "." has no parent to build beside
     before = _earlier(out)
     if before is not None and wanted < manifest.version_of(before.version):
         raise InvalidRelease(f"{out} is version {before.version}; {version} is lower")
@@ -111,22 +112,6 @@ def replace_folder(staging: Path, out: Path) -> None:
     swap(staging, out)
 
 
-def swap(staging: Path, out: Path) -> None:
-    """Put a finished folder in the place of another, which is kept until the new one is there."""
-    staging.chmod(0o755)
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
-    out.rename(old / out.name)
-    try:
-        staging.rename(out)
-    except BaseException:
-        (old / out.name).rename(out)
-        raise
-    shutil.rmtree(old)
-
-
 def _earlier(out: Path) -> Manifest | None:
     """Return the manifest of the release to be replaced; refuse to replace anything else."""
     if not out.exists():
@@ -148,22 +133,7 @@ def _copy(source: Path, staging: Path, models: Collection[str]) -> None:
                 store.rewrite(path, staging / table / path.name, table)
     for path in sorted((source / "leaderboard").glob("*.csv")):
         shutil.copyfile(path, staging / "leaderboard" / path.name)
-    _copy_verified(source, staging)
-
-
-def _copy_verified(source: Path, staging: Path) -> None:
-    """Copy the note of `harness verify`, bound to the files as they are now written."""
-    path = source / "verified.json"
-    if not path.exists():
-        return
-    notes = json.loads(path.read_text(encoding="utf-8"))
-    kept = {}
-    for model, note in notes.items():
-        old, new = (store.path_of(root, "spectra", model) for root in (source, staging))
-        if new.exists() and note.get("spectra_sha256") == manifest.describe(old).sha256:
-            kept[model] = note | {"spectra_sha256": manifest.describe(new).sha256}
-    text = json.dumps(kept, indent=2, sort_keys=True) + "\n"
-    (staging / path.name).write_text(text, encoding="utf-8")
+    verified.copy(source, staging)
 
 
 def _changelog(

@@ -59,16 +59,18 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
     distance = float(wasserstein_distance(nodes, other["nodes"], weights, other["weights"]))
     eps = max(_DTYPE_EPS[row["dtype"]], _PRECISION_EPS[row["matmul_precision"]])
     count = max(len(nodes), len(other["nodes"]))
-    allowed = (_PRODUCT_EPS + count) * eps * float(np.abs(nodes).max())
+    rounding = (_PRODUCT_EPS + count) * eps
+    largest = float(np.abs(nodes).max())
     if row["method"] == "exact":
-        return Difference(distance, allowed, 0.0, is_first_alike=True)
+        return Difference(distance, rounding * largest, 0.0, is_first_alike=True)
+    norm = float(np.hypot(row["alphas"][0], row["betas"][0]))  # of Hv
+    allowed = rounding * max(largest, norm)
     if not row["breakdown"]:
         steps = max(1, int(TRUNCATION * len(row["alphas"])))
         shorter = truncated_rule(row["alphas"], row["betas"], steps)
         allowed += _TRUNCATIONS * float(
             wasserstein_distance(nodes, shorter[0], weights, shorter[1])
         )
-    norm = float(np.sqrt(weights @ nodes**2))
     moved = max(abs(row[name][0] - other[name][0]) for name in ("alphas", "betas"))
     first = float(moved / norm) if norm else np.inf
     return Difference(distance, allowed, first, is_first_alike=first <= _PRODUCT_EPS * eps)

@@ -23,6 +23,7 @@ _WHOLE = "all"
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
 # be made to allocate without bound.
 MAX_FILE_BYTES = 1 << 30
+_TOGETHER = {"spectra": ("probe",), "training": ("step", "split", "metric")}
 _TOLERANCE = 1e-9  # of sums of weights
 # What the checks of these lists need; all of it is read where one of them is.
 _RULE = (*LISTS, "method", "num_params", "status", "reason")
@@ -64,7 +65,8 @@ def write(
         replace: Keep no other rows of these files: for tables that are derived as a whole.
 
     Raises:
-        InvalidTable: The rows, or those already in a file, are not valid; nothing is written.
+        InvalidTable: The rows are not valid: nothing is written. Or those already in a file are
+            not: it stays as it is, other models' rows may be written.
     """
     _check_table(table)
     records: Sequence[Mapping[Any, Any]] = (
@@ -131,6 +133,8 @@ def read(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidTable(f"{path}: not readable as Parquet: {reason}") from error
     _check_values(table, content, str(path))
+    if table == "models" and where is None and content.num_rows == 0:
+        raise InvalidTable(f"{path}: no row; table models has one per model")
     if "model" in needed:
         strangers = set(pc.unique(content["model"]).to_pylist()) - {path.stem}
         if strangers:
@@ -310,8 +314,9 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
     """Return old rows whose key is not among the new ones, and the new ones, sorted by key."""
     keys = list(KEYS[table])
     if old is not None:
-        # Probes of one block belong together: those of other settings must not stay beside.
-        matched = [key for key in keys if key != "probe"]
+        # The probes of a block belong together, as do the steps of a run: those of other settings,
+        # or of a run that went further, must not stay beside.
+        matched = [key for key in keys if key not in _TOGETHER.get(table, ())]
         taken = pd.MultiIndex.from_frame(new.select(matched).to_pandas())
         mine = pd.MultiIndex.from_frame(old.select(matched).to_pandas())
         new = pa.concat_tables([old.filter(pa.array(~mine.isin(taken))), new])

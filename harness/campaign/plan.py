@@ -48,8 +48,10 @@ class Unit:
 
     @property
     def slug(self) -> str:
-        """A name for files."""
-        of = f"{self.lr:g}" if self.kind == "train" else self.partition or self.kind
+        """A name for files; runs that keep their stages, in one folder, have one at all rates."""
+        of = self.partition or self.kind
+        if self.kind == "train" and (self.optimizer, self.seed) != ("adamw", STAGE_SEED):
+            of = f"{self.lr:g}"
         what = self.stage or self.optimizer, of, str(self.seed)
         name = "-".join([self.model, *what])
         blocks = hashlib.sha256("\n".join(self.blocks).encode()).hexdigest()[:8]
@@ -263,8 +265,13 @@ def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> b
     # A single block has nothing to be compared with.
     compared = len(set(rows.loc[rows["status"] == "ok", "block"])) > 1
     derived = rows_of(out, "heterogeneity" if compared else "blocks", entry.name)
-    # Another seed's rows say nothing of this one's blocks.
-    return bool(((derived["stage"] == stage) & (derived["init_seed"] == STAGE_SEED)).any())
+    # Other seeds, partitions and cheap metrics say nothing of whether all blocks are there.
+    here = (derived["stage"] == stage) & (derived["init_seed"] == STAGE_SEED)
+    if compared:
+        here &= (derived["partition"] == partition) & (derived["metric"] == "js0")
+    else:
+        here &= derived["trace"].notna()
+    return bool(here.any())
 
 
 def settings_of(entry: ModelEntry, partition: str, device: str | None) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,13 @@ from harness.campaign.plan import Survey, Unit, missing, settings_of
 from harness.errors import output_error, reason_of
 from harness.registry import ModelEntry
 from harness.scale import workers
-from harness.spectra import rows_of, take_spectrum, write_failed_blocks, write_training
+from harness.spectra import (
+    checkpoint_sha256,
+    rows_of,
+    take_spectrum,
+    write_failed_blocks,
+    write_training,
+)
 from harness.training.gap import gap
 from harness.training.stages import STAGE_SEED, run_name
 from spectra_db import store
@@ -242,8 +249,8 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     data = tasks.get(entry.task, **entry.task_options).load(job.data_root)
     keeps_stages = unit.optimizer == "adamw" and unit.seed == STAGE_SEED
     if keeps_stages:  # no other run writes there, so that these are of a process that was killed
-        for torn in (job.checkpoints / unit.model / run_name(unit.seed)).glob(".*.tmp"):
-            torn.unlink()
+        for torn in (job.checkpoints / unit.model).glob(f".{run_name(unit.seed)}[-.]*"):
+            shutil.rmtree(torn)
     result = train(
         entry,
         data,
@@ -264,7 +271,12 @@ def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
 
     entry = job.entries[unit.model]
     problem = load_problem(
-        entry, unit.stage, unit.seed, data_root=job.data_root, checkpoint_dir=job.checkpoints
+        entry,
+        unit.stage,
+        unit.seed,
+        data_root=job.data_root,
+        checkpoint_dir=job.checkpoints,
+        sha256=checkpoint_sha256(job.out, unit.model, unit.stage, unit.seed),
     )
     settings = settings_of(entry, unit.partition, job.device)
     take_spectrum(problem, settings, job.out, command=job.command, on_progress=on_progress)

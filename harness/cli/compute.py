@@ -81,7 +81,13 @@ def spectrum(
     from harness.progress import progress_bar
     from harness.registry import get
     from harness.scale.distributed import team
-    from harness.spectra import Settings, command_line, forecast_of, take_spectrum
+    from harness.spectra import (
+        Settings,
+        checkpoint_sha256,
+        command_line,
+        forecast_of,
+        take_spectrum,
+    )
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)
@@ -97,7 +103,12 @@ def spectrum(
         **settings,
     )
     problem = load_problem(
-        entry, stage, seed, data_root=data_root, checkpoint_dir=out / "checkpoints"
+        entry,
+        stage,
+        seed,
+        data_root=data_root,
+        checkpoint_dir=out / "checkpoints",
+        sha256=checkpoint_sha256(out, entry.name, stage, seed),
     )
     choose_device(problem.model, chosen.device)
     cheaply = tol is not None or metric in CHEAP_METRICS

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from harness.cli.base import main, options
+from harness.errors import UserError
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -43,6 +44,8 @@ def release(
     from spectra_db.release import release as make
 
     left_out = unfinished(source, registry)
+    for model, reason in left_out.items():
+        click.echo(f"left out: {model}: {reason}")
     known = {path.stem for path in (source / "models").glob("*.parquet")}
     made = make(
         source,
@@ -52,8 +55,6 @@ def release(
         notes=notes,
         derive=partial(derive, registry_dir=registry),
     )
-    for model, reason in left_out.items():
-        click.echo(f"left out: {model}: {reason}")
     size = sum(file.bytes for file in made.files.values())
     click.echo(
         f"{len(made.models())} models, {len(made.files)} files, {size / 1e6:.1f} MB in {out}"
@@ -81,7 +82,14 @@ def check_(folder: Path | None, previous: Path | None) -> None:
 @dataset.command()
 @click.argument("old", type=_FOLDER)
 @click.argument("new", type=_FOLDER)
-@click.option("--rows", "num_rows", default=10, show_default=True, help="Rows to print per table.")
+@click.option(
+    "--rows",
+    "num_rows",
+    default=10,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Rows to print.",
+)
 @options("json")
 def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
     """Say which rows were added, removed, or changed beyond their stated errors."""
@@ -89,6 +97,9 @@ def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
     from spectra_db.diff import compare
     from spectra_db.schema import TABLES
 
+    for folder in (old, new):
+        if not any((folder / table).is_dir() for table in TABLES):
+            raise UserError(f"{folder} holds no tables; name a folder of them, or a release")
     changes = {table: compare(old, new, table) for table in TABLES}
     if as_json:
         rows = {t: json.loads(c.to_json(orient="records")) for t, c in changes.items() if len(c)}

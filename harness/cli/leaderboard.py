@@ -43,7 +43,7 @@ def leaderboard(
     from harness.errors import UserError
     from harness.leaderboard import report, statistics, tables
     from harness.leaderboard.export import export
-    from spectra_db.schema import STAGES
+    from spectra_db.schema import PROTOCOL_VERSION, STAGES
 
     if stage not in STAGES:
         raise UserError(f"--stage is {stage!r}; choose one of {', '.join(STAGES)}")
@@ -59,7 +59,7 @@ def leaderboard(
     if as_json:
         facts: dict[str, Any] = {
             "updated": None if data.updated is None else data.updated.isoformat(),
-            "protocol_version": int(data.models["protocol_version"].iloc[0]),
+            "protocol_version": PROTOCOL_VERSION,
             "statements": report.sentences(board),
             "leaderboard": json.loads(board.to_json(orient="records", double_precision=15)),
             "pending": data.pending.to_dict("records"),

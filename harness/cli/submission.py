@@ -256,8 +256,12 @@ def verify(
     from harness.progress import progress_bar
     from harness.registry import get
     from harness.submission.submit import check_registry, reseal, tables_of
-    from harness.submission.verified import mark_verified
-    from harness.submission.verify import load_published, sample_rows, verify_sample
+    from harness.submission.verify import (
+        load_published,
+        mark_verified,
+        sample_rows,
+        verify_sample,
+    )
     from spectra_db.load import BUNDLED
 
     if not 0 < budget < float("inf"):

@@ -183,7 +183,10 @@ def estimate_to_tolerance(
         if reached.needs_steps and num_steps < max_steps:
             num_steps = min(math.ceil(num_steps * 1.5), max_steps)
         elif reached.needs_probes and not reached.needs_steps and num_probes < max_probes:
-            wanted = num_probes * (reached.estimate.standard_error / reached.allowed) ** 2
+            excess = math.inf
+            if reached.allowed:
+                excess = reached.estimate.standard_error / reached.allowed
+            wanted = num_probes * min(excess, 2.0) ** 2
             num_probes = min(max(math.ceil(wanted), num_probes + 1), 2 * num_probes, max_probes)
         else:
             return reached

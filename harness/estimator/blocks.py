@@ -98,8 +98,8 @@ def find_blocks(
 ) -> list[Block]:
     """List the blocks of a model's Hessian.
 
-    Frozen parameters (`requires_grad=False`) belong to no block. Tied weights are one block
-    under their first name.
+    Frozen parameters (`requires_grad=False`) and empty ones belong to no block. Tied weights are
+    one block under their first name.
 
     Args:
         model: Any module; its parameters may be on the meta device.
@@ -122,7 +122,7 @@ def find_blocks(
     """
     if partition not in PARTITIONS:
         raise UserError(f"unknown partition {partition!r}; choose one of {', '.join(PARTITIONS)}")
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
     if partition == "full":
         num_params = sum(p.numel() for _, p in named)
         parts = tuple(Part(name) for name, _ in named)

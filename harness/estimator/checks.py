@@ -38,6 +38,7 @@ def fixed_arithmetic(model: nn.Module, matmul_precision: str = "highest") -> Ite
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn_tf32 = torch.backends.cudnn.allow_tf32
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # whatever the caller computes under
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
@@ -114,7 +115,7 @@ def check_deterministic(
     for i, batch in enumerate(batches):
         first, second = _loss(model, loss_fn, batch, i), _loss(model, loss_fn, batch, i)
         eps = torch.finfo(first.dtype).eps
-        if not math.isclose(float(first), float(second), rel_tol=100 * eps, abs_tol=100 * eps):
+        if not math.isclose(float(first), float(second), rel_tol=100 * eps):
             raise UserError(
                 f"two passes over batch {i} gave the losses {float(first):.9g} and "
                 f"{float(second):.9g}; {_random_source(model, loss_fn, batch)}"
@@ -128,9 +129,12 @@ def check_deterministic(
             float(_loss(model, loss_fn, half, i)) if n else 0.0
             for half, n in zip(halves, terms, strict=True)
         ]
+        if sum(terms) == 0:
+            continue
         mean = sum(n * x for n, x in zip(terms, losses, strict=True)) / sum(terms)
-        # The halves sum in another order, and matrix products of another size round differently.
-        if not math.isclose(float(first), mean, rel_tol=math.sqrt(eps), abs_tol=math.sqrt(eps)):
+        # The halves sum in another order, and matrix products of another size round differently;
+        # a loss near zero may be what is left of terms that cancel.
+        if not math.isclose(float(first), mean, rel_tol=math.sqrt(eps), abs_tol=100 * eps):
             raise UserError(
                 f"the loss of batch {i} is {float(first):.9g}, but its halves average to "
                 f"{mean:.9g}: either samples depend on their batch mates (batch statistics: pass "

@@ -39,7 +39,7 @@ class PrunedConvolutions(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._uses: Counter[int] = Counter()  # of each parameter, in the last forward pass
+        self._uses: Counter[int] = Counter()  # of each parameter, in this forward pass
         self._targets: frozenset[int] | None = None
 
     def __torch_function__(
@@ -71,12 +71,13 @@ class PrunedConvolutions(TorchFunctionMode):
         if isinstance(padding, str) or x.dim() != w.dim():
             return func(x, w, bias, stride, padding, dilation, groups)
         weight_id = id(w) if isinstance(w, nn.Parameter) else None
-        shape = _Shape(self, func, x.shape, w.shape, weight_id, (stride, padding, dilation, groups))
+        settings = (stride, padding, dilation, groups)
+        shape = _Shape(self, func, x.shape, w.shape, weight_id, self._uses, settings)
         y = _Convolve.apply(x, w, shape)
         return y if bias is None else y + bias.view(-1, *[1] * (w.dim() - 2))
 
     def __enter__(self) -> Self:
-        self._uses.clear()
+        self._uses = Counter()  # kept graphs of other batches hold theirs
         super().__enter__()
         return self
 
@@ -93,12 +94,12 @@ class PrunedConvolutions(TorchFunctionMode):
         """Tell whether the gradient of a weight is asked for; of a computed one (None) always."""
         return self._targets is None or weight is None or weight in self._targets
 
-    def needs_input(self, weight: int | None) -> bool:
+    def needs_input(self, weight: int | None, uses: Counter[int]) -> bool:
         """Tell whether the input of a convolution can depend on the parameters asked for.
 
         Not if this convolution's weight is the only one and is used here alone.
         """
-        return weight is None or self._targets != {weight} or self._uses[weight] > 1
+        return weight is None or self._targets != {weight} or uses[weight] > 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class _Shape:
     input: torch.Size
     weight: torch.Size
     weight_id: int | None
+    uses: Counter[int]
     settings: tuple[Any, ...]
 
 
@@ -163,7 +165,8 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, u: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g, x = ctx.saved_tensors
-        wants_x = ctx.needs_input_grad[1] and ctx.shape.mode.needs_input(ctx.shape.weight_id)
+        shape = ctx.shape
+        wants_x = ctx.needs_input_grad[1] and shape.mode.needs_input(shape.weight_id, shape.uses)
         return (
             _Convolve.apply(x, u, ctx.shape) if ctx.needs_input_grad[0] else None,
             _InputGradient.apply(g, u, ctx.shape) if wants_x else None,
@@ -189,6 +192,6 @@ def _as_numbers(
 
 def _wants(ctx: Any, index: int) -> bool:
     """Tell whether the gradient of the input (0) or of the weight (1) is worth computing."""
-    mode, weight = ctx.shape.mode, ctx.shape.weight_id
-    asked = mode.needs_weight(weight) if index else mode.needs_input(weight)
+    mode, weight, uses = ctx.shape.mode, ctx.shape.weight_id, ctx.shape.uses
+    asked = mode.needs_weight(weight) if index else mode.needs_input(weight, uses)
     return bool(ctx.needs_input_grad[index] and asked)

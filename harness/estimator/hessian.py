@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -352,11 +353,19 @@ class BlockHessian:
                         f"block {block.name!r} names the parameter {part.parameter!r}, which "
                         f"{type(self._model).__name__} does not have"
                     )
+                if not self._parameters[part.parameter].requires_grad:
+                    raise UserError(
+                        f"block {block.name!r} names the parameter {part.parameter!r}, which is "
+                        "frozen; leave it out, or set its requires_grad"
+                    )
                 shape = self._parameters[part.parameter].shape
                 mask = taken.setdefault(part.parameter, torch.zeros(shape, dtype=torch.bool))
                 if part.of(mask).any():
                     raise UserError(f"block {block.name!r} overlaps another in {part.parameter!r}")
                 part.of(mask).fill_(True)
+        repeated = [name for name, n in Counter(b.name for b in self.blocks).items() if n > 1]
+        if repeated:
+            raise UserError(f"two blocks have the name {repeated[0]!r}; each needs its own")
 
 
 def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
@@ -375,6 +384,9 @@ def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
             "keep no generators, files or non-leaf tensors in it"
         ) from error
     clone.eval()
+    for module in clone.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # sparse gradients are the same, and have no second derivative
     if norm_mode == "train":
         for module in clone.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):

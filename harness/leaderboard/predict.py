@@ -45,16 +45,19 @@ def resolve(
         UserError: There is no such entry; the task is missing or superfluous; the model can't be
             built.
     """
+    if target.partition(":")[0].endswith(".py"):
+        raise UserError(f"{target!r} names a file; write module:factory and --registry FOLDER")
     if ":" not in target:
+        entry = registry.get(target, registry_dir=registry_dir)
         if task is not None:
             raise UserError(f"--task goes with a factory; the entry {target!r} has its own")
-        return registry.get(target, registry_dir=registry_dir)
+        return entry
     if task is None:
         raise UserError(f"{target!r} is no entry of the registry: pass --task, such as cifar10")
     from harness.submission.draft import check_size, draft
 
     folder = registry_dir or Path()
-    registry.entries(registry_dir=folder)  # makes the folder's modules importable
+    registry.make_importable(folder)
     entry, data = draft("target", target, task, folder=folder, data_root=data_root)
     check_size(entry, data)
     return entry

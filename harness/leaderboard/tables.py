@@ -13,10 +13,10 @@ import pandas as pd
 import spectra_db
 from harness.registry import entries
 from harness.registry.entry import partition_of
-from harness.submission.verified import verified_models
 from spectra_db import heterogeneity as measures
 from spectra_db.load import BUNDLED, optional
 from spectra_db.schema import SPECTRUM
+from spectra_db.verified import verified_models
 
 _SPECTRUM = list(SPECTRUM)
 # The settings of PROTOCOL's spectra; a folder may hold others beside them.

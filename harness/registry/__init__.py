@@ -12,7 +12,16 @@ from harness.errors import UserError
 from harness.registry import bert, cnn, gpt, mixer, mlp, paper, recurrent, vit
 from harness.registry.entry import TIERS, ModelEntry, Recipe
 
-__all__ = ["SUBMITTED", "TIERS", "ModelEntry", "Recipe", "defines_entries", "entries", "get"]
+__all__ = [
+    "SUBMITTED",
+    "TIERS",
+    "ModelEntry",
+    "Recipe",
+    "defines_entries",
+    "entries",
+    "get",
+    "make_importable",
+]
 
 # Entries that were submitted, one file each, as `harness add-model` writes them.
 SUBMITTED = Path(__file__).parent / "submitted"
@@ -38,8 +47,7 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
         folder = Path(registry_dir)
         if not folder.is_dir():
             raise UserError(f"--registry {folder} is not a folder")
-        if (here := str(folder.resolve())) not in sys.path:
-            sys.path.append(here)  # for networks in files beside the entries
+        make_importable(folder)  # for networks in files beside the entries
         found += _read_folder(folder)
     names = [entry.name for entry in found]
     doubles = sorted({name for name in names if names.count(name) > 1})
@@ -61,6 +69,12 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
     close = get_close_matches(name, known, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else "see `harness list`"
     raise UserError(f"unknown model {name!r}; {hint}")
+
+
+def make_importable(folder: Path) -> None:
+    """Let the modules of a folder be imported, after what is installed."""
+    if (here := str(folder.resolve())) not in sys.path:
+        sys.path.append(here)
 
 
 def defines_entries(path: Path) -> bool:
@@ -87,6 +101,9 @@ def _read_folder(folder: Path) -> list[ModelEntry]:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
+            strange = [entry for entry in module.ENTRIES if not isinstance(entry, ModelEntry)]
+            if strange:
+                raise UserError(f"{path}: ENTRIES holds {strange[0]!r}, which is no ModelEntry")
             found += module.ENTRIES
         except UserError:
             raise

@@ -158,6 +158,8 @@ class ModelEntry:
             if not set(getattr(self, attribute)) <= set(STAGES):
                 refuse(attribute, f"choose from {', '.join(STAGES)}")
             object.__setattr__(self, attribute, tuple(getattr(self, attribute)))
+            if len(set(getattr(self, attribute))) < len(getattr(self, attribute)):
+                refuse(attribute, "name each once")
         if not set(self.full_stages) <= set(self.stages):
             refuse("full_stages", "they must be among the stages")
         if self.recipe is None and self.stages != ("init",):

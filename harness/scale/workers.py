@@ -43,13 +43,18 @@ def run_in_workers(agenda: Agenda, execute: Execute, *, jobs: int, spread: bool 
     the GPUs, in turn.
     """
     suspects: list[Unit] = []
+    retried: set[Unit] = set()
     running: dict[Future[str | None], tuple[Unit, int]] = {}
     pool, slots = make_pool(jobs, spread)
     number = 0
     try:
         while True:
             refused: list[Unit] = []
-            while len(running) < (1 if suspects else jobs):
+            while len(running) < jobs:
+                if running and (suspects or any(unit in retried for unit, _ in running.values())):
+                    break
+                if suspects:
+                    retried.add(suspects[-1])
                 unit = suspects.pop() if suspects else agenda.start()
                 if unit is None:
                     break

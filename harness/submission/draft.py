@@ -104,7 +104,13 @@ def draft(
     if isinstance(task, ImageTask) and isinstance(side := source.options.get("img_size"), int):
         options["image_size"] = side  # the images are resized to what the model takes
         task = tasks.get(task_name, **options)
-    data = task.load(data_root)
+    try:
+        data = task.load(data_root)
+    except UserError:
+        raise
+    except Exception as error:  # of a task that is not ours
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"the task {task_text!r} can't load its data: {why}") from error
     check_factory(source, data, folder)
     given = {key: value for key, value in given.items() if value is not None}
     train_steps = given.pop("train_steps", None)

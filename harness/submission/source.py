@@ -79,7 +79,7 @@ def _literal(value: str) -> Any:
 
 
 def parse_source(text: str, task: Task) -> Source:
-    """Read `--from`; which head a transformers model gets is the task's matter.
+    """Read what names a model; which head a transformers model gets is the task's matter.
 
     Raises:
         UserError: The text has none of the three forms.
@@ -87,7 +87,7 @@ def parse_source(text: str, task: Task) -> Source:
     head, options = parse_options(text)
     place, _, name = head.partition(":")
     if not (place and name):
-        raise UserError(f"--from is {text!r}; {_FORMS}")
+        raise UserError(f"{text!r} names no model; {_FORMS}")
     if place == "timm":
         family = re.sub(r"\d\d+$", "", name.partition(".")[0].partition("_")[0])  # resnet18
         given = {"model_name": name, **options}
@@ -99,7 +99,7 @@ def parse_source(text: str, task: Task) -> Source:
             f"{_LIBRARIES}:transformers_model", given, name.replace("_", "-"), source, "Apache-2.0"
         )
     if not all(word.isidentifier() for word in [*place.split("."), name]):
-        raise UserError(f"--from is {text!r}; {_FORMS}")
+        raise UserError(f"{text!r} names no model; {_FORMS}")
     return Source(head, options, place.rpartition(".")[2].lower().replace("_", "-"), place, "")
 
 
@@ -120,14 +120,14 @@ def check_factory(source: Source, data: Data, folder: Path | None) -> None:
     try:
         place = import_module(module)
     except Exception as error:  # whatever a module does when it is imported
-        raise UserError(f"--from: {module} can't be imported: {_said(error)}") from error
+        raise UserError(f"{module} can't be imported: {_said(error)}") from error
     if not hasattr(place, attribute):
         close = get_close_matches(attribute, dir(place), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"--from: {module} has no {attribute!r}{hint}")
+        raise UserError(f"{module} has no {attribute!r}{hint}")
     factory = getattr(place, attribute)
     if not callable(factory):
-        raise UserError(f"--from: {source.factory} is no function or class, but {factory!r}")
+        raise UserError(f"{source.factory} is no function or class, but {factory!r}")
     try:
         named = inspect.signature(factory).parameters
     except ValueError:  # written in C
@@ -142,7 +142,7 @@ def check_factory(source: Source, data: Data, folder: Path | None) -> None:
     strange = [] if takes_any else [name for name in source.options if name not in usual]
     if strange:
         raise UserError(
-            f"--from: {source.factory} has no argument {strange[0]!r}; it takes "
+            f"{source.factory} has no argument {strange[0]!r}; it takes "
             f"{', '.join(usual) or 'none'}"
         )
     supplied = {*source.options, *data.model_options}
@@ -150,7 +150,7 @@ def check_factory(source: Source, data: Data, folder: Path | None) -> None:
     if required:
         example = "&".join(f"{name}=…" for name in required)
         raise UserError(
-            f"--from: {source.factory} needs {', '.join(required)}; the task supplies "
+            f"{source.factory} needs {', '.join(required)}; the task supplies "
             f"{', '.join(data.model_options)} by these names: pass the others as "
             f"'{source.factory}?{example}'"
         )
@@ -167,17 +167,17 @@ def _check_place(module: str, folder: Path | None) -> None:
     except (ImportError, ValueError):
         spec = None
     except Exception as error:  # of the package around it
-        raise UserError(f"--from: {module} can't be imported: {_said(error)}") from error
+        raise UserError(f"{module} can't be imported: {_said(error)}") from error
     origin = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
     if spec is None and not local:
         place = "is not installed" if folder is None else f"is neither installed nor in {folder}"
-        raise UserError(f"--from: the module {module} {place}")
+        raise UserError(f"the module {module} {place}")
     stays = origin is None or where in origin.parents or ROOT in origin.parents
     if spec is not None and (stays or origin not in local or Path(sys.prefix) in origin.parents):
         return
     remedy = "pass --registry ." if folder is None else f"put it into {folder}"
     raise UserError(
-        f"--from: {local[0].relative_to(here)} lies here, but not where the entry is to lie, so "
+        f"{local[0].relative_to(here)} lies here, but not where the entry is to lie, so "
         f"that other commands would not find it; {remedy}"
     )
 

@@ -30,8 +30,8 @@ from harness.registry import ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
 from harness.training.problem import load_problem
 from spectra_db import check, store
-from spectra_db.files import sha256_of, whole
-from spectra_db.release import release, swap
+from spectra_db.files import sha256_of, swap, whole
+from spectra_db.release import release
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 NAME = "submission.json"

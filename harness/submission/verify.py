@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from harness.estimator.spectrum import DTYPES
 from harness.registry import ModelEntry
 from harness.training import Problem, load_problem
 from harness.training.stages import STAGE_SEED, checkpoint_path
-from spectra_db import rules
+from spectra_db import rules, verified
 from spectra_db.files import sha256_of
 from spectra_db.load import optional
 
@@ -153,6 +154,23 @@ def verify_sample(
         checks.append(verify(row, entry, mine, **where))
     on_progress(len(rows), len(rows))
     return checks
+
+
+def mark_verified(root: Path, checks: Sequence[Check]) -> None:
+    """Note which models a sample was verified of, beside their tables.
+
+    Args:
+        root: Folder of tables.
+        checks: What came of a sample of its rows.
+
+    Raises:
+        UserError: The tables are not in a folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder of tables: what is verified is noted beside them")
+    wrong = {check.model for check in checks if check.outcome == "deviates"}
+    agreed = Counter(check.model for check in checks if check.outcome == "agrees")
+    verified.mark(root, agreed, wrong)
 
 
 def _check(row: dict[Any, Any], outcome: str, **found: Any) -> Check:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,28 +113,30 @@ def train(
     stage_rows: list[dict[str, Any]] = []
     scored = task.metric == "accuracy" and task.size(data, "test") > 0
     stage_at: dict[str, int] = {}
+    kept: AbstractContextManager[Path] = nullcontext(Path())
     if optimizer == "adamw" and checkpoint_dir is not None:
         stage_at = stages.stage_steps(entry.stages, recipe.num_steps)
+        kept = stages.replaced(stages.folder_of(checkpoint_dir, entry.name, seed))
 
     def keep_stages(step: int, loss: float) -> None:
         """Save the stages that fall on this step (in a tiny budget, two may)."""
         for stage in [name for name, at in stage_at.items() if at == step and math.isfinite(loss)]:
             facts = {"model": entry.name, "stage": stage, "step": step, "loss": loss}
             facts |= {"optimizer": optimizer, "lr": lr, "seed": seed}
-            path = stages.checkpoint_path(checkpoint_dir or "", entry.name, seed, stage)
+            path = folder / stages.file_name(stage)
             sha256 = stages.save(model, path, {**facts, "entry_hash": stages.entry_hash(entry)})
             score = evaluate_test(task, model, data, recipe, device)[1] if scored else None
             facts |= {"metric": score, "checkpoint_sha256": sha256}
             stage_rows.append(facts | {"protocol_version": PROTOCOL_VERSION})
 
-    keep_stages(0, init_loss)
     step, diverged = 0, False
     log_every = max(1, recipe.num_steps // NUM_LOGGED)
     update = make_optimizer(model, recipe, optimizer, lr)
     batches = task.batches(
         data, recipe.batch_size, torch.Generator().manual_seed(seed + _DATA_SEED)
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), kept as folder:
+        keep_stages(0, init_loss)
         torch.manual_seed(seed)  # dropout draws from the global generator
         model.train()
         while step < recipe.num_steps and not diverged:
@@ -164,10 +167,10 @@ def train(
                 model.train()
             if on_step is not None:
                 on_step(step, recipe.num_steps)
-
-    final_loss, final_score = (math.nan, None) if diverged else evaluate(task, model, subset, chunk)
-    if not diverged:
-        keep_stages(step, final_loss)
+        final_loss, final_score = math.nan, None
+        if not diverged:
+            final_loss, final_score = evaluate(task, model, subset, chunk)
+            keep_stages(step, final_loss)
     # Not training at all gives the initial loss, so an end above it has failed as surely as a nan.
     diverged = not final_loss <= init_loss
     if math.isfinite(final_loss) and task.size(data, "test"):

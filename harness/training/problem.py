@@ -57,6 +57,7 @@ def load_problem(
     *,
     data_root: Path | str | None = None,
     checkpoint_dir: Path | str | None = None,
+    sha256: str | None = None,
     batch_size: int | None = None,
 ) -> Problem:
     """Build the problem of an entry at a stage.
@@ -67,6 +68,7 @@ def load_problem(
         seed: of the initialisation and of the AdamW run whose stages are used.
         data_root: see `harness.tasks`.
         checkpoint_dir: where `train` saved the stages; also those of the pretraining.
+        sha256: what the hash of the stage's checkpoint must be, where it is known.
         batch_size: samples of the Hessian's batch; None: as many as the entry says.
 
     Raises:
@@ -92,7 +94,7 @@ def load_problem(
         model, step = stages.initial_model(entry, data.model_options, seed, checkpoint_dir), 0
     else:
         model = entry.build(data.model_options, seed)
-        step = int(stages.load(model, path, entry=entry)["step"])
+        step = int(stages.load(model, path, sha256=sha256, entry=entry)["step"])
     batch = task.fixed(data, "train", batch_size or entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
     batches = tasks.split(batch, microbatch_size)

@@ -11,7 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
-from spectra_db.files import sha256_of, whole
+from spectra_db.files import sha256_of, swap, whole
 
 # Fractions of the budget of steps at which each stage is taken.
 FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
@@ -52,9 +55,34 @@ def run_name(seed: int) -> str:
     return f"adamw-seed{seed}"
 
 
+def folder_of(checkpoint_dir: Path | str, model: str, seed: int) -> Path:
+    """Return the folder of the stages of a run."""
+    return Path(checkpoint_dir) / model / run_name(seed)
+
+
+def file_name(stage: str) -> str:
+    """Return the name of a stage's checkpoint."""
+    return f"{stage}.safetensors"
+
+
 def checkpoint_path(checkpoint_dir: Path | str, model: str, seed: int, stage: str) -> Path:
     """Return where the checkpoint of a stage lies."""
-    return Path(checkpoint_dir) / model / run_name(seed) / f"{stage}.safetensors"
+    return folder_of(checkpoint_dir, model, seed) / file_name(stage)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside a run's stages, which takes their place when the run has ended.
+
+    So the stages that lie there are of one run always, and of one that ended.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
+    try:
+        yield fresh
+        swap(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def initial_model(

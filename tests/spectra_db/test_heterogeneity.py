@@ -219,6 +219,7 @@ def test_probes_that_broke_down_have_no_truncation_error():
     atoms = [np.repeat([1.0, 2.0, 5.0], 200), np.repeat([1.0, 4.0], 300)]
     rows = slq_rows(atoms, 3, 10, np.random.default_rng(0))
     assert rows["breakdown"].all()
+    assert metrics(rows)["truncation_error"].max() == pytest.approx(0, abs=1e-10)
     # Asked for 10 steps by a third block.
     more = slq_rows([power_of_normal(500, 1.0)], 3, 10, np.random.default_rng(0))
     both = pd.concat([rows, more.assign(block="third")], ignore_index=True)

@@ -37,6 +37,13 @@ def test_everything_is_loaded_with_arrays_in_list_columns(source):
     assert all(isinstance(x, np.ndarray) and x.dtype == np.float64 for x in rows["nodes"])
 
 
+@pytest.mark.parametrize("filters", [{"probe": 0.5}, {"probe": 10**30}, {"method": "SLQ"}])
+def test_values_that_no_row_can_have_are_refused(source, filters):
+    with pytest.raises(NotFound, match=next(iter(filters))):
+        spectra_db.load("spectra", source=source, **filters)
+    assert len(spectra_db.load("spectra", source=source, probe=0.0, method="exact")) == 8
+
+
 def test_filters_take_a_value_or_several(source):
     load = spectra_db.load
     assert len(load("spectra", source=source, model="digits-cnn", stage="init")) == 2
@@ -150,21 +157,17 @@ def test_a_corrupt_file_is_refused_by_name(source, tmp_path):
         spectra_db.load("spectra", source=tmp_path)
 
 
-def test_importing_is_quick_and_takes_no_torch_nor_harness():
+def test_importing_takes_no_torch_nor_harness_nor_what_only_some_need():
     code = (
-        "import sys, time; t = time.process_time(); import spectra_db;"
-        "print(time.process_time() - t);"
+        "import sys; import spectra_db;"
         "print(*{m.split('.')[0] for m in sys.modules}, sep='\\n');"
         "assert callable(spectra_db.load) and callable(spectra_db.density);"
         "assert callable(spectra_db.plot.spectra)"
     )
-    best = float("inf")
-    for _ in range(5):  # processor time, but a busy machine slows that too
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds, *modules = answer.stdout.split()
-        assert not {"torch", "harness", "matplotlib", "huggingface_hub"} & set(modules)
-        best = min(best, float(seconds))
-    assert best < 0.5
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0
+    modules = set(answer.stdout.split())
+    assert not {"torch", "harness", "matplotlib", "huggingface_hub"} & modules
 
 
 def test_a_name_that_no_row_has_is_refused_and_one_that_other_rows_have_is_not(source):

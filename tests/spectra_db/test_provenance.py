@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from harness.cli import main
-from spectra_db import manifest
+from spectra_db import manifest, store
 from spectra_db.load import BUNDLED, NotFound, load
 from spectra_db.provenance import trace
 from spectra_db.release import release
@@ -20,6 +21,14 @@ def source(tmp_path_factory):
     root = tmp_path_factory.mktemp("tables")
     release(write_tables(root / "tables"), root / "data", "0.1.0")
     return root / "data"
+
+
+def test_checkpoints_are_those_of_the_spectrum_s_own_seed(source, tmp_path):
+    shutil.copytree(source, tmp_path / "tables", ignore=shutil.ignore_patterns("manifest.json"))
+    rows = load("stages", source=source, model="digits-cnn")
+    store.write(tmp_path / "tables", "stages", rows.assign(seed=2, checkpoint_sha256="1" * 64))
+    found = trace("digits-cnn", tmp_path / "tables")["spectra"]
+    assert {spectrum["checkpoint_sha256"] for spectrum in found} == {"0" * 64}
 
 
 def test_every_spectrum_leads_to_its_run_command_code_and_seeds(source):

@@ -175,6 +175,34 @@ def test_the_note_on_verified_models_is_bound_to_the_new_files(source, tmp_path)
     assert kept == {"digits-cnn": note | {"spectra_sha256": new}}
 
 
+@pytest.mark.parametrize(
+    "note", ["{", "[1]", '{"digits-cnn": 3}', '{"../x": {"spectra_sha256": ""}}']
+)
+def test_a_damaged_note_counts_as_none(source, tmp_path, note):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    (copy / "verified.json").write_text(note)
+    release(copy, tmp_path / "data", "0.1.0")
+    assert check.problems(tmp_path / "data") == []
+
+
+def test_a_model_without_its_row_is_refused(source, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    path = copy / "models" / "digits-cnn.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(InvalidTable, match="one per model"):
+        release(copy, tmp_path / "data", "0.1.0")
+
+
+def test_a_release_can_be_made_in_the_working_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    release(source, Path("data"), "0.1.0")
+    monkeypatch.chdir(tmp_path / "data")
+    release(Path(), Path(), "0.2.0")
+    assert check.problems(tmp_path / "data") == []
+
+
 def change_row(path, table, **changes):
     rows = store.read(path, table).to_pandas().assign(**changes)
     schema = TABLES[table]

@@ -132,12 +132,15 @@ def test_a_file_older_than_a_column_is_read_and_added_to(tmp_path):
     assert len(found) == 2
 
 
-def test_writing_again_replaces_rows_of_the_same_key(tmp_path):
-    store.write(tmp_path, "training", [training(), training(step=5)])
-    store.write(tmp_path, "training", [training(value=1.0), training(step=9)])
+def test_writing_a_run_again_replaces_it_whole_and_leaves_others(tmp_path):
+    store.write(tmp_path, "training", [training(), training(step=5), training(seed=2)])
+    store.write(tmp_path, "training", [training(value=1.0), training(step=3)])
     back = read(tmp_path, "training")
-    assert list(back["step"]) == [0, 5, 9]
-    assert list(back["value"]) == [1.0, 2.0, 2.0]
+    assert list(zip(back["seed"], back["step"], back["value"], strict=True)) == [
+        (training()["seed"], 0, 1.0),
+        (training()["seed"], 3, 2.0),
+        (2, 0, 2.0),
+    ]
 
 
 def test_new_probes_of_a_block_replace_all_of_its_old_ones(tmp_path):
@@ -195,11 +198,11 @@ def test_a_process_killed_before_the_rename_blocks_nobody(tmp_path):
 def test_processes_that_write_the_same_file_lose_no_row(tmp_path):
     code = (
         "for step in range(int(sys.argv[3]), int(sys.argv[3]) + 10):\n"
-        "    store.write(sys.argv[1], 'training', [row | {'step': step}])"
+        "    store.write(sys.argv[1], 'training', [row | {'seed': step}])"
     )
     workers = [process(code, tmp_path, training(), 10 * i) for i in range(3)]
     assert [worker.wait(60) for worker in workers] == [0, 0, 0]
-    assert list(read(tmp_path, "training")["step"]) == list(range(30))
+    assert list(read(tmp_path, "training")["seed"]) == list(range(30))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 import spectra_db
-from harness import spectra
+from harness import spectra, tasks
 from harness.campaign import run
 from harness.campaign.plan import Survey, Unit, missing, survey
 from harness.campaign.run import Job, execute, run_entries
@@ -27,7 +27,7 @@ from harness.estimator import estimate_spectra
 from harness.registry import ModelEntry, Recipe, get
 from harness.scale import workers
 from harness.spectra import Settings, take_spectrum
-from harness.training import load_problem
+from harness.training import load_problem, train
 from spectra_db import store
 from spectra_db.heterogeneity import spread
 
@@ -247,6 +247,43 @@ def test_weights_trained_by_hand_at_another_rate_are_not_taken_for_the_stages(tm
     assert list(missing(entry, tmp_path)) == []
 
 
+def test_a_training_that_is_stopped_leaves_the_stages_of_the_run_before(tmp_path):
+    entry, out = tiny(full_stages=()), tmp_path
+    do(out, entry)
+    before = {p: p.read_bytes() for p in (out / "checkpoints").rglob("*.safetensors")}
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run._train(Unit("tiny", "train", "adamw", 0.5, 1), job_of(out, entry), stop)
+    assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*.*")} == before
+
+
+def test_a_checkpoint_of_another_run_than_the_table_says_is_refused(tmp_path):
+    entry = tiny(full_stages=())
+    do(tmp_path, entry)
+    run._train(Unit("tiny", "train", "adamw", 0.5, 1), job_of(tmp_path / "other", entry))
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.move(tmp_path / "other" / "checkpoints", tmp_path / "checkpoints")
+    unit = Unit("tiny", "spectrum", stage="final", partition="weights")
+    with pytest.raises(UserError, match="does not have the sha256"):
+        run._take(unit, job_of(tmp_path, entry))
+
+
+def test_training_another_seed_leaves_the_spectra_of_the_stages(tmp_path):
+    entry = tiny(full_stages=())
+    do(tmp_path, entry)
+    rate = spectra_db.load("gaps", source=tmp_path)["adam_lr"].item()
+    data = tasks.get(entry.task, **entry.task_options).load(None)
+    for seed in (2, 1):
+        options = {"optimizer": "adamw", "lr": rate, "checkpoint_dir": tmp_path / "checkpoints"}
+        spectra.write_training(train(entry, data, seed=seed, **options), tmp_path)
+    assert set(spectra_db.load("stages", source=tmp_path)["seed"]) == {1, 2}
+    assert set(spectra_db.load("spectra", source=tmp_path)["status"]) <= {"ok", "zero"}
+
+
 def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
     other = Settings(num_probes=3, num_steps=3, device="cpu")
@@ -262,6 +299,33 @@ def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
     store.write(tmp_path, "spectra", rows[~torn])
     store.write(tmp_path, "heterogeneity", metrics[metrics["init_seed"] == 5])
     assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+
+
+def test_cheap_metrics_do_not_make_a_torn_spectrum_whole(tmp_path):
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    do(tmp_path, entry)
+    path = store.path_of(tmp_path, "spectra", "tiny")
+    rows = store.read(path, "spectra").to_pandas()
+    derived = store.path_of(tmp_path, "heterogeneity", "tiny")
+    metrics = store.read(derived, "heterogeneity").to_pandas()
+    path.unlink()
+    derived.unlink()
+    store.write(tmp_path, "spectra", rows[rows["block"] != rows["block"].iloc[0]])
+    store.write(tmp_path, "heterogeneity", metrics[metrics["metric"] == "gradient_rms_spread"])
+    assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+    store.write(tmp_path, "heterogeneity", metrics.assign(partition="all"))
+    assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+
+
+def test_fewer_probes_than_are_there_take_none_away(tmp_path):
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    problem = load_problem(entry)
+    for num_probes in (4, 3):
+        settings = Settings(num_probes=num_probes, num_steps=3, device="cpu")
+        rows = take_spectrum(problem, settings, tmp_path, command="")
+        stored = spectra_db.load("heterogeneity", source=tmp_path, metric="js0", scale="lambda10")
+        assert stored["corrected"].item() == pytest.approx(spectra_db.js0(rows).corrected)
+        assert rows["probe"].max() == 3
 
 
 def test_a_model_of_a_single_block_is_done_although_there_is_nothing_to_compare(tmp_path):
@@ -360,6 +424,54 @@ def test_a_worker_found_dead_when_work_is_handed_out_stops_nothing(tmp_path, mon
     assert not failed
     assert len(started) == 2
     assert list(missing(entry, tmp_path)) == []
+
+
+def test_a_unit_that_may_have_killed_its_worker_is_tried_again_alone(tmp_path, monkeypatch):
+    units = [Unit("m", "train", "sgd", 0.1, seed) for seed in range(6)]
+    running: list[Unit] = []
+    deaths = {units[0]: 0}
+
+    class Pool:
+        def __init__(self) -> None:
+            self.futures: list[Future[None]] = []
+
+        def submit(self, call: object, execute: object, unit: Unit, number: int) -> Future[None]:
+            running.append(unit)
+            self.futures.append(future := Future())
+            if unit == units[0]:
+                deaths[unit] += 1
+                for each in self.futures:
+                    if not each.done():
+                        each.set_exception(BrokenProcessPool())
+            elif units[0] not in running:
+                future.set_result(None)
+                running.remove(unit)
+            return future
+
+        def shutdown(self, **options: object) -> None:
+            running.clear()
+
+    class Agenda:
+        def __init__(self) -> None:
+            self.todo, self.done = list(units), []
+
+        def start(self) -> Unit | None:
+            return self.todo.pop(0) if self.todo else None
+
+        def settle(self, unit: Unit, reason: str | None) -> None:
+            self.done.append(unit)
+
+        def lost(self, unit: Unit) -> None:
+            assert unit == units[0]
+
+        def wait(self) -> bool:
+            return False
+
+    agenda = Agenda()
+    monkeypatch.setattr(workers, "make_pool", lambda jobs, spread: (Pool(), []))
+    workers.run_in_workers(agenda, lambda unit: None, jobs=2)
+    assert sorted(agenda.done, key=units.index) == units[1:]
+    assert deaths[units[0]] == 2
 
 
 def runs(pid: str) -> bool:

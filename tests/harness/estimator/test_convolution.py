@@ -85,6 +85,27 @@ def test_products_through_convolutions_equal_the_dense_hessian(name, partition):
             assert (hessian.dense(i) - H).norm() <= 1e-10 * max(H.norm(), 1e-3)
 
 
+def test_a_weight_may_be_used_oftener_in_one_batch_than_in_another():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 1)
+
+        def forward(self, x):
+            for _ in range(x.shape[2]):
+                x = self.conv(x).tanh()
+            return x.sum(2)
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 2, 3), (2, 2, 1)]
+    labels = torch.tensor([0, 1])
+    batches = [(torch.randn(s, generator=generator, dtype=torch.float64), labels) for s in sizes]
+    model = Recurrent().double()
+    found = block_hessian(model, cross_entropy, batches, find_blocks(model)).dense(0)
+    each = [dense_hessian(model, cross_entropy, b, "weights")[1][0] for b in batches]
+    torch.testing.assert_close(found, (each[0] + each[1]) / 2)
+
+
 @pytest.mark.parametrize("padding", [1, "same"])
 def test_a_product_costs_two_convolutions_a_layer_behind_and_two_in_the_block(padding):
     """At the block: forward with v, and the weight's gradient; behind it one up, one down."""

@@ -164,6 +164,44 @@ def test_dropout_left_on_by_hand_is_found_and_named():
         block_hessian(model, cross_entropy, [batch], find_blocks(model))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_randomness_is_found_however_small_the_loss(scale):
+    dropout = nn.Dropout()
+    dropout.eval = lambda: dropout
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), dropout).double()
+    _, batch = problem("mlp")
+    loss = lambda m, b: scale * F.cross_entropy(F.dropout(m(b[0])), b[1])  # noqa: E731
+    with pytest.raises(UserError, match="random numbers are drawn"):
+        block_hessian(model, loss, [batch], find_blocks(model))
+
+
+def test_a_batch_without_terms_counts_for_nothing():
+    model, (x, y) = problem("mlp")
+    loss = lambda m, b: (  # noqa: E731
+        F.cross_entropy(m(b[0]), b[1], ignore_index=-1, reduction="sum") / count(b)
+    )
+    count = lambda b: max(1, int((b[1] >= 0).sum()))  # noqa: E731
+    terms = lambda b: int((b[1] >= 0).sum())  # noqa: E731
+    blocks = find_blocks(model)
+    masked = [(x, y), (x, torch.full_like(y, -1))]
+    hessian = block_hessian(model, loss, masked, blocks, batch_weights=terms)
+    expected = block_hessian(model, loss, [(x, y)], blocks).dense(0)
+    torch.testing.assert_close(hessian.dense(0), expected)
+
+
+def test_a_caller_without_gradients_and_sparse_embeddings_change_nothing():
+    tokens, labels = torch.arange(6) % 5, torch.arange(6) % 3
+    loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    expected = block_hessian(model, loss, [(tokens, labels)], find_blocks(model)).dense(0)
+    model[0].sparse = True
+    with torch.no_grad():
+        hessian = block_hessian(model, loss, [(tokens, labels)], find_blocks(model))
+        with fixed_arithmetic(model):
+            assert torch.equal(hessian.dense(0), expected)
+    assert model[0].sparse
+
+
 def test_dependence_on_batch_mates_is_found():
     class Centred(nn.Module):
         def __init__(self):
@@ -239,6 +277,12 @@ def test_overlapping_and_unknown_blocks_are_refused():
     block = find_blocks(model)[0]
     with pytest.raises(UserError, match="overlaps"):
         block_hessian(model, cross_entropy, [batch], [block, block])
+    twins = [Block("w", "mlp", (Part(f"{i}.weight"),), 1, (1,)) for i in (1, 3)]
+    with pytest.raises(UserError, match="two blocks have the name 'w'"):
+        block_hessian(model, cross_entropy, [batch], twins)
+    model.get_parameter(block.parts[0].parameter).requires_grad_(False)
+    with pytest.raises(UserError, match="is frozen"):
+        block_hessian(model, cross_entropy, [batch], [block])
     unknown = Block("x", "mlp", (Part("x"),), 1, (1,))
     with pytest.raises(UserError, match="does not have"):
         block_hessian(model, cross_entropy, [batch], [unknown])

@@ -13,8 +13,7 @@ from harness.cli import main
 from harness.leaderboard import report, statistics, tables
 from harness.leaderboard.export import export
 from harness.leaderboard.model_page import charts
-from harness.submission.verified import mark_verified
-from harness.submission.verify import Check
+from harness.submission.verify import Check, mark_verified
 from spectra_db import store
 from spectra_db.load import BUNDLED
 from tests.harness.leaderboard.tables import gap_row, made_up, model_row

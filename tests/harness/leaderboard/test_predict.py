@@ -97,6 +97,7 @@ def test_a_factory_with_a_task_is_predicted_without_an_entry(folder, tmp_path, m
         "    return nn.Sequential(nn.Flatten(), nn.Linear(image_size ** 2, 16), nn.Tanh(),\n"
         "                         nn.Linear(16, num_classes))\n"
     )
+    (tmp_path / "other.py").write_text("raise SystemExit('executed')\nENTRIES = ()\n")
     result = call("nets:two_layers", "--task", "digits", "--source", folder, "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
@@ -110,6 +111,9 @@ def test_a_factory_with_a_task_is_predicted_without_an_entry(folder, tmp_path, m
         (["resnet8-cifar"], "did you mean resnet8-cifar10"),
         (["timm:resnet18"], "pass --task"),
         (["cnn-digits", "--task", "mnist"], "has its own"),
+        (["nets.py", "--task", "digits"], "write module:factory and --registry FOLDER"),
+        (["nets.py:factory", "--task", "digits"], "names a file; write module:factory"),
+        (["nothere", "--task", "digits"], "unknown model"),
         (["nowhere:factory", "--task", "digits"], "neither installed nor in"),
     ],
 )

@@ -95,7 +95,7 @@ def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole, monkeypatch):
 
 def test_a_run_leaves_the_checkpoints_alone_that_another_is_writing(tmp_path):
     job = job_of(tmp_path, tiny())
-    writing = job.checkpoints / "tiny" / "adamw-seed1" / ".p10.tmp"
+    writing = job.checkpoints / "tiny" / ".adamw-seed1-other.tmp" / "p10.safetensors"
     writing.parent.mkdir(parents=True)
     writing.touch()
     run._train(Unit("tiny", "train", "sgd", 0.1, STAGE_SEED), job)

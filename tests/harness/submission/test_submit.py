@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 import spectra_db
 from harness.cli import main
 from harness.submission import submit
-from harness.submission.verified import verified_models
 from spectra_db import store
+from spectra_db.verified import verified_models
 from tests.spectra_db import hub_server
 
 NAME = "net"

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 import spectra_db
 from harness.cli import main
 from harness.registry import get
-from harness.submission.verified import verified_models
 from harness.submission.verify import sample_rows, verify, verify_sample
 from spectra_db import store
+from spectra_db.verified import verified_models
 
 
 @pytest.fixture(scope="module")

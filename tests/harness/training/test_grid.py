@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -93,10 +91,3 @@ def test_where_all_diverge_the_grid_descends(recipe: Recipe) -> None:
 def test_another_optimizer_is_an_error(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="choose sgd or adamw"):
         grid.learning_rates(recipe, "adam")
-
-
-def test_grid_and_gap_import_no_torch() -> None:
-    code = (
-        "import sys, harness.training.grid, harness.training.gap; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

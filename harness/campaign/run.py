@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import tasks
 from harness.campaign.locks import claim
@@ -31,6 +31,9 @@ from harness.training.gap import gap
 from harness.training.stages import STAGE_SEED, run_name
 from spectra_db import store
 from spectra_db.schema import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from harness.training import Problem
 
 log = logging.getLogger(__name__)
 
@@ -267,37 +270,34 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
 
 def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Take one spectrum."""
-    from harness.training import load_problem
-
-    entry = job.entries[unit.model]
-    problem = load_problem(
-        entry,
-        unit.stage,
-        unit.seed,
-        data_root=job.data_root,
-        checkpoint_dir=job.checkpoints,
-        sha256=checkpoint_sha256(job.out, unit.model, unit.stage, unit.seed),
-    )
-    settings = settings_of(entry, unit.partition, job.device)
+    settings = settings_of(job.entries[unit.model], unit.partition, job.device)
+    problem = _problem(unit, job)
     take_spectrum(problem, settings, job.out, command=job.command, on_progress=on_progress)
 
 
 def _take_moments(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Take the metrics that need few products on the entry's larger batch."""
     from harness.measure import take_moments
-    from harness.training import load_problem
 
     entry = job.entries[unit.model]
-    problem = load_problem(
-        entry,
+    settings = settings_of(entry, entry.partition, job.device)
+    problem = _problem(unit, job, batch_size=entry.moments_batch_size)
+    take_moments(problem, settings, job.out, command=job.command, on_progress=on_progress)
+
+
+def _problem(unit: Unit, job: Job, *, batch_size: int | None = None) -> Problem:
+    """Load the model of a unit at its stage, from the checkpoint that the tables name."""
+    from harness.training import load_problem
+
+    return load_problem(
+        job.entries[unit.model],
         unit.stage,
         unit.seed,
         data_root=job.data_root,
         checkpoint_dir=job.checkpoints,
-        batch_size=entry.moments_batch_size,
+        sha256=checkpoint_sha256(job.out, unit.model, unit.stage, unit.seed),
+        batch_size=batch_size,
     )
-    settings = settings_of(entry, entry.partition, job.device)
-    take_moments(problem, settings, job.out, command=job.command, on_progress=on_progress)
 
 
 def _write_failed(unit: Unit, job: Job, reason: str) -> None:

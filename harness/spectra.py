@@ -66,10 +66,9 @@ def forecast_of(
     num_probes: int,
     num_steps: int,
     *,
-    blocks: list[Block] | None = None,
     exact_size: int | None = None,
 ) -> Forecast:
-    """Return what a spectrum of a problem, or of some blocks of it, costs.
+    """Return what a spectrum of a problem costs.
 
     Found from one product per block on one sample; `exact_size` as in `estimate_spectra`.
     """
@@ -79,7 +78,7 @@ def forecast_of(
         problem.model,
         problem.loss_fn,
         problem.batches,
-        blocks_of(problem, partition) if blocks is None else blocks,
+        blocks_of(problem, partition),
         num_probes=num_probes,
         num_steps=num_steps,
         exact_size=EXACT_SIZE if exact_size is None else exact_size,
@@ -94,6 +93,7 @@ def take_spectrum(
     command: str,
     on_progress: Callable[[int, int], None] | None = None,
     together: Team | None = None,
+    cost: Forecast | None = None,
     only: Collection[str] = (),
 ) -> pd.DataFrame:
     """Compute what is missing of a problem's spectrum and write it block by block.
@@ -108,6 +108,7 @@ def take_spectrum(
         command: What the table `runs` says of how it was started.
         on_progress: Called with (products done, products in all).
         together: The processes that share the work, if there are several.
+        cost: What all blocks cost, by which process 0 divides the work.
         only: Blocks to take alone, without what is derived of all of them; empty: all.
 
     Returns:
@@ -128,11 +129,6 @@ def take_spectrum(
 
         names = together.agree([block.name for block in todo])
         todo = [block for block in blocks if block.name in names]
-
-        def cost() -> Forecast:
-            numbers = (settings.num_probes, settings.num_steps)
-            return forecast_of(problem, settings.partition, *numbers, blocks=todo)
-
         estimate = partial(estimate_together, together, cost)
     if not todo and on_progress is not None:
         on_progress(0, 0)

@@ -125,6 +125,7 @@ def spectrum(
     parts = halves(problem, chosen) if batch_error else None
     with team(str(chosen.device), share) as together:
         leads = together is None or together.leads
+        cost = None
         if leads:
             cost = forecast_of(problem, chosen.partition, chosen.num_probes, chosen.num_steps)
             click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
@@ -142,6 +143,7 @@ def spectrum(
                 command=command_line(),
                 on_progress=on_progress,
                 together=together,
+                cost=cost,
             )
     if not leads:
         return

@@ -138,7 +138,7 @@ def team(device: str, way: str = "auto") -> Iterator[Team | None]:
 
 def estimate_together(
     together: Team,
-    cost: Callable[[], Forecast],
+    cost: Forecast | None,
     *problem: Any,
     blocks: Sequence[Block],
     num_probes: int,
@@ -153,7 +153,7 @@ def estimate_together(
 
     Args:
         together: The processes.
-        cost: Forecasts the cost of the blocks; called in process 0.
+        cost: What the blocks, and maybe others, cost; given in process 0 alone.
         *problem: Model, loss and batches, as in `estimate_spectra`; as all that follows the same
             in all processes.
         blocks: What to take.
@@ -174,9 +174,9 @@ def estimate_together(
         own = torch.device(together.device).type == "cuda"
         memory_budget = memory // (1 if own else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     parts: list[Probes] | None = None
-    if together.leads:
+    if cost is not None:
         parts = divide(
-            cost(),
+            cost,
             blocks,
             num_probes,
             num_steps,
@@ -312,11 +312,12 @@ def divide(
     """
     pairs: list[tuple[str, int, float]] = []
     traffic = 0.0
-    for block, flops in zip(blocks, cost.block_flops, strict=True):
+    flops_of = dict(zip(cost.block_names, cost.block_flops, strict=True))
+    for block in blocks:
         exact = block.num_params <= exact_size
         products = block.num_params if exact else num_steps
         probes = 1 if exact else num_probes
-        pairs += [(block.name, probe, flops * products) for probe in range(probes)]
+        pairs += [(block.name, probe, flops_of[block.name] * products) for probe in range(probes)]
         traffic += 4 * block.num_params * products * probes  # bytes of float32
     weights = [weight for *_, weight in pairs]
     parts: list[Probes] = [{} for _ in range(size)]

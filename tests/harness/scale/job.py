@@ -58,10 +58,9 @@ def main(folder: Path) -> None:
         model, batches, settings = inputs(case)
         numbers = {name: settings[name] for name in ("num_probes", "num_steps")}
         blocks: list[pd.DataFrame] = []
-
-        def cost(model=model, batches=batches, settings=settings, numbers=numbers):
-            return forecast(model, cross_entropy, batches, settings["blocks"], **numbers)
-
+        cost = None
+        if together.leads:
+            cost = forecast(model, cross_entropy, batches, settings["blocks"], **numbers)
         together.way = way
         rows = estimate_together(
             together, cost, model, cross_entropy, batches,

@@ -113,7 +113,8 @@ def blocks_of(*sizes: int) -> list[Block]:
 
 
 def cost_of(*flops: int, passes: int = 0, product_bytes: int = 0) -> Forecast:
-    return Forecast(0, 0, passes, 0, flops, product_bytes=product_bytes)
+    names = tuple(f"b{i}" for i in range(len(flops)))
+    return Forecast(0, 0, passes, 0, flops, names, product_bytes=product_bytes)
 
 
 def test_probes_are_divided_by_cost_and_blocks_stay_whole_but_at_the_cuts():

@@ -23,8 +23,9 @@ _WORDS = {
 }
 # Columns of names that the data decide: one that no row has is misspelt, or not there.
 _NAMES = (
-    *("block", "block_kind", "dtype", "family", "kind", "method", "metric", "norm_mode"),
-    *("operator", "optimizer", "probe_distribution", "scale", "split", "statistic", "task", "tier"),
+    *("block", "block_kind", "dtype", "family", "kind", "left_out", "method", "metric"),
+    *("norm_mode", "operator", "optimizer", "probe_distribution", "scale", "split", "statistic"),
+    *("task", "tier"),
 )
 
 
@@ -75,7 +76,8 @@ def load(
         if column not in names:
             raise NotFound(f"table {table} has no column {column!r}; {hint(column, names)}")
     wanted = _values(filters["model"]) if "model" in filters else None
-    folder = _folder(source, revision, table, wanted)
+    files = [f"{table}/{model}.parquet" for model in wanted or ["*"]]
+    folder = folder_of(source, revision, files)
     known = manifest.read(folder)
     # By the names of the models, as in the key: "a" before "a-b".
     paths = sorted(_paths(folder, table, known), key=lambda path: path.stem)
@@ -155,10 +157,20 @@ def _values(value: Any) -> list[Any]:
     return list(dict.fromkeys(value if several else [value]))
 
 
-def _folder(
-    source: Path | str | None, revision: str | None, table: str, models: list[Any] | None
+def folder_of(
+    source: Path | str | None, revision: str | None = None, paths: Sequence[str] = ()
 ) -> Path:
-    """Return the local folder of a source, downloading some models' rows of a Hub's table."""
+    """Return the local folder of a source.
+
+    Args:
+        source: As of `load`.
+        revision: As of `load`.
+        paths: Patterns of the files that will be read, which are downloaded from the Hub beside
+            card and manifest.
+
+    Raises:
+        NotFound, HubError: As `load`.
+    """
     if source is None and not any(BUNDLED.glob("*/*.parquet")):
         raise NotFound(
             "no release is bundled with this version yet; give source=DIR (a folder that "
@@ -175,8 +187,7 @@ def _folder(
         raise NotFound(f"source {str(source)!r} is neither a folder nor a Hub id like owner/name")
     from spectra_db import hub
 
-    paths = [f"{table}/{model}.parquet" for model in models or ["*"]]
-    return hub.fetch(str(source), revision, paths)
+    return hub.fetch(str(source), revision, list(paths))
 
 
 def _revisions(known: manifest.Manifest) -> tuple[str, str]:

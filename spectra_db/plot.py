@@ -35,6 +35,7 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
     """
     from matplotlib.patches import Patch
 
+    _check_columns(rows, "spectra", "block", "block_kind", "status")
     blocks = rows.drop_duplicates("block").set_index("block")
     densities = density(rows, scale=scale, sigma=sigma)
     figure, axes, columns = _panels(blocks, 1.5 * float(densities.to_numpy().max()), scale)
@@ -71,6 +72,8 @@ def stages(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) 
     """
     from matplotlib import colormaps
 
+    used = ("block", "block_kind", "status", "stage", "progress", "step")
+    _check_columns(rows, "spectra", *used)
     order = rows.sort_values(["progress", "step"])["stage"].drop_duplicates()
     parts = {stage: rows[rows["stage"] == stage] for stage in order}
     densities = {stage: density(part, scale=scale, sigma=sigma) for stage, part in parts.items()}
@@ -140,8 +143,7 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     if len(models) > 1:
         raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
     used = ("model", "seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
-    if absent := [column for column in used if column not in rows]:
-        raise ValueError(f"the rows have no column {absent[0]!r}; pass rows of table training")
+    _check_columns(rows, "training", *used)
     seed = rows["seed"].min()
     losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)].sort_values("step")
     finals = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]
@@ -167,6 +169,12 @@ def training_curves(rows: pd.DataFrame) -> Figure:
         axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("loss of the minibatch")
     return figure
+
+
+def _check_columns(rows: pd.DataFrame, table: str, *columns: str) -> None:
+    """Raise ValueError if rows are not whole rows of a table."""
+    if absent := [column for column in columns if column not in rows]:
+        raise ValueError(f"the rows have no column {absent[0]!r}; pass whole rows of table {table}")
 
 
 def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[Axes], int]:

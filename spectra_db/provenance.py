@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 
 from spectra_db import manifest
-from spectra_db.load import BUNDLED, load, optional
+from spectra_db.load import folder_of, load, optional
 from spectra_db.manifest import Manifest
 from spectra_db.schema import STAGES
 
 # The reading that the leaderboard shows first.
 _READING = {"metric": "js0", "scale": "lambda10"}
+_MODELS = "leaderboard/models.csv"
 
 
 def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
@@ -40,8 +41,8 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
     measured = optional("heterogeneity", source, model=model, **_READING)
     spectra = optional("spectra", source, model=model)
     stages = optional("stages", source, model=model)
-    folder = BUNDLED if source is None else Path(source)
-    release = manifest.read(folder) if folder.is_dir() else None
+    folder = folder_of(source, paths=[_MODELS])
+    release = manifest.read(folder)
     measured = measured.sort_values("stage", key=lambda stage: stage.map(STAGES.index))
     return {
         "version": None if release is None else release.version,
@@ -67,11 +68,10 @@ def _entered(folder: Path, release: Manifest | None, model: str) -> list[dict[st
 
     Of models whose blocks include biases the leaderboard takes the measure over the weights alone.
     """
-    path = "leaderboard/models.csv"
-    if release is None or path not in release.files:
+    if release is None or _MODELS not in release.files:
         return []
-    manifest.check_file(folder, release, path)
-    rows = pd.read_csv(folder / path)
+    manifest.check_file(folder, release, _MODELS)
+    rows = pd.read_csv(folder / _MODELS)
     ours = (rows[["model", *_READING]] == pd.Series({"model": model, **_READING})).all(axis=1)
     columns = ["stage", "partition", *_READING, "sigma", "estimate", "standard_error", "enters"]
     rows = rows.loc[ours, columns].sort_values("stage", key=lambda s: s.map(STAGES.index))

@@ -15,7 +15,8 @@ from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 _HEADING = (
-    "# Changelog of the data\n\nMAJOR: protocol or schema; MINOR: models or columns; PATCH: text.\n"
+    "# Changelog of the data\n\n"
+    "MAJOR: protocol or schema; MINOR: models or columns; PATCH: text or corrections.\n"
 )
 _COUNTS = "- Holds "
 
@@ -41,7 +42,7 @@ def release(
         version: MAJOR.MINOR.PATCH, no lower than that of the release at `out`.
         models: Models to take; None for all of table `models`.
         notes: Lines for the changelog.
-        derive: Writes derived tables into a folder of tables.
+        derive: Writes the derived table `leaderboard` into a folder of tables.
 
     Raises:
         InvalidRelease: The version is lower, `out` is something else, or there are no models.
@@ -126,13 +127,14 @@ def _earlier(out: Path) -> Manifest | None:
 
 
 def _copy(source: Path, staging: Path, models: Collection[str]) -> None:
-    """Copy the tables of some models, and the note on which of them were verified."""
+    """Copy the tables of some models, and the note on which of them were verified.
+
+    Table `leaderboard` is of all models that a folder holds, and so never another folder's.
+    """
     for table in TABLES:
         for path in sorted((source / table).glob("*.parquet")):
-            if path.stem in models or table == "leaderboard":
+            if path.stem in models:
                 store.rewrite(path, staging / table / path.name, table)
-    for path in sorted((source / "leaderboard").glob("*.csv")):
-        shutil.copyfile(path, staging / "leaderboard" / path.name)
     verified.copy(source, staging)
 
 
@@ -146,14 +148,15 @@ def _changelog(
     files = describe_files(staging)
     now = Manifest(version, PROTOCOL_VERSION, files)
     path = out / manifest.CHANGELOG
-    text = path.read_text(encoding="utf-8") if path.exists() else _HEADING
-    heading, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    lines = [f"- {note}" for note in notes]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    lines = [f"- {note}" for note in dict.fromkeys(notes)]
     date = f"{datetime.now(UTC):%Y-%m-%d}"
     if sections and sections[0].startswith(f"## {version} "):
         title, *old = sections.pop(0).strip().splitlines()
         date = title.split()[-1].strip("()")
-        lines = [line for line in old if line and not line.startswith(_COUNTS)] + lines
+        kept = [line for line in old if line and not line.startswith(_COUNTS)]
+        lines = kept + [line for line in lines if line not in kept]
     elif before is not None:
         added = sorted(set(now.models()) - set(before.models()))
         gone = sorted(set(before.models()) - set(now.models()))
@@ -162,4 +165,4 @@ def _changelog(
     counts = ", ".join(f"{count:,} rows of {table}" for table, count in now.rows().items())
     lines.append(f"{_COUNTS}{len(now.models())} models: {counts}.")
     section = "\n".join([f"## {version} ({date})", "", *lines, ""])
-    return "\n".join([heading.rstrip() + "\n", section, *(s.rstrip() + "\n" for s in sections)])
+    return "\n".join([_HEADING, section, *(s.rstrip() + "\n" for s in sections)])

@@ -77,8 +77,6 @@ def choice(name: str, *choices: str) -> Callable[[Any], Any]:
 def writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Return the folder; make sure, writing nothing yet, that it can be made and written to."""
     if value is None:
-        if not ctx.params.get("dry_run"):
-            raise click.MissingParameter(ctx=ctx, param=param)
         return None
     existing = next(path for path in [value, *value.absolute().parents] if path.exists())
     try:
@@ -86,6 +84,13 @@ def writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> 
             return value
     except OSError as error:
         raise UserError(f"--out {value} can't be written to: {error.strerror}") from error
+
+
+def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Return the folder as `writable` does; without --dry-run there must be one."""
+    if value is None and not ctx.params.get("dry_run"):
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return writable(ctx, param, value)
 
 
 def options(*names: str) -> Callable[[Any], Any]:
@@ -105,7 +110,7 @@ def options(*names: str) -> Callable[[Any], Any]:
         "out": click.option(
             "--out",
             type=click.Path(path_type=Path),
-            callback=writable,
+            callback=_needed,
             help="Folder that the tables are written to.  [required]",
         ),
         "source": click.option(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import main, options
+from harness.cli.base import main, options, writable
 from harness.errors import UserError
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -26,7 +26,7 @@ def dataset() -> None:
     "--version",
     required=True,
     metavar="X.Y.Z",
-    help="MAJOR protocol or schema, MINOR models or columns, PATCH text.",
+    help="MAJOR protocol or schema, MINOR models or columns, PATCH text or corrections.",
 )
 @click.option("--note", "notes", multiple=True, help="A line for the data's changelog.")
 @options("out", "registry")
@@ -154,7 +154,10 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 @click.argument("repo")
 @click.option("--revision", help="Tag, branch or commit.  [default: main]")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to put a copy in."
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=writable,
+    help="Folder to put a copy in.",
 )
 def pull(repo: str, revision: str | None, out: Path | None) -> None:
     """Download a release from the Hugging Face Hub and check it; offline it is there afterwards."""

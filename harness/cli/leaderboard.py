@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from harness.cli.base import device_of, main, options
+from harness.cli.base import device_of, main, options, writable
 
 
 @main.command()
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
+    callback=writable,
     help="Folder to write leaderboard/all.parquet, leaderboard.csv and models.csv to.",
 )
 @click.option(
@@ -56,11 +57,13 @@ def leaderboard(
         if page is not None:
             report.write_part(page, block(board, data))
             click.echo(f"written: {page}", err=True)
+    measured = statistics.measurements(data.models, data.heterogeneity, data.gaps)
+    said = report.sentences(board, measured)
     if as_json:
         facts: dict[str, Any] = {
             "updated": None if data.updated is None else data.updated.isoformat(),
             "protocol_version": PROTOCOL_VERSION,
-            "statements": report.sentences(board),
+            "statements": said,
             "leaderboard": json.loads(board.to_json(orient="records", double_precision=15)),
             "pending": data.pending.to_dict("records"),
         }
@@ -68,7 +71,7 @@ def leaderboard(
         return
     shown = {c: report.COLUMNS[c] for c in ("spearman", "auc")}
     print_leaderboard(report.ranking(board, stage), shown, stage)
-    for sentence in report.sentences(board):
+    for sentence in said:
         click.echo(f"- {sentence}")
     click.echo(f"data: {data.age}; {len(data.pending)} models pending (--json lists them)")
 

@@ -16,7 +16,7 @@ COLUMNS = [
     *("model", "family", "tier", "task", "num_params", "stage", "partition"),
     *("metric", "scale", "sigma", "estimate", "standard_error", "truncation_error"),
     *("num_products", "block_products", "gap", "gap_standard_error", "gap_ci_low", "gap_ci_high"),
-    *("adam_needed", "provenance", "enters"),
+    *("sgd_loss", "init_loss", "at_edge", "adam_needed", "provenance", "enters"),
 ]
 
 

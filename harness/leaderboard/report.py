@@ -12,7 +12,7 @@ import pandas as pd
 from harness.errors import UserError
 from harness.leaderboard import classifier
 from harness.leaderboard.statistics import REFERENCE, TIERS, measurements
-from harness.leaderboard.tables import Dataset
+from harness.leaderboard.tables import Dataset, natural_key
 from spectra_db.files import whole
 from spectra_db.schema import STAGES
 
@@ -97,11 +97,16 @@ def ranking(
     return sorted(table, key=lambda row: -abs(_known(row["spearman"].value)))
 
 
-def sentences(board: pd.DataFrame) -> list[str]:
+def sentences(board: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     """Say what the statistics answer, in a few sentences; one says so if there are too few models.
 
     The questions: does JS⁰ at initialisation predict the gap; does a measure for a hundredth of its
-    products do as well; how does heterogeneity change in training.
+    products do as well; how does heterogeneity change in training; which gaps are known less well
+    than their errors say.
+
+    Args:
+        board: Table `leaderboard`.
+        measured: The `measurements` that it is of.
     """
     rows = {(row["metric"], row["scale"]): row for row in ranking(board)}
     js0 = rows.get(REFERENCE)
@@ -130,7 +135,7 @@ def sentences(board: pd.DataFrame) -> list[str]:
         f"majority's answer has {js0['accuracy_majority']}.",
         _cheap(rows, js0["num_products"]),
     ]
-    return said + _stages(board)
+    return [*said, *_stages(board), *_edges(measured)]
 
 
 def readme_block(board: pd.DataFrame, data: Dataset) -> str:
@@ -144,7 +149,8 @@ def readme_block(board: pd.DataFrame, data: Dataset) -> str:
     if not rows:
         lines = []
     day = "unknown date" if data.updated is None else f"{data.updated:%Y-%m-%d}"
-    said = "\n".join(f"- {sentence}" for sentence in sentences(board))
+    measured = measurements(data.models, data.heterogeneity, data.gaps)
+    said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
     caption = (
         f"Correlations with the SGD-Adam gap, 95 % intervals in brackets; data of {day}. "
         "What each column means is in [docs/leaderboard.md](docs/leaderboard.md)."
@@ -278,6 +284,26 @@ def _stages(board: pd.DataFrame) -> list[str]:
         "In training under AdamW JS⁰ is, relative to initialisation (geometric mean over "
         f"{count} models), {', '.join(parts)}."
     ]
+
+
+def _edges(measured: pd.DataFrame) -> list[str]:
+    """Name the models whose best learning rate is at the edge of its grid, or that have none."""
+    models = measured[measured["enters"] & (measured["stage"] == "init")]
+    models = models.drop_duplicates("model").sort_values("model", key=lambda s: s.map(natural_key))
+    edge = models.loc[models["at_edge"].astype(bool), "model"]
+    if edge.empty:
+        return []
+    text = (
+        f"In {len(edge)} of {len(models)} models a best learning rate is at the edge of its grid, "
+        f"so that a wider one could change the gap: {', '.join(edge)}."
+    )
+    lost = models.loc[models["sgd_loss"] >= models["init_loss"], "model"]
+    if len(lost):
+        text += (
+            f" In {', '.join(lost)} SGD diverged at every rate; its final loss counts as the "
+            "initial one, and the gap is 1 by definition."
+        )
+    return [text]
 
 
 def _known(value: float) -> float:

@@ -18,7 +18,7 @@ from harness.leaderboard.export import export
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
 from spectra_db import store
-from spectra_db.load import BUNDLED
+from spectra_db.load import folder_of
 from spectra_db.schema import STAGES, TABLES
 
 _STATIC = Path(__file__).parent / "static"
@@ -30,8 +30,8 @@ def build(source: Path | str | None, out: Path) -> Path:
 
     Args:
         source: Folder of tables, id of a dataset on the Hub, or None for the bundled release.
-        out: Folder to write to. Tables of a local source are copied there for download, unless it
-            is the source itself.
+        out: Folder to write to. The tables are copied there for download, unless it is the source
+            itself.
 
     Returns:
         The path of the first page.
@@ -62,7 +62,7 @@ def build(source: Path | str | None, out: Path) -> Path:
     shared = {"updated": data.updated, "protocol_version": spectra_db.PROTOCOL_VERSION}
     page = environment.get_template("index.html").render(
         models=models,
-        sentences=report.sentences(board),
+        sentences=report.sentences(board, joined),
         num_pending=len(data.pending),
         has_board=len(board) > 0,
         stages=[s for s in STAGES if s in set(joined["stage"])],
@@ -173,7 +173,7 @@ def _with_error(value: float, error: float) -> str:
 
 def _downloads(name: str, source: Path | str | None, out: Path) -> list[tuple[str, str]]:
     """Return the model's tables and their links from its page, copied if they lie elsewhere."""
-    folder = BUNDLED if source is None else Path(source)
+    folder = folder_of(source, paths=[f"*/{name}.parquet"])
     found = []
     for table in TABLES:
         path = store.path_of(folder, table, name)

@@ -58,10 +58,9 @@ def measurements(
             f"one, and this code reads {PROTOCOL_VERSION} alone"
         )
     of_model = models[["model", "family", "tier", "task", "num_params"]]
-    columns = ["gap", "standard_error", "ci_low", "ci_high", "num_seeds", "adam_needed", "status"]
-    of_gap = gaps[["model", *columns]].rename(
-        columns={c: f"gap_{c}" for c in ("standard_error", "ci_low", "ci_high", "status")}
-    )
+    columns = ["gap", "standard_error", "ci_low", "ci_high", "at_edge", "num_seeds", "adam_needed"]
+    own = {c: f"gap_{c}" for c in ("standard_error", "ci_low", "ci_high", "status")}
+    of_gap = gaps[["model", *columns, "status", "sgd_loss", "init_loss"]].rename(columns=own)
     joined = heterogeneity.merge(of_model, on="model").merge(of_gap, on="model", how="left")
     if "block_products" not in joined:
         joined["block_products"] = joined["num_products"] / joined["num_blocks"]

@@ -14,9 +14,9 @@ import spectra_db
 from harness.registry import entries
 from harness.registry.entry import partition_of
 from spectra_db import heterogeneity as measures
-from spectra_db.load import BUNDLED, optional
+from spectra_db.load import folder_of, optional
 from spectra_db.schema import SPECTRUM
-from spectra_db.verified import verified_models
+from spectra_db.verified import NOTE, verified_models
 
 _SPECTRUM = list(SPECTRUM)
 # The settings of PROTOCOL's spectra; a folder may hold others beside them.
@@ -99,8 +99,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
             for model, ours in metrics[with_biases].groupby("model")
         ]
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
-    folder = BUNDLED if source is None else Path(source)
-    verified = verified_models(folder) if folder.is_dir() else set()
+    verified = verified_models(folder_of(source, paths=[NOTE, "spectra/*.parquet"]))
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
             provenance=lambda m: (

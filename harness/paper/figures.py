@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import mannwhitneyu, rankdata, spearmanr
 
 from harness.paper import release
+from harness.paper.claims import READINGS
 from harness.paper.result import Result
 from harness.training import grid
 from harness.training.gap import SEEDS
@@ -34,8 +35,6 @@ EVERY_READING = [
     *(metric for metric in SPECTRUM_METRICS if metric.endswith("_spread")),
     "gradient_rms_spread",
 ]
-# Readings of JS⁰ that claims are judged by: metric, scale.
-READINGS = (("js0", "lambda10"), ("js0", "raw"), ("js0_paper", "lambda10"), ("js0_paper", "raw"))
 # Table 1: the paper's system, its JS⁰, our entry of the same architecture, our small kin.
 TABLE1 = (
     ("ResNet18", 0.10, "resnet18-imagenet", ("resnet8-cifar10", "resnet14-mnist")),
@@ -165,17 +164,15 @@ def fig5(source: release.Source) -> Result:
                 "gap": gaps.loc[model, "gap"],
                 "error": gaps.loc[model, "standard_error"],
             }
-            row |= {f"{metric} {scale}": table.loc[model, f"{metric} {scale}"]
-                    for metric, scale in READINGS}  # fmt: skip
+            row |= {name: table.loc[model, name] for name in READINGS}
             rows.append(row | accuracy | {"accuracy_gap": accuracy["adamw"] - accuracy["sgd"]})
     found = pd.DataFrame(rows)
     if len(found) < 5:
         return Result(missing=(f"the MLP sweep ({len(found)} of 15 models)",))
     values: dict[str, Any] = {"num_models": len(found), "rows": found.to_dict("records")}
-    for name in ("gap", "accuracy_gap", *(f"{m} {s}" for m, s in READINGS)):
+    for name in ("gap", "accuracy_gap", *READINGS):
         values[f"c against {name}"] = _spearman(found["c"], found[name])
-    for metric, scale in READINGS:
-        name = f"{metric} {scale}"
+    for name in READINGS:
         values[f"{name} against accuracy_gap"] = _spearman(found[name], found["accuracy_gap"])
     figure = Figure(figsize=(9.6, 3.0), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -238,8 +235,7 @@ def fig7(source: release.Source) -> Result:
     if len(both) < 5:
         return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
     values: dict[str, Any] = {"num_models": len(both), "num_families": both["family"].nunique()}
-    for metric, scale in READINGS:
-        name = f"{metric} {scale}"
+    for name in READINGS:
         values[name] = _family_spearman(both[name], both["gap"], both["family"])
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     ax = figure.subplots()
@@ -350,7 +346,7 @@ def _between(
 ) -> dict[str, Any]:
     """Return mean JS distances of full spectra within CNNs, within Transformers, and between."""
     parts = [
-        rows.assign(block=model, **{c: rows[c].iloc[0] for c in GROUP} | {"model": "all"})
+        rows.assign(block=model)
         for (model, at), rows in spectra.items()
         if at == stage and classes[model] != "other"
     ]

@@ -69,8 +69,8 @@ def from_spectra(
     """Build H_l = Q_l Λ_l Q_lᵀ with random Q_l.
 
     The paper says that Q_l has independent Gaussian entries. Then the eigenvalues of H_l are not
-    those of Λ_l, and r ≤ 1000 in case 3 has a probability of 0.56, against the paper's 2/3; with
-    the Q factor of such a matrix it has 0.65. Hence the default.
+    those of Λ_l, and r ≤ 1000 in case 3 has a probability of 0.54, against the paper's 2/3; with
+    the Q factor of such a matrix it has 0.64 (`make paper`). Hence the default.
 
     Args:
         spectra: Per block the diagonal of Λ_l.

@@ -22,7 +22,6 @@ from spectra_db.density import lambda10
 from spectra_db.heterogeneity import RAW_SIGMA, SIGMA
 
 NUM_STEPS, NUM_PROBES = 100, 10
-# The variance in the authors' code, of raw eigenvalues; and our width, of those scaled by λ10.
 # Real blocks of 1,024 parameters, whose dense Hessian takes seconds on this many samples.
 BLOCKS = (("gpt-pydoc", "h.0.attn.query.weight"), ("vit-digits", "blocks.0.attn.query.weight"))
 NUM_SAMPLES = 16

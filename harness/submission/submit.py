@@ -76,7 +76,6 @@ def assemble(
     staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
     try:
         release(source, staging / "data", VERSION, models=[entry.name])
-        shutil.rmtree(staging / "data" / "leaderboard", ignore_errors=True)
         _write_entry(entry, registry, code, staging / "entry")
         if checkpoints:
             _copy_checkpoints(entry, source, staging)

@@ -190,7 +190,9 @@ def test_what_can_not_be_done_is_refused_in_a_line_and_writes_nothing(tmp_path, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["spectrum cnn-digits", "train cnn-digits", "run cnn-digits"])
+@pytest.mark.parametrize(
+    "command", ["spectrum cnn-digits", "train cnn-digits", "run cnn-digits", "leaderboard"]
+)
 def test_an_out_that_is_a_file_or_can_not_be_written_is_refused(tmp_path, command):
     file = tmp_path / "file"
     file.write_text("kept")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from spectra_db import check, manifest, store
+from spectra_db import check, manifest, store, verified
 from spectra_db import publish as publish_module
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
@@ -160,6 +160,22 @@ def test_rows_are_those_of_the_revision_and_stay_when_offline(published, python)
     assert "of it: main, v0.1.0, v0.2.0" in found[3]
     assert "Warning" not in errors
     assert len(published.requests) == asked
+
+
+def test_release_and_note_are_read_from_the_hub_too(published, releases, python, tmp_path):
+    folder = shutil.copytree(releases / "0.2.0", tmp_path / "0.3.0")
+    verified.mark(folder, {"digits-cnn": 3}, ())
+    release(folder, folder, "0.3.0")
+    commit_folder(published.repo, folder, tag="v0.3.0")
+    code, output, errors = python("""
+from harness.leaderboard import tables
+from spectra_db.provenance import trace
+found = trace("digits-cnn", "owner/spectra")
+models = tables.read("owner/spectra").models.set_index("model")
+print(found["version"], sorted(found["files"])[0], models.loc["digits-cnn", "provenance"])
+""")
+    assert code == 0, errors
+    assert output.split() == ["0.3.0", "gaps/digits-cnn.parquet", "verified"]
 
 
 def test_without_a_network_a_cached_revision_comes_with_a_warning_and_no_other(published, python):

@@ -178,6 +178,8 @@ def test_a_name_that_no_row_has_is_refused_and_one_that_other_rows_have_is_not(s
     assert rows.columns.tolist() == ["stage"]
     assert rows.empty
     assert load("spectra", source=source, model=[], block="c").empty
+    with pytest.raises(NotFound, match=r"no left_out 'resnett' in table leaderboard; .*resnet\?"):
+        load("leaderboard", left_out="resnett")
 
 
 def test_a_misspelt_metric_gets_a_close_match(tmp_path):

@@ -75,10 +75,17 @@ def test_curves_of_several_models_are_refused():
 
 
 def test_curves_of_another_table_are_refused(rows):
-    with pytest.raises(ValueError, match="no column 'metric'; pass rows of table training"):
+    with pytest.raises(ValueError, match="no column 'metric'; pass whole rows of table training"):
         plot.training_curves(rows.assign(seed=0))
-    with pytest.raises(ValueError, match="no column 'model'; pass rows of table training"):
+    with pytest.raises(ValueError, match="no column 'model'; pass whole rows of table training"):
         plot.training_curves(rows.drop(columns="model"))
+
+
+@pytest.mark.parametrize("draw", [plot.spectra, plot.js_heatmap, plot.stages])
+@pytest.mark.parametrize("column", ["block", "status"])
+def test_spectra_of_another_table_are_refused(rows, draw, column):
+    with pytest.raises(ValueError, match=f"no column '{column}'; pass whole rows of table spectra"):
+        draw(rows.drop(columns=column))
 
 
 @pytest.mark.parametrize("draw", [plot.spectra, plot.js_heatmap])

@@ -116,6 +116,16 @@ def test_derived_tables_are_made_of_what_is_released(source, tmp_path):
     assert [c["config_name"] for c in header["configs"] if c.get("default")] == ["leaderboard"]
 
 
+def test_the_leaderboard_of_other_models_is_not_released(source, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    (copy / "leaderboard").mkdir(exist_ok=True)
+    (copy / "leaderboard" / "leaderboard.csv").write_text("of other models")
+    made = release(copy, tmp_path / "data", "0.1.0", derive=lambda tables: None)
+    assert not [path for path in made.files if path.startswith("leaderboard/")]
+    assert check.problems(tmp_path / "data") == []
+
+
 def test_an_invalid_table_stops_the_release_and_leaves_the_old_one(source, folder, tmp_path):
     before = bytes_of(folder)
     copy = tmp_path / "copy"
@@ -151,13 +161,15 @@ def test_the_changelog_gets_a_section_per_version_the_newest_first(source, tmp_p
     folder = tmp_path / "data"
     release(source, folder, "0.1.0", models=["digits-cnn"], notes=["First."])
     release(source, folder, "0.2.0", notes=["More."])
-    release(source, folder, "0.2.0", notes=["And better."])
+    for _ in range(2):
+        release(source, folder, "0.2.0", notes=["And better."])
     text = (folder / "CHANGELOG.md").read_text()
     first, second = text.index("## 0.2.0 ("), text.index("## 0.1.0 (")
     assert first < text.index("- More.") < text.index("- New models: digits-mlp.")
     assert text.index("- And better.") < text.index("- Holds 2 models") < second
     assert second < text.index("- First.") < text.index("- Holds 1 models")
     assert text.count("## ") == 2
+    assert text.count("And better.") == 1
 
 
 def test_the_note_on_verified_models_is_bound_to_the_new_files(source, tmp_path):

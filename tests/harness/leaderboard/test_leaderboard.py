@@ -243,10 +243,24 @@ def test_a_model_without_a_comparable_spectrum_at_initialisation_says_so(folder)
 
 def test_one_family_decides_nothing_for_want_of_an_interval():
     gaps = np.r_[np.linspace(0, 0.05, 4), np.linspace(0.2, 0.3, 4)]
-    board = statistics.leaderboard(*made_up({"js0": np.exp(-gaps)}, gaps, ["a"] * 8))
-    said = report.sentences(board)[0]
+    parts = made_up({"js0": np.exp(-gaps)}, gaps, ["a"] * 8)
+    board, measured = statistics.leaderboard(*parts), statistics.measurements(*parts)
+    said = report.sentences(board, measured)[0]
     assert "is −1.00, that" in said
     assert said.endswith("without an interval no direction is established.")
+
+
+def test_gaps_at_the_edge_of_a_grid_are_named(folder):
+    said = json.loads(call("--source", folder, "--json").stdout)["statements"]
+    assert not any("edge" in sentence for sentence in said)
+    gaps = spectra_db.load("gaps", source=folder).set_index("model")
+    gaps.loc[["m6", "m7"], "at_edge"] = True
+    gaps.loc["m7", ["sgd_loss", "gap"]] = [gaps.loc["m7", "init_loss"], 1.0]
+    store.write(folder, "gaps", gaps.reset_index())
+    said = json.loads(call("--source", folder, "--json").stdout)["statements"]
+    [sentence] = [sentence for sentence in said if "edge" in sentence]
+    assert sentence.startswith("In 2 of 8 models a best learning rate is at the edge")
+    assert "could change the gap: m6, m7. In m7 SGD diverged at every rate" in sentence
 
 
 def test_docs_of_tables_that_predict_nothing_say_so(tmp_path):

@@ -13,7 +13,7 @@ import spectra_db
 from harness.errors import UserError
 from harness.leaderboard import report
 from harness.leaderboard.site import build
-from harness.leaderboard.statistics import leaderboard
+from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import read
 from spectra_db import store
 from spectra_db.load import NotFound
@@ -144,7 +144,8 @@ def test_the_site_shows_the_numbers_of_the_command_and_of_the_readme(page, table
                 assert found == (value if isinstance(value, str) else pytest.approx(value, 1e-12))
     text = page.read_text(encoding="utf-8")
     readme = report.readme_block(board, data)
-    for sentence in report.sentences(board):
+    measured = measurements(data.models, data.heterogeneity, data.gaps)
+    for sentence in report.sentences(board, measured):
         assert sentence in readme
         assert sentence in html.unescape(text)
 

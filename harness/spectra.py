@@ -22,7 +22,7 @@ from harness import tasks
 from harness.errors import UserError
 from spectra_db import store
 from spectra_db.heterogeneity import metrics
-from spectra_db.schema import LISTS, PROTOCOL_VERSION, TABLES
+from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, TABLES
 
 if TYPE_CHECKING:
     from harness.estimator import Block
@@ -98,7 +98,7 @@ def take_spectrum(
 ) -> pd.DataFrame:
     """Compute what is missing of a problem's spectrum and write it block by block.
 
-    Blocks whose rows with the same key, probes and steps are in the store already are kept. When
+    Blocks of which the store holds as many probes and steps, or more, are kept. When
     all blocks are there the tables `blocks` and `heterogeneity` follow (not for `full`).
 
     Args:
@@ -209,7 +209,18 @@ def write_derived(
         )
     if nonzero >= 2:
         found = metrics(rows, block_rows=pd.DataFrame(summaries), names=names)
+        if problem.batch_size < (problem.entry.moments_batch_size or 0):
+            found = _without_moments(found, problem, out)
         store.write(out, "heterogeneity", found)
+
+
+def _without_moments(found: pd.DataFrame, problem: Problem, out: Path) -> pd.DataFrame:
+    """Leave out the metrics that the store holds of the entry's larger batch."""
+    stored = rows_of(out, "heterogeneity", problem.entry.name)
+    stored = stored[stored["batch_size"] == problem.entry.moments_batch_size]
+    keys = list(KEYS["heterogeneity"])
+    larger = pd.MultiIndex.from_frame(stored[keys])
+    return found[~pd.MultiIndex.from_frame(found[keys]).isin(larger)]
 
 
 def options_of(problem: Problem, settings: Settings) -> dict[str, Any]:
@@ -346,10 +357,10 @@ def stored_rows(out: Path, identity: dict[str, Any]) -> pd.DataFrame:
 def _finished_rows(
     out: Path, identity: dict[str, Any], blocks: list[Block], settings: Settings
 ) -> pd.DataFrame:
-    """Return the stored rows of blocks that have these settings and no fewer probes."""
+    """Return the stored rows of blocks that have these settings, no fewer probes and steps."""
     rows = stored_rows(out, identity)
     rows = rows[rows["status"].isin(["ok", "zero"]) & rows["block"].isin([b.name for b in blocks])]
-    asked = (rows["num_steps"] == settings.num_steps) | rows["breakdown"]
+    asked = (rows["num_steps"] >= settings.num_steps) | rows["breakdown"]
     asked &= rows["reorthogonalized"] == settings.reorthogonalize
     asked &= rows["matmul_precision"] == settings.matmul_precision
     single = (rows["method"] == "exact") | (rows["status"] == "zero")

@@ -64,11 +64,13 @@ def spectrum(
 ) -> None:
     """Take the spectrum of a model at a stage and write it to the tables.
 
-    As many probes and steps as the entry says, unless given. --tol 0.02 takes what it needs for
-    the metric's standard error and its change from the last quarter of the steps to be at most
-    2 % of it. The scale metrics (lambda_rms_spread, trace_spread, lambda_max_spread) take about
-    ten products a block, gradient_rms_spread one gradient. --batch-error takes each half of the
-    batch as well, at the whole's cost again, and stores how far apart the metrics are.
+    As many probes and steps as the entry says, unless given; what --out holds already with as many
+    or more is kept. --tol 0.02 takes what it needs for the metric's standard error and its change
+    from the last quarter of the steps to be at most 2 % of it. The scale metrics
+    (lambda_rms_spread, trace_spread, lambda_max_spread) take about ten products a block, or as many
+    as it has parameters, which makes it exact, if it has at most 1,000; gradient_rms_spread takes
+    one gradient. --batch-error takes each half of the batch as well, at the whole's cost again, and
+    stores how far apart the metrics are.
 
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
@@ -160,8 +162,9 @@ def spectrum(
             found = take_batch_error(
                 parts, chosen, out, command=command_line(), on_progress=on_progress
             )
-        first = found[found["metric"] == metric].iloc[0]
-        click.echo(f"{metric} of the batch's halves: {first['batch_error']:.4f} apart")
+        scaled = (found["metric"] == metric) & (found["scale"] == "lambda10")
+        apart = found.loc[scaled, "batch_error"].item()
+        click.echo(f"{metric} of the batch's halves: {apart:.4f} apart")
 
 
 def _take_metric(

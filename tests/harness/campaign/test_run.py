@@ -139,6 +139,11 @@ def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
     # Spectra stay those of one batch, and a second run finds all done.
     assert spectra_db.load("spectra", source=tmp_path)["batch_size"].unique().tolist() == [16]
     assert do(tmp_path, entry) == ({}, [])
+    # The spectrum's own batch does not put its moments in the place of these.
+    before = spectra_db.load("heterogeneity", source=tmp_path)
+    settings = Settings(num_probes=3, num_steps=3, device="cpu")
+    take_spectrum(load_problem(entry), settings, tmp_path, command="")
+    pd.testing.assert_frame_equal(before, spectra_db.load("heterogeneity", source=tmp_path))
 
 
 def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp_path):
@@ -317,11 +322,11 @@ def test_cheap_metrics_do_not_make_a_torn_spectrum_whole(tmp_path):
     assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
 
 
-def test_fewer_probes_than_are_there_take_none_away(tmp_path):
+def test_fewer_probes_and_steps_than_are_there_take_none_away(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
     problem = load_problem(entry)
-    for num_probes in (4, 3):
-        settings = Settings(num_probes=num_probes, num_steps=3, device="cpu")
+    for num_probes, num_steps in ((4, 3), (3, 3), (1, 1)):
+        settings = Settings(num_probes=num_probes, num_steps=num_steps, device="cpu")
         rows = take_spectrum(problem, settings, tmp_path, command="")
         stored = spectra_db.load("heterogeneity", source=tmp_path, metric="js0", scale="lambda10")
         assert stored["corrected"].item() == pytest.approx(spectra_db.js0(rows).corrected)

@@ -320,8 +320,8 @@ def _gap_against_js0(v: Values) -> Verdict:
     sure = [v[name]["low"] > 0 for name in READINGS]
     status = REPRODUCED if sure[0] and sure[2] else PARTLY if any(sure) else NOT_REPRODUCED
     note = (
-        f"Spearman over {v['num_models']} small models, 95 % intervals resampling "
-        f"{v['num_families']} families; reproduced: both metrics by λ10 surely above 0"
+        f"Spearman over {v['num_models']} small models of {v['num_families']} families, 95 % "
+        "intervals as the leaderboard's; reproduced: both metrics by λ10 surely above 0"
     )
     return status, "; ".join(texts), note
 

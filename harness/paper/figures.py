@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import mannwhitneyu, rankdata, spearmanr
+from scipy.stats import mannwhitneyu, spearmanr
 
+from harness.leaderboard import statistics, tables
 from harness.paper import release
 from harness.paper.claims import READINGS
 from harness.paper.result import Result
@@ -235,8 +236,7 @@ def fig7(source: release.Source) -> Result:
     if len(both) < 5:
         return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
     values: dict[str, Any] = {"num_models": len(both), "num_families": both["family"].nunique()}
-    for name in READINGS:
-        values[name] = _family_spearman(both[name], both["gap"], both["family"])
+    values |= _with_intervals(source)
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     ax = figure.subplots()
     markers = {"CNN": ("o", _SGD), "Transformer": ("s", _ADAM), "other": ("^", "gray")}
@@ -460,16 +460,15 @@ def _spearman(x: pd.Series, y: pd.Series) -> dict[str, float]:
     return {"rho": float(found.statistic), "p_value": float(found.pvalue)}
 
 
-def _family_spearman(x: pd.Series, y: pd.Series, family: pd.Series) -> dict[str, float]:
-    """Return Spearman's correlation with a 95 % interval from resampled families."""
-    rng = np.random.default_rng(0)
-    members = [np.flatnonzero(family == name) for name in family.unique()]
-    draws = []
-    for _ in range(2000):
-        chosen = rng.integers(0, len(members), len(members))
-        index = np.concatenate([members[i] for i in chosen])
-        if len(np.unique(x.to_numpy()[index])) > 2:
-            ranks = rankdata(x.to_numpy()[index]), rankdata(y.to_numpy()[index])
-            draws.append(np.corrcoef(*ranks)[0, 1])
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return _spearman(x, y) | {"low": float(low), "high": float(high)}
+def _with_intervals(source: release.Source) -> dict[str, Any]:
+    """Return Spearman's correlation of JS⁰ and gap of the small models as the leaderboard does."""
+    data = tables.read(source)
+    small = data.models[data.models["tier"] == "small"]
+    rows = data.heterogeneity[data.heterogeneity["stage"] == "init"]
+    rows = rows[(rows["metric"] + " " + rows["scale"]).isin(READINGS)]
+    board = statistics.leaderboard(small, rows, data.gaps)
+    board = board[(board["statistic"] == "spearman") & (board["left_out"] == "")]
+    board.index = board["metric"] + " " + board["scale"]
+    columns = {"value": "rho", "ci_low": "low", "ci_high": "high"}
+    found = board.rename(columns=columns).loc[list(READINGS), list(columns.values())]
+    return {name: found.loc[name].to_dict() for name in READINGS}

@@ -3,11 +3,11 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
 import spectra_db
+from harness.leaderboard import statistics, tables
 from harness.paper import figures, result
 from harness.paper.sections import SECTIONS
 from spectra_db.load import BUNDLED
@@ -104,15 +104,14 @@ def test_a_reading_that_a_model_lacks_is_left_out_of_its_row_alone(source, monke
     assert small["readings"]["js0 raw"]["values"][place] > 0
 
 
-def test_a_monotone_relation_has_correlation_one_whatever_families_are_drawn():
-    x = pd.Series(np.arange(9.0))
-    found = figures._family_spearman(x, x**3, pd.Series(list("aabbccdde")))
-    assert found["rho"] == pytest.approx(1)
-    assert found["low"] == pytest.approx(1)
-
-
-def test_one_family_that_differs_widens_the_interval():
-    x = pd.Series(np.arange(10.0))
-    y = pd.Series([5.0, 4, 3, 2, 1, 6, 7, 8, 9, 10])
-    found = figures._family_spearman(x, y, pd.Series(list("aaaaabbbbb")))
-    assert found["low"] < 0 < found["high"]
+def test_correlations_come_with_the_leaderboard_s_intervals():
+    values = figures.fig7(BUNDLED).values
+    data = tables.read(BUNDLED)
+    at_init = data.heterogeneity[data.heterogeneity["stage"] == "init"]
+    small = data.models[data.models["tier"] == "small"]
+    board = statistics.leaderboard(small, at_init, data.gaps)
+    row = board[board["statistic"] == "spearman"]
+    row = row[(row["metric"] == "js0_paper") & (row["scale"] == "raw") & (row["left_out"] == "")]
+    found = values["js0_paper raw"]
+    assert row[["value", "ci_low", "ci_high"]].values.tolist() == [[*found.values()]]
+    assert values["num_models"] == row["num_models"].item()

@@ -179,7 +179,7 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
                 yield unit
     for stage in entry.stages:
         # A run that ended in nan left no final weights: its spectrum fails, with the reason.
-        there = _stage_path(entry, out, stage).exists() or _diverged(rows)
+        there = _stage_path(entry, out, stage).exists() or _diverged(entry, rows)
         ready = stage == "init" or (there and not retrained)
         for partition in _partitions(entry, stage):
             if not _has_spectrum(entry, out, stage, partition):
@@ -203,10 +203,10 @@ def _missing_runs(
     rates = grid.pending(entry.recipe, optimizer, rows)
     for lr in rates:
         yield Unit(entry.name, "train", optimizer, lr, grid.GRID_SEED)
-    best = None if rates else grid.best(rows, optimizer)
+    best = None if rates else grid.best(rows, optimizer, entry.recipe)
     for seed in SEEDS:
         done = best is not None and best in grid.final_losses(rows, optimizer, seed).index
-        if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(rows):
+        if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(entry, rows):
             # Checkpoints are no part of the tables: make them again where a spectrum needs them,
             # or where they are of another rate.
             done = _stage_rates(entry, out) <= {best} and all(
@@ -226,9 +226,9 @@ def _stage_rates(entry: ModelEntry, out: Path) -> set[float]:
     return set(rows.loc[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED), "lr"])
 
 
-def _diverged(rows: pd.DataFrame) -> bool:
+def _diverged(entry: ModelEntry, rows: pd.DataFrame) -> bool:
     """Tell whether the run whose stages are kept diverged."""
-    best = grid.best(rows, "adamw")
+    best = grid.best(rows, "adamw", entry.recipe)
     run = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED)]
     return bool(run.loc[run["lr"] == best, "diverged"].any())
 

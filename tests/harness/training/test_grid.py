@@ -70,7 +70,7 @@ def test_a_fixed_grid_is_not_extended(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("by_hand", [20.0, 10.0])
 def test_a_rate_tried_by_hand_is_no_part_of_the_grid(by_hand: float, recipe: Recipe) -> None:
-    done = {lr: 2.0 for lr in grid.learning_rates(recipe, "sgd")} | {0.1: 1.0}
+    done = dict.fromkeys(grid.learning_rates(recipe, "sgd"), 2.0) | {0.1: 1.0}
     rows = rows_of(done | {by_hand: 0.5})
     assert grid.best(rows, "sgd", recipe) == 0.1
     assert grid.pending(recipe, "sgd", rows) == []

@@ -216,12 +216,13 @@ def test_where_nothing_was_finished_an_entry_may_be_changed(tmp_path, monkeypatc
 
 def test_an_entry_whose_code_fails_does_not_stop_the_others(tmp_path):
     good = tiny(recipe=None, stages=("init",), full_stages=())
-    bad = replace(good, name="bad", task="pydoc")  # a convolution does not take tokens
+    wrong = {"in_features": 3, "out_features": 10}  # images have 8 columns
+    bad = replace(good, name="bad", factory="torch.nn:Linear", options=wrong)
     failed, started = do(tmp_path, bad, good)
     assert (failed, {unit.model for unit in started}) == ({}, {"tiny"})
     rows = spectra_db.load("models", source=tmp_path).set_index("model")
     assert list(rows.loc[["bad", "tiny"], "status"]) == ["failed", "ok"]
-    assert rows.loc["bad", "reason"].startswith("entry 'bad': ")
+    assert rows.loc["bad", "reason"].startswith("entry 'bad': RuntimeError: mat1 and mat2 shapes")
 
 
 @pytest.mark.parametrize(

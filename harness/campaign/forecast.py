@@ -162,7 +162,8 @@ def measured(
         products = flops / seconds(lambda: hessian.products(requests), repeats(flops))
     training = products
     if entry.trains and entry.recipe is not None:
-        recipe, model = entry.recipe, problem.model.to(target).train()
+        recipe, model = entry.recipe, problem.model.to(target)
+        model.train()
         task = tasks.get(entry.task, **entry.task_options)
         update = make_optimizer(model, recipe, "adamw", 1e-6)
         step_flops = cost.pass_flops / problem.batch_size * recipe.batch_size

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from harness.errors import UserError
+from harness.errors import UserError, reason_of
 from harness.registry import ModelEntry
 from harness.spectra import Settings, forecast_of, rows_of
-from harness.training import grid
+from harness.training import grid, version
 from harness.training.gap import SEEDS
 from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db.heterogeneity import MOMENT_METRICS
@@ -106,18 +106,25 @@ class Survey:
 def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
     """Count what an entry costs, from one product per block on one sample.
 
-    A pending entry, or one whose data or model can't be had, comes back with the reason.
+    A pending entry, or one whose data or model can't be had or fail, comes back with the reason.
     """
-    from harness.training import load_problem
-
     if entry.status != "ok":
         return Survey(entry, reason=entry.reason)
     try:
-        # The pretraining's weights change no cost, and may not be there yet.
-        fresh = replace(entry, pretrained=None)
-        problem = load_problem(fresh, "init", STAGE_SEED, data_root=data_root)
+        return _survey(entry, data_root)
     except UserError as error:
         return Survey(entry, reason=str(error))
+    except Exception as error:  # of the author's code
+        return Survey(entry, reason=f"entry {entry.name!r}: {reason_of(error)}")
+
+
+def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
+    """Count what an entry costs, as `survey`."""
+    from harness.training import load_problem
+
+    # The pretraining's weights change no cost, and may not be there yet.
+    fresh = replace(entry, pretrained=None)
+    problem = load_problem(fresh, "init", STAGE_SEED, data_root=data_root)
     counts = Counter(partition for stage in entry.stages for partition in _partitions(entry, stage))
     costs = {p: forecast_of(problem, p, entry.num_probes, entry.num_steps) for p in counts}
     if entry.moments_batch_size is not None:
@@ -155,23 +162,61 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
     A pretrained entry waits for the final weights of the entry that it starts from.
 
     Raises:
-        UserError: The store holds runs of another length than the recipe's.
+        UserError: The store holds results of another version of the entry.
     """
-    if entry.pretrained is not None:
-        start = checkpoint_path(out / "checkpoints", entry.pretrained, STAGE_SEED, "final")
-        if not start.exists():
-            units = missing(replace(entry, pretrained=None), out)
-            yield from (replace(unit, ready=False) for unit in units)
-            return
-    rows = rows_of(out, "training", entry.name)
-    retrained = False
+    check_version(entry, out)
+    yield from _missing(entry, out)
+
+
+def check_version(entry: ModelEntry, out: Path, num_params: int | None = None) -> None:
+    """Raise unless the results that the store holds of an entry are of this version of it.
+
+    Args:
+        entry: The entry.
+        out: Folder of the tables.
+        num_params: Of the model that it builds, where that is known.
+
+    Raises:
+        UserError: Their length, batch or model's size is another, or the note beside them differs.
+    """
+    runs = rows_of(out, "training", entry.name)
+    spectra = rows_of(out, "spectra", entry.name)
+    spectra = spectra[spectra["status"].isin(["ok", "zero"])]
     if entry.trains and entry.recipe is not None:
-        ends = rows.loc[(rows["split"] == "train") & (rows["step"] > 0) & ~rows["diverged"]]
+        ends = runs.loc[(runs["split"] == "train") & (runs["step"] > 0) & ~runs["diverged"]]
         if strange := set(ends["step"]) - {entry.recipe.num_steps}:
             raise UserError(
                 f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
                 f"{entry.recipe.num_steps}: name another --out"
             )
+    if strange := set(spectra["batch_size"]) - {entry.hessian_batch_size}:
+        raise UserError(
+            f"{out} holds spectra of {entry.name} on {min(strange)} samples, its batch has "
+            f"{entry.hessian_batch_size}: name another --out"
+        )
+    if not (len(runs) or len(spectra)):
+        return
+    version.check(entry, out)
+    models = rows_of(out, "models", entry.name)
+    known = set(models.loc[models["status"] == "ok", "num_params"])
+    if num_params is not None and (strange := known - {num_params}):
+        raise UserError(
+            f"{out} holds results of a {entry.name} of {min(strange):,} parameters, it has "
+            f"{num_params:,} now: name another --out"
+        )
+
+
+def _missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
+    """Yield the units as `missing`, of a store that is of this version of the entry."""
+    if entry.pretrained is not None:
+        start = checkpoint_path(out / "checkpoints", entry.pretrained, STAGE_SEED, "final")
+        if not start.exists():
+            units = _missing(replace(entry, pretrained=None), out)
+            yield from (replace(unit, ready=False) for unit in units)
+            return
+    rows = rows_of(out, "training", entry.name)
+    retrained = False
+    if entry.trains and entry.recipe is not None:
         for optimizer in ("sgd", "adamw"):
             for unit in _missing_runs(entry, optimizer, rows, out):
                 # Checkpoints that lie there are then of another run, such as `train --lr`'s.
@@ -179,7 +224,7 @@ def missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
                 yield unit
     for stage in entry.stages:
         # A run that ended in nan left no final weights: its spectrum fails, with the reason.
-        there = _stage_path(entry, out, stage).exists() or _diverged(rows)
+        there = _stage_path(entry, out, stage).exists() or _diverged(entry, rows)
         ready = stage == "init" or (there and not retrained)
         for partition in _partitions(entry, stage):
             if not _has_spectrum(entry, out, stage, partition):
@@ -203,10 +248,10 @@ def _missing_runs(
     rates = grid.pending(entry.recipe, optimizer, rows)
     for lr in rates:
         yield Unit(entry.name, "train", optimizer, lr, grid.GRID_SEED)
-    best = None if rates else grid.best(rows, optimizer)
+    best = None if rates else grid.best(rows, optimizer, entry.recipe)
     for seed in SEEDS:
         done = best is not None and best in grid.final_losses(rows, optimizer, seed).index
-        if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(rows):
+        if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(entry, rows):
             # Checkpoints are no part of the tables: make them again where a spectrum needs them,
             # or where they are of another rate.
             done = _stage_rates(entry, out) <= {best} and all(
@@ -226,9 +271,9 @@ def _stage_rates(entry: ModelEntry, out: Path) -> set[float]:
     return set(rows.loc[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED), "lr"])
 
 
-def _diverged(rows: pd.DataFrame) -> bool:
+def _diverged(entry: ModelEntry, rows: pd.DataFrame) -> bool:
     """Tell whether the run whose stages are kept diverged."""
-    best = grid.best(rows, "adamw")
+    best = grid.best(rows, "adamw", entry.recipe)
     run = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED)]
     return bool(run.loc[run["lr"] == best, "diverged"].any())
 
@@ -249,6 +294,7 @@ def _has_spectrum(entry: ModelEntry, out: Path, stage: str, partition: str) -> b
     """Tell whether a spectrum is complete: derived tables are written last, `full` is one block."""
     rows = rows_of(out, "spectra", entry.name)
     wanted = {"stage": stage, "partition": partition, "init_seed": STAGE_SEED}
+    wanted |= {"batch_size": entry.hessian_batch_size}  # failed rows may be of another
     standard = settings_of(entry, partition, None)
     wanted |= {c: getattr(standard, c) for c in ("dtype", "norm_mode", "probe_distribution")}
     for column, value in wanted.items():

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 from harness import tasks
 from harness.campaign.locks import claim
 from harness.campaign.pace import Pace
-from harness.campaign.plan import Survey, Unit, missing, settings_of
+from harness.campaign.plan import Survey, Unit, check_version, missing, settings_of
 from harness.errors import output_error, reason_of
 from harness.registry import ModelEntry
 from harness.scale import workers
 from harness.spectra import (
+    Settings,
     checkpoint_sha256,
     rows_of,
     take_spectrum,
     write_failed_blocks,
     write_training,
 )
+from harness.training import version
 from harness.training.gap import gap
 from harness.training.stages import STAGE_SEED, run_name
 from spectra_db import store
@@ -56,6 +58,7 @@ class Job:
     device: str | None
     num_threads: int
     command: str
+    sharers: int = 1  # processes that share the memory of a device
 
     @property
     def checkpoints(self) -> Path:
@@ -89,14 +92,21 @@ def run_entries(
 
     Raises:
         OutputError: The folder can't be written to any more, as when the disk is full.
+        UserError: The folder holds results of another version of an entry.
     """
     try:
-        for survey in surveys:
-            _write_model(survey, job.out)
         live = [survey.entry for survey in surveys if survey.reason is None]
         costs = {survey.entry.name: survey.unit_flops for survey in surveys}
+        for survey in surveys:
+            if survey.reason is None:
+                check_version(survey.entry, job.out, survey.num_params)
         agenda = Agenda(live, job, on_event, Pace(costs))
+        for survey in surveys:
+            if survey.reason is None:
+                version.note(survey.entry, job.out)
+            _write_model(survey, job.out)
         if engine is None:
+            job = replace(job, sharers=_sharers(jobs, job.device))
             several = partial(workers.run_in_workers, jobs=jobs, spread=job.device == "cuda")
             engine = workers.run_here if jobs == 1 else several
         engine(agenda, partial(execute, job=job))
@@ -107,6 +117,14 @@ def run_entries(
         if (stop := output_error(job.out, error)) is not None:
             raise stop from error
         raise
+
+
+def _sharers(jobs: int, device: str | None) -> int:
+    """Return how many of so many processes share the memory of a device."""
+    import torch
+
+    # Named alone, GPUs are taken in turn.
+    return -(-jobs // max(1, torch.cuda.device_count())) if device == "cuda" else jobs
 
 
 def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
@@ -270,7 +288,7 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
 
 def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Take one spectrum."""
-    settings = settings_of(job.entries[unit.model], unit.partition, job.device)
+    settings = _settings(unit.partition, job.entries[unit.model], job)
     problem = _problem(unit, job)
     take_spectrum(problem, settings, job.out, command=job.command, on_progress=on_progress)
 
@@ -280,9 +298,22 @@ def _take_moments(unit: Unit, job: Job, on_progress: OnProgress | None = None) -
     from harness.measure import take_moments
 
     entry = job.entries[unit.model]
-    settings = settings_of(entry, entry.partition, job.device)
+    settings = _settings(entry.partition, entry, job)
     problem = _problem(unit, job, batch_size=entry.moments_batch_size)
     take_moments(problem, settings, job.out, command=job.command, on_progress=on_progress)
+
+
+def _settings(partition: str, entry: ModelEntry, job: Job) -> Settings:
+    """Return an entry's settings, with this process's part of the memory."""
+    import torch
+
+    from harness.estimator.device import device_memory
+
+    settings = settings_of(entry, partition, job.device)
+    if job.sharers == 1:
+        return settings
+    memory = device_memory(torch.device(job.device or "cpu"))
+    return replace(settings, memory_budget=memory // 2 // job.sharers)
 
 
 def _problem(unit: Unit, job: Job, *, batch_size: int | None = None) -> Problem:

@@ -88,11 +88,17 @@ def site(source: Path | None, out: Path) -> None:
 @main.command()
 @click.argument("target")
 @click.option("--task", help="Task of a target that is no entry; options as in 'books?context=32'.")
+@click.option(
+    "--checkpoints",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of checkpoints, for an entry that starts from another's weights.",
+)
 @click.option("--js0", "with_js0", is_flag=True, help="Take the whole spectrum, for JS⁰ too.")
 @options("source", "registry", "data_root", "device", "json")
 def predict(
     target: str,
     task: str | None,
+    checkpoints: Path | None,
     with_js0: bool,
     source: Path | None,
     registry: Path | None,
@@ -110,12 +116,14 @@ def predict(
     from harness.progress import progress_bar
 
     entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
+    prediction.check_checkpoints(entry, checkpoints)
     known = prediction.read_known(entry, source, with_js0=with_js0)
     with progress_bar(target) as on_progress:
         found, cost = prediction.measure(
             entry,
             with_js0=with_js0,
             data_root=data_root,
+            checkpoint_dir=checkpoints,
             device=device_of(device),
             on_forecast=lambda *cost: click.echo(cost_line(*cost), err=True),
             on_progress=on_progress,

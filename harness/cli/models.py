@@ -56,13 +56,16 @@ def describe(
         return
     if source is not None:
         raise UserError("--source names published tables; it goes with --provenance")
+    from dataclasses import replace
+
     from harness.display import cost_line, print_blocks
     from harness.registry import get
     from harness.spectra import blocks_of, forecast_of
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)
-    problem = load_problem(entry, data_root=data_root)
+    # The pretraining's weights change nothing that is shown.
+    problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
     blocks = blocks_of(problem, partition)
     cost = forecast_of(problem, partition, entry.num_probes, entry.num_steps)
     num_params = sum(p.numel() for p in problem.model.parameters())

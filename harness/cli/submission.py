@@ -177,6 +177,7 @@ def submit(
     --source is the folder that `harness run` wrote. --out is a folder ready to be sent, if not by
     --create-pr, then by any other way.
     """
+    from harness.campaign.plan import check_version
     from harness.publication import unfinished
     from harness.registry import get
     from harness.spectra import code_version
@@ -190,6 +191,7 @@ def submit(
             raise UserError("--create-pr needs --repo: the dataset on the Hub, as in owner/name")
         check_can_write(repo)
     entry = get(model, registry_dir=registry)
+    check_version(entry, source)
     if reason := unfinished(source, registry).get(model):
         raise UserError(f"{model} is not finished: {reason}; `harness run {model}` continues")
     found = assemble(

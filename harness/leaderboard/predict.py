@@ -63,11 +63,21 @@ def resolve(
     return entry
 
 
+def check_checkpoints(entry: ModelEntry, checkpoint_dir: Path | None) -> None:
+    """Raise if an entry starts from another's weights and no folder of checkpoints is given."""
+    if entry.pretrained is not None and checkpoint_dir is None:
+        raise UserError(
+            f"{entry.name!r} starts from the weights of {entry.pretrained!r}: pass --checkpoints, "
+            f"OUT/checkpoints of `harness run {entry.pretrained} --out OUT`"
+        )
+
+
 def measure(
     entry: ModelEntry,
     *,
     with_js0: bool,
     data_root: Path | None = None,
+    checkpoint_dir: Path | None = None,
     device: str | None = None,
     on_forecast: Callable[[int, int, Forecast], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -78,6 +88,7 @@ def measure(
         entry: Its entry; nothing is trained.
         with_js0: Take the whole spectrum, for JS⁰, at the entry's number of steps; else two steps.
         data_root: Folder of data sets.
+        checkpoint_dir: Folder of checkpoints, for an entry that starts from another's.
         device: Where to compute.
         on_forecast: Called with (probes, steps, what they cost) before the first product.
         on_progress: Called with (products done, products in all).
@@ -94,7 +105,9 @@ def measure(
     from harness.estimator.summary import block_summaries
     from harness.training import load_problem
 
-    problem: Problem = load_problem(entry, "init", SEED, data_root=data_root)
+    problem: Problem = load_problem(
+        entry, "init", SEED, data_root=data_root, checkpoint_dir=checkpoint_dir
+    )
     blocks = find_blocks(problem.model, "weights")
     count_terms = tasks.get(entry.task, **entry.task_options).num_terms
     num_probes = max(entry.num_probes, MIN_PROBES)

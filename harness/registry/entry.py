@@ -224,7 +224,8 @@ class ModelEntry:
                 f"entry {self.name!r}: {self.factory} returned {type(model).__name__}; it must "
                 "return a torch.nn.Module"
             )
-        return model.train()
+        model.train()  # an author's override may return nothing
+        return model
 
     def _import_factory(self) -> Any:
         module, _, attribute = self.factory.partition(":")

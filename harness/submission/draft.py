@@ -111,6 +111,12 @@ def draft(
     except Exception as error:  # of a task that is not ours
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"the task {task_text!r} can't load its data: {why}") from error
+    if task.size(data, "train") < 1:
+        context = data.model_options.get("context")
+        sample = "sample" if context is None else f"sequence of {context:,} tokens"
+        raise UserError(
+            f"the data of task {task_text!r} hold no training {sample}; choose other options"
+        )
     check_factory(source, data, folder)
     given = {key: value for key, value in given.items() if value is not None}
     train_steps = given.pop("train_steps", None)
@@ -136,7 +142,7 @@ def draft(
         warmup = min(entry.recipe.warmup_steps, train_steps // 10)
         recipe = replace(entry.recipe, num_steps=train_steps, warmup_steps=warmup)
         entry = replace(entry, recipe=recipe)
-    if "init" not in entry.stages:
+    if entry.stages[0] != "init":
         raise UserError(f"--stages is {','.join(entry.stages)}; it must begin with init")
     full = tuple(s for s in recipes.SMALL["full_stages"] if s in entry.stages)
     if entry.stages == ("init",):
@@ -150,7 +156,8 @@ def _sizes(task_name: str, task: Task, data: Data) -> dict[str, Any]:
     usual = _TASKS.get(task_name) or (_IMAGES if images else _LANGUAGE)
     recipe, batch = usual["recipe"], usual["hessian_batch_size"]
     if not images:
-        recipe = replace(recipe, eval_size=_EVAL_TOKENS // data.model_options.get("context", 64))
+        samples = _EVAL_TOKENS // data.model_options.get("context", 64)
+        recipe = replace(recipe, eval_size=max(1, samples))
     if isinstance(task, Cornell):  # a seventh of the words are terms
         batch *= 2
     available = task.size(data, "train")

@@ -18,19 +18,26 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from harness.errors import UserError
 from harness.estimator import find_blocks
+from harness.estimator.checks import take
 from harness.registry import ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
+from harness.submission.verify import verify
 from harness.training.problem import load_problem
+from harness.training.stages import STAGE_SEED
 from spectra_db import check, store
 from spectra_db.files import sha256_of, swap, whole
+from spectra_db.load import optional
 from spectra_db.release import release
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
@@ -188,7 +195,8 @@ def _check_tables(
     [row] = store.read(path, "models").to_pylist()
     if row["status"] != "ok":
         raise UserError(f"{entry.name} has status {row['status']}: {row['reason']}")
-    problem = load_problem(entry, data_root=data_root)
+    # What the pretraining decides are values alone.
+    problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
     facts = {name: getattr(entry, name) for name in _FACTS}
     facts["num_params"] = sum(p.numel() for p in problem.model.parameters())
     found = find_blocks(problem.model, entry.partition, paper_blocks=entry.paper_blocks)
@@ -200,17 +208,47 @@ def _check_tables(
                 f"in the entry; run `harness run {entry.name}` again, into another folder where "
                 "the network, the task or the recipe has changed"
             )
-    columns = ["partition", "block", "num_params"]
-    spectra = store.read(
-        store.path_of(source, "spectra", entry.name), "spectra", columns=columns
-    ).to_pandas()
-    sizes = dict(spectra[spectra["partition"] == entry.partition][columns[1:]].values)
+    spectra = store.read(store.path_of(source, "spectra", entry.name), "spectra").to_pandas()
+    columns = ["block", "num_params"]
+    sizes = dict(spectra[spectra["partition"] == entry.partition][columns].values)
     if sizes != {block.name: block.num_params for block in found}:
         raise UserError(
             f"the spectra of {entry.name} in {source} are of other blocks than the entry builds; "
             "run it again into another folder"
         )
+    _check_product(entry, spectra, source, data_root)
+    with torch.no_grad():  # whatever is imported by and by is part of the code
+        problem.loss_fn(problem.model, take(problem.batches[0], 0, 2))
     return [] if registry is None else sorted(_modules_in(registry.resolve()))
+
+
+def _check_product(
+    entry: ModelEntry, spectra: pd.DataFrame, source: Path, data_root: Path | None
+) -> None:
+    """Raise if the entry as it is now gives another product than some initial row's first.
+
+    Where all blocks are exact the smallest one's eigenvalues are compared instead.
+    """
+    mine = (spectra["stage"] == "init") & (spectra["init_seed"] == STAGE_SEED)
+    mine &= (spectra["partition"] == entry.partition) & (spectra["status"] == "ok")
+    rows = [
+        row
+        for row in spectra[mine].to_dict("records")
+        if row["method"] == "exact" or row["alphas"][0] != 0
+    ]
+    if not rows:
+        return
+    row = min(rows, key=lambda row: (row["method"] == "exact", row["num_params"]))
+    if row["method"] != "exact":
+        first = {name: row[name][:1] for name in ("alphas", "betas")}
+        row |= first | {"num_steps": 1, "nodes": first["alphas"], "weights": np.ones(1)}
+    stages, beside = optional("stages", source), source / "checkpoints"
+    found = verify(row, entry, stages, data_root=data_root, checkpoint_dir=beside)
+    if found.outcome == "deviates":
+        raise UserError(
+            f"{source} holds another {entry.name}: a row of {row['block']} is not what the entry "
+            f"gives now ({found.reason}); run it again into another folder"
+        )
 
 
 def _modules_in(folder: Path) -> Iterator[Path]:

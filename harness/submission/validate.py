@@ -213,7 +213,8 @@ def _forward(s: Subject) -> str:
 
 
 def _deterministic(s: Subject) -> str:
-    model = copy.deepcopy(s.model).eval()
+    model = copy.deepcopy(s.model)
+    model.eval()
     with fixed_arithmetic(model):
         args = (model, s.task.loss, [s.mates], s.task.num_terms)
         check_deterministic(*args, batch_mates=False)
@@ -235,7 +236,8 @@ def _deterministic(s: Subject) -> str:
 def _training(s: Subject) -> str:
     if not s.entry.trains:
         return "not trained: initialisation alone"
-    model = copy.deepcopy(s.model).train()
+    model = copy.deepcopy(s.model)
+    model.train()
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         loss = s.task.loss(model, s.mates)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 import spectra_db
-from harness.errors import UserError
+from harness.errors import UserError, reason_of
 from harness.estimator import find_blocks
 from harness.estimator.checks import batch_hash, fixed_arithmetic
 from harness.estimator.device import choose_device, device_memory
@@ -24,6 +24,7 @@ from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
 from harness.estimator.spectrum import DTYPES
 from harness.registry import ModelEntry
+from harness.submission import locate
 from harness.training import Problem, load_problem
 from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import rules, verified
@@ -88,11 +89,15 @@ def verify(
     """
     try:
         problem = _problem(row, entry, stages, data_root, checkpoint_dir)
-        found = rules.compare(row, _recompute(row, problem, device))
-    except Unverifiable as error:
+        other = _recompute(row, problem, device)
+    except UserError as error:
         return _check(row, "unverifiable", reason=str(error))
     except _Wrong as error:
         return _check(row, "deviates", reason=str(error))
+    except Exception as error:  # of the author's code
+        said = reason_of(error) + locate.frame_of(error)
+        return _check(row, "unverifiable", reason=said)
+    found = rules.compare(row, other)
     rms = float(np.sqrt(row["weights"] @ row["nodes"] ** 2))
     if rms == 0.0:
         return _check(row, "deviates", reason="the published rule is zero, its status is ok")
@@ -195,16 +200,13 @@ def _problem(
         model, stage, seed = entry.pretrained, "final", STAGE_SEED
     if stage != "init":
         _check_checkpoint(published, model, stage, seed, checkpoint_dir)
-    try:
-        problem = load_problem(
-            entry,
-            row["stage"],
-            row["init_seed"],
-            data_root=data_root,
-            checkpoint_dir=checkpoint_dir,
-        )
-    except UserError as error:
-        raise Unverifiable(str(error)) from error
+    problem = load_problem(
+        entry,
+        row["stage"],
+        row["init_seed"],
+        data_root=data_root,
+        checkpoint_dir=checkpoint_dir,
+    )
     if batch_hash(problem.batches) != row["batch_hash"]:
         if problem.data_source != row["data_source"]:
             raise Unverifiable(f"data are {problem.data_source}, not {row['data_source']}")

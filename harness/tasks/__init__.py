@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from harness.errors import UserError
 
@@ -31,6 +32,15 @@ _TASKS = {
     "openwebtext": "text:OpenWebText",
     "cornell": "masked:Cornell",
     "sft": "sft:Instructions",
+}
+
+# Plain types of options, as they are written on the command line.
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    NoneType: "none",
 }
 
 
@@ -59,7 +69,8 @@ def get(name: str, **options: Any) -> Task:
 
     Raises:
         UnknownTaskError: no such name; the message gives close matches.
-        UserError: the task has no such option; the message lists those that it has.
+        UserError: the task has no such option, or not with such a value; the message says what
+            it allows.
     """
     if ":" in name:
         task = _own(name)
@@ -77,7 +88,45 @@ def get(name: str, **options: Any) -> Task:
             f"task {name!r} has no option {', '.join(unknown)}; "
             f"its options are: {', '.join(allowed) or 'none'}"
         )
-    return task(**options)
+    hints = _hints(task)
+    for option, value in options.items():
+        if (allowed_kinds := _kinds(hints.get(option), value)) is not None:
+            raise UserError(
+                f"task {name!r}: {option} is {value!r}; it must be {' or '.join(allowed_kinds)}"
+            )
+    made = task(**options)
+    for option in allowed:
+        if not _is_hashable(value := getattr(made, option)):  # what is loaded once needs a key
+            raise UserError(
+                f"task {name!r}: {option} is {value!r}; it must be text, a number, true, false, "
+                "none or a tuple of these"
+            )
+    return made
+
+
+def _hints(task: type[Task]) -> dict[str, Any]:
+    """Return the types of a task's options, none where its author's can't be resolved."""
+    try:
+        return get_type_hints(task)
+    except Exception:
+        return {}
+
+
+def _kinds(hint: Any, value: Any) -> list[str] | None:
+    """Return what an option of plain types may be; None if the value is that."""
+    plain = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not set(plain) <= set(_KINDS):
+        return None
+    fits = type(value) in plain or (float in plain and type(value) is int)
+    return None if fits else [_KINDS[kind] for kind in plain]
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _own(name: str) -> type[Task]:

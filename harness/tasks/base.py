@@ -151,7 +151,8 @@ def check_sizes(task: Task, **least: int) -> None:
     """Raise a UserError unless options are whole numbers of at least so much, or None."""
     for name, low in least.items():
         value = getattr(task, name)
-        if value is not None and not (isinstance(value, int) and value >= low):
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (is_whole and value >= low):
             raise UserError(
                 f"task {task.name!r}: {name} is {value!r}; it must be a whole number of at "
                 f"least {low}"

@@ -47,10 +47,10 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
     row |= dict.fromkeys(
         ("gap", "standard_error", "ci_low", "ci_high", "sgd_loss", "adam_loss", "init_loss")
     )
-    rates = {optimizer: grid.best(rows, optimizer) for optimizer in ("sgd", "adamw")}
+    rates = {optimizer: grid.best(rows, optimizer, recipe) for optimizer in ("sgd", "adamw")}
     row |= {"sgd_lr": rates["sgd"], "adam_lr": rates["adamw"]}
-    row["at_edge"] = any(grid.at_edge(rows, optimizer) for optimizer in rates)
-    row["num_lrs"] = min(len(grid.final_losses(rows, optimizer)) for optimizer in rates)
+    row["at_edge"] = any(grid.at_edge(recipe, optimizer, rows) for optimizer in rates)
+    row["num_lrs"] = min(len(grid.grid_losses(recipe, optimizer, rows)) for optimizer in rates)
     row |= {"num_seeds": 0, "adam_needed": None}
 
     left = {optimizer: grid.pending(recipe, optimizer, rows) for optimizer in rates}

@@ -41,14 +41,37 @@ def final_losses(rows: pd.DataFrame, optimizer: str, seed: int = GRID_SEED) -> p
     return kept.groupby("lr")["value"].last().sort_index()
 
 
-def best(rows: pd.DataFrame, optimizer: str) -> float | None:
+def grid_losses(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> pd.Series:
+    """Return the final losses on seed 0 at the recipe's rates and those that continue them.
+
+    Other rates, such as those tried by hand, are no part of the grid.
+
+    Args:
+        recipe: gives the range; `extend_grid` False leaves out what continues it.
+        optimizer: "sgd" or "adamw".
+        rows: table `training` of one model.
+    """
+    losses = final_losses(rows, optimizer)
+    below = above = 0
+    if recipe.extend_grid:
+        below = _count(recipe, optimizer, losses, -1)
+        above = _count(recipe, optimizer, losses, recipe.num_lrs)
+    rates = [_rate(recipe, optimizer, k) for k in range(-below, recipe.num_lrs + above)]
+    found = losses.index.to_numpy(dtype=float)
+    return losses[np.isclose(found[:, None], rates, rtol=1e-4).any(1)]
+
+
+def best(rows: pd.DataFrame, optimizer: str, recipe: Recipe | None = None) -> float | None:
     """Return the learning rate of least final loss on seed 0, the smaller of equals; None if none.
 
     Args:
         rows: table `training` of one model.
         optimizer: "sgd" or "adamw".
+        recipe: choose among the rates of its grid alone; None: among all.
     """
     losses = final_losses(rows, optimizer)
+    if recipe is not None:
+        losses = grid_losses(recipe, optimizer, rows)
     return None if losses.empty else float(losses.index.to_numpy()[losses.argmin()])
 
 
@@ -81,7 +104,7 @@ def extend(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
     above = _count(recipe, optimizer, losses, recipe.num_lrs)
     if not recipe.extend_grid or below + above >= MAX_EXTENSIONS:
         return []
-    chosen = best(rows, optimizer)
+    chosen = best(rows, optimizer, recipe)
     if chosen is None:
         return []
     if np.isclose(chosen, _rate(recipe, optimizer, -below), rtol=1e-4):
@@ -91,9 +114,9 @@ def extend(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
     return []
 
 
-def at_edge(rows: pd.DataFrame, optimizer: str) -> bool:
-    """Tell whether the best rate on seed 0 is the smallest or the largest one that was run."""
-    losses = final_losses(rows, optimizer)
+def at_edge(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> bool:
+    """Tell whether the best rate on seed 0 is the smallest or the largest of the grid."""
+    losses = grid_losses(recipe, optimizer, rows)
     return not losses.empty and losses.idxmin() in (losses.index[0], losses.index[-1])
 
 

@@ -95,6 +95,7 @@ def load_problem(
     else:
         model = entry.build(data.model_options, seed)
         step = int(stages.load(model, path, sha256=sha256, entry=entry)["step"])
+    model.eval()  # an author's override may return nothing
     batch = task.fixed(data, "train", batch_size or entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
     batches = tasks.split(batch, microbatch_size)
@@ -102,7 +103,7 @@ def load_problem(
     return Problem(
         entry=entry,
         stage=stage,
-        model=model.eval(),
+        model=model,
         loss_fn=task.loss,
         batches=batches,
         batch_weights=weights,

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from harness import registry
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
 from spectra_db.files import sha256_of, swap, whole
@@ -105,7 +106,7 @@ def initial_model(
 
     Raises:
         UserError: the pretraining is not done (the message names the command), or its checkpoint
-            cannot be read.
+            cannot be read or is of another version of it than the tree's.
     """
     model = entry.build(model_options, seed)
     if entry.pretrained is not None:
@@ -116,8 +117,13 @@ def initial_model(
                 f"{entry.name!r} starts from {entry.pretrained!r}, which is not trained yet "
                 f"({where}); run: harness run {entry.pretrained}"
             )
-        load(model, path)
+        load(model, path, entry=_in_registry(entry.pretrained))
     return model
+
+
+def _in_registry(name: str) -> ModelEntry | None:
+    """Return an entry of the tree; None for others, whose folder is not known here."""
+    return next((entry for entry in registry.entries() if entry.name == name), None)
 
 
 def entry_hash(entry: ModelEntry) -> str:
@@ -183,7 +189,7 @@ def load(
         if entry is not None and facts["entry_hash"] != entry_hash(entry):
             raise UserError(
                 f"checkpoint {path} was trained for another version of {entry.name!r} "
-                f"(network, task or recipe differ); {retrain}"
+                f"(network, task or recipe differ); {retrain}: harness run {entry.name}"
             )
         load_model(model, path)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:

@@ -177,6 +177,92 @@ def test_runs_of_another_length_are_not_mixed(whole):
         list(missing(longer, whole))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hessian_batch_size": 64}, "spectra of tiny on 16 samples, its batch has 64"),
+        ({"options": {"widths": (16, 8)}}, r'options was {"widths": \[8, 16\]}, it is {"widths": '),
+        ({"recipe": replace(RECIPE, batch_size=8)}, "its recipe's batch_size was 64, it is 8 now"),
+        ({"recipe": replace(RECIPE, weight_decay=0.5)}, "weight_decay was 0.0, it is 0.5 now"),
+    ],
+)
+def test_results_of_another_version_of_an_entry_are_not_taken_for_its_own(whole, changes, said):
+    with pytest.raises(UserError, match=f"{said}.*name another --out"):
+        do(whole, tiny(**changes))
+    assert list(missing(tiny(), whole)) == []
+
+
+def test_results_of_a_model_of_another_size_are_refused_whatever_the_entry_says(whole):
+    entry = tiny()
+    other = replace(survey(entry, None), num_params=7)
+    with pytest.raises(UserError, match=r"tiny of [\d,]+ parameters, it has 7 now: name another"):
+        run_entries([other], job_of(whole, entry))
+
+
+def test_a_folder_without_notes_of_its_entries_is_complete(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    shutil.rmtree(out / "entries")
+    assert list(missing(tiny(), out)) == []
+    assert do(out, tiny()) == ({}, [])
+
+
+def test_where_nothing_was_finished_an_entry_may_be_changed(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
+
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "take_spectrum", fail)
+        assert do(tmp_path, entry)[0]
+    entry = replace(entry, hessian_batch_size=8, options={"widths": (4, 8)})
+    assert not do(tmp_path, entry)[0]
+    assert list(missing(entry, tmp_path)) == []
+
+
+def test_an_entry_whose_code_fails_does_not_stop_the_others(tmp_path):
+    good = tiny(recipe=None, stages=("init",), full_stages=())
+    wrong = {"in_features": 3, "out_features": 10}  # images have 8 columns
+    bad = replace(good, name="bad", factory="torch.nn:Linear", options=wrong)
+    failed, started = do(tmp_path, bad, good)
+    assert (failed, {unit.model for unit in started}) == ({}, {"tiny"})
+    rows = spectra_db.load("models", source=tmp_path).set_index("model")
+    assert list(rows.loc[["bad", "tiny"], "status"]) == ["failed", "ok"]
+    assert rows.loc["bad", "reason"].startswith("entry 'bad': RuntimeError: mat1 and mat2 shapes")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "jobs", "sharers"),
+    [("cpu", 0, 4, 4), ("cpu", 0, 1, 1), ("cuda", 2, 4, 2), ("cuda", 2, 3, 2), ("cuda:1", 2, 3, 3)],
+)
+def test_workers_share_the_memory_of_their_device(
+    tmp_path, monkeypatch, device, gpus, jobs, sharers
+):
+    jobs_seen = []
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    surveyed = survey(entry, None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    for name in ("run_here", "run_in_workers"):
+        monkeypatch.setattr(
+            workers, name, lambda agenda, execute, **_: jobs_seen.append(execute.keywords["job"])
+        )
+    job = replace(job_of(tmp_path, entry), device=device)
+    run_entries([surveyed], job, jobs=jobs)
+    assert [job.sharers for job in jobs_seen] == [sharers]
+
+
+def test_a_worker_s_budget_is_its_part_of_half_the_memory(tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr("harness.estimator.device.device_memory", lambda device: 1200)
+    monkeypatch.setattr(
+        run, "take_spectrum", lambda p, s, *_, **__: budgets.append(s.memory_budget)
+    )
+    entry = tiny(recipe=None, stages=("init",), full_stages=())
+    for sharers in (1, 3):
+        job = replace(job_of(tmp_path, entry), sharers=sharers)
+        run._take(Unit("tiny", "spectrum", stage="init", partition="weights"), job)
+    assert budgets == [None, 200]
+
+
 def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(
     tmp_path, monkeypatch
 ):

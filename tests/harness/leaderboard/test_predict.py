@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from harness import estimate_spectra, registry, tasks
 from harness.cli import main
 from harness.leaderboard.predict import measure
-from harness.training import load_problem
+from harness.training import load_problem, stages
 from spectra_db import store
 from spectra_db.heterogeneity import metrics
 from tests.harness.leaderboard.tables import made_up
@@ -114,6 +114,7 @@ def test_a_factory_with_a_task_is_predicted_without_an_entry(folder, tmp_path, m
         (["nets.py", "--task", "digits"], "write module:factory and --registry FOLDER"),
         (["nets.py:factory", "--task", "digits"], "names a file; write module:factory"),
         (["nothere", "--task", "digits"], "unknown model"),
+        (["gpt-nano-sft"], "weights of 'gpt-nano-books': pass --checkpoints, OUT/checkpoints of"),
         (["nowhere:factory", "--task", "digits"], "neither installed nor in"),
     ],
 )
@@ -121,6 +122,26 @@ def test_targets_that_can_not_be_are_refused_with_the_remedy(folder, arguments, 
     result = call(*arguments, "--source", folder)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_an_entry_that_starts_from_another_s_weights_is_predicted_from_them(folder, tmp_path):
+    registry_dir = tmp_path / "registry"
+    registry_dir.mkdir()
+    (registry_dir / "tuned.py").write_text(
+        "from dataclasses import replace\n"
+        "from harness.registry import get\n"
+        "first = replace(get('cnn-digits'), name='first')\n"
+        "ENTRIES = (first, replace(first, name='tuned', pretrained='first'))\n"
+    )
+    first = registry.get("first", registry_dir=registry_dir)
+    path = stages.checkpoint_path(tmp_path, "first", stages.STAGE_SEED, "final")
+    stages.save(load_problem(first, seed=5).model, path, {"entry_hash": ""})
+    arguments = ["tuned", "--registry", registry_dir, "--source", folder, "--json"]
+    result = call(*arguments, "--checkpoints", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"] == "tuned"
+    described = CliRunner().invoke(main, ["describe", "tuned", "--registry", str(registry_dir)])
+    assert described.exit_code == 0, described.output
 
 
 def test_a_leaderboard_of_too_few_models_is_refused(folder, tmp_path):

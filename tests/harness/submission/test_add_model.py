@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from harness import registry as catalogue
 from harness import tasks
 from harness.cli import main
+from harness.errors import UserError
 from harness.registry.entry import ModelEntry
 from harness.submission import draft, entry_file
 from harness.submission.source import parse_options
@@ -26,6 +27,8 @@ from harness.tasks.base import Data, Task
 
 @dataclass(frozen=True)
 class Line(Task):
+    sizes: tuple[int, ...] = ()
+
     name: ClassVar[str] = "line"
     metric: ClassVar[str] = "loss"
 
@@ -189,6 +192,9 @@ def test_a_task_of_one_s_own_may_lie_beside_the_network(registry):
         tasks.get("regression:Unfinished")
     with pytest.raises(tasks.UnknownTaskError, match=r"can't be imported .*no_such"):
         tasks.get("regression:no_such")
+    assert tasks.get("regression:Line", sizes=(1,)).load() is not None
+    with pytest.raises(UserError, match=r"sizes is \[1\]; it must be text, a number, .* a tuple"):
+        tasks.get("regression:Line", sizes=[1])
 
 
 def test_frozen_and_tied_and_unclassified_parameters_are_named(registry):
@@ -265,6 +271,8 @@ D = "digits"
         ("vit-digits", "strangers:Encoder", D, "has a model 'vit-digits' already"),
         ("m", "strangers:Encoder", "digitz", "did you mean digits"),
         ("m", "strangers:Encoder", "digits?size=1", "its options are: train_size"),
+        ("m", "strangers:Encoder", "digits?image_size=true", "image_size is True; it must be a"),
+        ("m", "strangers:Encoder", "pydoc?context=9999999", "no training sequence of 9,999,999 to"),
         ("m", "strangers:Encoder", "no_such:Task", "can't be imported"),
         ("m", "strangers:Encoder", "strangers:Encoder", "no subclass of harness.tasks.base.Task"),
         ("m", "strangers", D, "write module:factory, timm:NAME or"),
@@ -307,6 +315,7 @@ def test_what_can_not_be_added_is_refused_in_a_line_and_writes_nothing(
     [
         (("--stages", "init,middle"), "choose from init, p10"),
         (("--stages", "final"), "must begin with init"),
+        (("--stages", "final,init"), "--stages is final,init; it must begin with init"),
         (("--train-steps", "0"), "0 is not in the range"),
         (("--family", "Big Nets"), "--family is 'Big Nets'"),
         (("--licence", " "), "licence is ' '; it must not be empty"),

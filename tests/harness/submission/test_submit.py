@@ -23,8 +23,9 @@ def call(*arguments: object) -> Result:
 
 def add(registry: Path, name: str = NAME, **options: str) -> Result:
     given = {"licence": "MIT", "reference": "Rosenblatt 1958", "stages": "init,final"} | options
+    factory = given.pop("factory", "strangers:Perceptron?width=5")
     more = [part for key, value in given.items() if value for part in (f"--{key}", value)]
-    source = ["--from", "strangers:Perceptron?width=5", "--task", "digits", "--train-steps", "4"]
+    source = ["--from", factory, "--task", "digits", "--train-steps", "4"]
     return call("add-model", name, *source, "--registry", registry, "--force", *more)
 
 
@@ -217,6 +218,75 @@ def test_an_entry_that_was_changed_after_its_run_is_refused(place):
     sys.modules.pop("strangers", None)
     assert "holds another net: num_params is 385 there and 375" in refused(submitted(place))
     assert not (place / "submission").exists()
+
+
+@pytest.mark.parametrize("width", [5, 20])  # blocks of at most 1,000 parameters are exact
+def test_code_that_was_changed_after_its_run_is_refused(finished, place, width):
+    out = place / "out"
+    if width != 5:
+        out = place / "wide"
+        add(place / "registry", factory=f"strangers:Perceptron?width={width}", stages="init")
+        where = ("--registry", place / "registry", "--out", out, "--device", "cpu")
+        assert call("run", NAME, *where).exit_code == 0
+    assert submitted(place, "--source", out).exit_code == 0
+    path = place / "registry" / "strangers.py"
+    path.write_text(path.read_text().replace("torch.tanh(self.hidden", "torch.relu(self.hidden"))
+    sys.modules.pop("strangers", None)
+    line = refused(submitted(place, "--source", out))
+    assert "holds another net: a row of" in line
+    assert "run it again into another folder" in line
+
+
+def test_settings_that_were_changed_after_the_run_are_refused(place):
+    path = place / "registry" / f"{NAME}.py"
+    text = path.read_text()
+    path.write_text(text.replace("hessian_batch_size=128", "hessian_batch_size=64"))
+    assert "spectra of net on 128 samples, its batch has 64" in refused(submitted(place))
+    path.write_text(text.replace("num_steps=4", "num_steps=4, weight_decay=0.5"))
+    assert "its recipe's weight_decay was 0.0, it is 0.5 now" in refused(submitted(place))
+    assert not (place / "submission").exists()
+
+
+def test_what_forward_alone_imports_is_submitted_too_and_missed_where_it_is_not(place):
+    registry = place / "registry"
+    (registry / "helper.py").write_text("def call(x):\n    return x\n")
+    path = registry / "strangers.py"
+    before = "        return self.head(self.middle(torch.tanh"
+    lazy = "        from helper import call\n\n        call(images)\n"
+    path.write_text(path.read_text().replace(before, lazy + before))
+    try:
+        result = submitted(place)
+        assert result.exit_code == 0, result.output
+        helper = place / "submission" / "entry" / "helper.py"
+        assert helper.is_file()
+        helper.unlink()
+        submit._seal(place / "submission", submit.read(place / "submission"))
+        sys.path[:] = [path for path in sys.path if str(place) not in path]
+        for name in ("strangers", "helper"):
+            sys.modules.pop(name, None)
+        entry = place / "submission" / "entry"
+        result = call("verify", place / "submission", "--registry", entry, "--sample", 2)
+        assert result.exit_code == 1, result.output
+        assert "No module named 'helper'" in " ".join(result.stdout.split())
+        assert "2 can't be verified here" in result.stderr
+    finally:
+        sys.modules.pop("helper", None)
+
+
+def test_a_model_that_starts_from_another_s_weights_can_be_submitted(place):
+    registry, out = place / "registry", place / "out"
+    path = registry / f"{NAME}.py"
+    text = path.read_text()
+    tuned = text.replace('name="net"', 'name="tuned"').replace(
+        "        recipe=", '        pretrained="net",\n        recipe='
+    )
+    (registry / "tuned.py").write_text(tuned)
+    where = ("--registry", registry, "--out", out, "--device", "cpu")
+    result = call("run", "tuned", *where)
+    assert result.exit_code == 0, result.output
+    where = ("--registry", registry, "--source", out, "--out", place / "tuned")
+    result = call("submit", "tuned", *where)
+    assert result.exit_code == 0, result.output
 
 
 def test_what_is_not_ready_is_refused_and_writes_nothing(place):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from harness import tasks
 from harness.errors import UserError
 from harness.tasks.base import Data, Task
+from harness.tasks.images import Digits
 
 SMALL = {  # options under which each task of the data packs loads in a few seconds
     "mnist": {"train_size": 300, "test_size": 100},
@@ -279,11 +280,21 @@ def test_a_hub_data_set_is_read_where_the_root_lacks_it(tmp_path: Path, monkeypa
         ("openwebtext", {"documents": 0}, "documents is 0"),
         ("cornell", {"mask_fraction": 1.5}, "mask_fraction is 1.5"),
         ("sft", {"context": 0}, "context is 0"),
+        ("cornell", {"mask_fraction": "abc"}, "mask_fraction is 'abc'; it must be a number"),
+        ("digits", {"image_size": True}, "image_size is True; it must be a whole number or none"),
+        ("pydoc", {"context": None}, "context is None; it must be a whole number"),
+        ("pydoc", {"tokenizer": 5}, "tokenizer is 5; it must be text"),
+        ("wikitext", {"context": [1]}, r"context is \[1\]; it must be a whole number"),
     ],
 )
 def test_sizes_that_can_not_be_are_refused(name, options, message) -> None:
     with pytest.raises(UserError, match=message):
         tasks.get(name, **options)
+
+
+def test_a_size_is_no_truth_value() -> None:
+    with pytest.raises(UserError, match="image_size is True; it must be a whole number"):
+        Digits(image_size=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,19 @@ def linear(num_classes: int, image_size: int, **_: Any) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(image_size**2, num_classes))
 
 
+class Silent(nn.Sequential):
+    """Switches its mode and returns nothing, as authors forget to."""
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(image_size**2, num_classes))
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+
+    def eval(self) -> None:
+        super().train(False)
+
+
 class TiedLanguageModel(nn.Module):
     """Embed, mix by one hidden layer, and read out with the embedding itself."""
 

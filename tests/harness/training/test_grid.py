@@ -42,7 +42,7 @@ def test_an_inner_optimum_ends_the_grid_at_its_five_rates(recipe: Recipe) -> Non
     done = run_to_the_end(recipe, lambda lr: abs(math.log10(lr) + 1))
     assert sorted(done) == grid.learning_rates(recipe, "sgd")
     assert grid.best(rows_of(done), "sgd") == 0.1
-    assert not grid.at_edge(rows_of(done), "sgd")
+    assert not grid.at_edge(recipe, "sgd", rows_of(done))
 
 
 @pytest.mark.parametrize(("optimum", "num_extra"), [(0.5, 2), (-2.5, 2), (-3.0, 3)])
@@ -52,7 +52,7 @@ def test_the_grid_grows_past_the_edge_until_the_best_is_inside(
     done = run_to_the_end(recipe, lambda lr: abs(math.log10(lr) - optimum))
     assert len(done) == 5 + num_extra
     assert math.log10(grid.best(rows_of(done), "sgd")) == pytest.approx(optimum, abs=1e-4)
-    assert not grid.at_edge(rows_of(done), "sgd")
+    assert not grid.at_edge(recipe, "sgd", rows_of(done))
     assert np.allclose(np.diff(np.log10(sorted(done))), 0.5, atol=1e-5)
 
 
@@ -60,12 +60,28 @@ def test_the_grid_grows_past_the_edge_until_the_best_is_inside(
 def test_the_extension_is_bounded_and_then_says_at_edge(sign: int, recipe: Recipe) -> None:
     done = run_to_the_end(recipe, lambda lr: sign * math.log10(lr))
     assert len(done) == 5 + grid.MAX_EXTENSIONS
-    assert grid.at_edge(rows_of(done), "sgd")
+    assert grid.at_edge(recipe, "sgd", rows_of(done))
 
 
 def test_a_fixed_grid_is_not_extended(recipe: Recipe) -> None:
     fixed = dataclasses.replace(recipe, extend_grid=False)
     assert len(run_to_the_end(fixed, math.log10)) == 5
+
+
+@pytest.mark.parametrize("by_hand", [20.0, 10.0])
+def test_a_rate_tried_by_hand_is_no_part_of_the_grid(by_hand: float, recipe: Recipe) -> None:
+    done = dict.fromkeys(grid.learning_rates(recipe, "sgd"), 2.0) | {0.1: 1.0}
+    rows = rows_of(done | {by_hand: 0.5})
+    assert grid.best(rows, "sgd", recipe) == 0.1
+    assert grid.pending(recipe, "sgd", rows) == []
+    assert not grid.at_edge(recipe, "sgd", rows)
+    assert list(grid.grid_losses(recipe, "sgd", rows)) == list(done.values())
+
+
+def test_a_rate_tried_by_hand_does_not_end_the_grid(recipe: Recipe) -> None:
+    rates = grid.learning_rates(recipe, "sgd")
+    rows = rows_of({lr: -math.log10(lr) for lr in [*rates, 20.0]})
+    assert grid.pending(recipe, "sgd", rows) == [pytest.approx(10**0.5, rel=1e-5)]
 
 
 def test_pending_resumes_with_what_is_missing(recipe: Recipe) -> None:

@@ -203,6 +203,29 @@ def test_a_seed_decides_the_initialisation(make_entry: MakeEntry) -> None:
     assert not weights[0].equal(weights[2])
 
 
+def test_a_network_whose_train_and_eval_return_nothing_is_loaded(make_entry: MakeEntry) -> None:
+    model = load_problem(make_entry("Silent")).model
+    assert isinstance(model, nn.Module)
+    assert not model.training
+
+
+def test_the_weights_of_another_version_of_the_pretraining_are_refused(
+    make_entry: MakeEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_entry()
+    tuned = make_entry(name="tuned", pretrained="tiny")
+    model = load_problem(first).model
+    path = stages.checkpoint_path(tmp_path, "tiny", stages.STAGE_SEED, "final")
+    stages.save(model, path, {"entry_hash": stages.entry_hash(first)})
+    changed = dataclasses.replace(first, task_options={"train_size": 100})
+    for known in ([], [first]):  # of an entry outside the tree nothing is known
+        monkeypatch.setattr("harness.registry.entries", lambda known=known: known)
+        load_problem(tuned, checkpoint_dir=tmp_path)
+    monkeypatch.setattr("harness.registry.entries", lambda: [changed])
+    with pytest.raises(UserError, match=r"another version of 'tiny' .*again: harness run tiny"):
+        load_problem(tuned, checkpoint_dir=tmp_path)
+
+
 def test_an_untrained_stage_names_the_command(make_entry: MakeEntry, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run: harness train tiny --seed 2"):
         load_problem(make_entry(), "final", 2, checkpoint_dir=tmp_path)

@@ -1,0 +1,79 @@
+"""Which version of an entry a folder's results are of: a note per model beside the tables.
+
+Rows say what a spectrum's batch and probes and a run's rate and steps were; of the network, the
+task and the rest of the recipe the note does. A folder without one, such as a release, is taken
+for the entry's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.registry.entry import ModelEntry
+from spectra_db.files import whole
+
+FOLDER = "entries"
+# Runs at other rates are runs of the same grid.
+_GRID = ("sgd_lrs", "adamw_lrs", "num_lrs", "extend_grid")
+
+
+def check(entry: ModelEntry, out: Path) -> None:
+    """Raise unless a folder's note, if there is one, is of this version of an entry.
+
+    Raises:
+        UserError: Says what differs.
+    """
+    noted, facts = _read(out, entry.name), _facts(entry)
+    for name in sorted(noted.keys() & facts.keys()):
+        before, now = (json.dumps(found[name], sort_keys=True) for found in (noted, facts))
+        if before != now:
+            raise UserError(
+                f"{out} holds results of another {entry.name}: its {name} was {before}, it is "
+                f"{now} now: name another --out"
+            )
+
+
+def note(entry: ModelEntry, out: Path) -> None:
+    """Note that what a folder holds of an entry is of this version."""
+    path = _path(out, entry.name)
+    noted = _read(out, entry.name)
+    facts = noted | _facts(entry)
+    if facts == noted:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
+        part.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _facts(entry: ModelEntry) -> dict[str, Any]:
+    """Return what decides an entry's numbers and is in no row, as JSON has it."""
+    facts: dict[str, Any] = {
+        "factory": entry.factory,
+        "options": dict(entry.options),
+        "task": entry.task,
+        "task_options": dict(entry.task_options),
+        "pretrained": entry.pretrained,
+        "paper_blocks": entry.paper_blocks,
+    }
+    if entry.trains and entry.recipe is not None:
+        recipe = asdict(entry.recipe)
+        facts |= {f"recipe's {name}": recipe[name] for name in recipe if name not in _GRID}
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain
+
+
+def _path(out: Path, model: str) -> Path:
+    return out / FOLDER / f"{model}.json"
+
+
+def _read(out: Path, model: str) -> dict[str, Any]:
+    """Return the note; a file that is none of ours counts as empty."""
+    try:
+        noted = json.loads(_path(out, model).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}

@@ -25,6 +25,7 @@ from harness.spectra import (
     take_spectrum,
     write_derived,
 )
+from harness.training import version
 from spectra_db import store
 from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, gradient_rms_spread
 from spectra_db.schema import KEYS
@@ -88,6 +89,7 @@ def take_metric(
     run = describe_run(identity | asked, settings, problem.init_seed, command)
 
     def write_round(reached: Reached) -> None:
+        version.note(problem.entry, out)
         store.write(out, "runs", [run])
         store.write(out, "spectra", reached.rows)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import pandas as pd
 
 from harness import tasks
 from harness.errors import UserError
+from harness.training import version
 from spectra_db import store
 from spectra_db.heterogeneity import metrics
 from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, TABLES
@@ -136,6 +137,7 @@ def take_spectrum(
         run = describe_run(identity, settings, problem.init_seed, command)
 
         def write_block(rows: list[dict[str, Any]]) -> None:
+            version.note(problem.entry, out)
             store.write(out, "runs", [run])
             store.write(out, "spectra", rows)
 
@@ -393,7 +395,7 @@ def describe_run(
 def code_version() -> str:
     """Return the package's version, with the commit where the code is a git checkout."""
     root = Path(__file__).parents[1]
-    number = version("hessian-spectra")
+    number = metadata.version("hessian-spectra")
     # Installed, the package may lie inside some other project's checkout.
     if not (root / ".git").exists() or shutil.which("git") is None:
         return number

@@ -76,7 +76,7 @@ def spectrum(
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
     from harness.campaign.locks import claim_or_refuse
-    from harness.campaign.plan import Unit
+    from harness.campaign.plan import Unit, check_version
     from harness.display import cost_line, estimate_line
     from harness.estimator.device import choose_device
     from harness.measure import halves, take_batch_error
@@ -93,6 +93,7 @@ def spectrum(
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)
+    check_version(entry, out)
     if tol is not None and not 0 < tol < 1:
         raise UserError(f"--tol is {tol}; it must be between 0 and 1, for example 0.02")
     if memory_budget is not None and not 0 < memory_budget < float("inf"):
@@ -236,16 +237,17 @@ def train(
     """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
     from harness import tasks
     from harness.campaign.locks import claim_or_refuse
-    from harness.campaign.plan import Unit
+    from harness.campaign.plan import Unit, check_version
     from harness.progress import progress_bar
     from harness.registry import get
     from harness.spectra import rows_of, write_training
-    from harness.training import grid
+    from harness.training import grid, version
     from harness.training import train as run_training
 
     entry = get(model, registry_dir=registry)
+    check_version(entry, out)
     if lr is None:
-        lr = grid.best(rows_of(out, "training", entry.name), optimizer)
+        lr = grid.best(rows_of(out, "training", entry.name), optimizer, entry.recipe)
         if lr is None:
             raise UserError(f"{out} has no {optimizer} grid of {model} to choose from: pass --lr")
     if not 0 < lr < float("inf"):
@@ -256,6 +258,7 @@ def train(
         claim_or_refuse(out, unit),
         progress_bar(f"{entry.name} {optimizer} at {lr:g}", log=log) as on_progress,
     ):
+        version.note(entry, out)
         result = run_training(
             entry,
             data,

@@ -261,3 +261,23 @@ def test_a_terminal_without_unicode_gets_question_marks():
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"16 ? 1 ? 3 ? 3" in done.stdout
+
+
+ENTRY = """
+from dataclasses import replace
+from harness.registry import get
+ENTRIES = (replace(get("cnn-digits"), name="mine", options={{"widths": {widths}}}, recipe=None,
+                   stages=("init",), full_stages=(), hessian_batch_size=4),)
+"""
+
+
+def test_a_spectrum_of_another_version_of_the_entry_is_not_added_to(tmp_path):
+    file = tmp_path / "registry" / "mine.py"
+    file.parent.mkdir()
+    command = ["spectrum", "mine", "--num-probes", "1", "--num-steps", "1", "--registry"]
+    command += [str(file.parent), "--out", str(tmp_path / "out")]
+    file.write_text(ENTRY.format(widths=(4, 4)))
+    assert call(*command).exit_code == 0
+    file.write_text(ENTRY.format(widths=(4, 8)))
+    assert "its options was" in (said := refused(call(*command)))
+    assert "name another --out" in said

@@ -233,7 +233,6 @@ ARITHMETIC: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "float32": (nullcontext, {}),
     "TF32 (emulated)": (TF32, {}),
     "float32, `medium`": (nullcontext, {"matmul_precision": "medium"}),
-    "bfloat16": (nullcontext, {"dtype": torch.bfloat16}),
 }
 
 

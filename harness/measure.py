@@ -133,6 +133,8 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
         problem.batches,
         blocks,
         batch_weights=options_of(problem, settings)["batch_weights"],
+        device=settings.device,
+        memory_budget=settings.memory_budget,
     )
     try:
         estimate = gradient_rms_spread(pd.DataFrame(sizes), [block.name for block in blocks])

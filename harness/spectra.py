@@ -68,10 +68,12 @@ def forecast_of(
     num_steps: int,
     *,
     exact_size: int | None = None,
+    norm_mode: str = "eval",
 ) -> Forecast:
     """Return what a spectrum of a problem costs.
 
-    Found from one product per block on one sample; `exact_size` as in `estimate_spectra`.
+    Found from one product per block on one sample; `exact_size` and `norm_mode` as in
+    `estimate_spectra`.
     """
     from harness.estimator.cost import EXACT_SIZE, forecast
 
@@ -83,6 +85,7 @@ def forecast_of(
         num_probes=num_probes,
         num_steps=num_steps,
         exact_size=EXACT_SIZE if exact_size is None else exact_size,
+        norm_mode=norm_mode,
     )
 
 
@@ -200,6 +203,8 @@ def write_derived(
         blocks,
         rows,
         batch_weights=options_of(problem, settings)["batch_weights"],
+        device=settings.device,
+        memory_budget=settings.memory_budget,
     )
     store.write(out, "blocks", summaries)
     nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()

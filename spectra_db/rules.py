@@ -19,7 +19,7 @@ _PRODUCT_EPS = 1000
 # Rules of the same probe differed by up to 1.2 times the change from 3/4 of their steps where each
 # product was disturbed by one rounding error of float32 (small and demo models).
 _TRUNCATIONS = 2.0
-_DTYPE_EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7}
+_DTYPE_EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 _PRECISION_EPS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
 

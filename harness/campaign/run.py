@@ -307,13 +307,13 @@ def _settings(partition: str, entry: ModelEntry, job: Job) -> Settings:
     """Return an entry's settings, with this process's part of the memory."""
     import torch
 
-    from harness.estimator.device import device_memory
+    from harness.estimator.device import memory_share
 
     settings = settings_of(entry, partition, job.device)
     if job.sharers == 1:
         return settings
-    memory = device_memory(torch.device(job.device or "cpu"))
-    return replace(settings, memory_budget=memory // 2 // job.sharers)
+    memory = memory_share(torch.device(job.device or "cpu"))
+    return replace(settings, memory_budget=memory // job.sharers)
 
 
 def _problem(unit: Unit, job: Job, *, batch_size: int | None = None) -> Problem:

@@ -29,7 +29,7 @@ METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
 @click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
-@choice("dtype", "float32", "float64", "bfloat16")
+@choice("dtype", "float32", "float64")
 @choice("norm-mode", "eval", "train")
 @choice("probe-distribution", "gaussian", "rademacher")
 @choice("matmul-precision", "highest", "high", "medium")
@@ -130,7 +130,13 @@ def spectrum(
         leads = together is None or together.leads
         cost = None
         if leads:
-            cost = forecast_of(problem, chosen.partition, chosen.num_probes, chosen.num_steps)
+            cost = forecast_of(
+                problem,
+                chosen.partition,
+                chosen.num_probes,
+                chosen.num_steps,
+                norm_mode=chosen.norm_mode,
+            )
             click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
         # Process 0 of several does what touches files.
         with (

@@ -14,7 +14,7 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator.blocks import Block, find_blocks
 from harness.estimator.checks import Batch, LossFn
-from harness.estimator.device import choose_device, device_memory
+from harness.estimator.device import choose_device, memory_share
 from harness.estimator.lanczos import Kept, Recurrence
 from harness.estimator.spectrum import estimate_spectra
 from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, measure
@@ -135,7 +135,7 @@ def estimate_to_tolerance(
     if max_probes is not None and max_probes < MIN_PROBES:
         raise UserError(f"max_probes is {max_probes}; an error needs at least {MIN_PROBES} probes")
     target = choose_device(model, options.get("device"))
-    budget = device_memory(target) // 2 if memory_budget is None else memory_budget
+    budget = memory_share(target) if memory_budget is None else memory_budget
     partition = blocks if isinstance(blocks, str) else "custom"
     blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
     order = {block.name: i for i, block in enumerate(blocks)}

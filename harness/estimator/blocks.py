@@ -25,18 +25,32 @@ _PROJECTIONS = {
     "key": re.compile(r"^(k|key|keys|k_proj|k_lin|to_k|wk|key_proj)$", re.I),
     "value": re.compile(r"^(v|value|values|v_proj|v_lin|to_v|wv|value_proj)$", re.I),
 }
-# Fused projections whose parts lie one after the other along the output dimension. GPT-NeoX's
-# `query_key_value` is left whole: it interleaves the parts head by head.
+# Fused projections whose parts lie one after the other along the output dimension.
 _FUSED = {
     re.compile(r"^(qkv|to_qkv|wqkv|c_attn|qkv_proj|in_proj)$", re.I): ("query", "key", "value"),
     re.compile(r"^(kv|to_kv|wkv|kv_proj)$", re.I): ("key", "value"),
+}
+# All fused projections, those that are left whole included: with parts of unequal sizes, or, as
+# GPT-NeoX's `query_key_value`, interleaved head by head.
+_ANY_FUSED = re.compile(
+    r"^(\w*qkv\w*|query_key_value|(to_|w)?(kv|qk)(_\w+)?|c_attn|att_proj)$", re.I
+)
+# Modules whose fused weights interleave the parts head by head under a name of `_FUSED`, as do
+# those of timm that are made with `head_first=True`.
+_INTERLEAVED = {
+    "timm.layers.halo_attn.HaloAttn",
+    "timm.models.efficientformer.Attention",
+    "timm.models.tiny_vit.Attention",
+    "transformers.models.codegen.modeling_codegen.CodeGenAttention",
+    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention",
+    "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
 }
 _ATTENTION = re.compile(r"(^|_)(attn|attention|attend|self_attn|mha|xattn)\d*($|_)", re.I)
 _MLP = re.compile(r"(^|_)(mlp|ffn|feed_?forward|intermediate|fc\d*|linear\d+)($|_)", re.I)
 _POSITION = re.compile(r"(^|[._])(pos|position|positional|wpe|relative_position)([._]|$)", re.I)
 _TOKEN = re.compile(r"(^|[._])(cls|class|dist|reg|mask|register)_token", re.I)
 _PATCH = re.compile(r"(^|[._])(patch_embed\w*|conv_proj|patchify|to_patch\w*)|^stem\.proj", re.I)
-_STATE = re.compile(r"(^|\.)(A_log|D|dt_bias|A)$")
+_STATE = re.compile(r"(^|\.)(A_log|D|dt_bias)$")
 _HEAD = re.compile(r"(^|_)(head|classifier|score|decoder|fc)($|_)", re.I)
 # What `torch.nn.utils.parametrize` computes a parameter from: of weight_norm `original1`, the
 # direction, has the weight's shape, and `original0`, the lengths, has not.
@@ -79,8 +93,8 @@ class Block:
 
     Attributes:
         name: The parameter's name, with `[q]`, `[k]` or `[v]` appended for a slice.
-        kind: embedding, position, query, key, value, attention_output, mlp, conv, head,
-            recurrent, state, norm, bias, other, or full.
+        kind: embedding, position, query, key, value, attention (a fused weight left whole),
+            attention_output, mlp, conv, head, recurrent, state, norm, bias, other, or full.
         parts: What the block consists of, in the order in which its vectors are laid out.
         num_params: Number of parameters n; vectors of the block have shape (n,).
         shape: Shape of the parameter or slice; (n,) where the block has several parts.
@@ -99,7 +113,8 @@ def find_blocks(
     """List the blocks of a model's Hessian.
 
     Frozen parameters (`requires_grad=False`) and empty ones belong to no block. Tied weights are
-    one block under their first name.
+    one block under their first name. A fused weight of query, key and value is split into parts
+    that lie one after the other; those known to interleave them head by head are left whole.
 
     Args:
         model: Any module; its parameters may be on the meta device.
@@ -148,35 +163,43 @@ def unclassified(model: nn.Module) -> list[Block]:
     """List what could be weights, but belongs to no block of partition `weights`.
 
     No module that is known owns these parameters. Class tokens and scales are vectors, and not
-    among them.
+    among them; nor are torch's norms and Mamba's `A_log`.
     """
     blocks = find_blocks(model, "all")
-    return [b for b in blocks if b.kind == "other" and sum(side > 1 for side in b.shape) > 1]
+    return [b for b in blocks if b.kind in {"other", "bias"} and _is_matrix(b.shape)]
 
 
 def _parameter_blocks(
     model: nn.Module, named: Sequence[tuple[str, nn.Parameter]]
 ) -> Iterator[Block]:
     """Yield the blocks of every parameter, the slices of a fused weight apart."""
-    modules = dict(model.named_modules())
+    # What torch.compile wraps has the names that it had.
+    modules = {_uncompiled(name): module for name, module in model.named_modules()}
     head = _head_name(model)
-    for name, parameter in named:
+    for full_name, parameter in named:
+        name = _uncompiled(full_name)
         plain = _plain_name(name, parameter, modules)
         path, _, attribute = plain.rpartition(".")
-        kind = _kind(plain, attribute, modules[path], head)
         shape = tuple(parameter.shape)
-        fused = _fused_kinds(path, attribute, modules[path], parameter)
+        kind = _kind(plain, attribute, modules[path], head, shape)
+        parent = modules[path.rpartition(".")[0]]
+        fused = _fused_kinds(path, attribute, modules[path], parent, parameter)
         if fused:
             dim = 1 if type(modules[path]).__name__ == "Conv1D" else 0
             size = shape[dim] // len(fused)
             for i, part_kind in enumerate(fused):
-                part = Part(name, dim, i * size, (i + 1) * size)
+                part = Part(full_name, dim, i * size, (i + 1) * size)
                 part_shape = (*shape[:dim], size, *shape[dim + 1 :])
                 yield Block(
                     f"{name}[{part_kind[0]}]", part_kind, (part,), prod(part_shape), part_shape
                 )
         else:
-            yield Block(name, kind, (Part(name),), parameter.numel(), shape)
+            yield Block(name, kind, (Part(full_name),), parameter.numel(), shape)
+
+
+def _uncompiled(name: str) -> str:
+    """Return a name without the words that torch.compile puts into it."""
+    return ".".join(word for word in name.split(".") if word != "_orig_mod")
 
 
 def _plain_name(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
@@ -190,29 +213,39 @@ def _plain_name(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Mod
 
 
 def _fused_kinds(
-    path: str, attribute: str, module: nn.Module, parameter: nn.Parameter
+    path: str, attribute: str, module: nn.Module, parent: nn.Module, parameter: nn.Parameter
 ) -> tuple[str, ...]:
     """Return the kinds of the equal slices of a fused attention weight, () if it is not one."""
     if isinstance(module, nn.MultiheadAttention):
         return ("query", "key", "value") if attribute == "in_proj_weight" else ()
-    if attribute != "weight" or parameter.dim() < 2:
+    if attribute != "weight" or parameter.dim() < 2 or _interleaves(parent):
         return ()
-    last, parent = path.rpartition(".")[2], path.rpartition(".")[0].rpartition(".")[2]
+    outer, _, last = path.rpartition(".")
     is_conv1d = type(module).__name__ == "Conv1D"
     out_size, in_size = parameter.shape[is_conv1d], parameter.shape[not is_conv1d]
     for pattern, kinds in _FUSED.items():
         # Mamba calls its gated input projection `in_proj` too: 2 x 2 x width, not 3 x width.
         # Grouped queries make the parts unequal; such a weight is left whole.
         if pattern.match(last) and out_size == len(kinds) * in_size:
-            return kinds if last != "in_proj" or _ATTENTION.search(parent) else ()
+            in_attention = last != "in_proj" or _ATTENTION.search(outer.rpartition(".")[2])
+            return kinds if in_attention else ()
     return ()
 
 
-def _kind(name: str, attribute: str, module: nn.Module, head: str | None) -> str:
-    """Classify one parameter by the module that owns it and by its path."""
+def _interleaves(module: nn.Module) -> bool:
+    """Tell whether an attention module is known to lay its fused weight out head by head."""
+    names = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
+    return bool(names & _INTERLEAVED) or getattr(module, "head_first", None) is True
+
+
+def _kind(
+    name: str, attribute: str, module: nn.Module, head: str | None, shape: tuple[int, ...]
+) -> str:
+    """Classify one parameter by the module that owns it, by its path and by its shape."""
     path = name.rpartition(".")[0]
     words = path.split(".")
-    if isinstance(module, _NORMS) or "norm" in type(module).__name__.lower():
+    named_norm = "norm" in type(module).__name__.lower() and not _is_matrix(shape)
+    if isinstance(module, _NORMS) or (named_norm and not _has_weight(module)):
         return "norm"
     if isinstance(module, nn.RNNBase):
         return "recurrent" if attribute.startswith("weight") else "bias"
@@ -223,7 +256,7 @@ def _kind(name: str, attribute: str, module: nn.Module, head: str | None) -> str
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "position" if _POSITION.search(_spaced(path)) else "embedding"
     if not _has_weight(module) or attribute != "weight":
-        if _STATE.search(name):
+        if _STATE.search(name) and (attribute == "A_log" or not _is_matrix(shape)):
             return "state"
         if _TOKEN.search(name):
             return "other"
@@ -232,6 +265,8 @@ def _kind(name: str, attribute: str, module: nn.Module, head: str | None) -> str
         return "head"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "attention_output"  # of nn.MultiheadAttention alone
+    if _is_fused(words):
+        return "attention"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "embedding" if _PATCH.search(path) else "conv"
     for kind, pattern in _PROJECTIONS.items():
@@ -247,6 +282,19 @@ def _kind(name: str, attribute: str, module: nn.Module, head: str | None) -> str
         if _MLP.search(word):
             return "mlp"
     return "mlp"
+
+
+def _is_fused(words: Sequence[str]) -> bool:
+    """Tell whether a path is that of a fused projection, or of its layer as in `qkv.conv`."""
+    if words[-1] == "in_proj":  # also Mamba's, and that of gated convolutions
+        return any(_ATTENTION.search(word) for word in words)
+    inner = words[-1] in {"conv", "linear"} and len(words) > 1
+    return bool(_ANY_FUSED.match(words[-2] if inner else words[-1]))
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    """Tell whether a shape has two dimensions or more, those of one entry not counted."""
+    return sum(side > 1 for side in shape) > 1
 
 
 def _spaced(name: str) -> str:
@@ -266,10 +314,10 @@ def _head_name(model: nn.Module) -> str | None:
     The output layer is the last linear or convolution module outside the repeated layers; where
     the last one is inside them, the one that carries a head's name.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): _uncompiled(name) for name, p in model.named_parameters()}
     candidates = [
         (path, f"{path}.weight" if is_parametrized(module) else names.get(id(module.weight)))
-        for path, module in model.named_modules()
+        for path, module in ((_uncompiled(n), m) for n, m in model.named_modules())
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     ]
     for i, (path, name) in enumerate(reversed(candidates)):

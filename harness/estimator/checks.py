@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,32 +27,73 @@ def fixed_arithmetic(model: nn.Module, matmul_precision: str = "highest") -> Ite
     """Enforce deterministic kernels, the given matmul precision and twice differentiable attention.
 
     Fused attention and fused recurrent kernels have no second derivative: the math kernel stands
-    in for the first, the native one for the second. Everything is restored afterwards.
+    in for the first, the native one for the second. Compiled models, whose graphs have none either,
+    run as they are written. Everything is restored afterwards.
 
     Args:
         model: Looked at for recurrent modules.
         matmul_precision: As in `torch.set_float32_matmul_precision`: highest (float32), high
             (TF32), medium (bfloat16).
     """
-    precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn_tf32 = torch.backends.cudnn.allow_tf32
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())  # whatever the caller computes under
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules:  # slow to import, and nothing is compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        torch.set_float32_matmul_precision(matmul_precision)
-        torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
+            stack.enter_context(_set(torch.backends.mkldnn, enabled=False))
+            stack.enter_context(_set(torch.backends.cudnn, enabled=False))
+        stack.enter_context(_matmul_precision(matmul_precision))
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            torch.backends.cudnn.allow_tf32 = cudnn_tf32
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices in the given precision, on whatever device."""
+    tf32 = "ieee" if precision == "highest" else "tf32"
+    mkldnn: Any = torch.backends.mkldnn
+    cudnn: Any = torch.backends.cudnn
+    backends: list[tuple[Any, str]] = []
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        backends = [
+            (torch.backends.cuda.matmul, tf32),
+            (cudnn.conv, tf32),
+            (cudnn.rnn, tf32),
+            (mkldnn.conv, "ieee"),
+            (mkldnn.matmul, "bf16" if precision == "medium" else tf32),
+        ]
+    with ExitStack() as stack:
+        for backend, _ in backends:
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+        # The older settings as well, since torch raises where the two differ; where a caller has
+        # used the newer ones they can't be read.
+        with suppress(RuntimeError):
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision(precision)
+        with suppress(RuntimeError):
+            stack.enter_context(_set(cudnn, allow_tf32=tf32 == "tf32"))
+        for backend, value in backends:
+            backend.fp32_precision = value
+        yield
+
+
+@contextmanager
+def _set(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes, and restore them afterwards."""
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
 
 
 def leading_size(batch: Batch) -> int:
@@ -205,8 +247,7 @@ def second_derivative_errors() -> Iterator[None]:
 
 
 def _loss(model: nn.Module, loss_fn: LossFn, batch: Batch, index: int) -> torch.Tensor:
-    with torch.no_grad():
-        loss = loss_fn(model, batch)
+    loss = _forward(model, loss_fn, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise UserError(
@@ -219,6 +260,19 @@ def _loss(model: nn.Module, loss_fn: LossFn, batch: Batch, index: int) -> torch.
             "look at the model's outputs and at the batch"
         )
     return loss
+
+
+def _forward(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Any:
+    """Return the loss without a graph, unless it differentiates inside and so needs one."""
+    try:
+        with torch.no_grad():
+            return loss_fn(model, batch)
+    except RuntimeError as error:
+        if "require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        loss = loss_fn(model, batch)
+    return loss.detach() if isinstance(loss, torch.Tensor) else loss
 
 
 def _random_source(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str:
@@ -241,8 +295,8 @@ def _random_source(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str:
         leave = module.register_forward_hook(lambda *_: stack.pop() and None)
         hooks += [enter, leave]
     try:
-        with torch.no_grad(), Watch():
-            loss_fn(model, batch)
+        with Watch():
+            _forward(model, loss_fn, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 # Operation, gradient of its input, gradient of its weight.
 _OPERATIONS = {
@@ -41,12 +42,13 @@ class PrunedConvolutions(TorchFunctionMode):
         super().__init__()
         self._uses: Counter[int] = Counter()  # of each parameter, in this forward pass
         self._targets: frozenset[int] | None = None
+        self._in_forward = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._uses.update(id(a) for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter))
+        self._uses.update(id(a) for a in _leaves(args, kwargs) if isinstance(a, nn.Parameter))
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         if func not in _OPERATIONS or not torch.is_grad_enabled():
@@ -68,7 +70,9 @@ class PrunedConvolutions(TorchFunctionMode):
         x, w = input, weight
         if isinstance(padding, str):
             padding = _as_numbers(padding, w.shape[2:], dilation)
-        if isinstance(padding, str) or x.dim() != w.dim():
+        plain = isinstance(padding, str) or x.dim() != w.dim()
+        # Autocast casts the arguments of torch's own convolutions alone.
+        if plain or torch.is_autocast_enabled(x.device.type):
             return func(x, w, bias, stride, padding, dilation, groups)
         weight_id = id(w) if isinstance(w, nn.Parameter) else None
         settings = (stride, padding, dilation, groups)
@@ -78,8 +82,13 @@ class PrunedConvolutions(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._uses = Counter()  # kept graphs of other batches hold theirs
+        self._in_forward = True
         super().__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._in_forward = False
 
     @contextmanager
     def for_parameters(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -89,6 +98,11 @@ class PrunedConvolutions(TorchFunctionMode):
             yield
         finally:
             self._targets = None
+
+    def count_gradient(self, weight: int | None) -> None:
+        """Count one more use of a weight if the loss itself contains its convolution's gradient."""
+        if self._in_forward and weight is not None:
+            self._uses[weight] += 1
 
     def needs_weight(self, weight: int | None) -> bool:
         """Tell whether the gradient of a weight is asked for; of a computed one (None) always."""
@@ -127,6 +141,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
+        ctx.shape.mode.count_gradient(ctx.shape.weight_id)
         return (
             _InputGradient.apply(g, w, ctx.shape) if _wants(ctx, 0) else None,
             _WeightGradient.apply(g, x, ctx.shape) if _wants(ctx, 1) else None,
@@ -172,6 +187,13 @@ class _WeightGradient(torch.autograd.Function):
             _InputGradient.apply(g, u, ctx.shape) if wants_x else None,
             None,
         )
+
+
+def _leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """Return the arguments of a call, those inside of lists too."""
+    values = (*args, *kwargs.values())
+    nested = any(isinstance(v, list | tuple | dict) for v in values)
+    return tree_leaves(values) if nested else values
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:

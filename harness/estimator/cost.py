@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.errors import UserError
 from harness.estimator.blocks import Block
 from harness.estimator.checks import Batch, LossFn, fixed_arithmetic, leading_size, take
 from harness.estimator.device import choose_device, device_memory
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.memory import is_out_of_memory
 
 # Blocks up to this size are diagonalised: n products cost no more than 10 probes x 100 steps.
 EXACT_SIZE = 1000
@@ -80,23 +82,38 @@ def forecast(
     num_probes: int,
     num_steps: int,
     exact_size: int = EXACT_SIZE,
+    norm_mode: str = "eval",
 ) -> Forecast:
     """Count the cost of a spectrum on one sample and scale it to the batch.
 
-    Takes one product with each block on the first sample, in evaluation mode, on the model's
-    device.
+    Takes one product with each block on the first sample, or on the first two where the model
+    fails on one, on the model's device.
     """
     size = sum(leading_size(b) for b in batches)
     device = choose_device(model, None)
     with fixed_arithmetic(model):
-        hessian = BlockHessian(
-            model,
-            loss_fn,
-            [take(batches[0], 0, 1)],
-            blocks,
-            device=device,
-            memory_budget=device_memory(device),
-        )
+
+        def on(few: int) -> BlockHessian:
+            return BlockHessian(
+                model,
+                loss_fn,
+                [take(batches[0], 0, few)],
+                blocks,
+                batch_weights=[1.0],
+                device=device,
+                norm_mode=norm_mode,
+                memory_budget=device_memory(device),
+            )
+
+        try:
+            hessian = on(1)
+        except UserError:
+            raise
+        except Exception as error:
+            if leading_size(batches[0]) < 2 or is_out_of_memory(error):
+                raise
+            hessian = on(2)
+        few = hessian.batch_size
         with _counter() as shared:
             hessian.products([])
         block_flops = []
@@ -104,19 +121,21 @@ def forecast(
             vector = torch.ones(block.num_params, dtype=hessian.dtype, device=device)
             with _counter() as counter:
                 hessian.products([(index, vector)])
-            block_flops.append(counter.get_total_flops() * size)
-        two = take(batches[0], 0, 2)
-        grows = hessian.measure_peak(two) - hessian.product_bytes if leading_size(two) > 1 else 0
+            block_flops.append(counter.get_total_flops() * size // few)
+        more = take(batches[0], 0, 2 * few)
+        added = leading_size(more) - few
+        grows = (hessian.measure_peak(more) - hessian.product_bytes) // added if added else 0
+    pass_flops = shared.get_total_flops() * size // few
     sampled = num_probes * num_steps
     exact = [b.num_params <= exact_size for b in blocks]
     counts = [b.num_params if e else sampled for b, e in zip(blocks, exact, strict=True)]
     flops = sum(n * f for n, f in zip(counts, block_flops, strict=True))
     return Forecast(
         num_products=sum(counts),
-        flops=flops + shared.get_total_flops() * size,
-        pass_flops=shared.get_total_flops() * size,
-        graph_bytes=hessian.graph_bytes * size,
-        product_bytes=hessian.product_bytes + max(grows, hessian.graph_bytes) * (size - 1),
+        flops=flops + pass_flops,
+        pass_flops=pass_flops,
+        graph_bytes=hessian.graph_bytes * size // few,
+        product_bytes=hessian.product_bytes + max(grows, hessian.graph_bytes // few) * (size - few),
         block_flops=tuple(block_flops),
         block_names=tuple(b.name for b in blocks),
         block_products=tuple(counts),

@@ -44,6 +44,15 @@ def device_memory(device: torch.device) -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
+def memory_share(device: torch.device) -> int:
+    """Return the memory budget of a process: half of the device's memory, in bytes.
+
+    On CPU the processes that torchrun starts on a machine divide it among them.
+    """
+    processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return device_memory(device) // (2 * processes)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Return the peak memory so far: the device's, or that of this process."""
     if device.type == "cuda":

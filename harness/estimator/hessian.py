@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,7 +52,7 @@ class BlockHessian:
         num_terms: Σ t.
         batch_size: Samples in all microbatches.
         microbatch_size: Samples in the largest microbatch.
-        graph_bytes: Estimate of what one microbatch's graph keeps.
+        graph_bytes: Estimate of what the largest microbatch's graph keeps.
         product_bytes: Estimate of the most that a product takes: a graph and what comes and goes.
         keeps_graphs: The graphs of all microbatches are kept between products.
         most_bytes: Estimate of what is taken at most beside the model: kept graphs and a product.
@@ -100,6 +100,7 @@ class BlockHessian:
         )
         # Counts the terms of a piece of a batch; None: batches can't be cut.
         self._count = count if norm_mode == "eval" else None
+        self._fewest = 1  # samples of a piece
         self.graph_bytes, self.product_bytes = self._size_graph(memory_budget)
         if self._count is not None:
             terms = [self._count(b) for b in self.batches]
@@ -190,8 +191,8 @@ class BlockHessian:
         """Return this process's part of the gradient."""
         names = {part.parameter for block in self.blocks for part in block.parts}
         total: Gradients = dict.fromkeys(sorted(names))  # one order in all processes
-        for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
-            for name, g in gradients.items():
+        for batch, weight in zip(self.batches, self.weights, strict=True):
+            for name, g in self._gradients(batch, names, create_graph=False).items():
                 if g is not None:
                     so_far = total[name]
                     scaled = weight * g.detach()
@@ -210,7 +211,7 @@ class BlockHessian:
             # Only here, where the error no longer holds the frames that hold the tensors.
             self._kept = []
             release_cache(self.device)
-            if self._count is None or self.microbatch_size == 1:
+            if self._count is None or self.microbatch_size < 2 * self._fewest:
                 raise UserError(
                     f"out of memory with microbatches of {self.microbatch_size} samples, which "
                     f"can't be halved ({reason}); pass smaller batches, or use a larger device"
@@ -267,8 +268,8 @@ class BlockHessian:
             self._kept = [self._gradients(batch, every) for batch in self.batches]
         yield from self._kept
 
-    def _gradients(self, batch: Batch, names: set[str]) -> Gradients:
-        """Run one forward and one differentiable backward pass."""
+    def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Gradients:
+        """Run one forward and one backward pass, to be differentiated again if asked."""
         ordered = [name for name in self._parameters if name in names]
         with second_derivative_errors():
             with self._convolutions:
@@ -278,7 +279,8 @@ class BlockHessian:
             gradients = torch.autograd.grad(
                 loss.reshape(()),
                 [self._parameters[name] for name in ordered],
-                create_graph=True,
+                create_graph=create_graph,
+                retain_graph=True,
                 allow_unused=True,
             )
             if all(g is None for g in gradients):  # such as of an unused module alone
@@ -299,21 +301,24 @@ class BlockHessian:
         """Halve the microbatches until a product fits; return the bytes of graph and product."""
         sample = max(self.batches, key=leading_size)
         if self._count is not None:
-            graph_of_one = self._saved_bytes(take(sample, 0, 1))
-            one = per_sample = self.measure_peak(take(sample, 0, 1))
-            if leading_size(sample) > 1:
+            few, graph_of_few = self._fewest_samples(sample)
+            self._fewest = few
+            least = self.measure_peak(take(sample, 0, few))
+            per_sample = least / few
+            if leading_size(sample) >= 2 * few:
                 # What doesn't grow with the samples, such as gradients, counts once.
-                per_sample = max(self.measure_peak(take(sample, 0, 2)) - one, 0)
+                per_sample = max(self.measure_peak(take(sample, 0, 2 * few)) - least, 0) / few
         while True:
             size = max(leading_size(b) for b in self.batches)
             if self._count is None:
                 graph_bytes, product_bytes = self._saved_bytes(sample), self.measure_peak(sample)
             else:
-                graph_bytes, product_bytes = graph_of_one * size, one + (size - 1) * per_sample
+                graph_bytes = graph_of_few * size // few
+                product_bytes = least + int((size - few) * per_sample)
             product_bytes = max(graph_bytes, product_bytes)
             if product_bytes <= memory_budget:
                 return graph_bytes, product_bytes
-            if self._count is None or size == 1:
+            if self._count is None or size < 2 * self._fewest:
                 raise UserError(
                     f"a product with one microbatch of {size} samples takes about "
                     f"{product_bytes / 2**30:.2g} GiB, more than the memory budget of "
@@ -321,6 +326,20 @@ class BlockHessian:
                 )
             count = self._count
             self.batches = [piece for b in self.batches for piece in _halves(b, size, count)]
+
+    def _fewest_samples(self, batch: Batch) -> tuple[int, int]:
+        """Return how few samples the model takes, 1 or 2, and the bytes that their graph keeps.
+
+        Some models fail on one: `squeeze` takes the dimension of its batch away.
+        """
+        try:
+            return 1, self._saved_bytes(take(batch, 0, 1))
+        except UserError:
+            raise
+        except Exception as error:
+            if leading_size(batch) < 2 or is_out_of_memory(error):
+                raise
+        return 2, self._saved_bytes(take(batch, 0, 2))
 
     def _saved_bytes(self, batch: Batch) -> int:
         """Count the bytes of distinct storages that a graph of this batch keeps.
@@ -420,6 +439,11 @@ def _terms(
 ) -> tuple[NumTerms | None, list[float]]:
     """Return how terms are counted (None where only totals are known) and the counts."""
     given = leading_size if batch_weights is None else batch_weights
+    if not callable(given) and not isinstance(given, Iterable):
+        raise UserError(
+            f"batch_weights is {given!r}; pass one number per batch, such as [{given!r}], or a "
+            "function that counts the terms of a batch"
+        )
     count = given if callable(given) else None
     terms = [float(t) for t in (map(given, batches) if callable(given) else given)]
     usable = all(0 <= t < float("inf") for t in terms) and sum(terms) > 0

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from harness.errors import UserError
 from harness.estimator import lanczos
@@ -23,7 +24,7 @@ from harness.estimator.checks import (
     warn_of_asymmetry,
 )
 from harness.estimator.cost import EXACT_SIZE
-from harness.estimator.device import choose_device, device_memory, device_name, peak_bytes
+from harness.estimator.device import choose_device, device_name, memory_share, peak_bytes
 from harness.estimator.hessian import BlockHessian, NumTerms
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
@@ -31,7 +32,7 @@ from harness.estimator.share import Share
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 PRECISIONS = ("highest", "high", "medium")
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 Row = dict[str, Any]
 
@@ -85,11 +86,11 @@ def estimate_spectra(
         reorthogonalize: Full reorthogonalisation; keeps num_steps vectors per probe.
         norm_mode: eval: batch norms use running statistics. train: those of the microbatch.
         matmul_precision: highest: float32; high: TF32; medium: bfloat16, where the device can.
-        memory_budget: Bytes for graphs and vectors; None: half of the device's memory. A
-            microbatch that takes more is halved, and so is one for which the device's memory
-            turns out not to be enough. Not counted: the model, the first check of the loss,
-            one pass without a graph over each batch as it is given, and freed memory that an
-            allocator doesn't give back.
+        memory_budget: Bytes for graphs and vectors; None: half of the device's memory, on CPU
+            divided among the processes that torchrun starts. A microbatch that takes more is
+            halved, and so is one for which the device's memory turns out not to be enough. Not
+            counted: the model, the first check of the loss, one pass without a graph over each
+            batch as it is given, and freed memory that an allocator doesn't give back.
         exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
         identity: Values of further columns of the rows: model, stage, init_seed, ...
         on_progress: Called with (products done, products in all).
@@ -125,6 +126,13 @@ def estimate_spectra(
             "[(inputs, targets)]"
         )
     batches = list(batches)  # once: a loader may shuffle, and a generator ends
+    counts = [sum(isinstance(x, torch.Tensor) for x in tree_leaves(b)) for b in batches]
+    for i, count in enumerate(counts):
+        if count != counts[0]:
+            raise UserError(
+                f"the number of tensors is {count} in batch {i} and {counts[0]} in batch 0; pass "
+                "batches of one structure, such as (inputs, targets)"
+            )
     if isinstance(blocks, str) and blocks == "weights" and (odd := unclassified(model)):
         warnings.warn(
             f"in no block of partition weights: {', '.join(b.name for b in odd)} "
@@ -139,7 +147,7 @@ def estimate_spectra(
             f"blocks holds {strange[0]!r}; pass a partition, or some of find_blocks(model)"
         )
     target = choose_device(model, device)
-    budget = device_memory(target) // 2 if memory_budget is None else memory_budget
+    budget = memory_share(target) if memory_budget is None else memory_budget
     with fixed_arithmetic(model, matmul_precision):
         hessian = BlockHessian(
             model,

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from harness.estimator.blocks import Block
 from harness.estimator.checks import Batch, LossFn, fixed_arithmetic
-from harness.estimator.device import choose_device, device_memory
+from harness.estimator.device import choose_device, memory_share
 from harness.estimator.hessian import BlockHessian, NumTerms
 from harness.estimator.quadrature import residual_bounds
 from spectra_db.density import blocks_of
@@ -27,6 +28,8 @@ def block_summaries(
     rows: pd.DataFrame,
     *,
     batch_weights: Sequence[float] | NumTerms | None = None,
+    device: torch.device | str | None = None,
+    memory_budget: int | None = None,
 ) -> list[Row]:
     """Summarise each block: weight and gradient size, moments and extreme eigenvalues.
 
@@ -41,11 +44,21 @@ def block_summaries(
         blocks: The blocks of the rows.
         rows: Rows of table `spectra` of these blocks.
         batch_weights: As in `estimate_spectra`.
+        device: As in `estimate_spectra`.
+        memory_budget: As in `estimate_spectra`.
 
     Returns:
         Rows of table `blocks`.
     """
-    sizes = block_sizes(model, loss_fn, batches, blocks, batch_weights=batch_weights)
+    sizes = block_sizes(
+        model,
+        loss_fn,
+        batches,
+        blocks,
+        batch_weights=batch_weights,
+        device=device,
+        memory_budget=memory_budget,
+    )
     by_block = dict(list(rows.groupby("block", sort=False)))
     summaries = []
     for size in sizes:
@@ -63,6 +76,8 @@ def block_sizes(
     blocks: Sequence[Block],
     *,
     batch_weights: Sequence[float] | NumTerms | None = None,
+    device: torch.device | str | None = None,
+    memory_budget: int | None = None,
 ) -> list[Row]:
     """Return the rms of each block's weights and of its gradient, from one gradient.
 
@@ -72,11 +87,13 @@ def block_sizes(
         batches: As `block_summaries`.
         blocks: As `block_summaries`.
         batch_weights: As `block_summaries`.
+        device: As `block_summaries`.
+        memory_budget: As `block_summaries`.
 
     Returns:
         The columns block, kind, num_params, weight_rms and gradient_rms of table `blocks`.
     """
-    device = choose_device(model, None)
+    target = choose_device(model, device)
     with fixed_arithmetic(model):
         hessian = BlockHessian(
             model,
@@ -84,8 +101,8 @@ def block_sizes(
             batches,
             blocks,
             batch_weights=batch_weights,
-            device=device,
-            memory_budget=device_memory(device),
+            device=target,
+            memory_budget=memory_share(target) if memory_budget is None else memory_budget,
         )
         gradient = hessian.gradient()
     rows = []

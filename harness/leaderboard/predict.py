@@ -154,6 +154,7 @@ def measure(
             blocks,
             rows,
             batch_weights=count_terms,
+            device=device,
         )
     )
     names = rows.loc[rows["status"] == "ok", "block"].unique().tolist()

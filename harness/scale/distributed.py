@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from harness.estimator import Block, estimate_spectra
 from harness.estimator.cost import EXACT_SIZE, Forecast, cut
-from harness.estimator.device import choose_device, device_memory
+from harness.estimator.device import choose_device, memory_share
 from harness.estimator.share import Share
 from spectra_db.schema import TABLES
 
@@ -170,9 +170,7 @@ def estimate_together(
         All rows in process 0, none in the others.
     """
     if memory_budget is None:
-        memory = device_memory(choose_device(problem[0], together.device)) // 2
-        own = torch.device(together.device).type == "cuda"
-        memory_budget = memory // (1 if own else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        memory_budget = memory_share(choose_device(problem[0], together.device))
     parts: list[Probes] | None = None
     if cost is not None:
         parts = divide(

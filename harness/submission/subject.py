@@ -12,7 +12,7 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.estimator.checks import Batch
-from harness.estimator.device import device_memory
+from harness.estimator.device import memory_share
 from harness.estimator.hessian import BlockHessian
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data, Task
@@ -77,5 +77,5 @@ class Subject:
             batch_weights=self.task.num_terms,
             device=CPU,
             dtype=dtype,
-            memory_budget=device_memory(CPU) // 2,
+            memory_budget=memory_share(CPU),
         )

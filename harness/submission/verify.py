@@ -17,7 +17,7 @@ import spectra_db
 from harness.errors import UserError, reason_of
 from harness.estimator import find_blocks
 from harness.estimator.checks import batch_hash, fixed_arithmetic
-from harness.estimator.device import choose_device, device_memory
+from harness.estimator.device import choose_device, memory_share
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
@@ -253,7 +253,7 @@ def _recompute(row: dict[Any, Any], problem: Problem, device: str | None) -> dic
             device=target,
             dtype=DTYPES[row["dtype"]],
             norm_mode=row["norm_mode"],
-            memory_budget=device_memory(target) // 2,
+            memory_budget=memory_share(target),
         )
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")

@@ -144,3 +144,85 @@ def test_the_output_of_attention_is_known_by_its_module_whatever_its_name():
         "mix.out_proj.weight": "attention_output",
         "head.weight": "head",
     }
+
+
+def meta(create):
+    with torch.device("meta"):
+        return create()
+
+
+def of_transformers(config, **options):
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 9, "n_positions": 8}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return transformers.AutoModel.from_config(config(**small, **ids, **options))
+
+
+@pytest.mark.parametrize(
+    ("create", "name"),
+    [
+        (lambda: timm.create_model("tiny_vit_5m_224"), "stages.1.blocks.0.attn.qkv.weight"),
+        (lambda: timm.create_model("coatnet_0_rw_224"), "stages.2.blocks.0.attn.qkv.weight"),
+        (
+            lambda: of_transformers(transformers.CodeGenConfig, rotary_dim=4),
+            "h.0.attn.qkv_proj.weight",
+        ),
+        (
+            lambda: of_transformers(transformers.GPTBigCodeConfig, multi_query=False),
+            "h.0.attn.c_attn.weight",
+        ),
+    ],
+    ids=["tiny vit", "coatnet", "codegen", "gpt bigcode"],
+)
+def test_fused_weights_that_interleave_heads_are_left_whole(create, name):
+    found = kinds(meta(create))
+    assert found[name] == "attention"
+    assert f"{name}[q]" not in found
+
+
+def test_fused_weights_of_unequal_parts_are_no_outputs_of_attention_and_no_convolutions():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn = nn.ModuleDict(
+                {"qkv_proj": nn.Linear(8, 16), "o_proj": nn.Linear(8, 8)}
+            )
+            self.attn = nn.ModuleDict({"qkv": nn.Conv2d(8, 17, 1), "proj": nn.Conv2d(8, 8, 1)})
+            self.mixer = nn.ModuleDict({"in_proj": nn.Linear(8, 32)})
+            self.head = nn.Linear(8, 2)
+
+    assert kinds(Grouped()) == {
+        "self_attn.qkv_proj.weight": "attention",
+        "self_attn.o_proj.weight": "attention_output",
+        "attn.qkv.weight": "attention",
+        "attn.proj.weight": "conv",
+        "mixer.in_proj.weight": "recurrent",
+        "head.weight": "head",
+    }
+
+
+def test_a_name_alone_makes_no_weight_a_norm_or_a_state():
+    class NormalizedLinear(nn.Linear):
+        pass
+
+    class NormedProduct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A, self.D = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(2, 4))
+            self.scale, self.shift_bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.eye(4))
+
+    model = nn.ModuleDict({"fc": NormalizedLinear(4, 4), "low_rank": NormedProduct()})
+    assert kinds(model) == {"fc.weight": "head"}
+    left_out = {block.name for block in unclassified(model)}
+    assert left_out == {"low_rank.A", "low_rank.D", "low_rank.shift_bias"}
+    assert kinds(model, "all")["low_rank.scale"] == "norm"
+
+
+def test_what_is_compiled_has_the_names_and_kinds_of_what_is_not():
+    def net():
+        return nn.Sequential(nn.ModuleDict({"attn": nn.MultiheadAttention(6, 2)}), nn.Linear(6, 2))
+
+    inside = net()
+    inside[0]["attn"] = torch.compile(inside[0]["attn"])
+    for model in (torch.compile(net()), inside):
+        assert kinds(model, "all") == kinds(net(), "all")
+        assert find_blocks(model)[-1].parts[0].parameter in dict(model.named_parameters())

@@ -30,6 +30,19 @@ class Shared(nn.Module):
         return self.head(self.conv(self.conv(x).tanh()).tanh().flatten(1))
 
 
+class InList(nn.Module):
+    """Uses a convolution's weight inside of lists before it convolves with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 2, 1), nn.Linear(72, 3)
+
+    def forward(self, x):
+        mixing = torch.cat([self.conv.weight, self.conv.weight]).narrow(0, 1, 2)[:, :, 0, 0]
+        x = torch.einsum("bchw,dc->bdhw", x, mixing).tanh()
+        return self.head(self.conv(x).tanh().flatten(1))
+
+
 class ByKeyword(nn.Conv1d):
     """Calls as transformers' Mamba does."""
 
@@ -67,6 +80,7 @@ NETS = {
         nn.Conv2d(2, 3, 3), nn.Tanh(), Standardised(3, 3, 2), nn.Tanh(), nn.Conv2d(3, 2, 1)
     ),
     "shared weights": Shared,
+    "weights in a list": InList,
 }
 
 
@@ -83,6 +97,37 @@ def test_products_through_convolutions_equal_the_dense_hessian(name, partition):
     with fixed_arithmetic(model):
         for i, H in enumerate(expected):
             assert (hessian.dense(i) - H).norm() <= 1e-10 * max(H.norm(), 1e-3)
+
+
+def test_a_loss_that_differentiates_inside_has_the_dense_hessian():
+    def penalised(model, x):
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return slope.square().mean()
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 5, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Conv1d(2, 2, 2), nn.Tanh()).double()
+    blocks, expected = dense_hessian(model, penalised, x, "all")
+    hessian = block_hessian(model, penalised, [x], blocks)
+    with fixed_arithmetic(model):
+        for i, H in enumerate(expected):
+            torch.testing.assert_close(hessian.dense(i), H)
+
+
+def test_convolutions_under_autocast_have_products():
+    class Half(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    batch = (torch.randn(3, 2, 6, 6), torch.tensor([0, 1, 2]))
+    model = Half(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3))
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model), dtype=torch.float32)
+    with fixed_arithmetic(model):
+        (product,) = hessian.products([(0, torch.ones(36))])
+    assert torch.isfinite(product).all()
+    assert product.any()
 
 
 def test_a_weight_may_be_used_oftener_in_one_batch_than_in_another():

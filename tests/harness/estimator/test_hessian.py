@@ -7,10 +7,12 @@ from hessian_eigenthings import HessianOperator
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from harness.errors import UserError
 from harness.estimator.blocks import Block, Part, find_blocks
 from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.cost import forecast
 from harness.estimator.hessian import BlockHessian
 
 from .models import cross_entropy, num_terms, problem, split
@@ -263,7 +265,7 @@ def test_a_loss_that_is_no_finite_scalar_is_refused(loss, message):
         block_hessian(model, loss, [batch], find_blocks(model))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]])
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], 3.0])
 def test_bad_batch_weights_are_refused(weights):
     model, batch = problem("mlp")
     with pytest.raises(UserError, match="batch_weights"):
@@ -286,3 +288,56 @@ def test_overlapping_and_unknown_blocks_are_refused():
     unknown = Block("x", "mlp", (Part("x"),), 1, (1,))
     with pytest.raises(UserError, match="does not have"):
         block_hessian(model, cross_entropy, [batch], [unknown])
+
+
+class Squeezing(nn.Module):
+    """Takes the dimension of the batch away where that is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(F.adaptive_avg_pool2d(self.conv(x), 1).squeeze()))
+
+
+@pytest.mark.parametrize("norm_mode", ["eval", "train"])
+def test_models_that_fail_on_one_sample_are_sized_and_forecast_on_two(norm_mode):
+    batch = (torch.randn(8, 1, 5, 5), torch.arange(8) % 3)
+    model = Squeezing()
+    blocks = find_blocks(model)
+    options = {"dtype": torch.float32, "norm_mode": norm_mode}
+    hessian = block_hessian(model, cross_entropy, [batch], blocks, **options)
+    settings = {"num_probes": 2, "num_steps": 3, "norm_mode": norm_mode}
+    cost = forecast(model, cross_entropy, [batch], blocks, **settings)
+    with fixed_arithmetic(model), FlopCounterMode(display=False) as counter:
+        hessian.products([(1, torch.ones(12))])
+    assert cost.pass_flops + cost.block_flops[1] == counter.get_total_flops()
+    if norm_mode == "eval":
+        options["memory_budget"] = hessian.product_bytes - 1
+        halved = block_hessian(model, cross_entropy, [batch], blocks, **options)
+        assert halved.microbatch_size == 4
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_precisions_set_in_either_way_are_overridden_and_come_back(precision):
+    def state():
+        backends = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)
+        return [b.fp32_precision for b in backends], cudnn.enabled, mkldnn.enabled
+
+    cuda, cudnn, mkldnn = (getattr(torch.backends, n) for n in ("cuda", "cudnn", "mkldnn"))
+    if not hasattr(cuda.matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one way")
+    matmul, older = cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
+    try:
+        for value in ("tf32", "ieee"):
+            cuda.matmul.fp32_precision = value
+            before = state()
+            with fixed_arithmetic(nn.LSTM(2, 2), precision):
+                assert cuda.matmul.fp32_precision == ("ieee" if precision == "highest" else "tf32")
+                with cudnn.flags(enabled=False):  # raises where older and newer settings differ
+                    pass
+            assert state() == before
+    finally:
+        cuda.matmul.fp32_precision = matmul
+        assert torch.get_float32_matmul_precision() == older

@@ -16,8 +16,10 @@ from torch.nn.utils.parametrizations import weight_norm
 import spectra_db
 from harness import estimate_spectra, find_blocks, registry
 from harness.errors import UserError
+from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import forecast
-from harness.estimator.summary import block_summaries
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.summary import block_sizes, block_summaries
 from harness.training import load_problem
 from spectra_db.schema import TABLES
 
@@ -252,6 +254,7 @@ def test_attention_and_recurrent_kernels_without_second_derivative_are_avoided()
         ({"probe_distribution": "uniform"}, "gaussian, rademacher"),
         ({"matmul_precision": "low"}, "highest, high, medium"),
         ({"dtype": torch.int64}, "float64, float32"),
+        ({"dtype": torch.bfloat16}, "float64, float32"),
         ({"norm_mode": "both"}, "eval, train"),
         ({"blocks": "layers"}, "weights, paper, all, full"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
@@ -266,6 +269,44 @@ def small(*layers, loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1]), **option
     model = nn.Sequential(*layers, nn.Linear(4, 3))
     batch = (torch.linspace(0.1, 1, 48).reshape(8, 6), torch.arange(8) % 3)
     return estimate_spectra(model, loss_fn, **{"batches": [batch], "num_steps": 3} | options)
+
+
+def test_batches_of_another_structure_are_refused():
+    x, y = torch.ones(4, 6), torch.arange(4) % 3
+    with pytest.raises(UserError, match="tensors is 1 in batch 1 and 2 in batch 0"):
+        small(nn.Linear(6, 4), batches=[(x, y), (x,)])
+
+
+def test_compiled_models_have_the_spectra_of_what_is_compiled():
+    batch = (torch.linspace(0.1, 1, 48).reshape(8, 6), torch.arange(8) % 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    rows = [estimate_spectra(m, cross_entropy, [batch]) for m in (model, torch.compile(model))]
+    assert rows[0]["block"].equals(rows[1]["block"])
+    assert rows[0]["nodes"].tolist() == rows[1]["nodes"].tolist()
+
+
+def test_the_gradient_of_summaries_keeps_to_device_and_memory_budget(monkeypatch):
+    model, batch = problem("mlp", num_samples=8)
+    blocks = find_blocks(model)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "memory_budget": 1 << 30}
+    with fixed_arithmetic(model):
+        hessian = BlockHessian(model, cross_entropy, [batch], blocks, **options)
+    seen = []
+    gradient = BlockHessian.gradient
+    monkeypatch.setattr(
+        BlockHessian, "gradient", lambda self: (seen.append(self), gradient(self))[1]
+    )
+    whole = block_sizes(model, cross_entropy, [batch], blocks)
+    parts = block_sizes(
+        model, cross_entropy, [batch], blocks, memory_budget=hessian.product_bytes - 1
+    )
+    assert [h.microbatch_size for h in seen] == [8, 4]
+    for a, b in zip(whole, parts, strict=True):
+        assert a["gradient_rms"] == pytest.approx(b["gradient_rms"], rel=1e-5)
+    with pytest.raises(UserError, match="device 'tpu' cannot be used"):
+        block_sizes(model, cross_entropy, [batch], blocks, device="tpu")
 
 
 def test_weights_that_no_known_module_owns_are_left_out_with_a_warning():

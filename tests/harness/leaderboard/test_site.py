@@ -211,7 +211,7 @@ def test_of_several_spectra_of_a_stage_the_standard_one_of_the_lowest_seed_is_sh
     first = spectrum_rows("good")
     store.write(tmp_path, "models", [model_row("good")])
     store.write(tmp_path, "gaps", [gap_row("good", 0.1)])
-    for changes in ({"init_seed": 5}, {"dtype": "bfloat16"}, {"norm_mode": "train"}, {}):
+    for changes in ({"init_seed": 5}, {"dtype": "float64"}, {"norm_mode": "train"}, {}):
         odd = {"nodes": [-1.0, 1.0], "weights": [0.5, 0.5]} if changes else {}
         exact = [row | odd if row["method"] == "exact" else row for row in first]
         store.write(tmp_path, "spectra", [row | changes for row in exact])

@@ -142,7 +142,7 @@ def draft(
         warmup = min(entry.recipe.warmup_steps, train_steps // 10)
         recipe = replace(entry.recipe, num_steps=train_steps, warmup_steps=warmup)
         entry = replace(entry, recipe=recipe)
-    if entry.stages[0] != "init":
+    if entry.stages[:1] != ("init",):
         raise UserError(f"--stages is {','.join(entry.stages)}; it must begin with init")
     full = tuple(s for s in recipes.SMALL["full_stages"] if s in entry.stages)
     if entry.stages == ("init",):

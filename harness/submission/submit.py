@@ -217,8 +217,8 @@ def _check_tables(
             "run it again into another folder"
         )
     _check_product(entry, spectra, source, data_root)
-    with torch.no_grad():  # whatever is imported by and by is part of the code
-        problem.loss_fn(problem.model, take(problem.batches[0], 0, 2))
+    # Whatever is imported by and by is part of the code.
+    problem.loss_fn(problem.model, take(problem.batches[0], 0, 2))
     return [] if registry is None else sorted(_modules_in(registry.resolve()))
 
 

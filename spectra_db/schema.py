@@ -8,8 +8,12 @@ from __future__ import annotations
 import pyarrow as pa
 
 PROTOCOL_VERSION = 1
+# Of tables that have a protocol of their own: runs and speed-ups are of the second.
+VERSIONS = {"trials": 2, "speedups": 2}
 
 STATUSES = ("ok", "zero", "pending", "failed")
+# "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
+ANSWERS = ("yes", "no", "unclear")
 STAGES = ("init", "p10", "p25", "p50", "final")
 # Of rules; rows of blocks that a caller chose say `custom`.
 PARTITIONS = ("weights", "paper", "all", "full")
@@ -217,6 +221,62 @@ TABLES: dict[str, pa.Schema] = {
             _REASON,
         ]
     ),
+    "trials": pa.schema(
+        [
+            _MODEL,
+            _OPTIMIZER,
+            _column("num_steps", _INT, "Steps of the whole run: T, 2T or 4T", "steps"),
+            _LR,
+            _SEED,
+            _PROTOCOL,
+            _column("init_loss", _FLOAT, "Loss before the first step", _LOSS),
+            _float("target_entropy", "Entropy of the targets' marginal, where they are classes"),
+            _column("reference_loss", _FLOAT, "R: the loss of having learnt nothing", _LOSS),
+            _float("final_loss", "Loss after the last step; null if it diverged", _LOSS),
+            _float("accuracy", "Accuracy after the last step, where there is one", "fraction"),
+            _column("diverged", _BOOL, "A loss was not finite, or ended above the first"),
+            _column("eval_steps", pa.list_(_INT), "Steps at which the loss was taken", "steps"),
+            _column("eval_losses", _LIST, "The losses on the fixed training subset", _LOSS),
+            _column("batch_size", _INT, "Samples in a step's batch", "samples"),
+            _column("data_source", _TEXT, "Where the data come from, with a checksum"),
+            _column("code_version", _TEXT, "Version and commit of the code"),
+            _column("torch_version", _TEXT, "Version of torch"),
+            _column("device", _TEXT, "Device"),
+            _column("num_threads", _INT, "Threads of torch"),
+            _column("seconds", _FLOAT, "Wall time of the run", "s"),
+            _column("cpu_seconds", _FLOAT, "Processor time of the run", "s"),
+        ]
+    ),
+    "speedups": pa.schema(
+        [
+            _MODEL,
+            _PROTOCOL,
+            _float("log2_speedup", "y: log2 of the steps that SGD needs for AdamW's loss, over T"),
+            _float("standard_error", "Standard error of y over seeds, by the delta method"),
+            _float("ci_low", "Lower end of the 95 % interval of y"),
+            _float("ci_high", "Upper end of the 95 % interval of y; null where it is not bounded"),
+            _column("censored", _BOOL, "The slower was not there in 4T steps", optional=True),
+            _column("slower", _TEXT, "The optimizer behind: sgd or adamw", optional=True),
+            _column("trained", _BOOL, "AdamW gained a tenth of R in each seed", optional=True),
+            _column("adam_needed", _TEXT, "Whether y > 0.5: yes, no, unclear", optional=True),
+            _float("relative_gap", "y': (min(S, R) - A) / (R - A) at T steps"),
+            _float("relative_gap_error", "Standard error of y' over seeds"),
+            _float("sgd_loss", "S: mean loss of SGD after T steps", _LOSS),
+            _float("adam_loss", "A: the same of AdamW", _LOSS),
+            _float("init_loss", "I: mean loss before the first step", _LOSS),
+            _float("reference_loss", "R: mean loss of having learnt nothing", _LOSS),
+            _float("sgd_accuracy", "Accuracy of SGD after T steps", "fraction"),
+            _float("adam_accuracy", "Accuracy of AdamW after T steps", "fraction"),
+            _float("sgd_lr", "Best learning rate of SGD at T steps"),
+            _float("adam_lr", "Best learning rate of AdamW at T steps"),
+            _column("num_steps", _INT, "T", "steps"),
+            _column("longest", _INT, "Steps of the longest run, over T: 1, 2 or 4"),
+            _column("num_seeds", _INT, "Seeds averaged at T steps"),
+            _column("num_trials", _INT, "Training runs behind the row"),
+            _STATUS,
+            _REASON,
+        ]
+    ),
     "runs": pa.schema(
         [
             _MODEL,
@@ -271,6 +331,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "training": ("model", "optimizer", "lr", "seed", "step", "split", "metric", "protocol_version"),
     "stages": ("model", "stage", "optimizer", "seed", "protocol_version"),
     "gaps": ("model", "protocol_version"),
+    "trials": ("model", "optimizer", "num_steps", "lr", "seed", "protocol_version"),
+    "speedups": ("model", "protocol_version"),
     "runs": ("model", "run_id"),
     "leaderboard": (
         *("stage", "metric", "scale", "sigma", "statistic", "left_out"),

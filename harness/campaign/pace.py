@@ -62,7 +62,7 @@ class Pace:
 
     def _flops(self, unit: Unit) -> float:
         costs = self._costs.get(unit.model, {})
-        return costs.get(unit.partition or unit.kind, 0.0) or 1.0
+        return (costs.get(unit.partition or unit.kind, 0.0) or 1.0) * max(unit.num_steps, 1)
 
     def _rate(self, unit: Unit) -> float | None:
         """Return the seconds per operation expected of a unit."""

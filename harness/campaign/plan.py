@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +14,18 @@ import pandas as pd
 
 from harness.errors import UserError, reason_of
 from harness.registry import ModelEntry
+from harness.registry.entry import SpeedupRecipe
 from harness.spectra import Settings, forecast_of, rows_of
-from harness.training import grid, version
+from harness.training import climb, grid, speedup, version
 from harness.training.gap import SEEDS
 from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db.heterogeneity import MOMENT_METRICS
 
 if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
+
+# Of an entry, for the forecast: two climbs, the seeds, and 2T and 4T for half of the entries.
+TYPICAL_TRIALS, TYPICAL_LENGTH = 40, 50
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Unit:
 
     Attributes:
         model: Name of the entry.
-        kind: train, spectrum, or moments: metrics that need few products, on a larger batch.
+        kind: trial (a training run of protocol 2), train (one of protocol 1), spectrum, or moments:
+            metrics that need few products, on a larger batch.
         optimizer, lr, seed: Of a training run.
+        num_steps: Of a trial.
         stage, partition: Of a spectrum; moments are of the entry's partition.
         ready: Whether it could start now; a run at the best rate has no rate before.
         blocks: Some blocks of a spectrum, to be taken alone; empty for all.
@@ -45,6 +52,7 @@ class Unit:
     partition: str = ""
     ready: bool = True
     blocks: tuple[str, ...] = ()
+    num_steps: int = 0
 
     @property
     def slug(self) -> str:
@@ -58,8 +66,9 @@ class Unit:
         return f"{name}-{blocks}" if self.blocks else name
 
     def __str__(self) -> str:
-        if self.kind == "train":
-            return f"{self.model}: {self.optimizer} at {self.lr:g}, seed {self.seed}"
+        if self.kind in ("train", "trial"):
+            steps = f", {self.num_steps} steps" if self.num_steps else ""
+            return f"{self.model}: {self.optimizer} at {self.lr:g}, seed {self.seed}{steps}"
         if self.kind == "moments":
             return f"{self.model}: moments on a larger batch at {self.stage}"
         return f"{self.model}: {self.partition} spectrum at {self.stage}"
@@ -81,7 +90,8 @@ class Survey:
         graph_bytes: Memory of the kept graph of the largest batch, in bytes.
         costs: Forecast of the spectrum of each partition, and of "moments" where they are taken.
         counts: At how many stages each is taken.
-        run_flops: Operations of one training run.
+        run_flops: Operations of one training run of protocol 1.
+        step_flops: Operations of one step of a trial.
     """
 
     entry: ModelEntry
@@ -96,11 +106,13 @@ class Survey:
     costs: Mapping[str, Forecast] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     run_flops: float = 0.0
+    step_flops: float = 0.0
 
     @property
     def unit_flops(self) -> dict[str, float]:
-        """Operations of one unit: of "train", "moments", or the spectrum of a partition."""
-        return {"train": self.run_flops, **{p: float(c.flops) for p, c in self.costs.items()}}
+        """Operations of a unit ("train", "moments", a partition's spectrum), or a step ("trial")."""
+        spectra = {p: float(c.flops) for p, c in self.costs.items()}
+        return {"train": self.run_flops, "trial": self.step_flops, **spectra}
 
 
 def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
@@ -135,12 +147,17 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
             larger, entry.partition, entry.num_probes, 1, exact_size=entry.num_probes
         )
         counts["moments"] = 1
-    runs, training = 0, 0.0
+    runs, training, step = 0, 0.0, 0.0
+    per_sample = costs[entry.partition].pass_flops / problem.batch_size
+    if entry.speedup is not None:
+        runs = TYPICAL_TRIALS
+        step = per_sample * entry.speedup.batch_size
+        training = step * entry.speedup.num_steps * TYPICAL_LENGTH
     if entry.trains and entry.recipe is not None:
         runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
         # The fixed subset is seen forward before and after, which is a third of both ways.
         samples = entry.recipe.num_steps * entry.recipe.batch_size + 2 * entry.recipe.eval_size / 3
-        training = costs[entry.partition].pass_flops / problem.batch_size * samples * runs
+        training = per_sample * samples * runs
     return Survey(
         entry,
         num_params=sum(p.numel() for p in problem.model.parameters()),
@@ -152,7 +169,8 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         graph_bytes=max(cost.graph_bytes for cost in costs.values()),
         costs=costs,
         counts=counts,
-        run_flops=training / max(runs, 1),
+        run_flops=training / max(runs, 1) if entry.trains else 0.0,
+        step_flops=step,
     )
 
 
@@ -194,7 +212,15 @@ def check_version(entry: ModelEntry, out: Path, num_params: int | None = None) -
             f"{out} holds spectra of {entry.name} on {min(strange)} samples, its batch has "
             f"{entry.hessian_batch_size}: name another --out"
         )
-    if not (len(runs) or len(spectra)):
+    trials = rows_of(out, "trials", entry.name)
+    if entry.speedup is not None:
+        allowed = {length * entry.speedup.num_steps for length in speedup.LENGTHS}
+        if strange := set(trials["num_steps"]) - allowed:
+            raise UserError(
+                f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
+                f"{', '.join(map(str, sorted(allowed)))}: name another --out"
+            )
+    if not (len(runs) or len(spectra) or len(trials)):
         return
     version.check(entry, out)
     models = rows_of(out, "models", entry.name)
@@ -214,6 +240,8 @@ def _missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
             units = _missing(replace(entry, pretrained=None), out)
             yield from (replace(unit, ready=False) for unit in units)
             return
+    if entry.speedup is not None:
+        yield from _missing_trials(entry, entry.speedup, out)
     rows = rows_of(out, "training", entry.name)
     retrained = False
     if entry.trains and entry.recipe is not None:
@@ -233,6 +261,21 @@ def _missing(entry: ModelEntry, out: Path) -> Iterator[Unit]:
         # The spectrum writes these metrics too, on its own batch: theirs come after.
         ready = _has_spectrum(entry, out, "init", entry.partition)
         yield Unit(entry.name, "moments", stage="init", ready=ready)
+
+
+def _missing_trials(entry: ModelEntry, recipe: SpeedupRecipe, out: Path) -> Iterator[Unit]:
+    """Yield the trials to do next, and the one whose checkpoint others start from, if it is gone.
+
+    Where no learning rate is best there is nothing left to do: table `speedups` says so.
+    """
+    rows = rows_of(out, "trials", entry.name)
+    with suppress(climb.NoBestRate):
+        due = list(speedup.pending(rows, recipe))
+        if not due and "final" in entry.stages and not _stage_path(entry, out, "final").exists():
+            lr = speedup.Trials(rows, recipe).best_rate("adamw")
+            due = [speedup.Trial("adamw", recipe.num_steps, lr, STAGE_SEED)]
+        for t in due:
+            yield Unit(entry.name, "trial", t.optimizer, t.lr, t.seed, num_steps=t.num_steps)
 
 
 def _partitions(entry: ModelEntry, stage: str) -> list[str]:

@@ -23,6 +23,7 @@ from harness.scale import workers
 from harness.spectra import (
     Settings,
     checkpoint_sha256,
+    code_version,
     rows_of,
     take_spectrum,
     write_failed_blocks,
@@ -30,6 +31,7 @@ from harness.spectra import (
 )
 from harness.training import version
 from harness.training.gap import gap
+from harness.training.speedup import speedup
 from harness.training.stages import STAGE_SEED, run_name
 from spectra_db import store
 from spectra_db.schema import PROTOCOL_VERSION
@@ -59,6 +61,12 @@ class Job:
     num_threads: int
     command: str
     sharers: int = 1  # processes that share the memory of a device
+    kinds: tuple[str, ...] = ()  # of units to do; empty: all
+
+    def missing(self, entry: ModelEntry) -> list[Unit]:
+        """List the units of an entry that are missing and are of these kinds."""
+        units = missing(entry, self.out)
+        return [unit for unit in units if not self.kinds or unit.kind in self.kinds]
 
     @property
     def checkpoints(self) -> Path:
@@ -129,6 +137,9 @@ def _sharers(jobs: int, device: str | None) -> int:
 
 def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
     """Write an entry's gap, and rows for the stages that a failed run left without weights."""
+    if entry.speedup is not None:
+        rows = rows_of(job.out, "trials", entry.name)
+        store.write(job.out, "speedups", [speedup(entry.name, rows, entry.speedup)])
     if not entry.trains or entry.recipe is None:
         return
     reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
@@ -148,7 +159,7 @@ class Agenda:
         self, live: list[ModelEntry], job: Job, on_event: Event, pace: Pace | None = None
     ) -> None:
         self._job, self._on_event, self._pace = job, on_event, pace or Pace({})
-        self._left = {entry.name: list(missing(entry, job.out)) for entry in live}
+        self._left = {entry.name: job.missing(entry) for entry in live}
         self._tried: set[Unit] = set()
         self._elsewhere: set[Unit] = set()
         self.failed: dict[Unit, str] = {}
@@ -216,7 +227,7 @@ class Agenda:
         for name in self._left:
             entry = self._job.entries[name]
             if model in (name, entry.pretrained):
-                self._left[name] = list(missing(entry, self._job.out))
+                self._left[name] = self._job.missing(entry)
                 if not self._left[name]:  # others may take hours yet
                     _finish(entry, self._job, self.failed)
 
@@ -246,9 +257,7 @@ def execute(unit: Unit, on_progress: OnProgress | None = None, *, job: Job) -> s
             left = missing(job.entries[unit.model], job.out)
             if replace(unit, blocks=()) not in left:  # it was done since
                 return ELSEWHERE
-            {"train": _train, "spectrum": _take, "moments": _take_moments}[unit.kind](
-                unit, job, on_progress
-            )
+            _DO[unit.kind](unit, job, on_progress)
     except Exception as error:
         if output_error(job.out, error) is not None:
             raise
@@ -286,6 +295,28 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     write_training(result, job.out)
 
 
+def _try(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
+    """Do a trial; keep the weights that others start from."""
+    from harness.training.trial import run_trial
+
+    entry = job.entries[unit.model]
+    data = tasks.get(entry.task, **entry.task_options).load(job.data_root)
+    first = (unit.optimizer, unit.seed) == ("adamw", STAGE_SEED)
+    row = run_trial(
+        entry,
+        data,
+        optimizer=unit.optimizer,
+        lr=unit.lr,
+        seed=unit.seed,
+        num_steps=unit.num_steps,
+        checkpoint_dir=job.checkpoints,
+        keep=first and "final" in entry.stages,
+        device=job.device or "cpu",
+        on_step=on_progress,
+    )
+    store.write(job.out, "trials", [row | {"code_version": code_version()}])
+
+
 def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Take one spectrum."""
     settings = _settings(unit.partition, job.entries[unit.model], job)
@@ -301,6 +332,9 @@ def _take_moments(unit: Unit, job: Job, on_progress: OnProgress | None = None) -
     settings = _settings(entry.partition, entry, job)
     problem = _problem(unit, job, batch_size=entry.moments_batch_size)
     take_moments(problem, settings, job.out, command=job.command, on_progress=on_progress)
+
+
+_DO = {"trial": _try, "train": _train, "spectrum": _take, "moments": _take_moments}
 
 
 def _settings(partition: str, entry: ModelEntry, job: Job) -> Settings:

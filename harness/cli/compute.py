@@ -292,6 +292,12 @@ def train(
     help="Processes, each of one thread, or of OMP_NUM_THREADS.",
 )
 @choice("engine", "local", "ray")
+@click.option(
+    "--only",
+    type=click.Choice(["trial", "train", "spectrum", "moments"]),
+    multiple=True,
+    help="Do units of this kind alone; may be given more than once.",
+)
 @click.option("--address", help="Address of a Ray cluster.  [default: a new one on this machine]")
 @click.option(
     "--dry-run",
@@ -308,6 +314,7 @@ def run(
     tier: str | None,
     jobs: int,
     engine: str,
+    only: tuple[str, ...],
     address: str | None,
     dry_run: bool,
     throughput: float | None,
@@ -324,7 +331,7 @@ def run(
     """
     from harness import registry as catalogue
     from harness.campaign.forecast import DEVICES, outlook, throughput_of
-    from harness.campaign.plan import missing, survey
+    from harness.campaign.plan import survey
     from harness.campaign.run import Job, num_threads, run_entries
     from harness.display import print_outlooks, print_results, print_surveys
     from harness.progress import units_bar
@@ -344,8 +351,8 @@ def run(
         chosen = catalogue.entries(tier, registry_dir=registry)
     else:
         chosen = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
-        starts = {e.pretrained for e in chosen if e.pretrained} - set(models)
-        chosen += [catalogue.get(name, registry_dir=registry) for name in sorted(starts)]
+    starts = {e.pretrained for e in chosen if e.pretrained} - {e.name for e in chosen}
+    chosen += [catalogue.get(name, registry_dir=registry) for name in sorted(starts)]
     elsewhere = dry_run and device in DEVICES
     device = str(device) if elsewhere else device_of(device)
     surveys = [survey(entry, data_root) for entry in chosen]
@@ -369,6 +376,7 @@ def run(
         device=device,
         num_threads=num_threads(),
         command=command_line(),
+        kinds=only,
     )
     cluster = None
     if engine == "ray":
@@ -384,7 +392,7 @@ def run(
             num_gpus=int(device.startswith("cuda")),
             jobs=jobs,
         )
-    left = sum(len(list(missing(s.entry, out))) for s in surveys if not s.reason)
+    left = sum(len(job.missing(s.entry)) for s in surveys if not s.reason)
     with units_bar(left, log) as event:
         failed = run_entries(surveys, job, jobs=jobs, engine=cluster, on_event=event)
     print_results(out, [s.entry for s in surveys if s.reason is None])

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.registry import bert, cnn, gpt, mixer, mlp, paper, recurrent, vit
+from harness.registry import bert, cnn, gpt, mixer, mlp, paper, ranked, recurrent, vit
 from harness.registry.entry import TIERS, ModelEntry, Recipe
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
 
 # Entries that were submitted, one file each, as `harness add-model` writes them.
 SUBMITTED = Path(__file__).parent / "submitted"
-_FAMILIES = (cnn, vit, mixer, gpt, mlp, recurrent, bert, paper)
+_FAMILIES = (cnn, vit, mixer, gpt, mlp, recurrent, bert, paper, ranked)
 
 
 def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) -> list[ModelEntry]:

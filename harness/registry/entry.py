@@ -6,19 +6,21 @@ Imports no torch: `build` does.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-TIERS = ("demo", "small", "paper")
+# ranked and reference: entries of protocol 2, those of the leaderboard and those shown beside it.
+TIERS = ("demo", "small", "paper", "ranked", "reference")
 STAGES = ("init", "p10", "p25", "p50", "final")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -76,6 +78,44 @@ class Recipe:
             raise UserError(f"recipe: schedule is {self.schedule!r}; choose cosine or constant")
 
 
+@dataclass(frozen=True)
+class SpeedupRecipe:
+    """How the speed-up of AdamW over SGD is measured; docs/protocol.md, Protocol 2.
+
+    A run has T, 2T or 4T steps, each a full schedule of its own. Neither optimizer decays weights:
+    both minimise the same loss.
+
+    Attributes:
+        num_steps: T.
+        batch_size: Samples (images or sequences) of a step.
+        sgd_lr: Peak learning rate at which the climb of SGD's begins.
+        adamw_lr: The same of AdamW's.
+        adamw_betas: Of AdamW; (0.9, 0.95) for language as in the paper.
+        momentum: Of SGD.
+        clip: Norm that gradients are clipped to, None for no clipping.
+        eval_size: Samples of the fixed training subset whose loss is a run's loss.
+    """
+
+    num_steps: int
+    batch_size: int
+    sgd_lr: float
+    adamw_lr: float
+    adamw_betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    clip: float | None = None
+    eval_size: int = 2048
+
+    weight_decay: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "eval_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"speedup: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("sgd_lr", "adamw_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"speedup: {name} is {getattr(self, name)}; it must be positive")
+
+
 def partition_of(tier: str) -> str:
     """Name the partition that a tier's spectra are of: the paper's blocks in tier paper."""
     return "paper" if tier == "paper" else "weights"
@@ -106,6 +146,7 @@ class ModelEntry:
         moments_batch_size: Samples of a larger batch for the metrics that need but few products,
             the spreads of moments and gradients, at init; None: the Hessian's batch.
         recipe: How it is trained; None: only its initial spectrum is taken.
+        speedup: How its speed-up is measured (protocol 2); None: it is not.
         stages: Stages at which spectra are taken.
         full_stages: Stages at which the full spectrum is taken too.
         num_probes, num_steps: Of the stochastic Lanczos quadrature.
@@ -134,6 +175,7 @@ class ModelEntry:
     microbatch_size: int | None = None
     moments_batch_size: int | None = None
     recipe: Recipe | None = None
+    speedup: SpeedupRecipe | None = None
     stages: tuple[str, ...] = ("init",)
     full_stages: tuple[str, ...] = ()
     num_probes: int = 3
@@ -162,8 +204,10 @@ class ModelEntry:
                 refuse(attribute, "name each once")
         if not set(self.full_stages) <= set(self.stages):
             refuse("full_stages", "they must be among the stages")
-        if self.recipe is None and self.stages != ("init",):
+        if self.recipe is None and self.speedup is None and self.stages != ("init",):
             refuse("stages", "without a recipe there is only init")
+        if self.recipe is not None and self.speedup is not None:
+            refuse("speedup", "an entry follows one protocol: give recipe or speedup")
         sizes = ("hessian_batch_size", "microbatch_size", "moments_batch_size")
         for attribute in (*sizes, "num_probes", "num_steps"):
             if (value := getattr(self, attribute)) is not None and value < 1:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness import tasks
 from harness.errors import UserError
-from harness.registry.entry import ModelEntry, Recipe
+from harness.estimator.checks import fixed_arithmetic
+from harness.registry.entry import ModelEntry, Recipe, SpeedupRecipe
 from harness.tasks.base import Batch, Data, Task
 from harness.training import stages
 from harness.training.schedule import learning_rate
@@ -100,7 +102,7 @@ def train(
     started = time.perf_counter()
     recipe = entry.recipe
     task = tasks.get(entry.task, **entry.task_options)
-    subset = _to(task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train"))), device)
+    subset = to_device(task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train"))), device)
     chunk = EVALUATION_FACTOR * recipe.batch_size
     start = pretrained_dir or checkpoint_dir
     model = stages.initial_model(entry, data.model_options, seed, start).to(device)
@@ -131,32 +133,27 @@ def train(
 
     step, diverged = 0, False
     log_every = max(1, recipe.num_steps // NUM_LOGGED)
-    update = make_optimizer(model, recipe, optimizer, lr)
-    batches = task.batches(
-        data, recipe.batch_size, torch.Generator().manual_seed(seed + _DATA_SEED)
+    steps = updates(
+        model,
+        task,
+        data,
+        recipe,
+        optimizer=optimizer,
+        rate_at=partial(
+            learning_rate,
+            peak=lr,
+            warmup_steps=recipe.warmup_steps,
+            num_steps=recipe.num_steps,
+            schedule=recipe.schedule,
+        ),
+        num_steps=recipe.num_steps,
+        seed=seed,
+        device=device,
+        on_gradients=on_gradients,
     )
-    with torch.random.fork_rng(devices=[]), kept as folder:
+    with running(model, seed, device), kept as folder:
         keep_stages(0, init_loss)
-        torch.manual_seed(seed)  # dropout draws from the global generator
-        model.train()
-        while step < recipe.num_steps and not diverged:
-            rate = learning_rate(
-                step,
-                peak=lr,
-                warmup_steps=recipe.warmup_steps,
-                num_steps=recipe.num_steps,
-                schedule=recipe.schedule,
-            )
-            for group in update.param_groups:
-                group["lr"] = rate
-            loss = task.loss(model, _to(next(batches), device))
-            loss.backward()
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            if on_gradients is not None:
-                on_gradients(model)
-            update.step()
-            update.zero_grad(set_to_none=True)
+        for loss in steps:
             if step % log_every == 0:
                 value = loss.item()  # the only wait for the device
                 diverged = not math.isfinite(value)
@@ -164,9 +161,10 @@ def train(
             step += 1
             if step in stage_at.values() and step < recipe.num_steps:
                 keep_stages(step, evaluate(task, model, subset, chunk)[0])
-                model.train()
             if on_step is not None:
                 on_step(step, recipe.num_steps)
+            if diverged:
+                break
         final_loss, final_score = math.nan, None
         if not diverged:
             final_loss, final_score = evaluate(task, model, subset, chunk)
@@ -194,10 +192,71 @@ def train(
     return TrainingRun(rows, stage_rows, init_loss, final_loss, final_score, diverged, seconds)
 
 
+def updates(
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    recipe: Recipe | SpeedupRecipe,
+    *,
+    optimizer: str,
+    rate_at: Callable[[int], float],
+    num_steps: int,
+    seed: int,
+    device: str,
+    on_gradients: Callable[[nn.Module], None] | None = None,
+) -> Iterator[Tensor]:
+    """Train a model, yielding the minibatch's loss (a scalar on the device) after each update.
+
+    The model is in training mode at each step, whatever was done to it between two of them. To be
+    used inside `running`.
+
+    Args:
+        model: Changed in place.
+        task: Draws the batches and defines the loss.
+        data: What it draws from.
+        recipe: Batch size, clipping and the optimizers' settings.
+        optimizer: "sgd" or "adamw".
+        rate_at: The learning rate of a step, from 0.
+        num_steps: Number of updates.
+        seed: Of the order of the data.
+        device: Where the model is.
+        on_gradients: Called with the model before each update, to change its clipped gradients.
+    """
+    update = make_optimizer(model, recipe, optimizer, rate_at(0))
+    generator = torch.Generator().manual_seed(seed + _DATA_SEED)
+    batches = task.batches(data, recipe.batch_size, generator)
+    for step in range(num_steps):
+        model.train()
+        for group in update.param_groups:
+            group["lr"] = rate_at(step)
+        loss = task.loss(model, to_device(next(batches), device))
+        loss.backward()
+        if recipe.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if on_gradients is not None:
+            on_gradients(model)
+        update.step()
+        update.zero_grad(set_to_none=True)
+        yield loss.detach()
+
+
+@contextmanager
+def running(model: nn.Module, seed: int, device: str) -> Iterator[None]:
+    """Seed what draws from the global generator (dropout), and fix the arithmetic of a device.
+
+    A CPU's kernels are deterministic and compute in float32 as they are.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    arithmetic = nullcontext() if on_cpu else fixed_arithmetic(model)
+    with torch.random.fork_rng(devices=[] if on_cpu else [device]), arithmetic:
+        torch.manual_seed(seed)
+        yield
+
+
 def make_optimizer(
-    model: nn.Module, recipe: Recipe, optimizer: str, lr: float
+    model: nn.Module, recipe: Recipe | SpeedupRecipe, optimizer: str, lr: float
 ) -> torch.optim.Optimizer:
-    """Build SGD with momentum 0.9, or AdamW with the recipe's betas; see the module on decay."""
+    """Build SGD with momentum, or AdamW with the recipe's betas; see the module on decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -205,7 +264,8 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=True)
+        momentum = getattr(recipe, "momentum", MOMENTUM)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=recipe.adamw_betas, fused=True)
 
 
@@ -235,7 +295,7 @@ def evaluate_test(
     size = task.size(data, "test")
     if task.metric != "accuracy":
         size = min(size, recipe.eval_size)
-    batch = _to(task.fixed(data, "test", size), device)
+    batch = to_device(task.fixed(data, "test", size), device)
     return evaluate(task, model, batch, EVALUATION_FACTOR * recipe.batch_size)
 
 
@@ -247,5 +307,5 @@ def _measured(
     return [(step, split, metric, value) for metric, value in pairs if math.isfinite(value)]
 
 
-def _to(batch: Batch, device: str) -> Batch:
+def to_device(batch: Batch, device: str) -> Batch:
     return tuple(tensor.to(device) for tensor in batch)

@@ -131,6 +131,7 @@ def entry_hash(entry: ModelEntry) -> str:
     recipe = None if entry.recipe is None else asdict(entry.recipe)
     facts = [entry.name, entry.factory, dict(entry.options), entry.task]
     facts += [] if entry.pretrained is None else [entry.pretrained]
+    facts += [] if entry.speedup is None else [asdict(entry.speedup)]
     text = json.dumps([*facts, dict(entry.task_options), recipe], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

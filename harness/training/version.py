@@ -19,6 +19,7 @@ from spectra_db.files import whole
 FOLDER = "entries"
 # Runs at other rates are runs of the same grid.
 _GRID = ("sgd_lrs", "adamw_lrs", "num_lrs", "extend_grid")
+_CLIMB = ("sgd_lr", "adamw_lr")  # rates at which a climb begins
 
 
 def check(entry: ModelEntry, out: Path) -> None:
@@ -62,6 +63,9 @@ def _facts(entry: ModelEntry) -> dict[str, Any]:
     if entry.trains and entry.recipe is not None:
         recipe = asdict(entry.recipe)
         facts |= {f"recipe's {name}": recipe[name] for name in recipe if name not in _GRID}
+    if entry.speedup is not None:
+        recipe = asdict(entry.speedup)
+        facts |= {f"speedup's {name}": recipe[name] for name in recipe if name not in _CLIMB}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
 

@@ -1,0 +1,192 @@
+"""One training run of protocol 2: a full schedule of T, 2T or 4T steps at one learning rate.
+
+Linear warm-up over 5 % of the steps, then a cosine to 1 % of the peak; no weight decay, the same
+initialisation and order of the data for both optimizers (by the seed). The loss of a run is that of
+the fixed training subset in eval mode, with batch norm's statistics taken anew: after few steps the
+running ones are those of weights long gone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from harness import tasks
+from harness.errors import UserError
+from harness.registry.entry import ModelEntry
+from harness.tasks.base import Batch, Data, Task, target_entropy
+from harness.training import stages
+from harness.training.loop import (
+    EVALUATION_FACTOR,
+    OPTIMIZERS,
+    evaluate,
+    running,
+    to_device,
+    updates,
+)
+from harness.training.schedule import learning_rate
+from spectra_db.schema import VERSIONS
+
+WARMUP, FINAL_FRACTION = 0.05, 0.01
+NUM_EVALUATIONS = 16
+NORM_BATCH = 256  # whatever the batch of a step is
+NUM_LOOKS = 64  # how often a run looks whether it has diverged
+
+
+def run_trial(
+    entry: ModelEntry,
+    data: Data,
+    *,
+    optimizer: str,
+    lr: float,
+    seed: int,
+    num_steps: int,
+    checkpoint_dir: Path | None = None,
+    keep: bool = False,
+    device: str = "cpu",
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train an entry once and return its row of table `trials`, but for who ran it.
+
+    Args:
+        entry: What to train, with a `speedup` recipe.
+        data: The entry's data.
+        optimizer: "sgd" or "adamw".
+        lr: Peak learning rate.
+        seed: Of the initialisation and the order of the data.
+        num_steps: Steps of the whole schedule.
+        checkpoint_dir: Where the weights lie that a pretrained entry starts from, and are kept.
+        keep: Save the final weights there.
+        device: Where to compute.
+        on_step: Called with (steps done, num_steps) after each step.
+
+    Raises:
+        UserError: The entry has no such recipe, or its initial loss is not finite.
+    """
+    recipe = entry.speedup
+    if recipe is None:
+        raise UserError(f"model {entry.name!r} has no speedup recipe: it has no trials")
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+    begun, begun_cpu = time.perf_counter(), time.process_time()
+    task = tasks.get(entry.task, **entry.task_options)
+    whole = task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train")))
+    entropy = target_entropy(task, whole)
+    subset = to_device(whole, device)
+    model = stages.initial_model(entry, data.model_options, seed, checkpoint_dir)
+    # Convolutions on a CPU take 0.6 to 0.85 of the time so; other layers have no such format.
+    model = model.to(device=device, memory_format=torch.channels_last)
+    chunk = EVALUATION_FACTOR * recipe.batch_size
+
+    def loss_now() -> tuple[float, float | None]:
+        renew_batch_norm(model, task, tasks.split(subset, NORM_BATCH))
+        return evaluate(task, model, subset, chunk)
+
+    rate_at = partial(
+        learning_rate,
+        peak=lr,
+        warmup_steps=round(WARMUP * num_steps),
+        num_steps=num_steps,
+        final_fraction=FINAL_FRACTION,
+    )
+    steps = updates(
+        model, task, data, recipe,
+        optimizer=optimizer, rate_at=rate_at, num_steps=num_steps, seed=seed, device=device,
+    )  # fmt: skip
+    looks = max(1, num_steps // NUM_LOOKS)
+    due = {round(num_steps * i / NUM_EVALUATIONS) for i in range(1, NUM_EVALUATIONS + 1)}
+    with running(model, seed, device):
+        loss, score = loss_now()
+        if not math.isfinite(loss):
+            raise UserError(f"model {entry.name!r} has a loss of {loss} before the first step")
+        curve = {0: loss}
+        for step, batch_loss in enumerate(steps, 1):
+            if on_step is not None:
+                on_step(step, num_steps)
+            if step % looks == 0 and not math.isfinite(batch_loss.item()):
+                loss = math.nan
+            elif step in due:
+                loss, score = loss_now()
+            if not math.isfinite(loss):
+                break
+            if step in due:
+                curve[step] = loss
+    diverged = not loss <= curve[0]
+    if keep and not diverged:
+        facts = {"model": entry.name, "stage": "final", "step": num_steps, "loss": loss}
+        facts |= {"optimizer": optimizer, "lr": lr, "seed": seed}
+        path = stages.checkpoint_path(checkpoint_dir or ".", entry.name, seed, "final")
+        stages.save(model, path, {**facts, "entry_hash": stages.entry_hash(entry)})
+    return {
+        "model": entry.name,
+        "optimizer": optimizer,
+        "num_steps": num_steps,
+        "lr": lr,
+        "seed": seed,
+        "protocol_version": VERSIONS["trials"],
+        "init_loss": curve[0],
+        "target_entropy": entropy,
+        "reference_loss": reference_loss(entry, curve[0], entropy),
+        "final_loss": None if diverged else loss,
+        "accuracy": None if diverged else score,
+        "diverged": diverged,
+        "eval_steps": list(curve),
+        "eval_losses": list(curve.values()),
+        "batch_size": recipe.batch_size,
+        "data_source": f"{data.source}, sha256 {data.checksum[:12]}",
+        "torch_version": torch.__version__,
+        "device": device,
+        "num_threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - begun_cpu,
+    }
+
+
+def reference_loss(entry: ModelEntry, init_loss: float, entropy: float | None) -> float:
+    """Return R, the loss of having learnt nothing.
+
+    R = min(I, H), H being the entropy of the targets' marginal: to know how often each target
+    occurs is not yet to know the task. R = I where a pretrained model starts, which knows that
+    already, and where the targets are no classes.
+    """
+    if entropy is None or entry.pretrained is not None:
+        return init_loss
+    return min(init_loss, entropy)
+
+
+@torch.no_grad()
+def renew_batch_norm(model: nn.Module, task: Task, batches: list[Batch]) -> None:
+    """Replace the statistics of batch norms by their means over some batches, as the weights are.
+
+    As `torch.optim.swa_utils.update_bn`, with a task's own way to run a model.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    with _cumulative(norms):
+        model.train()
+        for batch in batches:
+            task.logits(model, batch)
+
+
+@contextmanager
+def _cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Let batch norms average over all that they see, from now on."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

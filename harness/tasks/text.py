@@ -1,6 +1,7 @@
 """Language modelling on a stream of tokens: pydoc, tiny Shakespeare, books, WikiText, OpenWebText.
 
-Each corpus can be read by characters, by words or by GPT-2's byte-level BPE (option `tokenizer`).
+Each corpus can be read by characters, by words, by a byte-level BPE of its own or by that of GPT-2
+(option `tokenizer`).
 """
 
 from __future__ import annotations
@@ -15,19 +16,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from harness.errors import UserError
 from harness.tasks import sources
 from harness.tasks.base import Batch, Data, Task, check_sizes
-from harness.tasks.tokenizers import make_tokenizer
+from harness.tasks.tokenizers import BytePairs, make_tokenizer
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Hold the raw text of a corpus."""
+    """Hold the raw text of a corpus.
+
+    Attributes:
+        train, test: the two splits.
+        source, checksum: as in `Data`.
+        vocabulary: the text that words or byte pairs are counted in; None means `train`.
+    """
 
     train: str
     test: str
     source: str
     checksum: str
+    vocabulary: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,11 @@ class TextTask(Task):
     Attributes:
         context: tokens per sequence.
         tokenizer: "char" (the characters that the corpus has, or printable ASCII and one symbol
-            for the rest), "word" (the `vocab_size` most frequent words) or "gpt2" (byte-level BPE).
-        vocab_size: size of the vocabulary for "word"; fixed by the others.
+            for the rest), "word" (the `vocab_size` most frequent words), "bpe" (byte-level BPE of
+            `vocab_size` ids trained on the corpus's own training text; `source` has its checksum)
+            or "gpt2" (GPT-2's BPE).
+        vocab_size: size of the vocabulary for "word" (None means 4,096) and "bpe" (2,048); fixed
+            by the others.
     """
 
     context: int = 64
@@ -61,7 +73,7 @@ class TextTask(Task):
         characters = "".join(sorted(set(corpus.train + corpus.test)))
         tokenizer = make_tokenizer(
             self.tokenizer,
-            corpus.train,
+            corpus.train if corpus.vocabulary is None else corpus.vocabulary,
             vocab_size=self.vocab_size,
             alphabet=characters if self.alphabet == "own" else None,
             root=root,
@@ -69,7 +81,10 @@ class TextTask(Task):
         )
         streams = [torch.from_numpy(tokenizer.encode(text)) for text in (corpus.train, corpus.test)]
         options = {"vocab_size": tokenizer.vocab_size, "context": self.context}
-        return Data((streams[0],), (streams[1],), corpus.source, corpus.checksum, options)
+        source = corpus.source
+        if isinstance(tokenizer, BytePairs):
+            source += f", BPE of {tokenizer.vocab_size}, sha256 {tokenizer.checksum}"
+        return Data((streams[0],), (streams[1],), source, corpus.checksum, options)
 
     def size(self, data: Data, split: str) -> int:
         """Count the windows of `context` tokens that do not overlap."""
@@ -140,21 +155,48 @@ class TinyShakespeare(TextTask):
         return Corpus(*_cut(files[0].read_text("utf-8")), *sources.file_source(files))
 
 
+_BOOKS = ("kjv_bible", "war_and_peace", "pride_and_prejudice")
+
+
 @dataclass(frozen=True)
 class Books(TextTask):
-    """Read three public-domain books (8.1 MB): the first 90 % of each for training."""
+    """Read three public-domain books (8.1 MB): the first 90 % of each for training.
+
+    With fewer `titles` the vocabulary of words or byte pairs is still that of the training text of
+    all three, so that a model pretrained on some can be fine-tuned on the others: a token means
+    the same in both.
+
+    Attributes:
+        titles: which of the books to read: King James Bible, War and Peace, Pride and Prejudice.
+    """
+
+    titles: tuple[str, ...] = _BOOKS
 
     name: ClassVar[str] = "books"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.titles if isinstance(self.titles, tuple) else ()
+        if not given or not all(given.count(t) == 1 and t in _BOOKS for t in given):
+            raise UserError(
+                f"task {self.name!r}: titles is {self.titles!r}; it must be a tuple of one or more "
+                f"of {', '.join(_BOOKS)}, each once"
+            )
+
     def corpus(self, root: Path | None) -> Corpus:
-        """Read the King James Bible, War and Peace, Pride and Prejudice."""
-        titles = ("kjv_bible", "war_and_peace", "pride_and_prejudice")
-        paths = [f"books/{title}.txt" for title in titles]
+        """Read the books that are asked for, and the others for the vocabulary."""
+        paths = [f"books/{title}.txt" for title in _BOOKS]
         files = sources.find(root, *paths)
         if files is None:
             raise sources.missing(self.name, root, paths, "any UTF-8 texts of these names will do")
-        train, test = zip(*(_cut(file.read_text("utf-8")) for file in files), strict=True)
-        return Corpus("\n".join(train), "\n".join(test), *sources.file_source(files))
+        parts = {file.stem: _cut(file.read_text("utf-8")) for file in files}
+        train, test = zip(*(parts[title] for title in self.titles), strict=True)
+        used = [files[_BOOKS.index(title)] for title in self.titles]
+        note = "" if self.titles == _BOOKS else "vocabulary of all three books"
+        vocabulary = "\n".join(part[0] for part in parts.values())
+        return Corpus(
+            "\n".join(train), "\n".join(test), *sources.file_source(used, note), vocabulary
+        )
 
 
 @dataclass(frozen=True)

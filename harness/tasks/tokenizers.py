@@ -1,10 +1,11 @@
-"""From text to token ids: characters, words, GPT-2's byte-level BPE."""
+"""From text to token ids: characters, words, a byte-level BPE of one's own or GPT-2's."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from harness.tasks import sources
 ASCII = "\n" + "".join(map(chr, range(32, 127)))
 # The words of a lower-cased text, apostrophes inside, single digits, marks of punctuation.
 _WORD = re.compile(r"<unk>|[^\W\d_]+(?:'[^\W\d_]+)*|\d|\n|[^\w\s]")
+# Where GPT-2's rule for words cuts whatever stands around: before one space, after one newline.
+_CUT = re.compile(r"(?<=[!-~])(?= [!-~])|(?<=[!-~]\n)(?=[!-~])")
 
 
 class Tokenizer(Protocol):
@@ -111,6 +114,50 @@ class Gpt2:
         return np.array(self._bpe.encode(text).ids, dtype=np.int64)
 
 
+class BytePairs:
+    """Encode by a byte-level BPE that is trained on the text itself.
+
+    The 256 bytes come first, then the pairs that the training text merges most often (Sennrich et
+    al. 2016, arXiv 1508.07909; on bytes and within GPT-2's words as in Radford et al. 2019). Ties
+    go to the smaller ids, so the same text gives the same merges.
+
+    Args:
+        text: the training text.
+        vocab_size: most ids to use, the 256 bytes and the two special ones (end, mask) included.
+
+    Attributes:
+        checksum: sha256 of the vocabulary in the order of its ids and of the merges in theirs.
+    """
+
+    end, mask = 0, 1
+    special = ("<|endoftext|>", "<|mask|>")
+
+    def __init__(self, text: str, *, vocab_size: int) -> None:
+        from tokenizers import ByteLevelBPETokenizer
+
+        if vocab_size < (least := 256 + len(self.special)):
+            raise UserError(f"vocab_size is {vocab_size}; a BPE of bytes needs at least {least}")
+        self._bpe: Any = ByteLevelBPETokenizer()
+        self._bpe.train_from_iterator(
+            _CUT.split(text),
+            vocab_size=vocab_size,
+            special_tokens=list(self.special),
+            show_progress=False,
+        )
+        self.vocab_size: int = self._bpe.get_vocab_size()
+        model = json.loads(self._bpe.to_str())["model"]
+        tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        self.checksum = sources.sha256([json.dumps([tokens, model["merges"]]).encode()])
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode the whole text, each distinct word once, which takes a sixth of the time."""
+        words = _CUT.split(text)
+        distinct = list(dict.fromkeys(words))
+        codes = (encoding.ids for encoding in self._bpe.encode_batch(distinct))
+        ids = dict(zip(distinct, codes, strict=True))
+        return np.fromiter(chain.from_iterable(map(ids.__getitem__, words)), dtype=np.int64)
+
+
 def _gpt2_files(root: Path | None, task: str) -> list[Path]:
     paths, repo = ["gpt2_bpe/encoder.json", "gpt2_bpe/vocab.bpe"], "openai-community/gpt2"
     if files := sources.find(root, *paths):
@@ -134,13 +181,17 @@ def make_tokenizer(
     root: Path | None,
     task: str,
 ) -> Tokenizer:
-    """Build the tokenizer "char", "word" or "gpt2" for a training text."""
+    """Build the tokenizer "char", "word", "bpe" or "gpt2" for a training text."""
     if kind == "word":
         return Words(text, vocab_size=vocab_size or 4_096)
+    if kind == "bpe":
+        return BytePairs(text, vocab_size=vocab_size or 2_048)
     if vocab_size is not None:
-        raise UserError(f"vocab_size is an option of tokenizer 'word'; {kind!r} fixes its own")
+        raise UserError(
+            f"vocab_size is an option of tokenizers 'word' and 'bpe'; {kind!r} fixes its own"
+        )
     if kind == "char":
         return Characters(alphabet)
     if kind == "gpt2":
         return Gpt2(root, task)
-    raise UserError(f"unknown tokenizer {kind!r}; choose char, word or gpt2")
+    raise UserError(f"unknown tokenizer {kind!r}; choose char, word, bpe or gpt2")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from harness import tasks
 from harness.errors import UserError
 from harness.tasks.base import IGNORED
-from harness.tasks.tokenizers import Characters, Words
+from harness.tasks.tokenizers import BytePairs, Characters, Words
 
 
 def test_targets_are_the_inputs_one_token_later() -> None:
@@ -81,8 +82,71 @@ def test_a_vocabulary_too_small_for_a_word_is_an_error() -> None:
 def test_vocab_size_belongs_to_words_alone() -> None:
     with pytest.raises(UserError, match="'char' fixes its own"):
         tasks.get("pydoc", vocab_size=50).load()
-    with pytest.raises(UserError, match="choose char, word or gpt2"):
-        tasks.get("pydoc", tokenizer="bpe").load()
+    with pytest.raises(UserError, match="choose char, word, bpe or gpt2"):
+        tasks.get("pydoc", tokenizer="bytes").load()
+
+
+TITLES = ("kjv_bible", "war_and_peace", "pride_and_prejudice")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a data root whose three books are pieces of another text."""
+    root = tmp_path_factory.mktemp("shelf")
+    text = "\n".join(topics[key] for key in sorted(topics))
+    (root / "books").mkdir()
+    for i, title in enumerate(TITLES):
+        piece = text[i * 30_000 : (i + 1) * 30_000]
+        (root / "books" / f"{title}.txt").write_text(piece, "utf-8")
+    return root
+
+
+def test_byte_pairs_are_those_of_the_whole_text_at_once(shelf: Path) -> None:
+    text = (shelf / "books/kjv_bible.txt").read_text("utf-8")
+    text += "\n\n  É'll  we'll\t\n\n— 12 'tis \x1c\n x\r\n y\u00a0z \n"
+    bpe = BytePairs(text, vocab_size=400)
+    assert bpe.vocab_size == 400
+    assert bpe.encode(text).tolist() == bpe._bpe.encode(text).ids
+    assert bpe._bpe.decode(bpe.encode(text).tolist()) == text
+    assert bpe.encode("").tolist() == []
+
+
+def test_the_same_text_gives_the_same_byte_pairs_and_the_source_names_them(shelf: Path) -> None:
+    first, again = (BytePairs("to be or not to be " * 9, vocab_size=270) for _ in range(2))
+    assert first.checksum == again.checksum
+    assert first.checksum != BytePairs("to be or not to be " * 9, vocab_size=265).checksum
+    data = tasks.get("books", tokenizer="bpe", vocab_size=300).load(shelf)
+    plain = tasks.get("books").load(shelf)
+    assert data.model_options == {"vocab_size": 300, "context": 64}
+    assert data.source.startswith(f"{plain.source}, BPE of 300, sha256 ")
+    assert len(bytes.fromhex(data.source.split()[-1])) == 32
+    assert data.checksum == plain.checksum
+
+
+def test_byte_pairs_need_an_id_for_every_byte() -> None:
+    with pytest.raises(UserError, match="at least 258"):
+        BytePairs("a", vocab_size=257)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "word"])
+def test_books_read_apart_have_the_vocabulary_of_all(tokenizer: str, shelf: Path) -> None:
+    options = {"tokenizer": tokenizer, "vocab_size": 300}
+    together = tasks.get("books", **options).load(shelf)
+    first, second, last = (
+        tasks.get("books", titles=(title,), **options).load(shelf) for title in TITLES
+    )
+    assert first.train[0][:2_000].equal(together.train[0][:2_000])
+    assert last.train[0][-2_000:].equal(together.train[0][-2_000:])
+    assert not second.train[0][:2_000].equal(together.train[0][:2_000])
+    assert second.source.startswith("books/war_and_peace.txt (vocabulary of all three books)")
+    assert len({data.checksum for data in (first, second, last, together)}) == 4
+    assert first.source.split("sha256")[1:] == last.source.split("sha256")[1:]
+
+
+@pytest.mark.parametrize("titles", [(), ("ulysses",), ["kjv_bible"], "kjv_bible", TITLES[:1] * 2])
+def test_books_are_named_once_each(titles: object) -> None:
+    with pytest.raises(UserError, match=r"titles is .*must be a tuple of one or more of kjv_bible"):
+        tasks.get("books", titles=titles)
 
 
 def test_gpt2_tokens_are_gpt2s(data_root: Path) -> None:

@@ -78,8 +78,8 @@ class Trials:
 
     def __init__(self, rows: pd.DataFrame, recipe: SpeedupRecipe) -> None:
         self.rows, self.recipe = rows, recipe
-        self._by_key = {
-            (row.optimizer, row.num_steps, row.seed, row.lr): row for row in rows.itertuples()
+        self._by_key: dict[tuple[str, int, int, float], Any] = {
+            (row.optimizer, row.num_steps, row.seed, row.lr): row for row in _tuples(rows)
         }
 
     def start(self, optimizer: str) -> float:
@@ -180,6 +180,10 @@ def _stages(trials: Trials) -> Iterator[list[Trial]]:
         for optimizer in OPTIMIZERS:
             yield trials.missing(optimizer, 1, trials.best_rate(optimizer), MORE_SEEDS)
         yield trials.missing(slower, 2, trials.rate_at(slower, 2), MORE_SEEDS)
+
+
+def _tuples(rows: pd.DataFrame) -> Iterator[Any]:
+    yield from rows.itertuples()
 
 
 def _score(row: Any) -> climb.Score:

@@ -84,7 +84,7 @@ def run_trial(
     subset = to_device(whole, device)
     model = stages.initial_model(entry, data.model_options, seed, checkpoint_dir)
     # Convolutions on a CPU take 0.6 to 0.85 of the time so; other layers have no such format.
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     chunk = EVALUATION_FACTOR * recipe.batch_size
 
     def loss_now() -> tuple[float, float | None]:

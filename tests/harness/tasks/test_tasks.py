@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from harness import tasks
 from harness.errors import UserError
-from harness.tasks.base import Data, Task
+from harness.tasks.base import Data, Task, target_entropy
 from harness.tasks.images import Digits
 
 SMALL = {  # options under which each task of the data packs loads in a few seconds
@@ -81,6 +82,43 @@ def test_the_loss_is_the_mean_over_exactly_num_terms(loaded) -> None:
     ]
     assert sum(terms) == task.num_terms(batch)
     assert sum(weighted) / sum(terms) == pytest.approx(task.loss_of(logits, batch).item(), rel=1e-5)
+
+
+def test_targets_are_one_a_term_and_their_entropy_is_at_most_uniform(loaded) -> None:
+    task, data = loaded
+    batch = task.fixed(data, "train", 6)
+    targets = task.targets(batch)
+    classes = data.model_options.get("num_classes") or data.model_options["vocab_size"]
+    assert targets.shape == (task.num_terms(batch),)
+    assert 0 <= targets.min() <= targets.max() < classes
+    assert 0 < target_entropy(task, batch) < math.log(classes)
+
+
+def test_the_entropy_is_that_of_the_frequencies() -> None:
+    task, images = tasks.get("digits"), torch.zeros(8, 1, 8, 8)
+    for labels, bits in ([3] * 8, 0), (range(8), 3), ([0, 0, 0, 0, 7, 7, 9, 9], 1.5):
+        entropy = target_entropy(task, (images, torch.tensor(labels)))
+        assert entropy == pytest.approx(bits * math.log(2), rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Regression(Digits):
+    """Have targets that are no classes."""
+
+    name = "regression"
+
+    def take(self, data, split, indices, generator):
+        images, labels = super().take(data, split, indices, generator)
+        return images, labels.float()
+
+
+def test_targets_that_are_no_classes_have_no_entropy() -> None:
+    task = Regression()
+    batch = task.fixed(task.load(), "train", 4)
+    assert task.targets(batch) is None
+    assert target_entropy(task, batch) is None
+    assert task.targets((batch[0], batch[1] > 4)) is None
+    assert task.targets(batch[:1]) is None
 
 
 def test_a_seed_decides_the_sample_and_fixed_needs_none(loaded) -> None:

@@ -23,6 +23,7 @@ __all__ = ["UnknownTaskError", "get", "names", "split"]
 _TASKS = {
     "digits": "images:Digits",
     "mnist": "images:Mnist",
+    "mnist-barcodes": "barcodes:MnistBarcodes",
     "cifar10": "images:Cifar10",
     "imagenet": "images:ImageNet",
     "pydoc": "text:Pydoc",

@@ -17,6 +17,7 @@ from harness.tasks.images import Digits
 
 SMALL = {  # options under which each task of the data packs loads in a few seconds
     "mnist": {"train_size": 300, "test_size": 100},
+    "mnist-barcodes": {"train_size": 300, "test_size": 100, "rare_classes": 400},
     "cifar10": {"train_size": 300, "test_size": 100},
     "imagenet": {"train_size": 16},
     "tiny-shakespeare": {},

@@ -38,6 +38,7 @@ _TASKS = {
         "no formal licence; cite the report",
     ),
     "imagenet": ("ImageNet, ILSVRC-2012", "non-commercial research and education"),
+    "gaussian-classes": ("Gaussian inputs drawn by the harness", "none needed"),
     "tiny-shakespeare": ("Tiny Shakespeare (Karpathy)", "text in the public domain"),
     "books": (
         "King James Bible; War and Peace; Pride and Prejudice",

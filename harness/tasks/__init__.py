@@ -26,6 +26,7 @@ _TASKS = {
     "mnist-barcodes": "barcodes:MnistBarcodes",
     "cifar10": "images:Cifar10",
     "imagenet": "images:ImageNet",
+    "gaussian-classes": "synthetic:GaussianClasses",
     "pydoc": "text:Pydoc",
     "tiny-shakespeare": "text:TinyShakespeare",
     "books": "text:Books",

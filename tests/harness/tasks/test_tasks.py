@@ -28,6 +28,9 @@ SMALL = {  # options under which each task of the data packs loads in a few seco
 }
 
 
+EMBEDDED = ("digits", "pydoc", "gaussian-classes")  # they need no data root
+
+
 class Uniform(nn.Module):
     """Give every class the same logit, in whatever shape the inputs ask for."""
 
@@ -40,10 +43,10 @@ class Uniform(nn.Module):
         return torch.zeros(*leading, self.num_classes)
 
 
-@pytest.fixture(params=["digits", "pydoc", *SMALL])
+@pytest.fixture(params=[*EMBEDDED, *SMALL])
 def loaded(request: pytest.FixtureRequest) -> tuple[Task, Data]:
     name = request.param
-    root = None if name in ("digits", "pydoc") else request.getfixturevalue("data_root")
+    root = None if name in EMBEDDED else request.getfixturevalue("data_root")
     task = tasks.get(name, **SMALL.get(name, {}))
     return task, task.load(root)
 
@@ -52,7 +55,11 @@ def test_every_batch_has_one_leading_dimension_and_the_dtypes_of_its_kind(loaded
     task, data = loaded
     batch = task.sample(data, "train", 5, torch.Generator().manual_seed(3))
     options = data.model_options
-    if task.metric == "accuracy":
+    if "dimension" in options:
+        assert batch[0].shape == (5, options["dimension"])
+        assert batch[0].dtype == torch.float32
+        assert batch[1].shape == (5,)
+    elif task.metric == "accuracy":
         side = options["image_size"]
         assert batch[0].shape == (5, options["in_channels"], side, side)
         assert batch[0].dtype == torch.float32
@@ -232,7 +239,7 @@ def test_unknown_names_and_options_get_help() -> None:
         tasks.get("mnist", trainsize=3)
 
 
-@pytest.mark.parametrize("name", [n for n in tasks.names() if n not in ("digits", "pydoc")])
+@pytest.mark.parametrize("name", [n for n in tasks.names() if n not in EMBEDDED])
 def test_missing_data_name_the_path_and_the_remedy(name, tmp_path: Path, monkeypatch) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 

@@ -29,11 +29,16 @@ _TASKS = {
     "digits": ("Optical recognition of handwritten digits, from scikit-learn", "CC BY 4.0 (UCI)"),
     "pydoc": ("Python's documentation, from CPython", "PSF licence"),
     "mnist": ("MNIST (LeCun, Cortes, Burges)", "often given as CC BY-SA 3.0"),
+    "mnist-barcodes": (
+        "MNIST (LeCun, Cortes, Burges), with barcodes as in Kunstner et al. 2024",
+        "often given as CC BY-SA 3.0",
+    ),
     "cifar10": (
         "CIFAR-10 (Krizhevsky 2009), recompressed as JPEG",
         "no formal licence; cite the report",
     ),
     "imagenet": ("ImageNet, ILSVRC-2012", "non-commercial research and education"),
+    "gaussian-classes": ("Gaussian inputs drawn by the harness", "none needed"),
     "tiny-shakespeare": ("Tiny Shakespeare (Karpathy)", "text in the public domain"),
     "books": (
         "King James Bible; War and Peace; Pride and Prejudice",

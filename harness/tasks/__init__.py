@@ -23,8 +23,10 @@ __all__ = ["UnknownTaskError", "get", "names", "split"]
 _TASKS = {
     "digits": "images:Digits",
     "mnist": "images:Mnist",
+    "mnist-barcodes": "barcodes:MnistBarcodes",
     "cifar10": "images:Cifar10",
     "imagenet": "images:ImageNet",
+    "gaussian-classes": "synthetic:GaussianClasses",
     "pydoc": "text:Pydoc",
     "tiny-shakespeare": "text:TinyShakespeare",
     "books": "text:Books",

@@ -18,6 +18,7 @@ from harness.tasks import sources
 
 Batch = tuple[Tensor, ...]
 IGNORED = -100  # the target that torch's cross entropy leaves out of its mean
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,21 @@ class Task(ABC):
     def score_of(self, logits: Tensor, batch: Batch) -> float | None:
         """Score the logits (accuracy in [0, 1]); None where the loss is the only measure."""
         return None
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        """Return the classes that the mean loss of this batch averages over, one a term.
+
+        By default the second tensor of the batch, flattened and without -100, where it holds
+        integers. A task whose targets are elsewhere, or whose integers are no classes, says so by
+        its own.
+
+        Returns:
+            (num_terms,) integers; None where the targets are no classes.
+        """
+        if len(batch) < 2 or batch[1].dtype not in _INTEGERS:
+            return None
+        flat = batch[1].flatten()
+        return flat[flat != IGNORED]
 
     def size(self, data: Data, split: str) -> int:
         """Count the samples of a split that `fixed` can choose from."""
@@ -172,3 +188,18 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     if not bool((targets != IGNORED).any()):
         raise ValueError("the batch has no term: every target is -100; use larger microbatches")
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def target_entropy(task: Task, batch: Batch) -> float | None:
+    """Return the entropy of the targets' frequencies, the loss of the best constant answer.
+
+    H = -sum_k p_k ln p_k in nats, with p_k the fraction of the batch's terms whose target is k.
+
+    Returns:
+        H in [0, ln(num_terms)]; None where the targets are no classes, or there are none.
+    """
+    targets = task.targets(batch)
+    if targets is None or not len(targets):
+        return None
+    _, counts = targets.unique(return_counts=True)
+    return float(torch.special.entr(counts.double() / len(targets)).sum())

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons."""
+"""Multilayer perceptrons, and none at all: softmax regression."""
 
 from __future__ import annotations
 
@@ -43,3 +43,25 @@ class MLP(nn.Module):
         for layer in self.layers:
             x = (layer(x) * self.scale).relu()
         return self.head(x) * self.scale
+
+
+class Softmax(nn.Module):
+    """A softmax regression: logits W x + b, from zero.
+
+    Zero is where a convex problem may as well begin (all classes equally likely, no seed); its
+    gradient and Hessian are not zero there. It has one block of weights, so no measure that
+    compares blocks is defined on it.
+
+    Args:
+        dimension: Number of inputs.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, dimension: int, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(dimension, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # (B, D) -> (B, K)
+        return self.head(inputs)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -8,7 +9,7 @@ import torch
 
 from harness import tasks
 from harness.errors import UserError
-from harness.tasks.base import IGNORED
+from harness.tasks.base import IGNORED, target_entropy
 from harness.tasks.tokenizers import BytePairs, Characters, Words
 
 
@@ -181,6 +182,18 @@ def test_fifteen_percent_of_known_words_are_masked(dialogue) -> None:
     assert (inputs == Words.mask)[~chosen].sum() == 0
 
 
+def test_masked_targets_are_the_chosen_words_alone(dialogue) -> None:
+    task, data = dialogue
+    batch = task.fixed(data, "train", 50)
+    targets = task.targets(batch)
+    assert targets.shape == (task.num_terms(batch),)
+    assert targets.min() >= Words.num_special
+    # The loss of the constant answer that gives each target its frequency is their entropy.
+    frequencies = targets.bincount(minlength=500).double() / len(targets)
+    constant = frequencies.log().clamp_min(-1e9).expand(50, 40, 500)
+    assert target_entropy(task, batch) == pytest.approx(task.loss_of(constant, batch).item())
+
+
 def test_unmasked_words_are_those_of_the_text(dialogue) -> None:
     task, data = dialogue
     indices = torch.arange(50)
@@ -203,6 +216,7 @@ def test_a_batch_without_terms_is_an_error(dialogue) -> None:
     task, _ = dialogue
     empty = (torch.zeros(2, 40, dtype=torch.int64), torch.full((2, 40), IGNORED))
     assert task.num_terms(empty) == 0
+    assert target_entropy(task, empty) is None
     with pytest.raises(ValueError, match="every target is -100"):
         task.loss_of(torch.zeros(2, 40, 500), empty)
 
@@ -240,6 +254,13 @@ def test_only_the_response_is_a_target(instructions) -> None:
         assert target[inside[:-1]].equal(row[inside[1:]])
         assert not prompt[len("### Instruction:") :].count("### Instruction:")
     assert task.num_terms(batch) == int((targets != IGNORED).sum())
+
+
+def test_targets_of_instructions_are_the_responses(instructions) -> None:
+    task, data = instructions
+    batch = task.fixed(data, "train", 16)
+    assert task.targets(batch).equal(batch[1][batch[1] != IGNORED])
+    assert 2 < target_entropy(task, batch) < math.log(97)
 
 
 def test_every_sequence_has_a_term(instructions) -> None:

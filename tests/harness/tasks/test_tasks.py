@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from harness import tasks
 from harness.errors import UserError
-from harness.tasks.base import Data, Task
+from harness.tasks.base import Data, Task, target_entropy
 from harness.tasks.images import Digits
 
 SMALL = {  # options under which each task of the data packs loads in a few seconds
     "mnist": {"train_size": 300, "test_size": 100},
+    "mnist-barcodes": {"train_size": 300, "test_size": 100, "rare_classes": 400},
     "cifar10": {"train_size": 300, "test_size": 100},
     "imagenet": {"train_size": 16},
     "tiny-shakespeare": {},
@@ -24,6 +26,9 @@ SMALL = {  # options under which each task of the data packs loads in a few seco
     "cornell": {"train_lines": 3_000, "vocab_size": 500},
     "sft": {"corpus": "dolly", "tokenizer": "char"},
 }
+
+
+EMBEDDED = ("digits", "pydoc", "gaussian-classes")  # they need no data root
 
 
 class Uniform(nn.Module):
@@ -38,10 +43,10 @@ class Uniform(nn.Module):
         return torch.zeros(*leading, self.num_classes)
 
 
-@pytest.fixture(params=["digits", "pydoc", *SMALL])
+@pytest.fixture(params=[*EMBEDDED, *SMALL])
 def loaded(request: pytest.FixtureRequest) -> tuple[Task, Data]:
     name = request.param
-    root = None if name in ("digits", "pydoc") else request.getfixturevalue("data_root")
+    root = None if name in EMBEDDED else request.getfixturevalue("data_root")
     task = tasks.get(name, **SMALL.get(name, {}))
     return task, task.load(root)
 
@@ -50,7 +55,11 @@ def test_every_batch_has_one_leading_dimension_and_the_dtypes_of_its_kind(loaded
     task, data = loaded
     batch = task.sample(data, "train", 5, torch.Generator().manual_seed(3))
     options = data.model_options
-    if task.metric == "accuracy":
+    if "dimension" in options:
+        assert batch[0].shape == (5, options["dimension"])
+        assert batch[0].dtype == torch.float32
+        assert batch[1].shape == (5,)
+    elif task.metric == "accuracy":
         side = options["image_size"]
         assert batch[0].shape == (5, options["in_channels"], side, side)
         assert batch[0].dtype == torch.float32
@@ -81,6 +90,43 @@ def test_the_loss_is_the_mean_over_exactly_num_terms(loaded) -> None:
     ]
     assert sum(terms) == task.num_terms(batch)
     assert sum(weighted) / sum(terms) == pytest.approx(task.loss_of(logits, batch).item(), rel=1e-5)
+
+
+def test_targets_are_one_a_term_and_their_entropy_is_at_most_uniform(loaded) -> None:
+    task, data = loaded
+    batch = task.fixed(data, "train", 6)
+    targets = task.targets(batch)
+    classes = data.model_options.get("num_classes") or data.model_options["vocab_size"]
+    assert targets.shape == (task.num_terms(batch),)
+    assert 0 <= targets.min() <= targets.max() < classes
+    assert 0 < target_entropy(task, batch) < math.log(classes)
+
+
+def test_the_entropy_is_that_of_the_frequencies() -> None:
+    task, images = tasks.get("digits"), torch.zeros(8, 1, 8, 8)
+    for labels, bits in ([3] * 8, 0), (range(8), 3), ([0, 0, 0, 0, 7, 7, 9, 9], 1.5):
+        entropy = target_entropy(task, (images, torch.tensor(labels)))
+        assert entropy == pytest.approx(bits * math.log(2), rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Regression(Digits):
+    """Have targets that are no classes."""
+
+    name = "regression"
+
+    def take(self, data, split, indices, generator):
+        images, labels = super().take(data, split, indices, generator)
+        return images, labels.float()
+
+
+def test_targets_that_are_no_classes_have_no_entropy() -> None:
+    task = Regression()
+    batch = task.fixed(task.load(), "train", 4)
+    assert task.targets(batch) is None
+    assert target_entropy(task, batch) is None
+    assert task.targets((batch[0], batch[1] > 4)) is None
+    assert task.targets(batch[:1]) is None
 
 
 def test_a_seed_decides_the_sample_and_fixed_needs_none(loaded) -> None:
@@ -193,7 +239,7 @@ def test_unknown_names_and_options_get_help() -> None:
         tasks.get("mnist", trainsize=3)
 
 
-@pytest.mark.parametrize("name", [n for n in tasks.names() if n not in ("digits", "pydoc")])
+@pytest.mark.parametrize("name", [n for n in tasks.names() if n not in EMBEDDED])
 def test_missing_data_name_the_path_and_the_remedy(name, tmp_path: Path, monkeypatch) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 

@@ -1,0 +1,99 @@
+"""Synthetic classification: Gaussian inputs whose labels are balanced or follow Zipf's law."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from harness.errors import UserError
+from harness.tasks import sources
+from harness.tasks.base import Batch, Data, Task, check_sizes
+
+_FREQUENCIES = ("balanced", "zipf")
+
+
+@dataclass(frozen=True)
+class GaussianClasses(Task):
+    """Learn labels by heart; a batch is (inputs (B, dimension) float32, labels (B,) int64).
+
+    Inputs are drawn from N(mean, I), independently of the labels, whose counts are as equal as can
+    be or proportional to 1/k, at least one of each. With as many dimensions as samples a softmax
+    regression can separate them. SGD and Adam are known to be alike on balanced labels and far
+    apart on Zipf's: the linear problem of Kunstner et al. 2024 (arXiv 2402.19449, section 1.2 and
+    appendix A.2). There inputs are uniform on [0, 1], whose mean is 1.73 of their standard
+    deviation, and frequencies halve in steps, n = m 2^m, C = 2^m - 1, d = (m + 1) 2^m.
+
+    Attributes:
+        frequencies: "balanced" or "zipf".
+        num_classes, dimension, num_samples: C, d and n; there is no test split.
+        mean: mean of every coordinate of the inputs, in standard deviations.
+        seed: seed of the inputs.
+    """
+
+    frequencies: str = "balanced"
+    num_classes: int = 128
+    dimension: int = 1_024
+    num_samples: int = 1_024
+    mean: float = 1.73
+    seed: int = 0
+
+    name: ClassVar[str] = "gaussian-classes"
+    metric: ClassVar[str] = "accuracy"
+
+    def __post_init__(self) -> None:
+        check_sizes(self, num_classes=2, dimension=1, num_samples=1, seed=0)
+        if self.frequencies not in _FREQUENCIES:
+            raise UserError(
+                f"task {self.name!r}: frequencies is {self.frequencies!r}; choose "
+                f"{' or '.join(_FREQUENCIES)}"
+            )
+        if self.num_samples < self.num_classes:
+            raise UserError(
+                f"task {self.name!r}: {self.num_samples} samples are too few for one of each of "
+                f"{self.num_classes} classes"
+            )
+
+    def read(self, root: Path | None) -> Data:
+        """Draw the inputs; no root is needed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        inputs = torch.randn(self.num_samples, self.dimension, generator=generator) + self.mean
+        labels = torch.arange(self.num_classes).repeat_interleave(self._counts())
+        options = {"num_classes": self.num_classes, "dimension": self.dimension}
+        source = (
+            f"{self.num_samples} Gaussian inputs of {self.dimension} dimensions drawn by seed "
+            f"{self.seed}, {self.num_classes} {self.frequencies} classes"
+        )
+        checksum = sources.sha256([inputs.numpy().tobytes(), labels.numpy().tobytes()])
+        return Data((inputs, labels), (inputs[:0], labels[:0]), source, checksum, options)
+
+    def _counts(self) -> Tensor:
+        """Return the samples of each class (C,): one, and its share of the rest by its frequency.
+
+        The rest's shares are rounded where they add up, so that they sum to num_samples.
+        """
+        ranks = torch.arange(1, self.num_classes + 1, dtype=torch.float64)
+        weights = 1 / ranks if self.frequencies == "zipf" else torch.ones_like(ranks)
+        ends = (weights.cumsum(0) / weights.sum() * (self.num_samples - self.num_classes)).round()
+        return 1 + ends.diff(prepend=torch.zeros(1, dtype=torch.float64)).long()
+
+    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Gather; nothing here is random."""
+        inputs, labels = data.part(split)
+        return inputs[indices], labels[indices]
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the cross entropy over the samples."""
+        return functional.cross_entropy(logits, batch[1])
+
+    def score_of(self, logits: Tensor, batch: Batch) -> float:
+        """Return the fraction of samples whose largest logit is the label's."""
+        return float((logits.argmax(-1) == batch[1]).float().mean())
+
+    def num_terms(self, batch: Batch) -> int:
+        """Count the samples."""
+        return len(batch[0])

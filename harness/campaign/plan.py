@@ -110,7 +110,7 @@ class Survey:
 
     @property
     def unit_flops(self) -> dict[str, float]:
-        """Operations of a unit ("train", "moments", a partition's spectrum), or a step ("trial")."""
+        """Operations of one unit, by its kind or partition; of one step for a "trial"."""
         spectra = {p: float(c.flops) for p, c in self.costs.items()}
         return {"train": self.run_flops, "trial": self.step_flops, **spectra}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.tasks.base import Data, Task
-from harness.tasks.masked import Cornell
+from harness.tasks.masked import MaskedTask
 
 ROOT = Path(__file__).parents[2]
 _LIBRARIES = "harness.registry.networks.libraries"
@@ -185,7 +185,7 @@ def _check_place(module: str, folder: Path | None) -> None:
 def _head(task: Task) -> str:
     if task.metric == "accuracy":
         return "ImageClassification"
-    return "MaskedLM" if isinstance(task, Cornell) else "CausalLM"
+    return "MaskedLM" if isinstance(task, MaskedTask) else "CausalLM"
 
 
 def _library(name: str) -> str:

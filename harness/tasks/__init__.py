@@ -33,6 +33,7 @@ _TASKS = {
     "wikitext": "text:WikiText",
     "openwebtext": "text:OpenWebText",
     "cornell": "masked:Cornell",
+    "masked-books": "masked:MaskedBooks",
     "sft": "sft:Instructions",
 }
 

@@ -1,7 +1,8 @@
-"""Masked language modelling on film dialogue, by words."""
+"""Masked language modelling: on film dialogue by words, on books by byte pairs."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from harness.errors import UserError
 from harness.tasks import sources
 from harness.tasks.base import IGNORED, Batch, Data, Task, check_sizes, token_loss
+from harness.tasks.text import BOOKS, Books
 from harness.tasks.tokenizers import Words
 
 # BERT's: of the chosen words 80 % become the mask, 10 % a random word, 10 % stay (Devlin et al.).
@@ -20,37 +22,83 @@ FIRST_TEST_MOVIE = 555  # movies m0 to m554 train, m555 to m616 test: by movie, 
 
 
 @dataclass(frozen=True)
-class Cornell(Task):
-    """Guess the masked words of the Cornell Movie-Dialogs Corpus.
+class MaskedTask(Task):
+    """Guess the masked tokens of sequences; a batch is (inputs, targets), both (B, context) int64.
 
-    A batch is (inputs, targets), both (B, context) int64; targets are -100 where no word was
-    chosen. In each sequence round(mask_fraction * context) of the words are chosen, at least one;
-    unknown words and separators never are. Lines of one film follow one another, a separator after
-    each, packed into full sequences, so that no attention mask is needed. Words stand in for the
-    paper's WordPiece: the vocabulary is the `vocab_size` most frequent words of the training films.
+    Targets are -100 where no token was chosen. In each sequence round(mask_fraction * context) of
+    the tokens are chosen, at least one; special ones never are. A split is sequences (N, context).
 
     Attributes:
-        context: words per sequence.
-        vocab_size: size of the vocabulary, the unknown word, the mask and the separator included.
-        mask_fraction: the fraction of words to guess.
-        train_lines: keep the first so many training lines; None keeps all.
+        context: tokens per sequence.
+        mask_fraction: the fraction of tokens to guess.
     """
 
     context: int = 64
-    vocab_size: int = 8_192
     mask_fraction: float = 0.15
-    train_lines: int | None = None
 
-    name: ClassVar[str] = "cornell"
     metric: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
-        check_sizes(self, context=1, vocab_size=1, train_lines=1)
+        check_sizes(self, context=1)
         if not 0 < self.mask_fraction <= 1:
             raise UserError(
                 f"task {self.name!r}: mask_fraction is {self.mask_fraction}; it must be above 0 "
                 "and at most 1"
             )
+
+    @abstractmethod
+    def ordinary(self, data: Data) -> tuple[int, int, int]:
+        """Return the first ordinary id, the one after the last, and that of the mask."""
+
+    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Gather sequences and mask them with the generator."""
+        tokens = data.part(split)[0][indices]
+        first, end, mask = self.ordinary(data)
+        eligible = (tokens >= first) & (tokens < end)
+        draws = torch.rand(tokens.shape, generator=generator).masked_fill(~eligible, -1.0)
+        count = max(1, round(self.mask_fraction * self.context))
+        chosen = torch.zeros_like(eligible).scatter_(1, draws.topk(count).indices, True) & eligible
+        fate = torch.rand(tokens.shape, generator=generator)
+        words = torch.randint(first, end, tokens.shape, generator=generator)
+        inputs = torch.where(chosen & (fate < MASKED), mask, tokens)
+        inputs = torch.where(chosen & (fate >= 1 - REPLACED), words, inputs)
+        return inputs, torch.where(chosen, tokens, IGNORED)
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the cross entropy over the chosen tokens."""
+        return token_loss(logits, batch[1])
+
+    def num_terms(self, batch: Batch) -> int:
+        """Count the chosen tokens."""
+        return int((batch[1] != IGNORED).sum())
+
+    def pack(self, ids: Tensor) -> Tensor:
+        """Cut a stream of ids (N,) into sequences, its rest dropped."""
+        return ids[: len(ids) // self.context * self.context].view(-1, self.context)
+
+
+@dataclass(frozen=True)
+class Cornell(MaskedTask):
+    """Guess the masked words of the Cornell Movie-Dialogs Corpus.
+
+    Unknown words and separators are never chosen. Lines of one film follow one another, a separator
+    after each, packed into full sequences, so that no attention mask is needed. Words stand in for
+    the paper's WordPiece: the vocabulary is the `vocab_size` most frequent words of the training
+    films.
+
+    Attributes:
+        vocab_size: size of the vocabulary, the unknown word, the mask and the separator included.
+        train_lines: keep the first so many training lines; None keeps all.
+    """
+
+    vocab_size: int = 8_192
+    train_lines: int | None = None
+
+    name: ClassVar[str] = "cornell"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, vocab_size=1, train_lines=1)
 
     def read(self, root: Path | None) -> Data:
         """Read `cornell_movie_dialogs/movie_lines.txt` into sequences (N, context)."""
@@ -72,36 +120,38 @@ class Cornell(Task):
                 (train if movie < FIRST_TEST_MOVIE else test).append(fields[4])
         text = "\n".join(train[: self.train_lines])
         words = Words(text, vocab_size=self.vocab_size)
-        parts = [self._pack(words, part) for part in (text, "\n".join(test))]
+        parts = [self.pack(torch.from_numpy(words.encode(t))) for t in (text, "\n".join(test))]
         options = {"vocab_size": words.vocab_size, "context": self.context}
         return Data((parts[0],), (parts[1],), *sources.file_source(files), options)
 
-    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
-        """Gather sequences and mask them with the generator."""
-        tokens = data.part(split)[0][indices]
-        eligible = tokens >= Words.num_special
-        draws = torch.rand(tokens.shape, generator=generator).masked_fill(~eligible, -1.0)
-        count = max(1, round(self.mask_fraction * self.context))
-        chosen = torch.zeros_like(eligible).scatter_(1, draws.topk(count).indices, True) & eligible
-        fate = torch.rand(tokens.shape, generator=generator)
-        words = torch.randint(
-            Words.num_special,
-            data.model_options["vocab_size"],
-            tokens.shape,
-            generator=generator,
-        )
-        inputs = torch.where(chosen & (fate < MASKED), Words.mask, tokens)
-        inputs = torch.where(chosen & (fate >= 1 - REPLACED), words, inputs)
-        return inputs, torch.where(chosen, tokens, IGNORED)
+    def ordinary(self, data: Data) -> tuple[int, int, int]:
+        """Return the range of the words, and the mask."""
+        return Words.num_special, data.model_options["vocab_size"], Words.mask
 
-    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Average the cross entropy over the chosen words."""
-        return token_loss(logits, batch[1])
 
-    def num_terms(self, batch: Batch) -> int:
-        """Count the chosen words."""
-        return int((batch[1] != IGNORED).sum())
+@dataclass(frozen=True)
+class MaskedBooks(MaskedTask):
+    """Guess the masked byte pairs of the books; the mask is the id after theirs.
 
-    def _pack(self, words: Words, text: str) -> Tensor:
-        ids = torch.from_numpy(words.encode(text))
-        return ids[: len(ids) // self.context * self.context].view(-1, self.context)
+    Attributes:
+        vocab_size: byte pairs, as of task `books` with the tokenizer "bpe".
+        titles: which of the books to read.
+    """
+
+    vocab_size: int = 2_048
+    titles: tuple[str, ...] = BOOKS
+
+    name: ClassVar[str] = "masked-books"
+
+    def read(self, root: Path | None) -> Data:
+        """Read the books' tokens into sequences (N, context)."""
+        books = Books(
+            context=self.context, tokenizer="bpe", vocab_size=self.vocab_size, titles=self.titles
+        ).read(root)
+        options = {"vocab_size": self.vocab_size + 1, "context": self.context}
+        train, test = self.pack(books.train[0]), self.pack(books.test[0])
+        return Data((train,), (test,), books.source, books.checksum, options)
+
+    def ordinary(self, data: Data) -> tuple[int, int, int]:
+        """Return the range of the byte pairs, and the mask."""
+        return 0, self.vocab_size, self.vocab_size

@@ -155,7 +155,7 @@ class TinyShakespeare(TextTask):
         return Corpus(*_cut(files[0].read_text("utf-8")), *sources.file_source(files))
 
 
-_BOOKS = ("kjv_bible", "war_and_peace", "pride_and_prejudice")
+BOOKS = ("kjv_bible", "war_and_peace", "pride_and_prejudice")
 
 
 @dataclass(frozen=True)
@@ -170,29 +170,29 @@ class Books(TextTask):
         titles: which of the books to read: King James Bible, War and Peace, Pride and Prejudice.
     """
 
-    titles: tuple[str, ...] = _BOOKS
+    titles: tuple[str, ...] = BOOKS
 
     name: ClassVar[str] = "books"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.titles if isinstance(self.titles, tuple) else ()
-        if not given or not all(given.count(t) == 1 and t in _BOOKS for t in given):
+        if not given or not all(given.count(t) == 1 and t in BOOKS for t in given):
             raise UserError(
                 f"task {self.name!r}: titles is {self.titles!r}; it must be a tuple of one or more "
-                f"of {', '.join(_BOOKS)}, each once"
+                f"of {', '.join(BOOKS)}, each once"
             )
 
     def corpus(self, root: Path | None) -> Corpus:
         """Read the books that are asked for, and the others for the vocabulary."""
-        paths = [f"books/{title}.txt" for title in _BOOKS]
+        paths = [f"books/{title}.txt" for title in BOOKS]
         files = sources.find(root, *paths)
         if files is None:
             raise sources.missing(self.name, root, paths, "any UTF-8 texts of these names will do")
         parts = {file.stem: _cut(file.read_text("utf-8")) for file in files}
         train, test = zip(*(parts[title] for title in self.titles), strict=True)
-        used = [files[_BOOKS.index(title)] for title in self.titles]
-        note = "" if self.titles == _BOOKS else "vocabulary of all three books"
+        used = [files[BOOKS.index(title)] for title in self.titles]
+        note = "" if self.titles == BOOKS else "vocabulary of all three books"
         vocabulary = "\n".join(part[0] for part in parts.values())
         return Corpus(
             "\n".join(train), "\n".join(test), *sources.file_source(used, note), vocabulary

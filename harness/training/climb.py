@@ -1,8 +1,8 @@
 """The climb to the best learning rate. Pure: losses in, rates out.
 
-Rates are r_k = r_0 · 10^(k/4), k an integer: even ones are half a decade apart. From k = 0 the climb
-goes on until the best of the even ones has two worse neighbours on each side, with no cap, and then
-tries the two odd neighbours of the best. So the best is never at an edge.
+Rates are r_k = r_0 · 10^(k/4), k an integer: even ones are half a decade apart. From k = 0 the
+climb goes on until the best of the even ones has two worse neighbours on each side, with no cap,
+and then tries the two odd neighbours of the best. So the best is never at an edge.
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ def train(
     started = time.perf_counter()
     recipe = entry.recipe
     task = tasks.get(entry.task, **entry.task_options)
-    subset = to_device(task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train"))), device)
+    subset = to_device(
+        task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train"))), device
+    )
     chunk = EVALUATION_FACTOR * recipe.batch_size
     start = pretrained_dir or checkpoint_dir
     model = stages.initial_model(entry, data.model_options, seed, start).to(device)
@@ -308,4 +310,5 @@ def _measured(
 
 
 def to_device(batch: Batch, device: str) -> Batch:
+    """Return the batch's tensors on a device."""
     return tuple(tensor.to(device) for tensor in batch)

@@ -5,11 +5,11 @@ seeds after a full schedule of n steps,
 
     y = log2(τ / T),    S(τ) = A(T),
 
-S interpolated linearly in log n between T, 2T and 4T. Where SGD is ahead at T by two standard errors
-the roles are exchanged and y is negative. The loss of a run is at most R, what a model has that
-learnt nothing (`trial.reference_loss`); a diverged run counts as R.
+S interpolated linearly in log n between T, 2T and 4T. Where SGD is ahead at T by two standard
+errors the roles are exchanged and y is negative. The loss of a run is at most R, what a model has
+that learnt nothing (`trial.reference_loss`); a diverged run counts as R.
 
-The interval is that of the test: it holds each y' at which the two losses don't differ at 95 % by
+The interval is that of a test: it holds each place at which the two losses don't differ at 95 % by
 Welch's t. Means of different lengths and optimizers count as independent; seeds are paired (same
 initialisation and data), so that this errs to the wide side.
 """
@@ -60,6 +60,7 @@ class Sample:
 
     @property
     def mean(self) -> float:
+        """Of the losses."""
         return float(self.values.mean())
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,9 @@ def checked(
         )
     numbers = [*_KNOWN, "y_error", PRIMARY, *rivals]
     rows = entries.astype(dict.fromkeys(numbers, np.float64)).sort_values("model")
-    rows["y_error"] = rows["y_error"].where(~rows["censored"].astype(bool), 0.0)
+    for flag in ("trained", "censored", "at_edge"):
+        rows[flag] = rows[flag].eq(True)
+    rows["y_error"] = rows["y_error"].where(~rows["censored"], 0.0)
     _check_values(rows[rows["trained"]])
     return rows.reset_index(drop=True)
 
@@ -76,13 +78,12 @@ def checked(
 def _check_values(rows: pd.DataFrame) -> None:
     """Raise unless every entry that counts has its outcome and its dummies."""
     size = rows["y"].abs()
-    faults = {
-        "no finite y, y_error, y_prime or dummy": ~np.isfinite(rows[[*_KNOWN, "y_error"]]).all(
-            axis=1
-        ),
+    finite = np.isfinite(rows[[*_KNOWN, "y_error"]].to_numpy(np.float64)).all(axis=1)
+    faults: dict[str, pd.Series] = {
+        "no finite y, y_error, y_prime or dummy": pd.Series(~finite, index=rows.index),
         "a negative y_error": rows["y_error"] < 0,
         f"a y beyond {CENSORED_AT:g}, or censored at another value": (size > CENSORED_AT)
-        | (rows["censored"].astype(bool) & (size != CENSORED_AT)),
+        | (rows["censored"] & (size != CENSORED_AT)),
         f"a modality other than {MODALITIES}": ~rows["modality"].isin(MODALITIES),
         f"an answer other than {ANSWERS}": ~rows["adam_needed"].isin(ANSWERS),
     }
@@ -106,14 +107,13 @@ def compare_pairs(rows: pd.DataFrame, pairs: Sequence[Pair]) -> pd.DataFrame:
         empty), dj (J_a - J_b), and right: None where not decided, or where J is missing, else
         whether the larger J has the larger y. Equal ones tell nothing and are wrong.
     """
-    of = rows.set_index("model")
+    of: dict[Any, Any] = {row.model: row for row in rows.itertuples()}
     table = []
     for name, a, b in pairs:
-        first, second = of.loc[a], of.loc[b]
-        dy = float(first["y"] - second["y"])
-        error = math.hypot(first["y_error"], second["y_error"])
+        first, second = of[a], of[b]
+        dy, error = first.y - second.y, math.hypot(first.y_error, second.y_error)
         why = _why_undecided(first, second, dy, error)
-        dj = float(first[PRIMARY] - second[PRIMARY])
+        dj = getattr(first, PRIMARY) - getattr(second, PRIMARY)
         table.append(
             {"pair": name, "model_a": a, "model_b": b, "dy": dy, "dy_error": error}
             | {"decided": not why, "why": why, "dj": dj}
@@ -123,17 +123,17 @@ def compare_pairs(rows: pd.DataFrame, pairs: Sequence[Pair]) -> pd.DataFrame:
     return pd.DataFrame(table, columns=columns)
 
 
-def _why_undecided(first: pd.Series, second: pd.Series, dy: float, error: float) -> str:
+def _why_undecided(first: Any, second: Any, dy: float, error: float) -> str:
     """Return why a pair tells nothing; empty where it does."""
-    untrained = [str(e.name) for e in (first, second) if not e["trained"]]
+    untrained = [e.model for e in (first, second) if not e.trained]
     if untrained:
         return f"not trained: {', '.join(untrained)}"
-    missing = [str(e.name) for e in (first, second) if np.isnan(e[PRIMARY])]
+    missing = [e.model for e in (first, second) if np.isnan(getattr(e, PRIMARY))]
     if missing:
         return f"no {PRIMARY}: {', '.join(missing)}"
-    if first["censored"] and second["censored"] and dy == 0:
+    if first.censored and second.censored and dy == 0:
         return "both beyond 4T"
-    if abs(dy) <= 2 * error or dy == 0:
+    if abs(dy) <= 2 * error:
         return f"|Δy| = {abs(dy):.2f} is within 2 standard errors, {2 * error:.2f}"
     return ""
 
@@ -157,12 +157,12 @@ class Design(NamedTuple):
     @classmethod
     def of(cls, rows: pd.DataFrame, compared: pd.DataFrame) -> Design:
         """Take the decided pairs whose entries are both among the rows."""
-        place = pd.Series(range(len(rows)), index=rows["model"])
-        both = compared["model_a"].isin(place.index) & compared["model_b"].isin(place.index)
-        use = compared[compared["decided"] & both]
-        columns = (rows["y"], rows["has_attention"])
-        y, attention = (c.to_numpy(np.float64) for c in columns)
-        a, b = (place[use[c]].to_numpy(np.intp) for c in ("model_a", "model_b"))
+        y, attention = (rows[c].to_numpy(np.float64) for c in ("y", "has_attention"))
+        known = pd.Index(rows["model"])
+        decided = compared[compared["decided"]]
+        a, b = (known.get_indexer(decided[c]) for c in ("model_a", "model_b"))
+        both = (a >= 0) & (b >= 0)  # -1 is not there
+        a, b = a[both], b[both]
         return cls(y, attention, a, b, np.sign(y[a] - y[b]))
 
     def right_pairs(self, x: Array) -> Array:
@@ -185,11 +185,11 @@ def measures(
 
     Returns:
         Columns measure, kind (primary, rival, dummy), sign; n, rho, p of the permutation test;
-        p_holm of the rivals; family_low and family_high, without_low (the lowest ρ without a
-        family) and without (that family); noise_low and noise_high; rho_images, rho_text; rho_y_prime; given_attention,
-        given_params; difference to J's ρ over the entries that have both, with its interval;
-        right_pairs of decided_pairs; accuracy (`left_out_accuracy`) and majority (of always giving
-        the more frequent answer), over the entries whose answer is yes or no.
+        p_holm of the rivals; right_pairs of decided_pairs; family_low and family_high, without_low
+        (the lowest ρ without a family) and without (that family); noise_low and noise_high;
+        rho_images, rho_text; rho_y_prime; given_attention, given_params; difference to J's ρ over
+        the entries that have both, with its interval; accuracy (`left_out_accuracy`) and majority
+        (of always giving the more frequent answer), over the entries whose answer is yes or no.
     """
     kinds = {PRIMARY: ("primary", 1)} | {r: ("rival", s) for r, s in rivals.items()}
     kinds |= {d: ("dummy", s) for d, s in DUMMIES.items()}
@@ -209,6 +209,7 @@ def _one(
     """Return the numbers of one measure over the entries that have it."""
     rows = rows[rows[name].notna()]
     row: dict[str, object] = {"n": len(rows), "rho": np.nan, "p": np.nan}
+    row |= {"right_pairs": 0, "decided_pairs": 0}
     if len(rows) < MIN_MODELS:
         return row
     x, y, y_prime = (rows[c].to_numpy(np.float64) for c in (name, "y", "y_prime"))
@@ -271,12 +272,10 @@ def error_of(rows: pd.DataFrame, name: str) -> Array:
     elif {f"{name}_low", f"{name}_high"} <= set(rows):
         width = rows[f"{name}_high"].astype(np.float64) - rows[f"{name}_low"].astype(np.float64)
         error = width / (2 * norm.ppf((1 + LEVEL) / 2))
-    return error.where(np.isfinite(error), 0.0).to_numpy(np.float64)
+    return np.nan_to_num(error.to_numpy(np.float64), posinf=0.0)
 
 
-def _less_primary(
-    rows: pd.DataFrame, x: Array, generator: np.random.Generator
-) -> dict[str, float]:
+def _less_primary(rows: pd.DataFrame, x: Array, generator: np.random.Generator) -> dict[str, float]:
     """Return ρ less J's and its interval: the same entries are drawn for both."""
     both = rows[PRIMARY].notna().to_numpy()
     count = int(both.sum())
@@ -295,10 +294,9 @@ def _accuracy(rows: pd.DataFrame, x: Array) -> dict[str, float]:
     clear = (rows["adam_needed"] != ANSWERS[2]).to_numpy()
     if clear.sum() < MIN_MODELS:
         return {}
-    needed = (rows.loc[clear, "adam_needed"] == ANSWERS[0]).to_numpy(np.float64)
+    needed = rows.loc[clear, "adam_needed"].eq(ANSWERS[0]).astype(np.float64).to_numpy()
     families, _ = pd.factorize(rows.loc[clear, "family"])
-    found = left_out_accuracy(
-        inference.ranks(x[clear])[None], needed[None], families, np.ones((1, len(needed)))
-    )
+    ours = inference.ranks(x[clear])[None]
+    found = left_out_accuracy(ours, needed[None], families, np.ones((1, len(needed))))
     share = float(needed.mean())
     return {"accuracy": float(found[0][0]), "majority": max(share, 1 - share)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -154,7 +155,7 @@ def verdict(
         sentence = f"Nothing is ranked: {'; '.join(reasons)}."
         empty = pd.DataFrame()
         return Verdict(NOTHING, sentence, (*reasons, *_left_out(rows)), empty, empty, empty)
-    counting = rows[rows["trained"].astype(bool)]
+    counting = rows[rows["trained"]]
     compared = compare_pairs(rows, pairs)
     with_j = counting[counting[PRIMARY].notna()]
     design, j = Design.of(with_j, compared), with_j[PRIMARY].to_numpy(np.float64)
@@ -178,10 +179,10 @@ def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
     reasons = []
     if not gate.passed:
         reasons.append(f"the gate failed ({'; '.join(gate.reasons) or 'no reason is given'})")
-    num = int((rows["trained"].astype(bool) & rows[PRIMARY].notna()).sum())
+    num = int((rows["trained"] & rows[PRIMARY].notna()).sum())
     if num < MIN_ENTRIES:
         reasons.append(f"{num} entries count and have {PRIMARY}, where {MIN_ENTRIES} are needed")
-    edge = rows.loc[rows["at_edge"].astype(bool), "model"].tolist()
+    edge = rows.loc[rows["at_edge"], "model"].tolist()
     if edge:
         reasons.append(f"a best learning rate is at an edge ({', '.join(edge)})")
     return reasons
@@ -189,27 +190,28 @@ def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
 
 def _left_out(rows: pd.DataFrame) -> list[str]:
     """Name the entries that don't enter the primary test."""
-    trained = rows["trained"].astype(bool)
+    trained = rows["trained"]
     lacking = {"Not trained": ~trained, f"Without {PRIMARY}": trained & rows[PRIMARY].isna()}
     return [f"{w}: {', '.join(rows.loc[m, 'model'])}." for w, m in lacking.items() if m.any()]
 
 
-def _sentence(answer: str, j: pd.Series, rule: Rule, chances: pd.DataFrame) -> str:
+def _sentence(answer: str, j: Any, rule: Rule, chances: Any) -> str:
     """Return the verdict in one sentence."""
     numbers = f"ρ = {j.rho:.2f} over {j.n} entries ({_p(j.p)})"
     pairs = f"{j.right_pairs} of {j.decided_pairs} decided pairs"
     what = "how many more steps SGD needs than AdamW"
     if answer == SUPPORTS:
         return (
-            f"Supported: {_NAME} ranks models by {what}, with Spearman's {numbers}, the right order "
-            f"in {pairs}, and ρ = {j.given_attention:.2f} given whether a model has attention."
+            f"Supported: {_NAME} ranks models by {what}, with Spearman's {numbers} where more than "
+            f"{rule.above:.2f} was asked, the right order in {pairs}, and "
+            f"ρ = {j.given_attention:.2f} given whether a model has attention."
         )
     if answer == REFUTES:
         return (
             f"Refuted as a predictor at this scale: {_NAME} does not rank models by {what}; "
             f"Spearman's {numbers} is below {rule.below:.2f}, where a true ρ of {TRUE_RHO} would "
-            f"bring it with a chance of {100 * chances.refutes[0]:.0f} %, and it has the right order "
-            f"in {pairs}."
+            f"bring it with a chance of {100 * chances.refutes[0]:.0f} %, and it has the right "
+            f"order in {pairs}."
         )
     return (
         f"Undecided: whether {_NAME} ranks models by {what} can't be told from Spearman's "
@@ -219,7 +221,7 @@ def _sentence(answer: str, j: pd.Series, rule: Rule, chances: pd.DataFrame) -> s
     )
 
 
-def _missed(j: pd.Series, rule: Rule) -> str:
+def _missed(j: Any, rule: Rule) -> str:
     """Say which conditions of support don't hold."""
     missed = []
     if not j.rho > rule.above:
@@ -234,7 +236,7 @@ def _missed(j: pd.Series, rule: Rule) -> str:
     return f"lacks {' and '.join(missed)}{below}"
 
 
-def _primary_lines(j: pd.Series, rule: Rule) -> list[str]:
+def _primary_lines(j: Any, rule: Rule) -> list[str]:
     """Return the rule and the lines on J."""
     source = "fixed" if rule.n == PLANNED else f"p < 0.05, computed at n = {rule.n}"
     quantile = "fixed" if rule.n == PLANNED else "computed"
@@ -259,7 +261,8 @@ def _measure_lines(table: pd.DataFrame) -> list[str]:
     """Return a line for each rival and dummy, and one for the majority."""
     j = table.iloc[0]
     lines = []
-    for m in table.iloc[1:].itertuples():
+    rest: Any = table.iloc[1:].itertuples()
+    for m in rest:
         adjusted = f", by Holm {_p(m.p_holm)}" if m.kind == "rival" else ""
         turned = ", less being more" if m.sign < 0 else ""
         lines.append(
@@ -293,17 +296,18 @@ def _pair_lines(compared: pd.DataFrame, design: Design, with_j: pd.DataFrame) ->
     ]
     wrong = compared.loc[compared["right"].eq(False), "pair"].tolist()
     lines += [f"Wrong pairs: {', '.join(wrong)}."] if wrong else []
-    undecided = compared[~compared["decided"]]
-    return [*lines, *(f"Undecided pair {p.pair}: {p.why}." for p in undecided.itertuples())]
+    undecided: Any = compared[~compared["decided"]].itertuples()
+    return [*lines, *(f"Undecided pair {p.pair}: {p.why}." for p in undecided)]
 
 
 def _chance_lines(chances: pd.DataFrame, rule: Rule) -> list[str]:
     """Return what the rule would say under a true ρ of 0.6, and under none."""
+    rows: Any = chances.itertuples()
     return [
-        f"Power at n = {rule.n}, were the true ρ {c.true_rho:g}: ρ > {rule.above:.2f} with a chance "
-        f"of {c.primary:.2f}; by the whole rule supported {c.supports:.2f}, refuted "
+        f"Power at n = {rule.n}, were the true ρ {c.true_rho:g}: ρ > {rule.above:.2f} with a "
+        f"chance of {c.primary:.2f}; by the whole rule supported {c.supports:.2f}, refuted "
         f"{c.refutes:.2f}, undecided {c.undecided:.2f}."
-        for c in chances.itertuples()
+        for c in rows
     ]
 
 

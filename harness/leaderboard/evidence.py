@@ -120,7 +120,7 @@ def compare_pairs(rows: pd.DataFrame, pairs: Sequence[Pair]) -> pd.DataFrame:
             | {"right": None if why else bool(dj * dy > 0)}
         )
     columns = ["pair", "model_a", "model_b", "dy", "dy_error", "decided", "why", "dj", "right"]
-    return pd.DataFrame(table, columns=columns)
+    return pd.DataFrame(table, columns=columns).astype({"decided": bool})
 
 
 def _why_undecided(first: Any, second: Any, dy: float, error: float) -> str:
@@ -294,7 +294,7 @@ def _accuracy(rows: pd.DataFrame, x: Array) -> dict[str, float]:
     clear = (rows["adam_needed"] != ANSWERS[2]).to_numpy()
     if clear.sum() < MIN_MODELS:
         return {}
-    needed = rows.loc[clear, "adam_needed"].eq(ANSWERS[0]).astype(np.float64).to_numpy()
+    needed = np.where(rows.loc[clear, "adam_needed"] == ANSWERS[0], 1.0, 0.0)
     families, _ = pd.factorize(rows.loc[clear, "family"])
     ours = inference.ranks(x[clear])[None]
     found = left_out_accuracy(ours, needed[None], families, np.ones((1, len(needed))))

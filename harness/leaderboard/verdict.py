@@ -179,9 +179,14 @@ def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
     reasons = []
     if not gate.passed:
         reasons.append(f"the gate failed ({'; '.join(gate.reasons) or 'no reason is given'})")
-    num = int((rows["trained"] & rows[PRIMARY].notna()).sum())
-    if num < MIN_ENTRIES:
-        reasons.append(f"{num} entries count and have {PRIMARY}, where {MIN_ENTRIES} are needed")
+    used = rows[rows["trained"] & rows[PRIMARY].notna()]
+    if len(used) < MIN_ENTRIES:
+        reasons.append(
+            f"{len(used)} entries count and have {PRIMARY}, where {MIN_ENTRIES} are needed"
+        )
+    same = [c for c in ("y", PRIMARY) if used[c].nunique() == 1]
+    if same:
+        reasons.append(f"all entries have the same {' and the same '.join(same)}")
     edge = rows.loc[rows["at_edge"], "model"].tolist()
     if edge:
         reasons.append(f"a best learning rate is at an edge ({', '.join(edge)})")
@@ -215,7 +220,7 @@ def _sentence(answer: str, j: Any, rule: Rule, chances: Any) -> str:
         )
     return (
         f"Undecided: whether {_NAME} ranks models by {what} can't be told from Spearman's "
-        f"{numbers}, the right order in {pairs} and ρ = {j.given_attention:.2f} given whether a "
+        f"{numbers}, the right order in {pairs} and ρ = {_value(j.given_attention)} given whether a "
         f"model has attention; it {_missed(j, rule)}, and a true ρ of {TRUE_RHO} would have been "
         f"supported with a chance of {100 * chances.supports[0]:.0f} %."
     )
@@ -232,8 +237,7 @@ def _missed(j: Any, rule: Rule) -> str:
         missed.append(f"{rule.pairs} right pairs")
     if not j.given_attention > 0:
         missed.append("a positive ρ given attention")
-    below = "" if j.rho >= rule.below else ", and ρ is undefined"
-    return f"lacks {' and '.join(missed)}{below}"
+    return f"lacks {' and '.join(missed)}"
 
 
 def _primary_lines(j: Any, rule: Rule) -> list[str]:

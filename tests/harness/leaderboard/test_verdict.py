@@ -130,6 +130,11 @@ def test_a_best_rate_at_an_edge_ranks_nothing_and_is_named():
     )  # fmt: skip
 
 
+def test_a_j_or_a_y_that_is_the_same_everywhere_ranks_nothing():
+    found = verdict(table(1.0, y=np.full(N, 2.0), censored=True), RIVALS, PAIRS, PASSED)
+    assert found.sentence == "Nothing is ranked: all entries have the same y and the same J."
+
+
 def test_at_another_n_the_bounds_are_computed_and_what_did_not_learn_may_lack_everything():
     first = np.arange(N) == 0
     untrained = {"trained": ~first, "censored": np.where(first, None, False)}
@@ -162,7 +167,7 @@ def test_a_correlation_that_attention_explains_is_not_support():
 
 
 def test_a_correlation_is_not_support_where_too_few_pairs_are_decided():
-    for num, answer in ((4, UNDECIDED), (5, SUPPORTS)):
+    for num, answer in ((0, UNDECIDED), (4, UNDECIDED), (5, SUPPORTS)):
         rows, compared = prepared(table(), PAIRS[:num])
         design = Design.of(rows, compared)
         assert Rule.of(ALIKE, design).answers(ALIKE, design)[0] == answer

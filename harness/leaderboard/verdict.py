@@ -184,7 +184,7 @@ def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
         reasons.append(
             f"{len(used)} entries count and have {PRIMARY}, where {MIN_ENTRIES} are needed"
         )
-    same = [c for c in ("y", PRIMARY) if used[c].nunique() == 1]
+    same = [c for c in ("y", PRIMARY) if used[c].min() == used[c].max()]
     if same:
         reasons.append(f"all entries have the same {' and the same '.join(same)}")
     edge = rows.loc[rows["at_edge"], "model"].tolist()
@@ -218,11 +218,12 @@ def _sentence(answer: str, j: Any, rule: Rule, chances: Any) -> str:
             f"bring it with a chance of {100 * chances.refutes[0]:.0f} %, and it has the right "
             f"order in {pairs}."
         )
+    given = _value(j.given_attention)
     return (
         f"Undecided: whether {_NAME} ranks models by {what} can't be told from Spearman's "
-        f"{numbers}, the right order in {pairs} and ρ = {_value(j.given_attention)} given whether a "
-        f"model has attention; it {_missed(j, rule)}, and a true ρ of {TRUE_RHO} would have been "
-        f"supported with a chance of {100 * chances.supports[0]:.0f} %."
+        f"{numbers}, the right order in {pairs} and ρ = {given} given whether a model has "
+        f"attention; it {_missed(j, rule)}, and a true ρ of {TRUE_RHO} would have been supported "
+        f"with a chance of {100 * chances.supports[0]:.0f} %."
     )
 
 

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench bench-check bench-peers dashboard accuracy paper leaderboard site clean
+.PHONY: demo test lint gate campaign bench bench-check bench-peers dashboard accuracy paper leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -58,6 +58,19 @@ site: $(READY)
 bench-check: $(READY)
 	$(BIN)/asv machine --yes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.check $(BASE)
+
+# Protocol 2's training runs, on one core: about a day. What is there is not done again. Keeping freed
+# memory takes a third off a step. Data: HARNESS_DATA_ROOT.
+TRIALS = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 OMP_NUM_THREADS=1 $(BIN)/harness run \
+	--only trial --device cpu --out spectra_db/campaign
+GATE := softmax-balanced softmax-zipf cifar-resnet8 cifar-vit bpe-gpt
+
+gate: $(READY)
+	$(TRIALS) $(GATE)
+
+campaign: gate
+	$(TRIALS) --tier ranked
+	$(TRIALS) --tier reference
 
 clean:
 	rm -rf .venv build

@@ -211,4 +211,4 @@ def test_repeated_draws_are_covered_by_the_interval():
         draws = [Sample(rng.normal(m, 0.1, n)) for m, n in ((3.0, 5), (2.0, 3), (2.6, 5))]
         found = crossing(draws[:2], draws[2])
         covered += found.low <= 0.4 <= found.high
-    assert 0.90 <= covered / 200
+    assert covered / 200 >= 0.90

@@ -19,14 +19,17 @@ _FREQUENCIES = ("balanced", "zipf")
 
 @dataclass(frozen=True)
 class GaussianClasses(Task):
-    """Learn labels by heart; a batch is (inputs (B, dimension) float32, labels (B,) int64).
+    """Classify noise; a batch is (inputs (B, dimension) float32, labels (B,) int64).
 
     Inputs are drawn from N(mean, I), independently of the labels, whose counts are as equal as can
-    be or proportional to 1/k, at least one of each. With as many dimensions as samples a softmax
-    regression can separate them. SGD and Adam are known to be alike on balanced labels and far
-    apart on Zipf's: the linear problem of Kunstner et al. 2024 (arXiv 2402.19449, section 1.2 and
-    appendix A.2). There inputs are uniform on [0, 1], whose mean is 1.73 of their standard
-    deviation, and frequencies halve in steps, n = m 2^m, C = 2^m - 1, d = (m + 1) 2^m.
+    be or proportional to 1/k, at least one of each. SGD is known to lag on Zipf's labels and not on
+    balanced ones: the linear problem of Kunstner et al. 2024 (arXiv 2402.19449, appendix A.2 and
+    their code). There inputs are uniform on [0, 1], whose mean is 1.73 of their standard deviation,
+    and frequencies halve in steps, n = m 2^m, C = 2^m - 1, d = (m + 1) 2^m. The mean makes one
+    direction stiff, which bounds SGD's rate, the more so the more frequent the most frequent class
+    is. Seen at the default sizes on whole batches, one seed, a few rates: in 100 steps AdamW ends
+    at 0.79 on Zipf's labels, SGD at 1.95, in 200 at 0.99, in 400 at 0.75; on balanced ones AdamW
+    ends at 0.010, SGD at 0.002.
 
     Attributes:
         frequencies: "balanced" or "zipf".
@@ -36,10 +39,10 @@ class GaussianClasses(Task):
     """
 
     frequencies: str = "balanced"
-    num_classes: int = 128
-    dimension: int = 1_024
-    num_samples: int = 1_024
-    mean: float = 1.73
+    num_classes: int = 256
+    dimension: int = 128
+    num_samples: int = 2_048
+    mean: float = 1.0
     seed: int = 0
 
     name: ClassVar[str] = "gaussian-classes"

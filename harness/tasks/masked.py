@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.tasks import sources
 from harness.tasks.base import IGNORED, Batch, Data, Task, check_sizes, token_loss
 from harness.tasks.text import BOOKS, Books
-from harness.tasks.tokenizers import Words
+from harness.tasks.tokenizers import BytePairs, Words
 
 # BERT's: of the chosen words 80 % become the mask, 10 % a random word, 10 % stay (Devlin et al.).
 MASKED, REPLACED = 0.8, 0.1
@@ -131,10 +131,10 @@ class Cornell(MaskedTask):
 
 @dataclass(frozen=True)
 class MaskedBooks(MaskedTask):
-    """Guess the masked byte pairs of the books; the mask is the id after theirs.
+    """Guess the masked byte pairs of the books.
 
     Attributes:
-        vocab_size: byte pairs, as of task `books` with the tokenizer "bpe".
+        vocab_size: of the byte pairs, as of task `books` with the tokenizer "bpe".
         titles: which of the books to read.
     """
 
@@ -148,10 +148,9 @@ class MaskedBooks(MaskedTask):
         books = Books(
             context=self.context, tokenizer="bpe", vocab_size=self.vocab_size, titles=self.titles
         ).read(root)
-        options = {"vocab_size": self.vocab_size + 1, "context": self.context}
         train, test = self.pack(books.train[0]), self.pack(books.test[0])
-        return Data((train,), (test,), books.source, books.checksum, options)
+        return replace(books, train=(train,), test=(test,))
 
     def ordinary(self, data: Data) -> tuple[int, int, int]:
         """Return the range of the byte pairs, and the mask."""
-        return 0, self.vocab_size, self.vocab_size
+        return len(BytePairs.special), data.model_options["vocab_size"], BytePairs.mask

@@ -1,0 +1,112 @@
+"""Entries of protocol 2 as units of work: resumed, filtered, filled in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import spectra_db
+from harness.campaign.plan import Unit, missing, survey
+from harness.campaign.run import Job, run_entries
+from harness.errors import UserError
+from harness.registry import get
+from harness.registry.entry import SpeedupRecipe
+from harness.training.speedup import pending
+from spectra_db import store
+
+RECIPE = SpeedupRecipe(num_steps=40, batch_size=64, sgd_lr=0.3, adamw_lr=1e-2, eval_size=256)
+TINY = replace(
+    get("cnn-digits"),
+    name="tiny",
+    options={"widths": (8, 16)},
+    hessian_batch_size=16,
+    recipe=None,
+    speedup=RECIPE,
+    stages=("init",),
+    full_stages=(),
+    num_steps=3,
+)
+
+
+def job_of(out, *entries, kinds=("trial",)) -> Job:
+    return Job(
+        out=out, entries={e.name: e for e in entries}, data_root=None, device="cpu",
+        num_threads=1, command="harness run tiny", kinds=kinds,
+    )  # fmt: skip
+
+
+def do(out, *entries, kinds=("trial",)) -> list[Unit]:
+    """Run entries and return the units that were started."""
+    started: list[Unit] = []
+
+    def on_event(what, unit, facts):
+        if what == "start":
+            started.append(unit)
+
+    surveys = [survey(entry, None) for entry in entries]
+    assert not run_entries(surveys, job_of(out, *entries, kinds=kinds), on_event=on_event)
+    return started
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the folder of an entry's trials."""
+    out = tmp_path_factory.mktemp("trials")
+    do(out, TINY)
+    return out
+
+
+def test_trials_end_with_a_speedup(whole):
+    trials = spectra_db.load("trials", source=whole)
+    assert pending(trials, RECIPE) == []
+    row = spectra_db.load("speedups", source=whole).iloc[0]
+    assert row["status"] == "ok"
+    assert row["trained"]
+    assert row["adam_needed"] in spectra_db.schema.ANSWERS
+    assert row["num_trials"] == len(trials)
+    assert set(trials["protocol_version"]) == {2}
+
+
+def test_only_the_kinds_that_are_asked_for_are_done(whole):
+    assert not (whole / "spectra").exists()
+    assert {unit.kind for unit in missing(TINY, whole)} == {"spectrum"}
+
+
+def test_what_was_lost_is_done_again_and_nothing_else(whole, tmp_path):
+    rows = spectra_db.load("trials", source=whole)
+    kept = rows.sample(frac=0.8, random_state=0)
+    store.write(tmp_path, "trials", kept)
+    started = do(tmp_path, TINY)
+    assert len(started) == len(rows) - len(kept)
+    columns = ["optimizer", "num_steps", "lr", "seed", "final_loss"]
+    again = spectra_db.load("trials", source=tmp_path)
+    assert again[columns].equals(rows[columns])
+
+
+def test_runs_of_other_lengths_are_of_another_version_of_the_entry(whole):
+    other = replace(TINY, speedup=replace(RECIPE, num_steps=50))
+    with pytest.raises(UserError, match="name another --out"):
+        list(missing(other, whole))
+
+
+def test_an_entry_that_starts_from_another_waits_for_its_weights(tmp_path):
+    first = replace(TINY, name="first", stages=("init", "final"))
+    tuned = replace(TINY, name="tuned", pretrained="first")
+    assert not any(unit.ready for unit in missing(tuned, tmp_path))
+    started = do(tmp_path, first, tuned)
+    models = [unit.model for unit in started]
+    assert models.index("tuned") > models.index("first")
+    rows = spectra_db.load("trials", source=tmp_path, model="tuned")
+    assert (rows["reference_loss"] == rows["init_loss"]).all()
+
+
+def test_weights_that_are_gone_are_made_again(tmp_path):
+    first = replace(TINY, name="first", stages=("init", "final"))
+    do(tmp_path, first)
+    path = next((tmp_path / "checkpoints").rglob("final.safetensors"))
+    before = path.read_bytes()
+    path.unlink()
+    started = do(tmp_path, first)
+    assert [(u.optimizer, u.seed) for u in started] == [("adamw", 1)]
+    assert path.read_bytes() == before

@@ -19,6 +19,7 @@ _TABLES = {
     "spectra": "A probe's quadrature rule of a block, an exact spectrum, or why there is none",
     "blocks": "Sizes, moments and extreme eigenvalues of the blocks",
     "gaps": "How far SGD falls behind AdamW",
+    "predictors": "What is measured at initialisation to predict the speed-up of AdamW over SGD",
     "training": "Losses and scores of the training runs",
     "stages": "The checkpoints that spectra were taken at",
     "models": "The models",

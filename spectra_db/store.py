@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from spectra_db.files import whole
-from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES
+from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES, VERSIONS
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Tables that are not per model are one file.
@@ -218,8 +218,9 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
             if not _SLUG.fullmatch(model):
                 refuse(f"model {model!r} is no slug")
     versions = pc.unique(content["protocol_version"]).to_pylist()
-    if versions != [PROTOCOL_VERSION]:
-        refuse(f"protocol versions {sorted(versions)}; this code reads {PROTOCOL_VERSION} alone")
+    known = VERSIONS.get(table, PROTOCOL_VERSION)
+    if versions != [known]:
+        refuse(f"protocol versions {sorted(versions)}; this code reads {known} alone")
     if "status" in names:
         strange = set(pc.unique(content["status"]).to_pylist()) - set(STATUSES)
         if strange:

@@ -153,12 +153,14 @@ class _Probes:
 
 
 def sharpness(g: Tensor, Hg: Tensor, Hs: Tensor) -> dict[str, Value]:
-    """Measure s′Hs / s′s and (g′Hg / g′g) / (s′Hs / s′s), s = sign g.
+    """Measure b = s′Hs / s′s, s = sign g, and how much a = g′Hg / g′g is above it.
 
     The directional sharpness vᵀHv of the unit vectors along which sign descent and gradient
     descent move (Pan & Li 2023, arXiv 2306.00204, section 3): what a step of that length costs.
-    s′s counts the coordinates that have a gradient, all d of them or those but for what the batch
-    does not touch. The ratio is not defined where sign descent meets no upward curvature.
+    s′s counts the coordinates that have a gradient: d, but for what the batch does not touch.
+
+    The contrast is (a − b) / √(2 (a² + b²)), in [−1, 1]. Where a and b are positive it ranks as
+    a / b: 0 for 1, 1/√2 for ∞. Either may be negative at initialisation, where that ratio jumps.
 
     Args:
         g: The gradient, shape (d,).
@@ -168,15 +170,13 @@ def sharpness(g: Tensor, Hg: Tensor, Hs: Tensor) -> dict[str, Value]:
     g, s = g.double(), g.double().sign()
     if not s.any():
         zero = Value(None, reason="the gradient is zero")
-        return {"sign_sharpness": zero, "sharpness_ratio": zero}
-    along_sign = float(s @ Hs.double() / (s @ s))
-    along_gradient = float(g @ Hg.double() / (g @ g))
-    ratio = Value(
-        None, num_full_products=2, reason="the curvature along the gradient's sign is not positive"
-    )
-    if along_sign > 0:
-        ratio = Value(along_gradient / along_sign, num_full_products=2)
-    return {"sign_sharpness": Value(along_sign, num_full_products=1), "sharpness_ratio": ratio}
+        return {"sign_sharpness": zero, "sharpness_contrast": zero}
+    b = float(s @ Hs.double() / (s @ s))
+    a = float(g @ Hg.double() / (g @ g))
+    contrast = Value(None, num_full_products=2, reason="both curvatures are zero")
+    if a or b:
+        contrast = Value((a - b) / (2 * (a**2 + b**2)) ** 0.5, num_full_products=2)
+    return {"sign_sharpness": Value(b, num_full_products=1), "sharpness_contrast": contrast}
 
 
 def diagonal_ratio(probes: list[Tensor], products: list[Tensor]) -> Value:

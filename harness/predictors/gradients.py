@@ -86,7 +86,7 @@ def gradients_of(problem: Problem, settings: Settings) -> Gradients:
 
 
 def of_gradients(problem: Problem, settings: Settings, training_batch: int) -> dict[str, Value]:
-    """Measure the spread and the Gini coefficient of the blocks, density and noise scale.
+    """Measure the spread and the Gini coefficient of the blocks, density and share of noise.
 
     The spread is the standard deviation over blocks of log10 of √(‖g_l‖² / n_l); blocks without a
     gradient enter neither it nor the Gini coefficient.
@@ -114,7 +114,7 @@ def of_gradients(problem: Problem, settings: Settings, training_batch: int) -> d
     per_sample = found.num_terms / problem.batch_size
     return between | {
         "gradient_density": density(found.flat),
-        "noise_scale": noise_scale(found, training_batch * per_sample),
+        "noise_share": noise_share(found, training_batch * per_sample),
     }
 
 
@@ -147,20 +147,26 @@ def density(g: Tensor) -> Value:
     return Value(float(g.abs().sum()) ** 2 / (len(g) * square))
 
 
-def noise_scale(found: Gradients, num_terms: float) -> Value:
-    """Measure E‖g_b − g‖² / ‖g‖² of a training batch b: B_simple over its size.
+def noise_share(found: Gradients, num_terms: float) -> Value:
+    """Measure E‖g_b − g‖² / E‖g_b‖² of a training batch b: which part of its gradient is noise.
 
-    (tr Σ / t) / (‖ḡ‖² − tr Σ / T), t being the terms of a training batch and T those of this one:
-    both parts are without bias (McCandlish et al. 2018, arXiv 1812.06162, equation 2.9 and
-    appendix A.1). Where noise is larger SGD keeps up with Adam (Srećković et al. 2025, arXiv
-    2506.12543), who vary the batch and define no such number.
+    With r = E‖g_b − g‖² / ‖g‖², the noise scale tr Σ / ‖g‖² over the batch (McCandlish et al. 2018,
+    arXiv 1812.06162, equation 2.9), it is r / (1 + r), which ranks alike, and is estimated by
+
+        (tr Σ / t) / (max(0, ‖ḡ‖² − tr Σ / T) + tr Σ / t)    in [0, 1],
+
+    t being the terms of a training batch and T those of this one. ‖ḡ‖² − tr Σ / T estimates ‖g‖²
+    without bias (there, appendix A.1). It is negative in networks whose gradient is below its noise
+    on 512 images, of which r has no value and the share is 1. Where noise is larger SGD keeps up
+    with Adam (Srećković et al. 2025, arXiv 2506.12543, who vary the batch and define no such
+    number).
 
     Args:
         found: The gradient and its variance.
         num_terms: t.
     """
+    noise = found.term_variance / num_terms
     size = sum(float(g.square().sum()) for g in found.mean.values())
-    signal = size - found.term_variance / found.num_terms
-    if signal <= 0:
-        return Value(None, reason="the gradient is below its noise on this batch")
-    return Value(found.term_variance / num_terms / signal)
+    if size == 0:
+        return Value(None, reason="the gradient is zero")
+    return Value(noise / (max(0.0, size - found.term_variance / found.num_terms) + noise))

@@ -17,6 +17,8 @@ _ATTENTION = {"query", "key", "value", "attention"}
 def of_problem(model: nn.Module, targets: Tensor, num_classes: int) -> dict[str, Value]:
     """Measure label imbalance, and the dummies: attention, log10 d, log10 C.
 
+    None has halves of a batch: they are of the data and the network.
+
     d counts trainable parameters, tied ones once. C is the number of outputs: classes, or the size
     of the vocabulary, of which Dong et al. (arXiv 2505.02809) say that it drives the Hessian
     towards block-diagonal form. A model has attention if one of its blocks of partition `weights`
@@ -41,8 +43,9 @@ def label_imbalance(targets: Tensor, num_classes: int) -> Value:
     """Measure ln C − H, H = −Σ_c f_c ln f_c the entropy of the targets' frequencies f, in nats.
 
     The Kullback-Leibler divergence of the targets from balanced ones: 0 if they are balanced, ln C
-    if all are one class. Kunstner et al. 2024 (arXiv 2402.19449) make heavy-tailed imbalance the
-    cause of Adam's gain; their paper has no such number, and their classes follow a power law.
+    if all are one class. N targets of k classes that occur add about (k − 1) / 2N to it. Kunstner
+    et al. 2024 (arXiv 2402.19449) make heavy-tailed imbalance the cause of Adam's gain; they vary
+    it (classes by a power law) and define no such number.
 
     Args:
         targets: As `of_problem`.

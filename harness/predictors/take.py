@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from harness import tasks
 from harness.errors import UserError
@@ -17,7 +16,7 @@ from harness.measure import halves
 from harness.predictors import FAMILIES, PREDICTORS, Value
 from harness.predictors.curvature import of_blocks, of_full
 from harness.predictors.gradients import of_gradients
-from harness.predictors.problem import label_imbalance, of_problem
+from harness.predictors.problem import of_problem
 from harness.predictors.spectra import of_spectrum
 from harness.registry import ModelEntry
 from harness.spectra import Settings, describe_run, identity_of, rows_of, stored_rows
@@ -162,11 +161,7 @@ def _look(problem: Problem, data_root: Path | None) -> Parts:
     targets = task.fixed(data, "train", size)[1]
     options = data.model_options
     num_classes = int(options.get("num_classes") or options["vocab_size"])
-    first, second = (
-        {"label_imbalance": label_imbalance(part, num_classes)}
-        for part in torch.tensor_split(targets, 2)
-    )
-    return of_problem(problem.model, targets, num_classes), first, second
+    return of_problem(problem.model, targets, num_classes), {}, {}
 
 
 def _from_store(
@@ -178,8 +173,9 @@ def _from_store(
     whole, first, second = ({} if rows.empty else of_spectrum(rows) for rows in found)
     if not whole:
         return (whole, first, second), _facts(problem) | {"batch_hash": identity["batch_hash"]}
-    columns = ["batch_size", "num_terms", "batch_hash", "data_source"]
-    return (whole, first, second), found[0].iloc[0][columns].to_dict()
+    row = found[0].iloc[0]
+    facts = {c: row[c] for c in ("batch_size", "num_terms", "batch_hash", "data_source")}
+    return (whole, first, second), facts
 
 
 def _facts(problem: Problem) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 PROTOCOL_VERSION = 1
-# Of tables that have a protocol of their own: runs and speed-ups are of the second.
-VERSIONS = {"trials": 2, "speedups": 2}
+# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second.
+VERSIONS = {"trials": 2, "speedups": 2, "predictors": 2}
 
 STATUSES = ("ok", "zero", "pending", "failed")
 # "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
@@ -277,6 +277,36 @@ TABLES: dict[str, pa.Schema] = {
             _REASON,
         ]
     ),
+    "predictors": pa.schema(
+        [
+            _MODEL,
+            _INIT_SEED,
+            _column("predictor", _TEXT, "Measure at initialisation, as in docs/predictors.md"),
+            _PROTOCOL,
+            _float("value", "The measure on the whole batch"),
+            _float("first_half", "The same on the first half of the batch"),
+            _float("second_half", "The same on the second half of the batch"),
+            _column(
+                "unstable",
+                _BOOL,
+                "The halves differ by more than 20 % of the value; null where there are none",
+                optional=True,
+            ),
+            _float("standard_error", "Standard error of the value over probes"),
+            _column("num_products", _INT, "Products with each block for the value", "products"),
+            _column(
+                "num_full_products", _INT, "Products with the whole Hessian for it", "products"
+            ),
+            _column("batch_size", _INT, "Samples in the whole batch", "samples"),
+            _column("num_terms", _INT, "Terms that its mean loss averages", "terms"),
+            _column("batch_hash", _TEXT, "SHA-256 of the batch's tensors, 16 hex digits"),
+            _column("data_source", _TEXT, "Where the batch's data come from, with a checksum"),
+            _column("seconds", _FLOAT, "Wall time of all that was measured with it", "s"),
+            _RUN_ID,
+            _STATUS,
+            _REASON,
+        ]
+    ),
     "runs": pa.schema(
         [
             _MODEL,
@@ -333,6 +363,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "gaps": ("model", "protocol_version"),
     "trials": ("model", "optimizer", "num_steps", "lr", "seed", "protocol_version"),
     "speedups": ("model", "protocol_version"),
+    "predictors": ("model", "init_seed", "predictor", "protocol_version"),
     "runs": ("model", "run_id"),
     "leaderboard": (
         *("stage", "metric", "scale", "sigma", "statistic", "left_out"),

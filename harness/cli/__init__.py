@@ -1,6 +1,15 @@
 """The command line: parse, call, echo. Heavy imports stand inside the commands."""
 
-from harness.cli import compute, dataset, leaderboard, models, paper, submission
+from harness.cli import compute, dataset, leaderboard, models, paper, predictors, submission
 from harness.cli.base import main
 
-__all__ = ["compute", "dataset", "leaderboard", "main", "models", "paper", "submission"]
+__all__ = [
+    "compute",
+    "dataset",
+    "leaderboard",
+    "main",
+    "models",
+    "paper",
+    "predictors",
+    "submission",
+]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectra_db import store
-from spectra_db.schema import KEYS, TABLES
+from spectra_db.schema import KEYS, PROTOCOL_VERSION, TABLES, VERSIONS
 from spectra_db.store import InvalidTable
 
 from .synthetic import exact_row, failed_row, slq_row, zero_row
@@ -65,7 +65,7 @@ def value_of(field: pa.Field) -> st.SearchStrategy[Any]:
 def any_rows(draw):
     table = draw(st.sampled_from([t for t in TABLES if t != "spectra"]))
     columns = {f.name: value_of(f) for f in TABLES[table]}
-    columns["protocol_version"] = st.just(1)
+    columns["protocol_version"] = st.just(VERSIONS.get(table, PROTOCOL_VERSION))
     if "model" in columns:
         columns["model"] = st.just("made-up")
     if "status" in columns:

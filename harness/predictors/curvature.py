@@ -1,0 +1,256 @@
+"""Predictors that need Hessian-vector products: with each block, and with the whole Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harness.estimator import estimate_spectra
+from harness.estimator.blocks import FULL_BLOCK
+from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.device import choose_device, memory_share
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.lanczos import advance, start
+from harness.estimator.probes import draw_probe, probe_seed
+from harness.estimator.quadrature import gauss_rule, residual_bounds
+from harness.predictors import Value
+from harness.spectra import Settings, blocks_of, options_of
+from harness.training import Problem
+from spectra_db.heterogeneity import spread
+
+# Statistic of a block's spectrum, probes and steps that it is taken with.
+_SPREADS = (("lambda_rms", 3, 1), ("lambda_max", 1, 10))
+NUM_RADEMACHER, NUM_CAUCHY = 10, 50
+# Of the Cauchy probes, for the error: as many estimates of ten probes each.
+_GROUPS = 5
+MAX_STEPS, TOLERANCE = 30, 0.01
+
+
+def of_blocks(problem: Problem, settings: Settings) -> dict[str, Value]:
+    """Measure the spread over blocks of log10 rms and of log10 largest |eigenvalue|.
+
+    The standard deviation over blocks that are not zero of log10 √(tr H_l² / n_l), tr H_l² / n_l
+    being the mean of ‖H_l v‖² over three Gaussian unit vectors v, corrected for their bias, with
+    the jackknife's error; and of log10 max |θ| after ten Lanczos steps from the first of them.
+    They say how far the locations of the blocks' eigenvalues differ (Zhang et al. 2024, arXiv
+    2402.16788, section 3, where a rate per block is what Adam has and SGD lacks).
+
+    Args:
+        problem: The model and its batch.
+        settings: Where and in which arithmetic; the partition of the blocks.
+    """
+    return {
+        f"{statistic}_spread": _spread(problem, settings, statistic, num_probes, num_steps)
+        for statistic, num_probes, num_steps in _SPREADS
+    }
+
+
+def _spread(
+    problem: Problem, settings: Settings, statistic: str, num_probes: int, num_steps: int
+) -> Value:
+    rows = estimate_spectra(
+        problem.model,
+        problem.loss_fn,
+        problem.batches,
+        blocks=blocks_of(problem, settings.partition),
+        num_probes=num_probes,
+        num_steps=num_steps,
+        exact_size=0,  # small blocks are sampled too
+        identity={"model": problem.entry.name, "stage": "init"},
+        **options_of(problem, settings),
+    )
+    spent = num_probes * num_steps
+    try:
+        found = spread(rows, statistic)
+    except ValueError as error:
+        return Value(None, num_products=spent, reason=str(error))
+    if num_probes == 1:  # no jackknife
+        return Value(found.value, num_products=spent)
+    return Value(found.corrected, found.standard_error, num_products=spent)
+
+
+def of_full(problem: Problem, settings: Settings) -> dict[str, Value]:
+    """Measure directional sharpness, ℓ∞ smoothness and the ratio of the diagonal.
+
+    Of the Hessian H of all d trainable parameters, with all its blocks. The probes depend on the
+    seed alone: they are the same on the whole batch and on its halves.
+
+    Args:
+        problem: The model and its batch.
+        settings: Where and in which arithmetic.
+    """
+    options = options_of(problem, settings)
+    device = choose_device(problem.model, settings.device)
+    [block] = blocks_of(problem, "full")
+    with fixed_arithmetic(problem.model):
+        hessian = BlockHessian(
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            [block],
+            batch_weights=options["batch_weights"],
+            device=device,
+            dtype=options["dtype"],
+            memory_budget=settings.memory_budget or memory_share(device),
+        )
+        gradient = hessian.gradient()
+        pieces = [gradient[part.parameter] for part in block.parts]
+        shapes = [hessian.parameter(part.parameter) for part in block.parts]
+        g = torch.cat(
+            [
+                torch.zeros_like(p).flatten() if piece is None else piece.flatten()
+                for piece, p in zip(pieces, shapes, strict=True)
+            ]
+        )
+        probes = _Probes(problem, block.num_params, g)
+        signs = probes.rademacher()
+        vectors = [g, g.sign(), *signs, *probes.cauchy()]
+        found = hessian.products([(0, v) for v in vectors])
+        largest, steps = largest_eigenvalue(
+            lambda v: hessian.products([(0, v)])[0], probes.gaussian()
+        )
+    first = 2 + NUM_RADEMACHER
+    return sharpness(g, found[0], found[1]) | {
+        "diagonal_ratio": diagonal_ratio(signs, found[2:first]),
+        "linf_smoothness": linf_smoothness(found[first:], largest, steps),
+    }
+
+
+class _Probes:
+    """Random vectors of the whole Hessian, drawn on the CPU in float32, as a spectrum's."""
+
+    def __init__(self, problem: Problem, num_params: int, like: Tensor) -> None:
+        self._named = (problem.init_seed, problem.entry.name, "init")
+        self._num_params, self._like = num_params, like
+
+    def gaussian(self) -> Tensor:
+        """Return the unit vector that a spectrum of the whole Hessian starts from."""
+        seed = probe_seed(*self._named, FULL_BLOCK, 0)
+        return draw_probe(self._num_params, seed, "gaussian").to(self._like)
+
+    def rademacher(self) -> list[Tensor]:
+        """Return unit vectors of equal entries with random signs."""
+        return [
+            draw_probe(self._num_params, seed, "rademacher").to(self._like)
+            for seed in self._seeds("rademacher", NUM_RADEMACHER)
+        ]
+
+    def cauchy(self) -> list[Tensor]:
+        """Return vectors of independent standard Cauchy entries, over d."""
+        generators = [torch.Generator().manual_seed(s) for s in self._seeds("cauchy", NUM_CAUCHY)]
+        empty = [torch.empty(self._num_params) for _ in generators]
+        return [
+            (v.cauchy_(generator=generator) / self._num_params).to(self._like)
+            for v, generator in zip(empty, generators, strict=True)
+        ]
+
+    def _seeds(self, kind: str, count: int) -> list[int]:
+        return [probe_seed(*self._named, f"{FULL_BLOCK}/{kind}", i) for i in range(count)]
+
+
+def sharpness(g: Tensor, Hg: Tensor, Hs: Tensor) -> dict[str, Value]:
+    """Measure b = s′Hs / s′s, s = sign g, and how much a = g′Hg / g′g is above it.
+
+    The directional sharpness vᵀHv of the unit vectors along which sign descent and gradient
+    descent move (Pan & Li 2023, arXiv 2306.00204, section 3): what a step of that length costs.
+    s′s counts the coordinates that have a gradient: d, but for what the batch does not touch.
+
+    The contrast is (a − b) / √(2 (a² + b²)), in [−1, 1]. Where a and b are positive it ranks as
+    a / b: 0 for 1, 1/√2 for ∞. Either may be negative at initialisation, where that ratio jumps.
+
+    Args:
+        g: The gradient, shape (d,).
+        Hg: H g, shape (d,).
+        Hs: H s, shape (d,).
+    """
+    g, s = g.double(), g.double().sign()
+    if not s.any():
+        zero = Value(None, reason="the gradient is zero")
+        return {"sign_sharpness": zero, "sharpness_contrast": zero}
+    b = float(s @ Hs.double() / (s @ s))
+    a = float(g @ Hg.double() / (g @ g))
+    contrast = Value(None, num_full_products=2, reason="both curvatures are zero")
+    if a or b:
+        contrast = Value((a - b) / (2 * (a**2 + b**2)) ** 0.5, num_full_products=2)
+    return {"sign_sharpness": Value(b, num_full_products=1), "sharpness_contrast": contrast}
+
+
+def diagonal_ratio(probes: list[Tensor], products: list[Tensor]) -> Value:
+    """Measure max_i |H_ii| / median_i |H_ii| (R_med of Jiang, Malik & Li 2023, arXiv 2211.02254).
+
+    The diagonal is the mean over ten Rademacher vectors z of z ⊙ H z (Hutchinson; Bekas,
+    Kokiopoulou & Saad 2007). Its error of entry i, √(Σ_{j≠i} H_ij² / 10), is part of the measure.
+
+    Args:
+        probes: Unit vectors z / √d, each of shape (d,).
+        products: H z / √d, each of shape (d,).
+    """
+    d = len(probes[0])
+    scaled = [(v.double() * Hv.double()) * d for v, Hv in zip(probes, products, strict=True)]
+    sizes = torch.stack(scaled).mean(dim=0).abs().cpu().numpy()
+    median, spent = float(np.median(sizes)), len(probes)
+    if median == 0:
+        reason = "half of the Hessian's diagonal is zero"
+        return Value(None, num_full_products=spent, reason=reason)
+    return Value(float(sizes.max()) / median, num_full_products=spent)
+
+
+def linf_smoothness(products: list[Tensor], largest: float, num_steps: int) -> Value:
+    """Measure (‖H‖₁,₁ / d) / λmax, ‖H‖₁,₁ = Σ_ij |H_ij| and λmax the largest |eigenvalue|.
+
+    Adam's rate has ‖H‖₁,₁ / d where that of SGD has λmax (Xie, Mohamadi & Li 2025, arXiv
+    2410.08198): where the ratio is small Adam gains. `row_norms` has the estimator; the error is
+    that of the mean of five estimates from ten of the fifty probes each.
+
+    Args:
+        products: H v for vectors v of independent standard Cauchy entries over d, shape (d,).
+        largest: λmax.
+        num_steps: Products that it took.
+    """
+    spent = len(products) + num_steps
+    if largest == 0:
+        return Value(None, num_full_products=spent, reason="the Hessian is zero")
+    sizes = torch.stack(products).cpu().numpy()
+    parts = [row_norms(part).sum() / largest for part in np.split(sizes, _GROUPS)]
+    error = float(np.std(parts, ddof=1) / _GROUPS**0.5)
+    return Value(float(row_norms(sizes).sum()) / largest, error, num_full_products=spent)
+
+
+def row_norms(products: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Estimate Σ_j |H_ij| of each row from products with Cauchy vectors.
+
+    (H v)_i is Cauchy with the scale Σ_j |H_ij|, and the median of its absolute value is that scale
+    (Indyk 2006, section 3; as in the code of Xie et al., which takes fifty vectors too). The median
+    of n values is too high by π² / (8 (n + 2)) of it, to first order: 2.4 % for fifty. The bias is
+    the same for every matrix and is left.
+
+    Args:
+        products: H v for n vectors, shape (n, d).
+
+    Returns:
+        Shape (d,).
+    """
+    return np.median(np.abs(products), axis=0).astype(np.float64)
+
+
+def largest_eigenvalue(product: Callable[[Tensor], Tensor], v0: Tensor) -> tuple[float, int]:
+    """Find the largest |eigenvalue| by Lanczos from v0, and the products that it took.
+
+    Until the residual bound of the Ritz value is at most 1 % of it, or 30 products: some eigenvalue
+    lies within the bound (Parlett 1998, section 13.2).
+
+    Args:
+        product: v ↦ H v.
+        v0: Start vector, shape (d,), nonzero.
+    """
+    state = start(v0)
+    while True:
+        advance([state], [product(state.vector)])
+        nodes = np.abs(gauss_rule(state.alphas, state.betas)[0])
+        bound = residual_bounds(state.alphas, state.betas)[nodes.argmax()]
+        if state.is_done(MAX_STEPS) or bound <= TOLERANCE * nodes.max():
+            return float(nodes.max()), len(state.alphas)

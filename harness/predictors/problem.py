@@ -1,0 +1,56 @@
+"""Predictors that look at the task and the architecture alone: dummies that others must beat."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from harness.estimator import find_blocks
+from harness.predictors import Value
+from harness.tasks.base import IGNORED
+
+_ATTENTION = {"query", "key", "value", "attention"}
+
+
+def of_problem(model: nn.Module, targets: Tensor, num_classes: int) -> dict[str, Value]:
+    """Measure label imbalance, and the dummies: attention, log10 d, log10 C.
+
+    None has halves of a batch: they are of the data and the network.
+
+    d counts trainable parameters, tied ones once. C is the number of outputs: classes, or the size
+    of the vocabulary, of which Dong et al. (arXiv 2505.02809) say that it drives the Hessian
+    towards block-diagonal form. A model has attention if one of its blocks of partition `weights`
+    is a query, key, value or fused attention weight.
+
+    Args:
+        model: The model.
+        targets: Class indices of any shape; −100 counts for nothing.
+        num_classes: C.
+    """
+    kinds = {block.kind for block in find_blocks(model, "weights")}
+    num_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "label_imbalance": label_imbalance(targets, num_classes),
+        "has_attention": Value(float(bool(kinds & _ATTENTION))),
+        "log_params": Value(math.log10(num_params)),
+        "log_classes": Value(math.log10(num_classes)),
+    }
+
+
+def label_imbalance(targets: Tensor, num_classes: int) -> Value:
+    """Measure ln C − H, H = −Σ_c f_c ln f_c the entropy of the targets' frequencies f, in nats.
+
+    The Kullback-Leibler divergence of the targets from balanced ones: 0 if they are balanced, ln C
+    if all are one class. N targets of k classes that occur add about (k − 1) / 2N to it. Kunstner
+    et al. 2024 (arXiv 2402.19449) make heavy-tailed imbalance the cause of Adam's gain; they vary
+    it (classes by a power law) and define no such number.
+
+    Args:
+        targets: As `of_problem`.
+        num_classes: As `of_problem`.
+    """
+    counts = torch.bincount(targets[targets != IGNORED].flatten(), minlength=num_classes)
+    frequencies = counts.double() / counts.sum()
+    return Value(math.log(num_classes) + float(torch.special.xlogy(frequencies, frequencies).sum()))

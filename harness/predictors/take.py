@@ -1,0 +1,217 @@
+"""Take the predictors of registry entries: seed by seed, on a batch and on both its halves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness import tasks
+from harness.errors import UserError
+from harness.measure import halves
+from harness.predictors import FAMILIES, PREDICTORS, Value
+from harness.predictors.curvature import of_blocks, of_full
+from harness.predictors.gradients import of_gradients
+from harness.predictors.problem import of_problem
+from harness.predictors.spectra import of_spectrum
+from harness.registry import ModelEntry, Recipe
+from harness.registry.entry import SpeedupRecipe
+from harness.spectra import Settings, describe_run, identity_of, rows_of, stored_rows
+from harness.training import Problem, load_problem, version
+from spectra_db import store
+from spectra_db.schema import VERSIONS
+
+SEEDS = (1, 2, 3)
+IMAGES, TOKENS = 512, 8192
+# How much of its value a measure may differ between the halves of the batch.
+STABLE = 0.2
+# Where `harness spectrum --batch-error` keeps the spectra of the halves.
+_FOLDERS = (Path(), Path("halves/first"), Path("halves/second"))
+
+Parts = tuple[dict[str, Value], dict[str, Value], dict[str, Value]]
+
+
+def take(
+    entry: ModelEntry,
+    data_root: Path | None,
+    out: Path,
+    device: str | None,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    command: str = "",
+) -> pd.DataFrame:
+    """Measure all predictors of an entry for three initialisations, and write what is missing.
+
+    What is measured together is written together, so that the same command continues after a stop.
+    The spectra are not taken here: those in the store are read, each time anew.
+
+    Args:
+        entry: An entry that is trained.
+        data_root: Folder of data sets.
+        out: Folder of the tables; OUT/checkpoints has the weights that the entry starts from.
+        device: Where to compute; None: on the CPU.
+        on_progress: Called with (families of predictors done, in all).
+        command: The command line, for table `runs`.
+
+    Returns:
+        The entry's rows of table `predictors`.
+
+    Raises:
+        UserError: The entry is not trained or can't be measured.
+    """
+    settings = Settings(partition=entry.partition, device=device)
+    steps = [(seed, family) for seed in SEEDS for family in FAMILIES]
+    for done, (seed, family) in enumerate(steps):
+        if on_progress is not None:
+            on_progress(done, len(steps))
+        problem = load(entry, seed, data_root, out)
+        if not _is_done(problem, settings, family, out):
+            _take_family(problem, settings, family, data_root, out, command)
+    if on_progress is not None:
+        on_progress(len(steps), len(steps))
+    return rows_of(out, "predictors", entry.name)
+
+
+def load(entry: ModelEntry, seed: int, data_root: Path | None, out: Path) -> Problem:
+    """Return an entry at initialisation with the predictors' batch: 512 images, or 8,192 tokens."""
+    context = getattr(tasks.get(entry.task, **entry.task_options), "context", None)
+    return load_problem(
+        entry,
+        "init",
+        seed,
+        data_root=data_root,
+        checkpoint_dir=out / "checkpoints",
+        batch_size=IMAGES if context is None else max(1, TOKENS // context),
+    )
+
+
+def training_of(entry: ModelEntry) -> Recipe | SpeedupRecipe:
+    """Return the recipe whose runs are compared.
+
+    Raises:
+        UserError: It has none.
+    """
+    recipe = entry.speedup or entry.recipe
+    if recipe is None:
+        raise UserError(f"{entry.name!r} is not trained: there is nothing to predict")
+    return recipe
+
+
+def _is_done(problem: Problem, settings: Settings, family: str, out: Path) -> bool:
+    """Tell whether the store has a family of predictors on this batch; of spectra never."""
+    names = {p.name for p in PREDICTORS if p.family == family}
+    rows = rows_of(out, "predictors", problem.entry.name)
+    rows = rows[(rows["init_seed"] == problem.init_seed) & rows["status"].isin(["ok", "failed"])]
+    rows = rows[rows["batch_hash"] == identity_of(problem, settings)["batch_hash"]]
+    return family != "spectrum" and names <= set(rows["predictor"])
+
+
+def _take_family(
+    problem: Problem,
+    settings: Settings,
+    family: str,
+    data_root: Path | None,
+    out: Path,
+    command: str,
+) -> None:
+    begin = time.perf_counter()
+    identity = identity_of(problem, settings)
+    if family == "spectrum":
+        parts, facts = _from_store(identity, problem, out)
+    else:
+        parts = _measure(problem, settings, family, data_root)
+        facts = _facts(problem) | {"batch_hash": identity["batch_hash"]}
+    run = describe_run(identity | {"predictors": family}, settings, problem.init_seed, command)
+    shared = {
+        "model": problem.entry.name,
+        "init_seed": problem.init_seed,
+        "protocol_version": VERSIONS["predictors"],
+        "seconds": time.perf_counter() - begin,
+        "run_id": run["run_id"],
+    }
+    version.note(problem.entry, out)
+    store.write(out, "runs", [run])
+    store.write(out, "predictors", [shared | facts | row for row in _rows(family, parts)])
+
+
+def _measure(problem: Problem, settings: Settings, family: str, data_root: Path | None) -> Parts:
+    """Measure a family on the whole batch and on its halves."""
+    if family == "problem":
+        return _look(problem, data_root)
+    batch = training_of(problem.entry).batch_size
+    measures: dict[str, Callable[[Problem], dict[str, Value]]] = {
+        "gradient": lambda part: of_gradients(part, settings, batch),
+        "blocks": lambda part: of_blocks(part, settings),
+        "full": lambda part: of_full(part, settings),
+    }
+    first, second = halves(problem, settings)
+    measure = measures[family]
+    return measure(problem), measure(first), measure(second)
+
+
+def _look(problem: Problem, data_root: Path | None) -> Parts:
+    """Measure what the task and the architecture say, the targets on the fixed training subset."""
+    entry = problem.entry
+    task = tasks.get(entry.task, **entry.task_options)
+    data = task.load(data_root)
+    size = min(training_of(entry).eval_size, task.size(data, "train"))
+    targets = task.fixed(data, "train", size)[1]
+    options = data.model_options
+    num_classes = int(options.get("num_classes") or options["vocab_size"])
+    return of_problem(problem.model, targets, num_classes), {}, {}
+
+
+def _from_store(
+    identity: dict[str, Any], problem: Problem, out: Path
+) -> tuple[Parts, dict[str, Any]]:
+    """Measure the spectra that the store has, of whichever batch, and say of which."""
+    any_batch = {key: value for key, value in identity.items() if key != "batch_hash"}
+    found = [stored_rows(out / folder, any_batch) for folder in _FOLDERS]
+    whole, first, second = ({} if rows.empty else of_spectrum(rows) for rows in found)
+    if not whole:
+        return (whole, first, second), _facts(problem) | {"batch_hash": identity["batch_hash"]}
+    row = found[0].iloc[0]
+    facts = {c: row[c] for c in ("batch_size", "num_terms", "batch_hash", "data_source")}
+    return (whole, first, second), facts
+
+
+def _facts(problem: Problem) -> dict[str, Any]:
+    names = ("batch_size", "num_terms", "data_source")
+    return {name: getattr(problem, name) for name in names}
+
+
+def _rows(family: str, parts: Parts) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each predictor of a family that say what was found."""
+    nothing = Value(None)
+    for predictor in (p for p in PREDICTORS if p.family == family):
+        absent = replace(nothing, reason="no spectrum at init; take it: harness spectrum MODEL")
+        whole = parts[0].get(predictor.name, absent)
+        first, second = (part.get(predictor.name, nothing).value for part in parts[1:])
+        status = "ok" if whole.value is not None else "pending" if whole is absent else "failed"
+        yield {
+            "predictor": predictor.name,
+            "value": whole.value,
+            "first_half": first,
+            "second_half": second,
+            "unstable": is_unstable(whole.value, first, second),
+            "standard_error": whole.standard_error,
+            "num_products": whole.num_products,
+            "num_full_products": whole.num_full_products,
+            "status": status,
+            "reason": whole.reason,
+        }
+
+
+def is_unstable(value: float | None, first: float | None, second: float | None) -> bool | None:
+    """Tell whether a measure on the two halves of a batch differs by more than 20 % of its value.
+
+    >>> is_unstable(1.0, 0.95, 1.2), is_unstable(-1.0, -1.0, -1.1), is_unstable(1.0, None, 1.0)
+    (True, False, None)
+    """
+    if value is None or first is None or second is None:
+        return None
+    return abs(first - second) > STABLE * abs(value)

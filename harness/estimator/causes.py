@@ -26,11 +26,11 @@ _CAUSES = {
     f"hessian take; {_FUNC}",
     "use_reentrant=True": "reentrant checkpoints have no second derivative; pass "
     "use_reentrant=False to torch.utils.checkpoint",
-    "captured Tensor": "a transform of torch.func meets a module that changes its own state, such as "
-    f"a batch norm its running statistics; pass norm_mode='eval', or {_FUNC}",
+    "captured Tensor": "a transform of torch.func meets a module that changes its own state, such "
+    f"as a batch norm its running statistics; pass norm_mode='eval', or {_FUNC}",
     "torch.utils.checkpoint: ": "what is checkpointed goes otherwise the second time: it has a "
-    "weight norm, or a layer norm in a loss that differentiates inside, which are computed by their "
-    "formulas here; leave the checkpoint out",
+    "weight norm, or a layer norm in a loss that differentiates inside, which are computed by "
+    "their formulas here; leave the checkpoint out",
     "on the same device": "a tensor that belongs neither to the model nor to the batch stays on "
     "its device; put it into one of them, or move it with .to(outputs)",
 }

@@ -54,7 +54,7 @@ def convolve(
     plain = isinstance(padding, str) or x.dim() != w.dim() or x.is_complex()
     # Autocast casts the arguments of torch's own convolutions alone.
     if plain or torch.is_autocast_enabled(x.device.type):
-        return func(x, w, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return func(x, w, bias, stride, padding, dilation, groups)
     shape = _Shape(func, x.shape, w.shape, (stride, padding, dilation, groups))
     y: torch.Tensor = _Convolve.apply(x, w, shape)
     return y if bias is None else y + bias.view(-1, *[1] * (w.dim() - 2))

@@ -31,6 +31,7 @@ from harness.estimator.checks import (
     warn_of_asymmetry,
     warn_of_precision,
 )
+from harness.estimator.differences import Differences
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
 from harness.estimator.operations import SoundOperations
 from harness.estimator.share import Share
@@ -167,26 +168,6 @@ class BlockHessian:
             total = dict(zip(total, sums, strict=True))
         return total
 
-    def moved_gradients(
-        self, index: int, vector: torch.Tensor, length: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return g(w + ε v) and g(w − ε v), g the gradient of the block l, each of shape (n_l,).
-
-        In float64, whatever the products' dtype, if the model can: small steps cross no kinks.
-
-        Args:
-            index: The block l.
-            vector: Direction v, shape (n_l,).
-            length: The step ε.
-        """
-        ends = [torch.zeros_like(vector, dtype=torch.float64) for _ in range(2)]
-        for end, step in zip(ends, (length, -length), strict=True):
-            for batch, weight in zip(self.batches, self.weights, strict=True):
-                end += weight * self._moved_gradient(self.blocks[index], vector, step, batch)
-        if self._share is not None:
-            self._share.add_up(ends)
-        return ends[0], ends[1]
-
     def measure_peak(self, batch: Batch) -> int:
         """Measure the most memory, in bytes, that a graph of a batch and a product with it take."""
         names = {part.parameter for block in self.blocks for part in block.parts}
@@ -201,6 +182,12 @@ class BlockHessian:
     def parameter(self, name: str) -> torch.Tensor:
         """Return a parameter of the working copy, detached."""
         return self._parameters[name].detach()
+
+    @cached_property
+    def differences(self) -> Differences:
+        """What the products must equal, within what differences of the gradient can tell."""
+        parts = (self.batches, self.weights, self.blocks, self._share)
+        return Differences(self._model, self._loss_fn, *parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,35 +219,6 @@ class BlockHessian:
                     scaled = weight * g.detach()
                     total[name] = scaled if so_far is None else so_far + scaled
         return total
-
-    @cached_property
-    def _double(self) -> tuple[nn.Module, torch.dtype]:
-        """A second copy of the model in float64, or in the products' dtype if it knows no other."""
-        model = copy.deepcopy(self._model).double()
-        try:
-            with torch.no_grad():
-                self._loss_fn(model, place(self.batches[0], self.device, torch.float64))
-        except RuntimeError:
-            return copy.deepcopy(self._model), self.dtype
-        return model, torch.float64
-
-    def _moved_gradient(
-        self, block: Block, vector: torch.Tensor, length: float, batch: Batch
-    ) -> torch.Tensor:
-        """Return one microbatch's gradient with respect to a block moved along a vector."""
-        model, dtype = self._double
-        parameters = [model.get_parameter(part.parameter) for part in block.parts]
-        before = [p.detach().clone() for p in parameters]
-        views = [part.of(p.data) for part, p in zip(block.parts, parameters, strict=True)]
-        pieces = vector.to(dtype).split([view.numel() for view in views])
-        for view, piece in zip(views, pieces, strict=True):
-            view.add_(piece.view_as(view), alpha=length)
-        loss = self._loss_fn(model, place(batch, self.device, dtype))
-        found = torch.autograd.grad(loss.reshape(()), parameters, materialize_grads=True)
-        for p, values in zip(parameters, before, strict=True):
-            p.data.copy_(values)
-        parts = zip(block.parts, found, strict=True)
-        return torch.cat([part.of(g).flatten() for part, g in parts]).double()
 
     def _halving(self, compute: Callable[[], T]) -> T:
         """Return what `compute` does, with the microbatches halved while memory runs out."""

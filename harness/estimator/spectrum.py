@@ -25,7 +25,6 @@ from harness.estimator.checks import (
 )
 from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.device import choose_device, device_name, memory_share, peak_bytes
-from harness.estimator.differences import seems_nonzero
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
@@ -399,7 +398,7 @@ def _unless_zero(plan: _Plan, index: int, rows: list[Row]) -> list[Row]:
 
 def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
     """Return why a block is of status zero; warn if its gradient changes all the same."""
-    if not seems_nonzero(plan.hessian, index):
+    if not plan.hessian.differences.is_nonzero(index):
         return f"{what} is exactly zero"
     warnings.warn(
         f"{plan.hessian.blocks[index].name}: {what} is exactly zero, but the gradient changes "

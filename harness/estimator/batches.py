@@ -80,9 +80,11 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
 def join(first: Batch, second: Batch) -> Batch | None:
     """Return the samples of two batches as one batch, None if their shapes don't allow it."""
     sizes = leading_size(first), leading_size(second)
-    pairs = list(zip(tensors_of(first), tensors_of(second), strict=True))
+    tensors = tensors_of(first), tensors_of(second)
+    if len(tensors[0]) != len(tensors[1]):
+        return None
     joined = []
-    for a, b in pairs:
+    for a, b in zip(*tensors, strict=True):
         if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             return None
         rows = bool(a.dim() and b.dim()) and (a.shape[0], b.shape[0]) == sizes
@@ -108,7 +110,7 @@ def warn_of_lengths(batches: Sequence[Batch]) -> None:
     """Warn of batches whose samples differ in shape, which count by their samples alone."""
     shapes = [[tuple(t.shape[1:]) for t in tensors_of(batch)] for batch in batches]
     other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if other is not None:
+    if other is not None and len(shapes[other]) == len(shapes[0]):
         a, b = next(
             pair for pair in zip(shapes[0], shapes[other], strict=True) if pair[0] != pair[1]
         )

@@ -34,7 +34,7 @@ _CAUSES = {
     "on the same device": "a tensor that belongs neither to the model nor to the batch stays on "
     "its device; put it into one of them, or move it with .to(outputs)",
 }
-_NO_DERIVATIVE = re.compile(r"is not implemented|double backwards? |3rd\+ order derivatives")
+_NO_DERIVATIVE = re.compile(r"derivative .*is not implemented|double backwards? |3rd\+ order derivatives")
 _DTYPES = re.compile(r"\b(double|float64|float|float32|half|bfloat16|float16)\b", re.I)
 # What has the same values, or like ones, and second derivatives.
 _REMEDIES = {
@@ -111,7 +111,8 @@ def _cause(
 ) -> str | None:
     """Return what an error of torch means, None if it is not known to mean anything else."""
     if not isinstance(error, RuntimeError):
-        is_criterion = not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss)
+        is_criterion = getattr(loss_fn, "__module__", "").startswith("torch.nn.")
+        is_criterion |= not callable(loss_fn)
         named = type(model).__name__ in text or "positional argument" in text
         is_order = is_criterion or (named and not _calls(model, loss_fn, batch))
         return _ORDER if is_order else None

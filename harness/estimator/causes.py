@@ -34,7 +34,7 @@ _CAUSES = {
     "on the same device": "a tensor that belongs neither to the model nor to the batch stays on "
     "its device; put it into one of them, or move it with .to(outputs)",
 }
-_NO_DERIVATIVE = re.compile(r"derivative .*is not implemented|double backwards? |3rd\+ order derivatives")
+_NO_DERIVATIVE = re.compile(r"derivative .*not implemented|double backwards? |3rd\+ order deriv")
 _DTYPES = re.compile(r"\b(double|float64|float|float32|half|bfloat16|float16)\b", re.I)
 # What has the same values, or like ones, and second derivatives.
 _REMEDIES = {

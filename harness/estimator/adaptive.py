@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
+from harness.estimator.batches import Batch
 from harness.estimator.blocks import Block, find_blocks
-from harness.estimator.checks import Batch, LossFn
+from harness.estimator.checks import LossFn, check_bytes, whole_number
 from harness.estimator.device import choose_device, memory_share
 from harness.estimator.lanczos import Kept, Recurrence
 from harness.estimator.spectrum import estimate_spectra
@@ -130,10 +132,14 @@ def estimate_to_tolerance(
     """
     if metric not in SPECTRUM_METRICS:
         raise UserError(f"metric is {metric!r}; choose one of {', '.join(SPECTRUM_METRICS)}")
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise UserError(f"tolerance is {tolerance}; it must be between 0 and 1, for example 0.02")
-    if max_probes is not None and max_probes < MIN_PROBES:
-        raise UserError(f"max_probes is {max_probes}; an error needs at least {MIN_PROBES} probes")
+    is_number = isinstance(tolerance, numbers.Real)
+    if tolerance is not None and not (is_number and 0 < tolerance < 1):
+        raise UserError(f"tolerance is {tolerance!r}; it must be between 0 and 1, for example 0.02")
+    if max_probes is not None:  # an error needs as many
+        max_probes = whole_number("max_probes", max_probes, MIN_PROBES)
+    if max_steps is not None:
+        max_steps = whole_number("max_steps", max_steps, 1)
+    check_bytes(memory_budget)
     target = choose_device(model, options.get("device"))
     budget = memory_share(target) if memory_budget is None else memory_budget
     partition = blocks if isinstance(blocks, str) else "custom"

@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from harness.errors import UserError
@@ -137,6 +138,11 @@ def find_blocks(
     """
     if partition not in PARTITIONS:
         raise UserError(f"unknown partition {partition!r}; choose one of {', '.join(PARTITIONS)}")
+    if lazy := [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
+        raise UserError(
+            f"the lazy parameter {lazy[0]} has no shape yet; pass one batch through the model "
+            "first, model(inputs)"
+        )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
     if partition == "full":
         num_params = sum(p.numel() for _, p in named)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import numbers
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harness.errors import UserError
+from harness.estimator.batches import Batch as Batch
+from harness.estimator.batches import batch_hash as batch_hash
+from harness.estimator.batches import join, tensors_of
+from harness.estimator.batches import leading_size as leading_size
+from harness.estimator.batches import take as take
+from harness.estimator.causes import explained, operations
 
-Batch = Any
 LossFn = Callable[[nn.Module, Batch], torch.Tensor]
 
 
@@ -38,7 +42,8 @@ def fixed_arithmetic(model: nn.Module, matmul_precision: str = "highest") -> Ite
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())  # whatever the caller computes under
+        stack.enter_context(torch.inference_mode(mode=False))  # whatever the caller computes under
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:  # slow to import, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -96,39 +101,6 @@ def _set(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def leading_size(batch: Batch) -> int:
-    """Return the leading dimension that the batch's tensors share (of the first where not)."""
-    sizes = [leaf.shape[0] for leaf in tree_leaves(batch) if _has_rows(leaf)]
-    if not sizes:
-        raise UserError(
-            f"a batch of type {type(batch).__name__} holds no tensor with a leading dimension; "
-            "pass a tensor, or a tuple, list or dict of tensors"
-        )
-    return int(sizes[0])
-
-
-def take(batch: Batch, start: int, stop: int) -> Batch:
-    """Return samples start:stop of every tensor that has the batch's leading dimension."""
-    size = leading_size(batch)
-
-    def rows(t: torch.Tensor) -> torch.Tensor:
-        return t[start:stop] if t.dim() and t.shape[0] == size else t
-
-    return tree_map_only(torch.Tensor, rows, batch)
-
-
-def batch_hash(batches: Sequence[Batch]) -> str:
-    """Return 16 hex digits of the SHA-256 of the batches' samples, independent of the split."""
-    digest = hashlib.sha256()
-    leaves = [[x for x in tree_leaves(b) if isinstance(x, torch.Tensor)] for b in batches]
-    for tensors in zip(*leaves, strict=True):
-        rows = [t.detach().cpu() for t in tensors]
-        digest.update(f"{rows[0].dtype}{tuple(rows[0].shape[1:])}".encode())
-        for t in rows:
-            digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def check_deterministic(
     model: nn.Module,
     loss_fn: LossFn,
@@ -155,7 +127,8 @@ def check_deterministic(
             dependence on batch mates, or a loss that is no finite scalar.
     """
     for i, batch in enumerate(batches):
-        first, second = _loss(model, loss_fn, batch, i), _loss(model, loss_fn, batch, i)
+        with explained(model, loss_fn, batch):
+            first, second = _loss(model, loss_fn, batch, i), _loss(model, loss_fn, batch, i)
         eps = torch.finfo(first.dtype).eps
         if not math.isclose(float(first), float(second), rel_tol=100 * eps):
             raise UserError(
@@ -163,36 +136,82 @@ def check_deterministic(
                 f"{float(second):.9g}; {_random_source(model, loss_fn, batch)}"
             )
         size = leading_size(batch)
-        if not batch_mates or num_terms is None or size < 2:
+        if not batch_mates or num_terms is None:
             continue
-        halves = [take(batch, 0, size // 2), take(batch, size // 2, size)]
-        terms = [num_terms(half) for half in halves]
-        losses = [
-            float(_loss(model, loss_fn, half, i)) if n else 0.0
-            for half, n in zip(halves, terms, strict=True)
-        ]
-        if sum(terms) == 0:
-            continue
-        mean = sum(n * x for n, x in zip(terms, losses, strict=True)) / sum(terms)
-        # The halves sum in another order, and matrix products of another size round differently;
-        # a loss near zero may be what is left of terms that cancel.
-        if not math.isclose(float(first), mean, rel_tol=math.sqrt(eps), abs_tol=100 * eps):
-            raise UserError(
-                f"the loss of batch {i} is {float(first):.9g}, but its halves average to "
-                f"{mean:.9g}: either samples depend on their batch mates (batch statistics: pass "
-                "norm_mode='train'), or the loss averages over something else than samples "
-                "(masked tokens: pass batch_weights as a function that counts them)"
-            )
+        if size > 1:
+            halves = [take(batch, 0, size // 2), take(batch, size // 2, size)]
+            mean = _mean(model, loss_fn, halves, num_terms, i)
+            _compare(float(first), mean, eps, f"the loss of batch {i}", "its halves")
+        few = min(size, 2)  # some models fail on one sample
+        following = batches[i + 1 : i + 2]
+        pieces = [take(b, 0, few) for b in (batch, *following) if leading_size(b) >= few]
+        whole = join(*pieces) if len(pieces) == 2 else None
+        if whole is not None and all(num_terms(piece) for piece in pieces):
+            mean = _mean(model, loss_fn, pieces, num_terms, i)
+            both = float(_loss(model, loss_fn, whole, i))
+            what = f"the loss of the first samples of batches {i} and {i + 1} together"
+            _compare(both, mean, eps, what, "the two")
 
 
-def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> None:
+def _mean(
+    model: nn.Module,
+    loss_fn: LossFn,
+    pieces: Sequence[Batch],
+    num_terms: Callable[[Batch], float],
+    index: int,
+) -> float | None:
+    """Return the mean of the losses of pieces of a batch, None if they have no terms."""
+    terms = [num_terms(piece) for piece in pieces]
+    losses = [
+        float(_loss(model, loss_fn, piece, index)) if n else 0.0
+        for piece, n in zip(pieces, terms, strict=True)
+    ]
+    if sum(terms) == 0:
+        return None
+    return sum(n * x for n, x in zip(terms, losses, strict=True)) / sum(terms)
+
+
+def _compare(whole: float, mean: float | None, eps: float, what: str, pieces: str) -> None:
+    """Raise if a loss is not the mean of its pieces' losses."""
+    # The pieces sum in another order, and matrix products of another size round differently; a
+    # loss near zero may be what is left of terms that cancel.
+    if mean is None or math.isclose(whole, mean, rel_tol=math.sqrt(eps), abs_tol=100 * eps):
+        return
+    raise UserError(
+        f"{what} is {whole:.9g}, but {pieces} average to {mean:.9g}: either samples depend on "
+        "their batch mates (batch statistics: pass norm_mode='train'), or the loss averages over "
+        "something else than samples (masked tokens: pass batch_weights as a function that counts "
+        "them)"
+    )
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return a count as an integer.
+
+    Raises:
+        UserError: It is none, or less than the least.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return number
+
+
+def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> torch.dtype:
     """Raise if a custom function marked `once_differentiable` lies in the gradients' graph.
 
     Autograd cuts the graph there, and a backward pass pruned to a block would not run into the
     error that torch planted, but go round it: the product would be wrong without a word.
+
+    Returns:
+        The coarsest dtype that the graph computes in.
     """
     stack = [g.grad_fn for g in gradients if g is not None]
     seen = set()
+    coarsest = torch.float64
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -203,7 +222,14 @@ def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> None
                 "a custom autograd function of the model is marked once_differentiable and has "
                 "no second derivative; write its backward in differentiable operations"
             )
+        outputs = node._input_metadata
+        for output in outputs:
+            # One of several outputs that is not computed is noted as a scalar in float32.
+            is_there = len(outputs) == 1 or len(output.shape)
+            if output.dtype.is_floating_point and is_there:
+                coarsest = max(coarsest, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         stack += [following for following, _ in node.next_functions]
+    return coarsest
 
 
 def warn_of_asymmetry(asymmetries: Iterable[tuple[str, float]], dtype: torch.dtype) -> None:
@@ -227,25 +253,6 @@ def warn_of_asymmetry(asymmetries: Iterable[tuple[str, float]], dtype: torch.dty
         )
 
 
-@contextmanager
-def second_derivative_errors() -> Iterator[None]:
-    """Turn autograd's errors about missing second derivatives into ones that say what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).splitlines()[0].split(" Hint:")[0]
-        causes = {
-            "is not implemented": "an operation of the model has no second derivative; replace it "
-            "by differentiable ones (for attention, torch's scaled_dot_product_attention)",
-            "inplace operation": "an in-place operation overwrote what the second derivative "
-            "needs; use the out-of-place form",
-        }
-        for sign, cause in causes.items():
-            if sign in text:
-                raise UserError(f"{cause}: {text}") from error
-        raise
-
-
 def _loss(model: nn.Module, loss_fn: LossFn, batch: Batch, index: int) -> torch.Tensor:
     loss = _forward(model, loss_fn, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
@@ -260,6 +267,27 @@ def _loss(model: nn.Module, loss_fn: LossFn, batch: Batch, index: int) -> torch.
             "look at the model's outputs and at the batch"
         )
     return loss
+
+
+def warn_of_precision(
+    model: nn.Module, loss_fn: LossFn, batch: Batch, precision: torch.dtype
+) -> None:
+    """Warn that a model in float64 computes in a coarser dtype inside, and say where."""
+
+    def casts(func: Any, args: Any, result: Any) -> bool:
+        dtypes = {t.dtype for t in tensors_of(list(args)) if t.is_floating_point()}
+        coarse = isinstance(result, torch.Tensor) and result.dtype == precision
+        return coarse and torch.float64 in dtypes
+
+    found = dict.fromkeys(path for path, _ in operations(model, loss_fn, batch, casts))
+    names = ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else "")
+    of = f" (in {names})" if names else ""
+    kind = str(precision).removeprefix("torch.")
+    warnings.warn(
+        f"the model computes in {kind} inside{of}, whatever its parameters' dtype: the rows say "
+        f"float64, but are as accurate as {kind}; let it cast to the dtype of what it is given",
+        stacklevel=3,
+    )
 
 
 def _forward(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Any:
@@ -277,34 +305,20 @@ def _forward(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Any:
 
 def _random_source(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str:
     """Name the module and the operation that draw random numbers in a forward pass."""
-    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
-    stack: list[str] = []
-    found: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if torch.Tag.nondeterministic_seeded in func.tags:
-                found.append(f"{stack[-1] if stack else 'loss_fn'} ({func.overloadpacket})")
-            return func(*args, **(kwargs or {}))
-
-    hooks = []
-    for module, name in names.items():
-        enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
-        leave = module.register_forward_hook(lambda *_: stack.pop() and None)
-        hooks += [enter, leave]
-    try:
-        with Watch():
-            _forward(model, loss_fn, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    found = operations(
+        model, loss_fn, batch, lambda func, *_: torch.Tag.nondeterministic_seeded in func.tags
+    )
     if found:
-        where = ", ".join(dict.fromkeys(found))
+        where = ", ".join(f"{path} ({name})" for path, name in found)
         return f"random numbers are drawn in {where}: switch that off, or draw them beforehand"
     return "the cause is a nondeterministic kernel or state kept between passes: remove it"
 
 
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+def check_bytes(memory_budget: Any) -> None:
+    """Raise unless a memory budget is a number of bytes, or None."""
+    is_number = isinstance(memory_budget, numbers.Real) and not isinstance(memory_budget, bool)
+    if memory_budget is not None and not (is_number and 0 < memory_budget < math.inf):
+        raise UserError(
+            f"memory_budget is {memory_budget!r}; it must be a number of bytes above 0, such as "
+            "4 * 2**30 for 4 GiB, or None for half of the device's memory"
+        )

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from harness.errors import UserError
-from harness.estimator.blocks import Block
-from harness.estimator.checks import (
+from harness.estimator.batches import (
     Batch,
+    NumTerms,
+    halves,
+    leading_size,
+    place,
+    take,
+    terms,
+    warn_of_lengths,
+)
+from harness.estimator.blocks import Block
+from harness.estimator.causes import explained
+from harness.estimator.checks import (
     LossFn,
     check_deterministic,
     check_twice_differentiable,
-    leading_size,
-    second_derivative_errors,
-    take,
     warn_of_asymmetry,
+    warn_of_precision,
 )
-from harness.estimator.convolution import PrunedConvolutions
+from harness.estimator.differences import Differences
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
+from harness.estimator.operations import SoundOperations
 from harness.estimator.share import Share
 
 Gradients = dict[str, torch.Tensor | None]
-NumTerms = Callable[[Batch], float]
 NORM_MODES = ("eval", "train")
 T = TypeVar("T")
 
@@ -50,6 +58,7 @@ class BlockHessian:
             process's.
         weights: t_b / Σ t per microbatch.
         num_terms: Σ t.
+        precision: The coarsest dtype that the model computes in, be it that of the products.
         batch_size: Samples in all microbatches.
         microbatch_size: Samples in the largest microbatch.
         graph_bytes: Estimate of what the largest microbatch's graph keeps.
@@ -88,24 +97,30 @@ class BlockHessian:
         self._model = _working_copy(model, norm_mode).to(device=device, dtype=dtype)
         self._loss_fn = loss_fn
         self._parameters = dict(self._model.named_parameters())
-        self._convolutions = PrunedConvolutions()
+        self._operations = SoundOperations()
         self._check_blocks()
-        self.batches = [_place(batch, device, dtype) for batch in batches]
+        self.batches = [place(batch, device, dtype) for batch in batches]
         if not self.batches:
             raise UserError("batches is empty; pass at least one batch")
         self.batch_size = sum(leading_size(b) for b in self.batches)
-        count, terms = _terms(self.batches, batch_weights)
-        check_deterministic(
-            self._model, loss_fn, self.batches, count, batch_mates=norm_mode == "eval"
-        )
+        count, num_terms = terms(self.batches, batch_weights)
+        if batch_weights is None:
+            warn_of_lengths(self.batches)
+        with self._operations.looking():
+            check_deterministic(
+                self._model, loss_fn, self.batches, count, batch_mates=norm_mode == "eval"
+            )
         # Counts the terms of a piece of a batch; None: batches can't be cut.
         self._count = count if norm_mode == "eval" else None
         self._fewest = 1  # samples of a piece
+        self.precision = dtype
         self.graph_bytes, self.product_bytes = self._size_graph(memory_budget)
+        if dtype == torch.float64 != self.precision:
+            warn_of_precision(self._model, loss_fn, self.batches[0], self.precision)
         if self._count is not None:
-            terms = [self._count(b) for b in self.batches]
-        self.num_terms = sum(terms)
-        self.weights = [t / self.num_terms for t in terms]
+            num_terms = [self._count(b) for b in self.batches]
+        self.num_terms = sum(num_terms)
+        self.weights = [t / self.num_terms for t in num_terms]
         self.microbatch_size = max(leading_size(b) for b in self.batches)
         num_batches = len(self.batches)
         self._share = share
@@ -139,7 +154,7 @@ class BlockHessian:
         identity = torch.eye(block.num_params, dtype=self.dtype, device=self.device)
         H = torch.stack(self.products([(index, row) for row in identity]))
         if norm := float(H.norm()):
-            warn_of_asymmetry([(block.name, float((H - H.T).norm()) / norm)], self.dtype)
+            warn_of_asymmetry([(block.name, float((H - H.T).norm()) / norm)], self.precision)
         return (H + H.T) / 2
 
     def gradient(self) -> Gradients:
@@ -160,13 +175,19 @@ class BlockHessian:
         block = self.blocks[0]
         vector = torch.ones(block.num_params, dtype=self.dtype, device=self.device)
         with PeakMemory(self.device) as memory:
-            gradients = self._gradients(_place(batch, self.device, self.dtype), names)
+            gradients = self._gradients(place(batch, self.device, self.dtype), names)
             self._add_product(torch.zeros_like(vector), gradients, block, vector, 1.0)
         return memory.peak
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return a parameter of the working copy, detached."""
         return self._parameters[name].detach()
+
+    @cached_property
+    def differences(self) -> Differences:
+        """What the products must equal, within what differences of the gradient can tell."""
+        parts = (self.batches, self.weights, self.blocks, self._share)
+        return Differences(self._model, self._loss_fn, *parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,7 +243,7 @@ class BlockHessian:
     def _halve(self, count: NumTerms) -> None:
         """Halve the largest microbatches."""
         whole = self.microbatch_size
-        self.batches = [piece for b in self.batches for piece in _halves(b, whole, count)]
+        self.batches = [piece for b in self.batches for piece in halves(b, whole, count)]
         self.weights = [count(b) / self.num_terms for b in self.batches]
         self.microbatch_size = (whole + 1) // 2
         self.graph_bytes = self.graph_bytes * self.microbatch_size // whole
@@ -248,7 +269,7 @@ class BlockHessian:
                 directions.append(piece.view(shape))
         if not outputs:
             return  # the loss is linear in these parameters, or does not use them
-        with second_derivative_errors(), self._convolutions.for_parameters(inputs):
+        with explained(self._model, self._loss_fn, self.batches[0]):
             derivatives = torch.autograd.grad(
                 outputs, inputs, directions, retain_graph=True, allow_unused=True
             )
@@ -271,8 +292,8 @@ class BlockHessian:
     def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Gradients:
         """Run one forward and one backward pass, to be differentiated again if asked."""
         ordered = [name for name in self._parameters if name in names]
-        with second_derivative_errors():
-            with self._convolutions:
+        with explained(self._model, self._loss_fn, batch):
+            with self._operations:
                 loss = self._loss_fn(self._model, batch)
             if not loss.requires_grad:
                 raise UserError("the loss does not depend on the parameters of the blocks")
@@ -325,7 +346,7 @@ class BlockHessian:
                     f"{memory_budget / 2**30:.2g} GiB; raise the budget or pass smaller batches"
                 )
             count = self._count
-            self.batches = [piece for b in self.batches for piece in _halves(b, size, count)]
+            self.batches = [piece for b in self.batches for piece in halves(b, size, count)]
 
     def _fewest_samples(self, batch: Batch) -> tuple[int, int]:
         """Return how few samples the model takes, 1 or 2, and the bytes that their graph keeps.
@@ -349,16 +370,38 @@ class BlockHessian:
         storages: dict[int, int] = {}
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor._is_zerotensor():  # the zero of a forward derivative has no storage
+                return tensor
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()
 
         own = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
         names = {part.parameter for block in self.blocks for part in block.parts}
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            gradients = self._gradients(batch, names)
-        check_twice_differentiable(gradients.values())
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                gradients = self._gradients(batch, names)
+        except UserError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            return self._held_bytes(batch, names)
+        self._look_through(gradients)
         return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
+
+    def _held_bytes(self, batch: Batch, names: set[str]) -> int:
+        """Return the most bytes that a graph and its making take; needs no hooks.
+
+        Transforms of torch.func refuse hooks on saved tensors, be they around the whole loss.
+        """
+        with PeakMemory(self.device) as memory:
+            gradients = self._gradients(batch, names)
+        self._look_through(gradients)
+        return memory.peak
+
+    def _look_through(self, gradients: Gradients) -> None:
+        """Look through a graph for operations without a second derivative, and for its dtypes."""
+        coarsest = check_twice_differentiable(gradients.values())
+        self.precision = max(self.precision, coarsest, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _check_blocks(self) -> None:
         """Raise unless the blocks name existing parameters and do not overlap."""
@@ -390,6 +433,11 @@ class BlockHessian:
 def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
     """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"the parameter {name} is on the meta device, where tensors have no values; build "
+                "the model on cpu or cuda, or fill it with model.to_empty(...) and initial values"
+            )
         if parameter.is_complex():
             raise UserError(
                 f"the parameter {name} is {parameter.dtype}; keep its real and imaginary parts as "
@@ -411,45 +459,3 @@ def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.train()
     return clone
-
-
-def _place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Move a batch's tensors to the device, floating ones to the dtype too."""
-
-    def move(t: torch.Tensor) -> torch.Tensor:
-        return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-
-    return tree_map_only(torch.Tensor, move, batch)
-
-
-def _halves(batch: Batch, largest: int, count: NumTerms) -> list[Batch]:
-    """Halve a batch of more than half of `largest` samples, leave a smaller one whole.
-
-    A piece without terms, such as one without masked tokens, has no mean and is left out.
-    """
-    n = leading_size(batch)
-    if n <= (largest + 1) // 2:
-        return [batch]
-    pieces = [take(batch, 0, (n + 1) // 2), take(batch, (n + 1) // 2, n)]
-    return [piece for piece in pieces if count(piece) > 0]
-
-
-def _terms(
-    batches: Sequence[Batch], batch_weights: Sequence[float] | NumTerms | None
-) -> tuple[NumTerms | None, list[float]]:
-    """Return how terms are counted (None where only totals are known) and the counts."""
-    given = leading_size if batch_weights is None else batch_weights
-    if not callable(given) and not isinstance(given, Iterable):
-        raise UserError(
-            f"batch_weights is {given!r}; pass one number per batch, such as [{given!r}], or a "
-            "function that counts the terms of a batch"
-        )
-    count = given if callable(given) else None
-    terms = [float(t) for t in (map(given, batches) if callable(given) else given)]
-    usable = all(0 <= t < float("inf") for t in terms) and sum(terms) > 0
-    if len(terms) != len(batches) or not usable:
-        raise UserError(
-            f"batch_weights gives {terms} for {len(batches)} batches; it must give one number "
-            "≥ 0 per batch, not all zero: the number of terms that its mean loss averages"
-        )
-    return count, terms

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-# A residual this many rounding errors of the product's arithmetic above zero, relative to the
-# norm of T, is rounding: the Krylov space is exhausted (docs/protocol.md, SLQ).
-_BREAKDOWN_EPS = 64.0
+# A residual of at most this many rounding errors of the product's arithmetic, relative to the norm
+# of T, can't be told from zero (docs/protocol.md, SLQ). 64 of them took bulks under an outlier of
+# 1e5 times their size for exhausted; going on from a residual that is rounding costs products, not
+# accuracy: the nodes that it adds have no weight.
+_BREAKDOWN_EPS = 1.0
 # Entries summed in float64 at a time: keeps the copies in cache.
 _DOT_CHUNK = 1 << 20
 
@@ -27,7 +29,8 @@ class Recurrence:
         alphas: Diagonal of T so far, as Python floats.
         betas: Off-diagonal of T, the last being the residual norm.
         basis: All vectors so far if reorthogonalising, else None.
-        breakdown: The residual vanished: the rule is exact and the recurrence is over.
+        breakdown: The residual is zero to rounding, and the recurrence over: the rule is exact
+            for an operator that differs by as much as the products' rounding.
         asymmetry: |⟨v_1, A v_2⟩ − ⟨v_2, A v_1⟩| / ‖T‖ after two steps; rounding if A is symmetric.
     """
 

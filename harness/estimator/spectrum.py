@@ -11,21 +11,21 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from harness.errors import UserError
 from harness.estimator import lanczos
+from harness.estimator.batches import Batch, NumTerms, batch_hash, tensors_of
 from harness.estimator.blocks import Block, find_blocks, unclassified
 from harness.estimator.checks import (
-    Batch,
     LossFn,
-    batch_hash,
+    check_bytes,
     fixed_arithmetic,
     warn_of_asymmetry,
+    whole_number,
 )
 from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.device import choose_device, device_name, memory_share, peak_bytes
-from harness.estimator.hessian import BlockHessian, NumTerms
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
 from harness.estimator.share import Share
@@ -117,7 +117,13 @@ def estimate_spectra(
         >>> rows[["block", "num_params", "method"]].values.tolist()
         [['weight', 12, 'exact']]
     """
-    _check_settings(num_probes, num_steps, probe_distribution, matmul_precision, dtype)
+    num_probes, num_steps = (
+        whole_number(name, value, 1)
+        for name, value in (("num_probes", num_probes), ("num_steps", num_steps))
+    )
+    seed, exact_size = whole_number("seed", seed, 0), whole_number("exact_size", exact_size, 0)
+    check_bytes(memory_budget)
+    _check_settings(probe_distribution, matmul_precision, dtype)
     if isinstance(batches, torch.Tensor | Mapping) or (
         isinstance(batches, tuple) and all(isinstance(b, torch.Tensor) for b in batches)
     ):
@@ -125,23 +131,29 @@ def estimate_spectra(
             f"batches is a {type(batches).__name__}; pass a list of batches, such as "
             "[(inputs, targets)]"
         )
-    batches = list(batches)  # once: a loader may shuffle, and a generator ends
-    counts = [sum(isinstance(x, torch.Tensor) for x in tree_leaves(b)) for b in batches]
+    try:
+        batches = list(batches)  # once: a loader may shuffle, and a generator ends
+    except TypeError as error:
+        raise UserError(
+            f"batches is a {type(batches).__name__}; pass a list of batches, such as "
+            "[(inputs, targets)]"
+        ) from error
+    counts = [len(tensors_of(b)) for b in batches]
     for i, count in enumerate(counts):
         if count != counts[0]:
             raise UserError(
                 f"the number of tensors is {count} in batch {i} and {counts[0]} in batch 0; pass "
                 "batches of one structure, such as (inputs, targets)"
             )
-    if isinstance(blocks, str) and blocks == "weights" and (odd := unclassified(model)):
+    partition = blocks if isinstance(blocks, str) else "custom"
+    blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
+    if partition == "weights" and (odd := unclassified(model)):
         warnings.warn(
             f"in no block of partition weights: {', '.join(b.name for b in odd)} "
             f"({sum(b.num_params for b in odd):,} parameters), since no nn.Linear, nn.Conv or "
             "nn.Embedding owns them; blocks='all', or a list of Block, takes them too",
             stacklevel=2,
         )
-    partition = blocks if isinstance(blocks, str) else "custom"
-    blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
     if strange := [block for block in blocks if not isinstance(block, Block)]:
         raise UserError(
             f"blocks holds {strange[0]!r}; pass a partition, or some of find_blocks(model)"
@@ -268,14 +280,14 @@ def _run(
         on_progress(done, total)
         named = zip(pairs, states, strict=True)
         found = [(blocks[index].name, state.asymmetry) for (index, _), state in named]
-        warn_of_asymmetry(found, plan.hessian.dtype)
+        warn_of_asymmetry(found, plan.hessian.precision)
         seconds = (time.perf_counter() - begin) / len(pairs)
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])
             rows.append(_slq_row(plan, shared, index, probe, seed, state, seconds))
             plan.kept.put((blocks[index].name, probe), state)
             if len(rows) == len(plan.probes[blocks[index].name]):
-                yield _unless_zero(finished.pop(index))
+                yield _unless_zero(plan, index, finished.pop(index))
 
 
 def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
@@ -350,6 +362,7 @@ def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
         )
     zero = not H.any()
     nodes = [0.0] if zero else torch.linalg.eigvalsh(H).tolist()
+    reason = _reason_of_zero(plan, index, "the block's Hessian") if zero else None
     return (
         shared
         | {
@@ -370,26 +383,35 @@ def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
             "peak_bytes": peak_bytes(plan.hessian.device),
             "microbatch_size": plan.hessian.microbatch_size,
         }
-        | ({"status": "zero", "reason": "the block's Hessian is exactly zero"} if zero else {})
+        | ({"status": "zero", "reason": reason} if zero else {})
     )
 
 
-def _unless_zero(rows: list[Row]) -> list[Row]:
+def _unless_zero(plan: _Plan, index: int, rows: list[Row]) -> list[Row]:
     """Replace the probes of an exactly zero block by its one row of status `zero`."""
     if any(row["alphas"] != [0.0] or row["betas"] != [0.0] for row in rows):
         return rows
-    reason = "every product with the block's Hessian is exactly zero"
+    reason = _reason_of_zero(plan, index, "every product with the block's Hessian")
     products = sum(row["num_products"] for row in rows)
     return [rows[0] | {"status": "zero", "reason": reason, "num_products": products}]
 
 
-def _check_settings(
-    num_probes: int, num_steps: int, distribution: str, precision: str, dtype: torch.dtype
-) -> None:
-    """Raise unless the settings are in range."""
-    for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
+    """Return why a block is of status zero; warn if its gradient changes all the same."""
+    if not plan.hessian.differences.is_nonzero(index):
+        return f"{what} is exactly zero"
+    warnings.warn(
+        f"{plan.hessian.blocks[index].name}: {what} is exactly zero, but the gradient changes "
+        "along a random direction: a second derivative of the model is wrong. In the backward of "
+        "custom autograd functions, compute with what save_for_backward kept, in differentiable "
+        "operations",
+        stacklevel=2,
+    )
+    return f"{what} is exactly zero, but the gradient changes: a second derivative is wrong"
+
+
+def _check_settings(distribution: str, precision: str, dtype: torch.dtype) -> None:
+    """Raise unless the settings are known ones."""
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"dtype is {dtype!r}; pass a torch.dtype, such as torch.float32")
     for name, given, allowed in (

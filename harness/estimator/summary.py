@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from harness.estimator.batches import Batch, NumTerms
 from harness.estimator.blocks import Block
-from harness.estimator.checks import Batch, LossFn, fixed_arithmetic
+from harness.estimator.checks import LossFn, fixed_arithmetic
 from harness.estimator.device import choose_device, memory_share
-from harness.estimator.hessian import BlockHessian, NumTerms
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.quadrature import residual_bounds
 from spectra_db.density import blocks_of
 

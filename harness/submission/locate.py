@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,17 @@ def with_wrong_gradient(
     """
     tolerance = TOLERANCES[precision]
     return _first(model, loss_fn, batch, lambda call: _compare_slope(call, tolerance))
+
+
+def with_wrong_second_derivative(
+    model: nn.Module, loss_fn: LossFn, batch: Batch, precision: torch.dtype
+) -> str | None:
+    """Name the module whose second derivative isn't the slope of its first, None if none is.
+
+    Such are custom functions whose backward computes with what autograd does not follow.
+    """
+    tolerance = TOLERANCES[precision]
+    return _first(model, loss_fn, batch, lambda call: _compare_slope(call, tolerance, second=True))
 
 
 def with_batch_mates(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str | None:
@@ -167,8 +178,11 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     return torch.stack(parts).sum() if parts else None
 
 
-def _compare_slope(call: Call, tolerance: float) -> None:
-    """Compare the gradient of a random sum of the outputs with their central differences."""
+def _compare_slope(call: Call, tolerance: float, *, second: bool = False) -> None:
+    """Compare the gradient of a random sum of the outputs with their central differences.
+
+    With `second` of a random sum of the gradient.
+    """
     leaves, outputs = _leaves(call)
     generator = torch.Generator().manual_seed(0)
 
@@ -176,32 +190,50 @@ def _compare_slope(call: Call, tolerance: float) -> None:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype)
 
     found = outputs()
-    onto, directions = [draw(t) for t in found], [draw(t) for t in leaves]
-
-    def projected(outputs: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([(t * r).sum() for t, r in zip(outputs, onto, strict=True)]).sum()
-
     if not found or not leaves:
         return
-    value = projected(found)
-    gradients: Any = [None] * len(leaves)
-    if value.requires_grad:
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    parts = [(g, v) for g, v in zip(gradients, directions, strict=True) if g is not None]
-    slope = sum(float((g * v).sum()) for g, v in parts)
-    size = sum(float(g.norm() * v.norm()) for g, v in parts) + 1e-3 * abs(value.item())
+    onto, directions = [draw(t) for t in found], [draw(t) for t in leaves]
+    across = [draw(t) for t in leaves]
+
+    def value() -> torch.Tensor:
+        with torch.enable_grad():
+            total = _dot(outputs(), onto)
+            if not second:
+                return total
+            gradients = _gradients(total, leaves, create_graph=True)
+            parts = [(g, v) for g, v in zip(gradients, across, strict=True) if g is not None]
+            return _dot(*zip(*parts, strict=True)) if parts else 0 * total
+
+    here = value()
+    gradients = _gradients(here, leaves)
+    pairs = [(g, v) for g, v in zip(gradients, directions, strict=True) if g is not None]
+    slope = sum(float((g * v).sum()) for g, v in pairs)
+    size = sum(float(g.norm() * v.norm()) for g, v in pairs) + 1e-3 * abs(here.item())
     scale = sum(float(t.detach().norm()) for t in leaves) or 1.0
-    with torch.no_grad():
-        for step in STEPS:
-            length = step * scale / sum(float(v.norm()) for v in directions)
-            values = []
-            for sign in (1, -1):
-                _move(leaves, directions, sign * length)
-                values.append(float(projected(outputs())))
-                _move(leaves, directions, -sign * length)
-            if abs((values[0] - values[1]) / (2 * length) - slope) <= tolerance * size:
-                return
+    for step in STEPS:
+        length = step * scale / sum(float(v.norm()) for v in directions)
+        values = []
+        for sign in (1, -1):
+            _move(leaves, directions, sign * length)
+            values.append(float(value()))
+            _move(leaves, directions, -sign * length)
+        if abs((values[0] - values[1]) / (2 * length) - slope) <= tolerance * size:
+            return
     raise _Misbehaves
+
+
+def _gradients(
+    total: torch.Tensor, leaves: list[torch.Tensor], *, create_graph: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of a sum, None each where it does not depend on a leaf."""
+    if not total.requires_grad:
+        return (None,) * len(leaves)
+    return torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+
+
+def _dot(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    products = [(t * r).sum() for t, r in zip(tensors, others, strict=True)]
+    return torch.stack(products).sum()
 
 
 def _move(tensors: list[torch.Tensor], directions: list[torch.Tensor], length: float) -> None:

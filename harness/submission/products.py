@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from math import ceil
-from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from harness.errors import UserError
 from harness.estimator import Block, find_blocks
@@ -124,25 +124,26 @@ def differences(s: Subject) -> str:
     worst, done, unclear = 0.0, 0, 0
     with fixed_arithmetic(s.model):
         hessian = _precise(s)
-        model = copy.deepcopy(s.model).to(s.dtype)
-        batch = hessian.batches[0]
         vectors = _draw(hessian.blocks, s.dtype)
         tolerance = locate.TOLERANCES[s.precision]
         until = s.time_for(0.5)
         for i in _shuffled(len(vectors)):
             if done and time.monotonic() > until:
                 break
-            product = hessian.products([(i, vectors[i])])[0]
-            block = hessian.blocks[i]
-            error = _deviation(s.task, model, batch, block, vectors[i], product, tolerance)
+            error, is_wrong = _deviation(hessian, i, vectors[i], tolerance)
             done += 1
             if error <= tolerance:
                 worst = max(worst, error)
                 continue
+            off = f"Hv of {hessian.blocks[i].name} is {error:.1e} of its norm off the differences"
             if not unclear and (culprit := _wrong_gradient(s)) is not None:
+                raise Failed(f"{off} of the gradient{_hint(culprit)}")
+            if is_wrong:
+                culprit = _of_copy(s, locate.with_wrong_second_derivative)
                 raise Failed(
-                    f"Hv of {block.name} is {error:.1e} of its norm off the "
-                    f"differences of the gradient{_hint(culprit)}"
+                    f"{off} of the gradient, which agree with each other: the second derivative "
+                    f"of {culprit or 'some module'} isn't the slope of its gradient; look for a "
+                    "custom backward that computes with other than what save_for_backward kept"
                 )
             unclear += 1
     told = f"Hv equals differences of the gradient on {done - unclear} of {len(vectors)} blocks"
@@ -155,44 +156,29 @@ def differences(s: Subject) -> str:
 
 
 def _deviation(
-    task: Task,
-    model: nn.Module,
-    batch: Batch,
-    block: Block,
-    v: torch.Tensor,
-    product: torch.Tensor,
-    tolerance: float,
-) -> float:
-    """Return the deviation of a product from central differences of the gradient.
+    hessian: BlockHessian, index: int, v: torch.Tensor, tolerance: float
+) -> tuple[float, bool]:
+    """Return how far a product is from central differences of the gradient, and if it is wrong.
 
-    That of the first step that is within the tolerance, else the least.
+    The deviation is that of the first step that is within the tolerance, else the least. The
+    product is wrong if none is and those of two steps agree with each other: rounding and kinks
+    make differences that depend on the step.
     """
-    parameters = [model.get_parameter(part.parameter) for part in block.parts]
-    pairs = list(zip(block.parts, parameters, strict=True))
-    pieces = v.split([part.of(p).numel() for part, p in pairs])
-
-    def move(length: float) -> None:
-        with torch.no_grad():
-            for (part, p), piece in zip(pairs, pieces, strict=True):
-                part.of(p).add_(piece.view_as(part.of(p)), alpha=length)
-
-    def gradient(length: float) -> torch.Tensor:
-        move(length)
-        loss = task.loss(model, batch)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        move(-length)
-        return torch.cat([part.of(g).flatten() for part, g in zip(block.parts, found, strict=True)])
-
-    scale = max(float(torch.cat([part.of(p).detach().flatten() for part, p in pairs]).norm()), 1e-3)
-    errors = []
+    product = hessian.products([(index, v)])[0].double()
+    errors, slopes = [], []
     for step in locate.STEPS:
-        length = step * scale / float(v.norm())
-        slope = (gradient(length) - gradient(-length)) / (2 * length)
-        size = float(slope.norm() + product.norm())
-        errors.append(float((slope - product).norm()) / size if size else 0.0)
+        slopes.append(hessian.differences.slope(index, v, step))
+        errors.append(_relative(slopes[-1], product))
         if errors[-1] <= tolerance:
-            break
-    return min(errors)
+            return errors[-1], False
+    agree = any(_relative(a, b) <= tolerance for a, b in combinations(slopes, 2))
+    return min(errors), agree and bool(slopes[0].any())
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |a − b| / (|a| + |b|), 0 of zeros."""
+    size = float(a.norm() + b.norm())
+    return float((a - b).norm()) / size if size else 0.0
 
 
 def dense(s: Subject) -> str:
@@ -307,39 +293,27 @@ def _precise(s: Subject) -> BlockHessian:
     """Return the block Hessian in float64, or in float32 where the model knows no other."""
     if s.precise is None:
         try:
-            s.precise = s.hessian(torch.float64)
+            with warnings.catch_warnings(action="ignore"):  # of float32 inside
+                s.precise = s.hessian(torch.float64)
         except (RuntimeError, UserError):
             s.precise = s.hessian(torch.float32)
-            s.dtype = s.precision = torch.float32
-        else:
-            if _has_float32(copy.deepcopy(s.model).double(), s.task, s.precise.batches[0]):
-                s.precision = torch.float32
+            s.dtype = torch.float32
+        if s.precise.precision != torch.float64:
+            s.precision = torch.float32
     return s.precise
-
-
-def _has_float32(model: nn.Module, task: Task, batch: Batch) -> bool:
-    """Tell whether a model in float64 computes in float32 somewhere, as some norms do."""
-    found: set[torch.dtype] = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            found.update(t.dtype for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
-
-    with torch.no_grad(), Watch():
-        task.loss(model, batch)
-    return bool(found & {torch.float32, torch.float16, torch.bfloat16})
 
 
 def _wrong_gradient(s: Subject) -> str | None:
     """Name the module whose gradient isn't the slope of its output, None if there is none."""
+    return _of_copy(s, locate.with_wrong_gradient)
+
+
+def _of_copy(s: Subject, find: Callable[..., str | None]) -> str | None:
+    """Return the module that is found in a copy of the model on few samples, None if none is."""
     model = copy.deepcopy(s.model).to(s.dtype)
     few = take(s.batch, 0, 2)
     batch = tuple(t.to(s.dtype) if t.is_floating_point() else t for t in few)
-    return locate.with_wrong_gradient(model, s.task.loss, batch, s.precision)
+    return find(model, s.task.loss, batch, s.precision)
 
 
 def _hint(culprit: str | None) -> str:

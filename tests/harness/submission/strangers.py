@@ -181,6 +181,45 @@ class _Cube(torch.autograd.Function):
         return g * x**2
 
 
+class Kept(nn.Module):
+    """Squares, with a right gradient that computes with a number which autograd doesn't follow."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x):
+        return _Square.apply(x)
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.slope = 2 * x
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.slope
+
+
+class Saved(Kept):
+    """The same as it should be."""
+
+    def forward(self, x):
+        return _SavedSquare.apply(x)
+
+
+class _SavedSquare(_Square):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
 class OwnGenerator(nn.Module):
     """Initialised by numpy, whose generator no seed of ours reaches."""
 
@@ -248,6 +287,8 @@ class Integer(nn.Module):
 straight = with_middle(Straight)
 detached = with_middle(Detached)
 wrong = with_middle(Wrong)
+kept = with_middle(Kept)
+saved = with_middle(Saved)
 own_generator = with_middle(OwnGenerator)
 unused = with_middle(Unused)
 zero_branch = with_middle(Branch)

@@ -45,7 +45,7 @@ def failed(entry: ModelEntry) -> dict[str, str]:
     return {f.check: f.text for f in validate(entry) if f.outcome == "failed"}
 
 
-@pytest.mark.parametrize("factory", ["Encoder", "frozen"])
+@pytest.mark.parametrize("factory", ["Encoder", "frozen", "saved"])
 def test_sound_networks_pass_every_check(entry, factory):
     found = findings(entry(factory))
     assert {f.outcome for f in found.values()} == {"ok"}
@@ -83,6 +83,7 @@ WRONG = [
     ("straight", "differences", r"gradient of middle \(Straight, .* straight-through"),
     ("detached", "differences", r"gradient of middle \(Detached, .* detach"),
     ("wrong", "differences", r"gradient of middle \(Wrong, .* custom backward"),
+    ("kept", "differences", r"second derivative of middle \(Kept, .* save_for_backward"),
     ("nan", "forward", r"is nan: middle \(Logarithm, strangers.py line \d+\) makes it"),
     (
         "wrong_classes",
@@ -253,6 +254,7 @@ def test_sound_models_have_no_module_to_blame(name):
         assert locate.with_batch_mates(*args) is None
         assert locate.not_finite(*args) is None
         assert locate.with_wrong_gradient(*args, torch.float64) is None
+        assert locate.with_wrong_second_derivative(*args, torch.float64) is None
     for old, new in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(old, new.detach(), rtol=1e-12, atol=1e-12)
 

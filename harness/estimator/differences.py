@@ -1,0 +1,107 @@
+"""Difference quotients of the gradient: what the products with a Hessian must equal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from harness.estimator.batches import Batch, place
+from harness.estimator.blocks import Block
+from harness.estimator.checks import LossFn
+from harness.estimator.share import Share
+
+# Relative to the size of what is moved, from steps that cross few kinks to ones whose difference
+# stands out from the rounding of a model that computes in float32 inside.
+_STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+# What of a gradient in float64 is taken for rounding, and how well two slopes must agree.
+_ROUNDING, _AGREEMENT = 1e-12, 0.1
+
+
+class Differences:
+    """Central differences of the blocks' gradients, on a copy of the model.
+
+    In float64, whatever the products' dtype, if the model can: small steps cross no kinks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Sequence[Batch],
+        weights: Sequence[float],
+        blocks: Sequence[Block],
+        share: Share | None,
+    ) -> None:
+        """Copy the model; arguments as `BlockHessian` holds them."""
+        self._loss_fn, self._blocks, self._share = loss_fn, blocks, share
+        parameter = model.get_parameter(blocks[0].parts[0].parameter)
+        self._device, self._dtype = parameter.device, torch.float64
+        self._model = copy.deepcopy(model).double()
+        try:
+            with torch.no_grad():
+                loss_fn(self._model, place(batches[0], self._device, self._dtype))
+        except RuntimeError:  # knows no float64, or differentiates inside and knows no no_grad
+            self._model, self._dtype = copy.deepcopy(model), parameter.dtype
+        self._batches, self._weights = batches, weights
+
+    def slope(self, index: int, vector: torch.Tensor, step: float) -> torch.Tensor:
+        """Return (g(w + ε v) − g(w − ε v)) / 2ε ≈ H_l v, g the gradient of the block l.
+
+        Zero where no more than rounding is left of the difference.
+
+        Args:
+            index: The block l.
+            vector: Direction v, shape (n_l,).
+            step: ε |v| / |w_l|; of blocks smaller than 1e-3 relative to that.
+        """
+        block = self._blocks[index]
+        parts = [part.of(self._model.get_parameter(part.parameter)) for part in block.parts]
+        size = float(torch.cat([p.detach().flatten() for p in parts]).double().norm())
+        length = step * max(size, 1e-3) / float(vector.norm())
+        ends = [self._gradient(block, vector, sign * length) for sign in (1, -1)]
+        if self._share is not None:
+            self._share.add_up(ends)
+        change = ends[0] - ends[1]
+        if float(change.norm()) <= _ROUNDING * float(ends[0].norm()):
+            return torch.zeros_like(change)
+        return change / (2 * length)
+
+    def is_nonzero(self, index: int) -> bool:
+        """Tell whether a block's gradient changes along a random direction.
+
+        It does if two quotients of different steps agree: kinks and rounding give quotients that
+        depend on the step. Of a block that is zero the first is zero, mostly, and settles it.
+        """
+        v = torch.randn(self._blocks[index].num_params, generator=torch.Generator().manual_seed(0))
+        before = None
+        for step in _STEPS:
+            slope = self.slope(index, v.to(self._device), step)
+            if not slope.any():
+                return False
+            if before is not None:
+                both = float(slope.norm() + before.norm())
+                if float((slope - before).norm()) <= _AGREEMENT * both / 2:
+                    return True
+            before = slope
+        return False
+
+    def _gradient(self, block: Block, vector: torch.Tensor, length: float) -> torch.Tensor:
+        """Return the gradient of the mean loss with respect to a block moved along a vector."""
+        parameters = [self._model.get_parameter(part.parameter) for part in block.parts]
+        before = [p.detach().clone() for p in parameters]
+        views = [part.of(p.data) for part, p in zip(block.parts, parameters, strict=True)]
+        pieces = vector.to(self._dtype).split([view.numel() for view in views])
+        for view, piece in zip(views, pieces, strict=True):
+            view.add_(piece.view_as(view), alpha=length)
+        total = torch.zeros_like(vector, dtype=torch.float64)
+        for batch, weight in zip(self._batches, self._weights, strict=True):
+            loss = self._loss_fn(self._model, place(batch, self._device, self._dtype))
+            found = torch.autograd.grad(loss.reshape(()), parameters, materialize_grads=True)
+            parts = zip(block.parts, found, strict=True)
+            total += weight * torch.cat([part.of(g).flatten() for part, g in parts])
+        for p, values in zip(parameters, before, strict=True):
+            p.data.copy_(values)
+        return total

@@ -1,0 +1,89 @@
+"""Torch's operations, replaced in a forward pass where their higher derivatives are not to be had.
+
+Convolutions by ones that compute less; weight norms and, where it matters, layer norms by their
+formulas, since the derivatives of torch's own kernels are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from harness.estimator.convolution import OPERATIONS, convolve
+
+_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+_LAYER_NORMS = (F.layer_norm, torch.layer_norm)
+
+
+class SoundOperations(TorchFunctionMode):
+    """Replaces operations by ones whose products with the Hessian are right, and cheap.
+
+    To be entered around forward passes. The backward passes, in which checkpointed parts go forward
+    again, are torch's own: a convolution keeps the same tensors there, a norm others, which raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looks = self._differentiates = False
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Find out whether the loss, computed inside, takes derivatives itself."""
+        self._looks = True
+        try:
+            with self:
+                yield
+        finally:
+            self._looks = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._looks:
+            self._differentiates |= func in _DERIVATIVES
+        elif func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        elif func in _LAYER_NORMS and (self._differentiates or _transforms()):
+            return _layer_norm(*args, **kwargs)
+        elif func in OPERATIONS and torch.is_grad_enabled() and not _transforms():
+            return convolve(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _transforms() -> bool:
+    """Tell whether a transform of torch.func, or forward differentiation, is at work."""
+    at_work: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return at_work or forward_ad._current_level >= 0
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Return v g / |v|: the second derivative of torch's own kernel is wrong (seen on CPU)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    """Return (x − mean) / √(variance + eps) · weight + bias (Ba et al. 2016).
+
+    The third derivative of torch's own kernel is wrong (pytorch issue 175754); a loss that
+    differentiates inside needs it. Where the second is enough, the kernel takes less memory.
+    """
+    dims = list(range(-len(normalized_shape), 0))
+    x = input.to(torch.promote_types(input.dtype, torch.float32))  # as the kernel accumulates
+    centred = x - x.mean(dims, keepdim=True)
+    y = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(input.dtype)

@@ -40,9 +40,8 @@ def problems(folder: Path, previous: Path | None = None) -> list[str]:
     found = [*_files(folder, known), *_tables(folder, known)]
     if not found:  # else what follows would say the same again
         found += _fits(folder)
-        if (folder / manifest.CARD).read_text(encoding="utf-8") != card.render(
-            folder, known.version
-        ):
+        expected = card.render(folder, known.version).encode()
+        if (folder / manifest.CARD).read_bytes() != expected:
             found.append(f"{folder / manifest.CARD}: not the card of these tables")
     if previous is not None:
         found += _follows(folder, known, previous)
@@ -168,5 +167,8 @@ def _follows(folder: Path, known: Manifest, previous: Path) -> Iterator[str]:
 def _columns(folder: Path, table: str) -> dict[str, str]:
     """Return the columns of a table with their types, from its first file."""
     paths = sorted((folder / table).glob("*.parquet"))
-    schema = pq.read_schema(paths[0]) if paths else []
+    if not paths:
+        return {}
+    with store.reading(paths[0]):
+        schema = pq.read_schema(paths[0])
     return {field.name: str(field.type) for field in schema}

@@ -19,6 +19,8 @@ from spectra_db.files import whole
 from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# A task of one's own is named as in module:Class.
+_WORD = re.compile(r"[A-Za-z0-9_][\w.-]*(:[A-Za-z_]\w*)?", re.ASCII)
 # Tables that are not per model are one file.
 _WHOLE = "all"
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
@@ -247,6 +249,10 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
         for model in pc.unique(content["model"]).to_pylist():
             if not _SLUG.fullmatch(model):
                 refuse(f"model {model!r} is no slug")
+    for name in ("family", "tier", "task") if table == "models" else ():
+        for word in pc.unique(content[name]).to_pylist() if name in names else ():
+            if not _WORD.fullmatch(word):
+                refuse(f"{name} {word!r} is no slug")
     versions = pc.unique(content["protocol_version"]).to_pylist()
     if versions != [PROTOCOL_VERSION]:
         refuse(f"protocol versions {sorted(versions)}; this code reads {PROTOCOL_VERSION} alone")

@@ -30,7 +30,7 @@ import torch
 from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.estimator.checks import take
-from harness.registry import ModelEntry, defines_entries, entries
+from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
 from harness.submission.derived import derived
 from harness.submission.verify import verify
@@ -46,7 +46,7 @@ from spectra_db.schema import PROTOCOL_VERSION, TABLES
 NAME = "submission.json"
 VERSION = "0.0.0"  # of the data: not of a release yet
 _FORMAT = 1
-_MOST_BYTES = 1 << 20  # of a submission.json, and of a file of code
+_MOST_BYTES = 1 << 20  # of a submission.json
 _FACTS = ("family", "tier", "task", "source", "reference", "licence")
 
 
@@ -274,9 +274,9 @@ def _write_entry(entry: ModelEntry, registry: Path | None, code: list[Path], fol
     for path in code:
         assert registry is not None
         original = registry / path
-        if path.suffix != ".py" or original.stat().st_size > _MOST_BYTES:
+        if path.suffix != ".py" or original.stat().st_size > MAX_BYTES:
             raise UserError(
-                f"{original} is no Python source of at most {_MOST_BYTES:,} bytes, so it can't be "
+                f"{original} is no Python source of at most {MAX_BYTES:,} bytes, so it can't be "
                 "reviewed: let the network do without it, or publish it as a package"
             )
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -299,3 +299,14 @@ def test_a_page_that_has_no_part_to_write_is_refused(folder, tmp_path, content, 
     assert result.exit_code == 2
     assert message in result.stderr
     assert page.read_bytes() == content
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@"])
+def test_a_spreadsheet_takes_no_text_for_a_formula(folder, tmp_path, sign):
+    store.write(folder, "models", [model_row("late", status="pending", reason=f"{sign}1+1")])
+    data = tables.read(folder)
+    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps, num_draws=5)
+    export(data, board, tmp_path / "out")
+    pending = pd.read_csv(tmp_path / "out" / "leaderboard" / "pending.csv", index_col="model")
+    assert pending.loc["late", "reason"] == f"'{sign}1+1"
+    assert pd.read_csv(tmp_path / "out" / "leaderboard" / "leaderboard.csv")["value"].dtype == float

@@ -22,8 +22,9 @@ from harness import tasks
 from harness.errors import UserError
 from harness.training import version
 from spectra_db import store
+from spectra_db.derived import rows_of
 from spectra_db.heterogeneity import metrics
-from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, TABLES
+from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from harness.estimator import Block
@@ -325,13 +326,6 @@ def checkpoint_sha256(out: Path, model: str, stage: str, seed: int) -> str | Non
     rows = rows_of(out, "stages", model)
     rows = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == seed) & (rows["stage"] == stage)]
     return None if rows.empty else str(rows.iloc[0]["checkpoint_sha256"])
-
-
-def rows_of(out: Path, table: str, model: str) -> pd.DataFrame:
-    """Return a model's rows of a table, none where there is no file."""
-    path = store.path_of(out, table, model)
-    rows = store.read(path, table) if path.exists() else TABLES[table].empty_table()
-    return rows.to_pandas()
 
 
 def identity_of(problem: Problem, settings: Settings) -> dict[str, Any]:

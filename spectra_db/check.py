@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
 from spectra_db import card, diff, manifest, store
+from spectra_db.derived import DERIVED, Derive, differences, wrong_rules
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import list_files
 from spectra_db.schema import SPECTRUM, TABLES
@@ -19,17 +21,25 @@ _SPECTRUM = list(SPECTRUM)
 MAX_BYTES = 100_000_000
 
 
-def problems(folder: Path, previous: Path | None = None) -> list[str]:
+def problems(
+    folder: Path,
+    previous: Path | None = None,
+    *,
+    derived: Mapping[str, Derive] = DERIVED,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
     """Return what is wrong with a release, each with its file and reason; none if it is sound.
 
     The manifest and the files agree; every table is valid (schema, types, invariants, no key
-    twice, one protocol); rows of different tables fit together; the card is that of the tables;
-    the size stays below 100 MB. Against an earlier release: no row is lost, and the version goes
-    up by what changed.
+    twice, one protocol); rows of different tables fit together, and what follows from others is
+    what these give, to rounding; the card is that of the tables; the size stays below 100 MB.
+    Against an earlier release: no row is lost, and the version goes up by what changed.
 
     Args:
         folder: The release.
         previous: The release before.
+        derived: What is made anew, and from what; `harness.publication` adds what needs entries.
+        on_progress: Called with (files made anew, files in all).
     """
     try:
         known = manifest.read(folder)
@@ -40,10 +50,11 @@ def problems(folder: Path, previous: Path | None = None) -> list[str]:
     found = [*_files(folder, known), *_tables(folder, known)]
     if not found:  # else what follows would say the same again
         found += _fits(folder)
-        if (folder / manifest.CARD).read_text(encoding="utf-8") != card.render(
-            folder, known.version
-        ):
+        expected = card.render(folder, known.version).encode()
+        if (folder / manifest.CARD).read_bytes() != expected:
             found.append(f"{folder / manifest.CARD}: not the card of these tables")
+    if not found:
+        found += differences(folder, derived, on_progress)
     if previous is not None:
         found += _follows(folder, known, previous)
     return found
@@ -74,13 +85,20 @@ def _tables(folder: Path, known: Manifest) -> Iterator[str]:
     for path, file in sorted(known.files.items()):
         if file.rows is None or not (folder / path).is_file():
             continue
+        table = path.partition("/")[0]
         try:
-            rows = store.read(folder / path, path.partition("/")[0]).num_rows
+            rows = store.read(folder / path, table)
         except ValueError as error:
             yield str(error)
             continue
-        if rows != file.rows:
-            yield f"{folder / path}: {rows} rows; the manifest says {file.rows}"
+        if rows.num_rows != file.rows:
+            yield f"{folder / path}: {rows.num_rows} rows; the manifest says {file.rows}"
+        if table == "spectra" and (wrong := wrong_rules(rows.to_pandas())).any():
+            first = int(np.flatnonzero(wrong)[0])
+            yield (
+                f"{folder / path}: {wrong.sum()} rules are not those of their alphas and betas, "
+                f"the first in row {first}"
+            )
 
 
 def _fits(folder: Path) -> Iterator[str]:
@@ -168,5 +186,8 @@ def _follows(folder: Path, known: Manifest, previous: Path) -> Iterator[str]:
 def _columns(folder: Path, table: str) -> dict[str, str]:
     """Return the columns of a table with their types, from its first file."""
     paths = sorted((folder / table).glob("*.parquet"))
-    schema = pq.read_schema(paths[0]) if paths else []
+    if not paths:
+        return {}
+    with store.reading(paths[0]):
+        schema = pq.read_schema(paths[0])
     return {field.name: str(field.type) for field in schema}

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from spectra_db import rules
+from spectra_db import rules, store
 from spectra_db.schema import KEYS, LISTS, TABLES
 from spectra_db.store import InvalidTable
 
@@ -87,11 +86,7 @@ def _read(path: Path, table: str, columns: list[str] | None = None) -> pd.DataFr
     names = columns or TABLES[table].names
     if not path.exists():
         return TABLES[table].empty_table().select(names).to_pandas()
-    try:
-        content = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidTable(f"{path}: not readable as Parquet: {reason}") from error
+    content = store.raw(path)
     for name in names:
         if name not in content.schema.names:
             empty = pa.nulls(content.num_rows, TABLES[table].field(name).type)

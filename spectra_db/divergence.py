@@ -12,8 +12,8 @@ from spectra_db.density import POINTS_PER_SIGMA
 
 Array = NDArray[np.float64]
 
-# Lattice points handled at a time: 100 densities of them stay in a core's cache.
-_CHUNK = 512
+# Lattice points handled at a time: as measured on models of 40 blocks.
+_CHUNK = 1024
 # Step of the Wasserstein grid in asinh(θ / core): 2 % of θ away from the core.
 _W1_SPACING = 0.02
 _W1_EXACT = 4096
@@ -63,18 +63,25 @@ def _add_chunk(total: Array, P: Array) -> None:
         P: Densities at some lattice points, shape (densities, points).
     """
     # Per density: its part of the integrand less what it counts where it is alone.
-    own = 0.5 * (_x_log_x(P) - np.log(2) * P).sum(axis=1)
+    own = 0.5 * (_x_log_x(P) - np.log(2) * P)
     active = np.flatnonzero(P.any(axis=1))
     references = active[active < total.shape[1]]
-    Q = 0.5 * P[references]
+    # Where a density is 0 the reference is alone, and nothing is replaced.
+    beside = (P > 0).astype(np.float64) @ own[references].T
+    half = np.ascontiguousarray(0.5 * P.T)
+    Q = half[:, references]
     for d in active:
-        cross = _x_log_x(Q + 0.5 * P[d]).sum(axis=1)
-        total[d, references] += own[d] + own[references] - cross
+        at = np.flatnonzero(P[d])
+        cross = _x_log_x(Q[at] + half[at, d, None]).sum(axis=0)
+        total[d, references] += own[d].sum() + beside[d] - cross
 
 
 def _x_log_x(x: Array) -> Array:
     """Return x ln x, 0 at 0; a denormal x counts as 0, where logarithms would lose it."""
-    return x * np.log(np.maximum(x, np.finfo(np.float64).tiny))
+    result = np.maximum(x, np.finfo(np.float64).tiny)
+    np.log(result, out=result)
+    result *= x
+    return result
 
 
 def w1_distances(

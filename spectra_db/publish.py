@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra_db import check, manifest
+from spectra_db.derived import DERIVED, Derive
 from spectra_db.hub import MAIN, TYPE, HubError, explain, fetch, resolve
 from spectra_db.load import NotFound
 from spectra_db.manifest import InvalidRelease, Manifest
@@ -44,8 +46,13 @@ class Plan:
         return not (self.added or self.changed or self.removed)
 
 
-def plan(folder: Path, repo: str) -> Plan:
+def plan(folder: Path, repo: str, *, derived: Mapping[str, Derive] = DERIVED) -> Plan:
     """Check a release, compare it with the Hub, and say what publishing it would do.
+
+    Args:
+        folder: The release.
+        repo: The dataset's id.
+        derived: As `spectra_db.check.problems`.
 
     Raises:
         InvalidRelease: The release is not sound, does not follow the published one, or its version
@@ -54,7 +61,7 @@ def plan(folder: Path, repo: str) -> Plan:
     """
     from huggingface_hub import HfApi
 
-    known = _sound(folder, None)
+    known = _sound(folder, None, derived)
     api = HfApi()
     head, reason = resolve(repo, MAIN)
     if head is None:
@@ -73,7 +80,7 @@ def plan(folder: Path, repo: str) -> Plan:
                 "version never changes: release another version"
             )
     elif manifest.NAME in remote:
-        _sound(folder, fetch(repo, head))
+        _sound(folder, fetch(repo, head), {})  # what follows was compared
     sizes = [(folder / path).stat().st_size for path in [*added, *changed]]
     return Plan(repo, tag, head, added, changed, removed, sum(sizes), tagged is not None)
 
@@ -195,9 +202,9 @@ def _is_committed(api: HfApi, folder: Path, planned: Plan) -> bool:
     return not any(_differences(folder, _paths(folder), _remote_files(api, planned.repo, head)))
 
 
-def _sound(folder: Path, previous: Path | None) -> Manifest:
+def _sound(folder: Path, previous: Path | None, derived: Mapping[str, Derive]) -> Manifest:
     """Return the manifest of a release without problems."""
-    found = check.problems(folder, previous)
+    found = check.problems(folder, previous, derived=derived)
     if found:
         more = f" (and {len(found) - 1} more problems; `harness dataset check`)"
         raise InvalidRelease(found[0] + (more if len(found) > 1 else ""))

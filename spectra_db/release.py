@@ -148,7 +148,12 @@ def _changelog(
     files = describe_files(staging)
     now = Manifest(version, PROTOCOL_VERSION, files)
     path = out / manifest.CHANGELOG
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise InvalidRelease(
+            f"{path}: damaged, no UTF-8 ({error}); put a whole copy there"
+        ) from None
     _, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
     lines = [f"- {note}" for note in dict.fromkeys(notes)]
     date = f"{datetime.now(UTC):%Y-%m-%d}"

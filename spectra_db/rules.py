@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.linalg import eigh_tridiagonal
 from scipy.stats import wasserstein_distance
 
-from spectra_db.density import truncated_rule
+from spectra_db.density import Array, truncated_rule
 from spectra_db.heterogeneity import TRUNCATION
 
 # Rounding of a product, relative to its norm. float32 against float64 differed by up to 200 eps on
@@ -29,11 +30,14 @@ class Difference:
 
     Attributes:
         distance: Wasserstein-1 distance, in units of the eigenvalues.
-        allowed: 1,000 rounding errors of the largest node, for the products, and one for each node,
-            plus twice the first rule's change against three quarters of its steps.
-        first: By how much v·Hv and |Hv| of the probe differ, relative to the norm of Hv. Later
-            alphas and betas are not compared one by one: once an eigenvalue has converged, rounding
-            decides them, while the rule stays (Greenbaum 1989, Linear Algebra Appl. 113).
+        allowed: 1,000 rounding errors of the largest node, for the products, and one for each node;
+            where an eigenvalue has converged, plus twice the first rule's change against three
+            quarters of its steps.
+        first: By how much the first alphas and betas differ: those of the first step relative to
+            |Hv|, the others to the largest node. They are those until an eigenvalue has converged
+            to the root of a rounding error, before which rounding does not grow (Paige 1980, Linear
+            Algebra Appl. 34). Later ones it decides, while the rule stays (Greenbaum 1989, Linear
+            Algebra Appl. 113).
         is_first_alike: first is at most 1,000 rounding errors.
     """
 
@@ -64,13 +68,27 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
     if row["method"] == "exact":
         return Difference(distance, rounding * largest, 0.0, is_first_alike=True)
     norm = float(np.hypot(row["alphas"][0], row["betas"][0]))  # of Hv
-    allowed = rounding * max(largest, norm)
-    if not row["breakdown"]:
+    largest = max(largest, norm)
+    allowed = rounding * largest
+    settled = _settled(row["alphas"], row["betas"], eps)
+    if not row["breakdown"] and settled < len(row["alphas"]):
         steps = max(1, int(TRUNCATION * len(row["alphas"])))
         shorter = truncated_rule(row["alphas"], row["betas"], steps)
         allowed += _TRUNCATIONS * float(
             wasserstein_distance(nodes, shorter[0], weights, shorter[1])
         )
-    moved = max(abs(row[name][0] - other[name][0]) for name in ("alphas", "betas"))
-    first = float(moved / norm) if norm else np.inf
+    same = min(settled, len(other["alphas"]))
+    moved = np.max(
+        [np.abs(row[name][:same] - other[name][:same]) for name in ("alphas", "betas")], axis=0
+    )
+    first = float(np.max(moved / [norm, *[largest] * (same - 1)])) if norm else np.inf
     return Difference(distance, allowed, first, is_first_alike=first <= _PRODUCT_EPS * eps)
+
+
+def _settled(alphas: Array, betas: Array, eps: float) -> int:
+    """Return after how many steps a Ritz value has converged to the root of eps, or all steps."""
+    for step in range(1, len(alphas)):
+        nodes, vectors = eigh_tridiagonal(alphas[:step], betas[: step - 1])
+        if (betas[step - 1] * np.abs(vectors[-1])).min() < eps**0.5 * np.abs(nodes).max():
+            return step
+    return len(alphas)

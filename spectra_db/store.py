@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from spectra_db.files import whole
 from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES, VERSIONS
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# A task of one's own is named as in module:Class.
+_WORD = re.compile(r"[A-Za-z0-9_][\w.-]*(:[A-Za-z_]\w*)?", re.ASCII)
 # Tables that are not per model are one file.
 _WHOLE = "all"
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
@@ -25,6 +28,9 @@ _WHOLE = "all"
 MAX_FILE_BYTES = 1 << 30
 _TOGETHER = {"spectra": ("probe",), "training": ("step", "split", "metric")}
 _TOLERANCE = 1e-9  # of sums of weights
+# Pages without a checksum, as older versions wrote them, are taken as they are.
+_VERIFIED = {"page_checksum_verification": True}
+_REMEDY = "put a whole copy there, or delete it: the command that wrote it makes it again"
 # What the checks of these lists need; all of it is read where one of them is.
 _RULE = (*LISTS, "method", "num_params", "status", "reason")
 
@@ -104,7 +110,7 @@ def read(
         path: The file.
         table: Name of its table.
         columns: Columns to read; None for all.
-        where: Condition on rows; row groups that can't hold such rows are not read.
+        where: Condition on rows.
 
     Raises:
         InvalidTable: The file is no Parquet of this table, is too large, or holds rows of
@@ -117,21 +123,14 @@ def read(
     # What the validation needs beside.
     beside = {*KEYS[table], "protocol_version", *(_RULE if set(LISTS) & set(wanted) else ())}
     needed = [name for name in schema.names if name in beside or name in wanted]
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
-        with pq.ParquetFile(path) as file:
-            _check_schema(table, file.schema_arrow, str(path), may_be_older=True)
-            # Damaged metadata of a column raise here; asked for them, pyarrow would abort.
-            file.scan_contents()
-            _check_size(file.metadata, path)
-        content = pq.read_table(
-            path, schema=schema, columns=needed, filters=where, partitioning=None
-        )
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidTable(f"{path}: not readable as Parquet: {reason}") from error
+    with reading(path), pq.ParquetFile(path, **_VERIFIED) as file:
+        _check_schema(table, file.schema_arrow, str(path), may_be_older=True)
+        # Damaged metadata of a column raise here; asked for them, pyarrow would abort.
+        file.scan_contents()
+        _check_size(file.metadata, path)
+        content = raw(path, schema=schema, columns=needed)
+    # Not while reading: statistics, by which groups of rows are left out, have no checksum.
+    content = content if where is None else content.filter(where)
     _check_values(table, content, str(path))
     if table == "models" and where is None and content.num_rows == 0:
         raise InvalidTable(f"{path}: no row; table models has one per model")
@@ -141,6 +140,39 @@ def read(
             raise InvalidTable(f"{path}: holds rows of model {min(strangers)!r}, not {path.stem!r}")
     content = content.select(wanted)
     return content.cast(pa.schema([schema.field(name) for name in wanted]))
+
+
+def raw(path: Path, **options: Any) -> pa.Table:
+    """Read a file as it is, with its pages compared with their checksums, and texts with UTF-8.
+
+    Args:
+        path: The file.
+        **options: Of `pyarrow.parquet.read_table`.
+
+    Raises:
+        InvalidTable: It is damaged, or no Parquet.
+    """
+    with reading(path):
+        content = pq.read_table(path, partitioning=None, **_VERIFIED, **options)
+        content.validate(full=True)
+    return content
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into a line with its name, the cause and the remedy.
+
+    Raises:
+        InvalidTable: As said, or the file is too large.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidTable(f"{path}: not readable as Parquet: {reason}; {_REMEDY}") from error
 
 
 def _check_table(table: str) -> None:
@@ -217,6 +249,10 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
         for model in pc.unique(content["model"]).to_pylist():
             if not _SLUG.fullmatch(model):
                 refuse(f"model {model!r} is no slug")
+    for name in ("family", "tier", "task") if table == "models" else ():
+        for word in pc.unique(content[name]).to_pylist() if name in names else ():
+            if not _WORD.fullmatch(word):
+                refuse(f"{name} {word!r} is no slug")
     versions = pc.unique(content["protocol_version"]).to_pylist()
     known = VERSIONS.get(table, PROTOCOL_VERSION)
     if versions != [known]:
@@ -338,7 +374,8 @@ def rewrite(source: Path, target: Path, table: str) -> None:
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
     """Return how a file is written: bytes of equal rank of the floats side by side, and zstd.
 
-    A quarter smaller than a dictionary of floats, which hardly ever repeat.
+    A quarter smaller than a dictionary of floats, which hardly ever repeat. Pages have checksums:
+    a flipped bit is no other number.
     """
     floats = {
         f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: field.name
@@ -350,6 +387,7 @@ def _encoding(schema: pa.Schema) -> dict[str, Any]:
         "compression_level": 9,
         "use_dictionary": [name for name in schema.names if name not in floats.values()],
         "column_encoding": dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        "write_page_checksum": True,
     }
 
 

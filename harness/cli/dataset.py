@@ -40,7 +40,6 @@ def release(
     to date.
     """
     from harness.publication import derive, unfinished
-    from spectra_db import check
     from spectra_db.release import release as make
 
     left_out = unfinished(source, registry)
@@ -59,22 +58,24 @@ def release(
     click.echo(
         f"{len(made.models())} models, {len(made.files)} files, {size / 1e6:.1f} MB in {out}"
     )
-    _report(check.problems(out), f"{out} is a sound release, version {made.version}")
+    _report(_problems(out, None, registry), f"{out} is a sound release, version {made.version}")
 
 
 @dataset.command("check")
 @click.argument("folder", type=_FOLDER, required=False)
 @click.option("--previous", type=_FOLDER, help="The release before: no row of it may be lost.")
-def check_(folder: Path | None, previous: Path | None) -> None:
+@options("registry")
+def check_(folder: Path | None, previous: Path | None, registry: Path | None) -> None:
     """Check a release: manifest, schema, invariants, keys, card, size, and what it follows.
 
-    FOLDER is the bundled release if not given.
+    What follows from other tables is made anew: heterogeneity from spectra, gaps from training, the
+    leaderboard from both. FOLDER is the bundled release if not given.
     """
-    from spectra_db import check, manifest
+    from spectra_db import manifest
     from spectra_db.load import BUNDLED
 
     folder = folder or BUNDLED
-    found = check.problems(folder, previous)
+    found = _problems(folder, previous, registry)
     known = None if found else manifest.read(folder)
     _report(found, f"{folder} is a sound release, version {known.version}" if known else "")
 
@@ -108,6 +109,17 @@ def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
         print_differences(changes, num_rows)
 
 
+def _problems(folder: Path, previous: Path | None, registry: Path | None) -> list[str]:
+    from harness.progress import progress_bar
+    from harness.publication import derived_of_release
+    from spectra_db import check
+
+    with progress_bar("check") as on_progress:
+        return check.problems(
+            folder, previous, derived=derived_of_release(registry), on_progress=on_progress
+        )
+
+
 def _report(found: list[str], sound: str) -> None:
     """Print problems and exit with 1, or say that there are none."""
     for problem in found:
@@ -130,11 +142,12 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
+    from harness.publication import derived_of_release
     from spectra_db import publish as publication
     from spectra_db.load import BUNDLED
 
     folder = source or BUNDLED
-    planned = publication.plan(folder, repo)
+    planned = publication.plan(folder, repo, derived=derived_of_release())
     for sign, paths in zip("+~-", (planned.added, planned.changed, planned.removed), strict=True):
         for path in paths:
             click.echo(f"{sign} {path}")

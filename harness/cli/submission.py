@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.cli.base import device_of, main, options
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.submission.verify import Check
 
 
 @main.command("add-model")
@@ -226,6 +230,13 @@ def submit(
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
 )
+@click.option(
+    "--runs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Training runs to repeat, as far as time allows.",
+)
 @click.option("--mark", is_flag=True, help="Note the models that agree in verified.json.")
 @click.option(
     "--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws the sample."
@@ -235,6 +246,7 @@ def verify(
     target: str,
     sample: int,
     budget: float,
+    runs: int,
     checkpoints: Path | None,
     mark: bool,
     source: Path | None,
@@ -244,12 +256,13 @@ def verify(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Recompute a sample of published rows, one probe each, and compare.
+    """Recompute a sample of published rows, one probe each, and a training run, and compare.
 
     TARGET is a model, a folder of tables, or a submission; by default all models of the bundled
-    release. Reading a submission executes none of its code; to recompute it, read the code, then
-    pass --registry SUBMISSION/entry. Rows whose data or weights are not here are listed as
-    unverifiable. The exit code is 0 if all that was recomputed agrees, and something was.
+    release. Tables of the models drawn that follow from others are made anew. Reading a submission
+    executes none of its code; to recompute it, read the code, then pass --registry
+    SUBMISSION/entry. Rows whose data or weights are not here are listed as unverifiable. The exit
+    code is 0 if all that was recomputed agrees, and some row did.
     """
     from dataclasses import asdict
     from functools import partial
@@ -257,14 +270,16 @@ def verify(
     from harness.display import print_checks
     from harness.progress import progress_bar
     from harness.registry import get
+    from harness.submission.retrain import verify_runs
     from harness.submission.submit import check_registry, reseal, tables_of
     from harness.submission.verify import (
         load_published,
         mark_verified,
         sample_rows,
         verify_sample,
+        verify_tables,
     )
-    from spectra_db.load import BUNDLED
+    from spectra_db.load import folder_of
 
     if not 0 < budget < float("inf"):
         raise UserError(f"--budget is {budget}; it must be positive, in seconds")
@@ -289,31 +304,40 @@ def verify(
         f"were made; at most {budget:,.0f} s here",
         err=True,
     )
+    deadline = time.monotonic() + budget
+    find_entry = partial(get, registry_dir=registry)
+    where: dict[str, Any] = {"data_root": data_root, "checkpoint_dir": checkpoints}
+    where["device"] = device_of(device)
     with progress_bar("verify") as on_progress:
-        checks = verify_sample(
-            chosen,
-            stages,
-            partial(get, registry_dir=registry),
-            budget=budget,
-            data_root=data_root,
-            checkpoint_dir=checkpoints,
-            device=device_of(device),
-            on_progress=on_progress,
+        of_rows = verify_sample(
+            chosen, stages, find_entry, budget=budget, on_progress=on_progress, **where
         )
+    models = sorted(set(chosen["model"]))
+    tables = folder_of(source, paths=[f"*/{model}.parquet" for model in models])
+    of_tables = verify_tables(tables, models, find_entry)
+    of_runs = verify_runs(tables, models, find_entry, runs, seed=seed, deadline=deadline, **where)
+    checks = [*of_rows, *of_tables, *of_runs]
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
         print_checks(checks)
     if mark:
-        mark_verified(source or BUNDLED, checks)
+        mark_verified(tables, checks, chosen, rows)
         if folder is not None and source != folder:
             reseal(folder)  # a submission lists its files
-    counts = {o: sum(c.outcome == o for c in checks) for o in ("agrees", "deviates")}
-    left = len(checks) - sum(counts.values())
-    click.echo(
-        f"{counts['agrees']} agree, {counts['deviates']} deviate, {left} can't be verified here, "
-        f"{len(chosen) - len(checks)} left for want of time",
-        err=True,
-    )
-    if counts["deviates"] or not counts["agrees"]:
+    rest = f"{len(chosen) - len(of_rows)} left for want of time"
+    click.echo(f"{_counts(of_rows)}, {rest}", err=True)
+    click.echo(f"tables that follow from others: {_counts(of_tables)}", err=True)
+    if runs:
+        click.echo(f"training runs: {_counts(of_runs)}", err=True)
+    outcomes = {check.outcome for check in checks}
+    if "deviates" in outcomes or "agrees" not in {check.outcome for check in of_rows}:
         sys.exit(1)
+
+
+def _counts(checks: list[Check]) -> str:
+    counts = Counter(check.outcome for check in checks)
+    return (
+        f"{counts['agrees']} agree, {counts['deviates']} deviate, "
+        f"{counts['unverifiable']} can't be verified here"
+    )

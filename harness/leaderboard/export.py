@@ -41,5 +41,12 @@ def export(data: Dataset, board: pd.DataFrame, out: Path) -> list[Path]:
     }
     for name, rows in files.items():
         with whole(folder / name) as part:
-            rows.to_csv(part, index=False)
+            rows.apply(_plain).to_csv(part, index=False)
     return [*([table] if len(board) else []), *(folder / name for name in files)]
+
+
+def _plain(column: pd.Series) -> pd.Series:
+    """Quote texts that a spreadsheet would take for a formula, by an apostrophe."""
+    if not pd.api.types.is_string_dtype(column):
+        return column
+    return column.str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)

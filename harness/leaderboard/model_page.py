@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.leaderboard.tables import in_network_order, standard
+from harness.leaderboard.tables import in_network_order
 from harness.registry.entry import partition_of
 from spectra_db.density import density
+from spectra_db.derived import standard
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.load import optional
 from spectra_db.schema import STAGES

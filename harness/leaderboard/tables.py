@@ -14,18 +14,12 @@ import spectra_db
 from harness.registry import entries
 from harness.registry.entry import partition_of
 from spectra_db import heterogeneity as measures
+from spectra_db.derived import standard
 from spectra_db.load import folder_of, optional
 from spectra_db.schema import SPECTRUM
 from spectra_db.verified import NOTE, verified_models
 
 _SPECTRUM = list(SPECTRUM)
-# The settings of PROTOCOL's spectra; a folder may hold others beside them.
-STANDARD = {
-    "operator": "hessian",
-    "norm_mode": "eval",
-    "dtype": "float32",
-    "probe_distribution": "gaussian",
-}
 _COUNTED = [*_SPECTRUM, "block", "block_kind", "method", "num_products"]
 
 
@@ -36,7 +30,7 @@ class Dataset:
     Attributes:
         models: Table `models`, with entries of the registry that the tables don't hold as pending;
             `missing` says what a model lacks, `provenance` who vouches for its rows: verified
-            (recomputed by `harness verify --mark`) or self-reported.
+            (by `harness verify --mark`) or self-reported, `checked` how much of it was recomputed.
         heterogeneity: Table `heterogeneity`, one spectrum per model and stage, of partition
             `weights` where the blocks allow it; with `block_products`, the products that a metric
             takes per block that is sampled.
@@ -99,12 +93,13 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
             for model, ours in metrics[with_biases].groupby("model")
         ]
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
-    verified = verified_models(folder_of(source, paths=[NOTE, "spectra/*.parquet"]))
+    verified = verified_models(folder_of(source, paths=[NOTE, "*/*.parquet"]))
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
             provenance=lambda m: (
                 m["model"].isin(verified).map({True: "verified", False: "self-reported"})
-            )
+            ),
+            checked=lambda m: m["model"].map(lambda model: str(verified.get(model, ""))),
         ),
         heterogeneity=metrics.assign(block_products=_block_products(metrics, spectra)),
         gaps=gaps,
@@ -132,17 +127,6 @@ def in_network_order(rows: pd.DataFrame) -> pd.DataFrame:
 
     places = [place(row) for row in rows.itertuples()]
     return rows.iloc[sorted(range(len(rows)), key=places.__getitem__)]
-
-
-def standard(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one spectrum of several of a stage: the protocol's settings first, then low seeds."""
-    if rows.empty:
-        return rows
-    settings = list(STANDARD)
-    rank = (rows[settings] != pd.Series(STANDARD)).sum(axis=1)
-    spectrum = [*settings, "init_seed", "train_run", "batch_hash"]
-    first = rows.assign(rank=rank).sort_values(["rank", *spectrum], kind="stable").iloc[0]
-    return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
 
 
 def _one_spectrum(metrics: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 import spectra_db
-from harness.leaderboard.tables import STANDARD, in_network_order
+from harness.leaderboard.tables import in_network_order
+from spectra_db.derived import STANDARD
 from spectra_db.load import optional
 
 # Folder of tables, or None for the bundled release.

@@ -13,6 +13,7 @@ from harness.registry import bert, cnn, gpt, mixer, mlp, paper, ranked, recurren
 from harness.registry.entry import TIERS, ModelEntry, Recipe
 
 __all__ = [
+    "MAX_BYTES",
     "SUBMITTED",
     "TIERS",
     "ModelEntry",
@@ -26,6 +27,7 @@ __all__ = [
 # Entries that were submitted, one file each, as `harness add-model` writes them.
 SUBMITTED = Path(__file__).parent / "submitted"
 _FAMILIES = (cnn, vit, mixer, gpt, mlp, recurrent, bert, paper, ranked)
+MAX_BYTES = 1 << 20  # of a file of code, which someone has to review
 
 
 def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) -> list[ModelEntry]:
@@ -78,10 +80,16 @@ def make_importable(folder: Path) -> None:
 
 
 def defines_entries(path: Path) -> bool:
-    """Tell whether a Python file defines ENTRIES, without executing it."""
+    """Tell whether a Python file defines ENTRIES, without executing it.
+
+    Raises:
+        UserError: It is no Python, too large, or nested too deeply to be read.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; a file of entries has at most {MAX_BYTES:,}")
     try:
         body = ast.parse(path.read_bytes(), str(path)).body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     names = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
     names |= {a.asname or a.name for n in body if isinstance(n, ast.ImportFrom) for a in n.names}

@@ -17,7 +17,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +30,14 @@ import torch
 from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.estimator.checks import take
-from harness.registry import ModelEntry, defines_entries, entries
+from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
+from harness.submission.derived import derived
 from harness.submission.verify import verify
 from harness.training.problem import load_problem
 from harness.training.stages import STAGE_SEED
 from spectra_db import check, store
+from spectra_db.derived import DERIVED, Derive
 from spectra_db.files import sha256_of, swap, whole
 from spectra_db.load import optional
 from spectra_db.release import release
@@ -44,7 +46,7 @@ from spectra_db.schema import PROTOCOL_VERSION, TABLES
 NAME = "submission.json"
 VERSION = "0.0.0"  # of the data: not of a release yet
 _FORMAT = 1
-_MOST_BYTES = 1 << 20  # of a submission.json, and of a file of code
+_MOST_BYTES = 1 << 20  # of a submission.json
 _FACTS = ("family", "tier", "task", "source", "reference", "licence")
 
 
@@ -102,7 +104,7 @@ def assemble(
         swap(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return problems(out)
+    return problems(out, entry)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -158,12 +160,19 @@ def check_registry(folder: Path, registry: Path | None) -> None:
     )
 
 
-def problems(folder: Path) -> list[str]:
-    """Return what is wrong with a submission; nothing of it is executed."""
+def problems(folder: Path, entry: ModelEntry | None = None) -> list[str]:
+    """Return what is wrong with a submission; nothing of it is executed.
+
+    Args:
+        folder: The submission.
+        entry: Its entry, whose recipe the gap is made anew by; `harness verify` does where it is
+            not known here.
+    """
     facts = read(folder)
     if facts is None:
         return [f"{folder}: no {NAME}, so it is no submission; `harness submit` makes one"]
-    return [*_wrong_files(folder, facts), *_wrong_content(folder, facts["model"])]
+    made = DERIVED if entry is None else derived(lambda name: entry)
+    return [*_wrong_files(folder, facts), *_wrong_content(folder, facts["model"], made)]
 
 
 def reseal(folder: Path) -> None:
@@ -265,9 +274,9 @@ def _write_entry(entry: ModelEntry, registry: Path | None, code: list[Path], fol
     for path in code:
         assert registry is not None
         original = registry / path
-        if path.suffix != ".py" or original.stat().st_size > _MOST_BYTES:
+        if path.suffix != ".py" or original.stat().st_size > MAX_BYTES:
             raise UserError(
-                f"{original} is no Python source of at most {_MOST_BYTES:,} bytes, so it can't be "
+                f"{original} is no Python source of at most {MAX_BYTES:,} bytes, so it can't be "
                 "reviewed: let the network do without it, or publish it as a package"
             )
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +323,7 @@ def _wrong_files(folder: Path, facts: dict[str, Any]) -> Iterator[str]:
             yield f"{path}: not the file that {NAME} lists"
 
 
-def _wrong_content(folder: Path, model: str) -> Iterator[str]:
+def _wrong_content(folder: Path, model: str, made: Mapping[str, Derive]) -> Iterator[str]:
     """Check the parts: report, entry and tables."""
     if not (folder / "README.md").is_file():
         yield f"{folder}: no README.md, the report"
@@ -327,7 +336,7 @@ def _wrong_content(folder: Path, model: str) -> Iterator[str]:
     for name in _files(folder):
         if name.startswith("entry/") and not name.endswith(".py"):
             yield f"{folder / name}: no Python source; entry/ holds nothing else"
-    yield from check.problems(folder / "data")
+    yield from check.problems(folder / "data", derived=made)
     for table in TABLES:
         for path in sorted((folder / "data" / table).glob("*.parquet")):
             if path.stem != model:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ from harness.estimator.quadrature import gauss_rule
 from harness.estimator.spectrum import DTYPES
 from harness.registry import ModelEntry
 from harness.submission import locate
+from harness.submission.derived import derived
 from harness.training import Problem, load_problem
 from harness.training.stages import STAGE_SEED, checkpoint_path
-from spectra_db import rules, verified
+from spectra_db import rules, store, verified
+from spectra_db.derived import DERIVED, differences, rows_of, wrong_rules
 from spectra_db.files import sha256_of
 from spectra_db.load import optional
+from spectra_db.verified import Extent
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Check:
     """What came of one row.
 
     Attributes:
-        model, stage, partition, block, probe: Which row.
+        model, stage, partition, block, probe: Which row; of a training run stage is "training",
+            block its optimizer and rate, probe its seed; of a table made anew stage is "table".
         outcome: agrees, deviates, or unverifiable: it can't be recomputed here.
         deviation: Wasserstein-1 distance between the published rule and the recomputed one, over
             the published rule's rms eigenvalue; None where nothing was recomputed.
@@ -54,6 +60,10 @@ class Check:
     deviation: float | None = None
     allowed: float | None = None
     reason: str | None = None
+
+
+class TooLong(Exception):  # noqa: N818
+    """What was begun would not end within the time that is left."""
 
 
 class Unverifiable(UserError):  # noqa: N818
@@ -74,10 +84,12 @@ def verify(
     data_root: Path | None = None,
     checkpoint_dir: Path | None = None,
     device: str | None = None,
+    deadline: float = float("inf"),
 ) -> Check:
     """Recompute one row of table `spectra` and compare.
 
-    The first two moments of the probe and the rules must be as close as `spectra_db.rules` says.
+    The rule must be that of its coefficients, data and batch those of the entry here, and the first
+    coefficients and the rules as close as `spectra_db.rules` says.
 
     Args:
         row: The published row.
@@ -86,10 +98,18 @@ def verify(
         data_root: Folder of data sets.
         checkpoint_dir: Folder of checkpoints; stages after init need theirs.
         device: Where to compute.
+        deadline: When it must end, in the time of `time.monotonic`.
+
+    Raises:
+        TooLong: By the time of its second product it would end later.
     """
     try:
+        if wrong_rules(pd.DataFrame([row])).any():
+            raise _Wrong("the rule is not that of its alphas and betas")
         problem = _problem(row, entry, stages, data_root, checkpoint_dir)
-        other = _recompute(row, problem, device)
+        other = _recompute(row, problem, device, deadline)
+    except TooLong:
+        raise
     except UserError as error:
         return _check(row, "unverifiable", reason=str(error))
     except _Wrong as error:
@@ -104,7 +124,7 @@ def verify(
     reason = None
     if not found.is_first_alike:
         reason = (
-            f"the first product differs by {found.first:.1e} of its norm: another probe or batch"
+            f"the first products differ by {found.first:.1e} of their size: another probe or batch"
         )
     elif not found.is_explained:
         reason = "the rules are further apart than rounding and truncation explain"
@@ -124,27 +144,27 @@ def verify_sample(
     device: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Check]:
-    """Verify rows one after another; begin none that would not end within the budget.
+    """Verify rows one after another; give up those that would not end within the budget.
 
     Args:
         rows: Rows of table `spectra`, as `sample_rows` returns them.
         stages: Table `stages` beside them.
         find_entry: Name ↦ entry; raises UserError for a name it doesn't know.
-        budget: Seconds. A row is expected to take what it says it took.
+        budget: Seconds. What a row takes follows from its second product here.
         data_root: Folder of data sets.
         checkpoint_dir: Folder of checkpoints.
         device: Where to compute.
         on_progress: Called with (rows done, rows in all).
 
     Returns:
-        One check per row that was begun, in the order of the rows.
+        One check per row that was not given up, in the order of the rows.
     """
-    begin = time.monotonic()
+    deadline = time.monotonic() + budget
     checks = []
     for done, row in enumerate(rows.to_dict("records")):
         on_progress(done, len(rows))
-        if time.monotonic() - begin + row["seconds"] > budget:
-            continue
+        if time.monotonic() > deadline:
+            break
         try:
             entry = find_entry(row["model"])
         except UserError as error:
@@ -155,27 +175,49 @@ def verify_sample(
             "data_root": data_root,
             "checkpoint_dir": checkpoint_dir,
             "device": device,
+            "deadline": deadline,
         }
-        checks.append(verify(row, entry, mine, **where))
+        with suppress(TooLong):
+            checks.append(verify(row, entry, mine, **where))
     on_progress(len(rows), len(rows))
     return checks
 
 
-def mark_verified(root: Path, checks: Sequence[Check]) -> None:
-    """Note which models a sample was verified of, beside their tables.
+def mark_verified(
+    root: Path, checks: Sequence[Check], chosen: pd.DataFrame, rows: pd.DataFrame
+) -> None:
+    """Note which models everything that was drawn agreed of, and how much that was.
 
     Args:
         root: Folder of tables.
-        checks: What came of a sample of its rows.
+        checks: What came of the rows, runs and tables.
+        chosen: The rows that were drawn.
+        rows: Rows of table `spectra`, of which they were drawn.
 
     Raises:
         UserError: The tables are not in a folder.
     """
     if not root.is_dir():
         raise UserError(f"{root} is no folder of tables: what is verified is noted beside them")
-    wrong = {check.model for check in checks if check.outcome == "deviates"}
-    agreed = Counter(check.model for check in checks if check.outcome == "agrees")
+    agreed, wrong = {}, set()
+    for model, drawn in chosen.groupby("model"):
+        mine = [check for check in checks if check.model == model]
+        outcomes = {check.outcome for check in mine}
+        places = Counter(check.stage for check in mine)
+        runs, tables = places.pop("training", 0), places.pop("table", 0)
+        if "deviates" in outcomes:
+            wrong.add(str(model))
+        elif outcomes == {"agrees"} and len(mine) - runs - tables == len(drawn):
+            known = runs_of(rows_of(root, "training", str(model)))
+            holds = int((rows["status"].eq("ok") & rows["model"].eq(model)).sum())
+            agreed[str(model)] = Extent(len(drawn), holds, runs, len(known))
     verified.mark(root, agreed, wrong)
+
+
+def runs_of(training: pd.DataFrame) -> list[tuple[str, float, int]]:
+    """Return (optimizer, rate, seed) of each training run that did not diverge."""
+    found = training.loc[~training["diverged"], ["optimizer", "lr", "seed"]].drop_duplicates()
+    return list(found.itertuples(index=False, name=None))
 
 
 def _check(row: dict[Any, Any], outcome: str, **found: Any) -> Check:
@@ -207,10 +249,12 @@ def _problem(
         data_root=data_root,
         checkpoint_dir=checkpoint_dir,
     )
+    elsewhere = f"the data here are {problem.data_source}, not {row['data_source']}"
     if batch_hash(problem.batches) != row["batch_hash"]:
-        if problem.data_source != row["data_source"]:
-            raise Unverifiable(f"data are {problem.data_source}, not {row['data_source']}")
-        raise _Wrong("the data are the same, the batch is not")
+        same = problem.data_source == row["data_source"]
+        raise _Wrong("the data are the same, the batch is not" if same else elsewhere)
+    if problem.data_source != row["data_source"]:
+        raise _Wrong(elsewhere)
     return problem
 
 
@@ -233,7 +277,9 @@ def _check_checkpoint(
         raise Unverifiable(f"the checkpoint of {model} at {stage} here is not the published one")
 
 
-def _recompute(row: dict[Any, Any], problem: Problem, device: str | None) -> dict[str, Any]:
+def _recompute(
+    row: dict[Any, Any], problem: Problem, device: str | None, deadline: float
+) -> dict[str, Any]:
     """Return alphas, betas, nodes and weights of the row's block and probe."""
     entry = problem.entry
     found = find_blocks(problem.model, row["partition"], paper_blocks=entry.paper_blocks)
@@ -257,7 +303,11 @@ def _recompute(row: dict[Any, Any], problem: Problem, device: str | None) -> dic
         )
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
+        count = block.num_params if row["method"] == "exact" else row["num_steps"]
+        product = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
+            for _ in range(min(2, count)):
+                product(torch.ones(count, dtype=hessian.dtype, device=target))
             eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
             weights = np.full(len(eigenvalues), 1 / len(eigenvalues))
             return {"alphas": [], "betas": [], "nodes": eigenvalues, "weights": weights}
@@ -266,13 +316,60 @@ def _recompute(row: dict[Any, Any], problem: Problem, device: str | None) -> dic
             raise _Wrong("the probe's seed is not the one of its name")
         v0 = draw_probe(block.num_params, row["probe_seed"], row["probe_distribution"])
         run = lanczos(
-            lambda v: hessian.products([(0, v)])[0],
+            product,
             v0.to(target, hessian.dtype),
             row["num_steps"],
             reorthogonalize=row["reorthogonalized"],
         )
     nodes, weights = gauss_rule(run.alphas, run.betas)
     return {"alphas": run.alphas, "betas": run.betas, "nodes": nodes, "weights": weights}
+
+
+def _timed(
+    product: Callable[[torch.Tensor], torch.Tensor], count: int, deadline: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the product; the second call of `count` tells when the last would end."""
+    calls = itertools.count(1)
+
+    def timed(v: torch.Tensor) -> torch.Tensor:
+        begin, call = time.monotonic(), next(calls)
+        result = product(v)
+        now = time.monotonic()
+        if now > deadline or (call == 2 and now + (now - begin) * (count - 2) > deadline):
+            raise TooLong
+        return result
+
+    return timed
+
+
+def verify_tables(
+    folder: Path, models: Collection[str], find_entry: Callable[[str], ModelEntry]
+) -> list[Check]:
+    """Make tables anew that follow from others, and compare; one check per model and table.
+
+    Args:
+        folder: Folder of tables.
+        models: Their names; the gap of one whose entry is not known can't be made anew.
+        find_entry: As `verify_sample`.
+    """
+    checks = []
+    for model in sorted(models):
+        row = {"model": model, "stage": "table", "partition": "", "probe": 0}
+        known, unknown = derived(find_entry), ""
+        try:
+            find_entry(model)
+        except UserError as error:
+            unknown = str(error)
+        for table, derive in known.items():
+            if not store.path_of(folder, table, model).is_file():
+                continue
+            if unknown and table not in DERIVED:
+                checks.append(_check(row | {"block": table}, "unverifiable", reason=unknown))
+                continue
+            found = differences(folder, {table: derive}, models=[model])
+            outcome = "deviates" if found else "agrees"
+            checks.append(_check(row | {"block": table}, outcome, reason="; ".join(found) or None))
+    return checks
 
 
 def load_published(source: Path | None, model: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,8 @@ class Data:
     Attributes:
         train, test: tensors that the task draws from; `test` may be empty.
         source: what was used and where it came from, for people.
-        checksum: sha256 of the bytes that were used, hexadecimal.
+        checksum: sha256 of the bytes that were used, hexadecimal; of a task of someone's own it is
+            that of the tensors, whatever `read` says.
         model_options: what a model must know of its data (`num_classes`, `image_size`,
             `in_channels`, or `vocab_size`, `context`).
     """
@@ -154,13 +155,26 @@ class Task(ABC):
 @lru_cache(maxsize=8)
 def _load_once(task: Task, root: Path | None) -> Data:
     try:
-        return task.read(root)
+        data = task.read(root)
+        # What rows say of their data must follow from these; ours hash the files.
+        ours = type(task).__module__.startswith("harness.tasks.")
+        known = ours or not isinstance(data, Data)  # what is none `validate` explains
+        return data if known else replace(data, checksum=_checksum(data))
     except (OSError, ValueError, LookupError) as error:
         where = "" if root is None else f" below {root}"
         raise UserError(
             f"the data of task {task.name!r} can't be read{where} ({reason_of(error)}); put whole "
             "files there"
         ) from error
+
+
+def _checksum(data: Data) -> str:
+    """Return the sha256 of the tensors of both splits, with their types and shapes."""
+    given = [t for t in (*data.train, *data.test) if isinstance(t, Tensor)]
+    tensors = [tensor.detach().cpu().contiguous() for tensor in given]
+    kinds = [f"{len(data.train)}", *(f"{t.dtype} {tuple(t.shape)};" for t in tensors)]
+    parts = [t.flatten().view(torch.uint8).numpy().tobytes() for t in tensors]
+    return sources.sha256(["".join(kinds).encode(), *parts])
 
 
 def check_sizes(task: Task, **least: int) -> None:

@@ -8,8 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from harness.cli import main
+from harness.errors import UserError
 from harness.registry import get
+from harness.submission.derived import derived
 from spectra_db import store
+from spectra_db.derived import DERIVED, differences, rows_of
 from spectra_db.load import BUNDLED
 from spectra_db.schema import TABLES
 
@@ -45,8 +48,11 @@ def test_a_release_is_made_checked_and_compared_by_command(source, tmp_path):
     code, output = run("dataset", "check", old)
     assert (code, output.strip()) == (0, f"{old} is a sound release, version 0.1.0")
 
-    rows = store.read(source / "gaps" / f"{MODEL}.parquet", "gaps").to_pandas()
-    store.write(source, "gaps", rows.assign(gap=rows["gap"] + 10 * rows["standard_error"]))
+    rows = store.read(source / "training" / f"{MODEL}.parquet", "training").to_pandas()
+    mine = (rows["optimizer"] == "sgd") & (rows["step"] > 0) & (rows["split"] == "train")
+    store.write(source, "training", rows.assign(value=rows["value"].where(~mine, 0.5)))
+    gaps = rows_of(source, "gaps", MODEL)
+    store.write(source, "gaps", made_anew(source, gaps))
     assert run("dataset", "release", source, "--out", new, "--version", "0.1.1")[0] == 0
     code, output = run("dataset", "diff", old, new)
     assert code == 0
@@ -59,6 +65,42 @@ def test_a_release_is_made_checked_and_compared_by_command(source, tmp_path):
     code, output = run("dataset", "check", new)
     assert code == 1
     assert f"gaps/{MODEL}.parquet: the manifest lists it, it is not there" in output
+
+
+def made_anew(folder, gaps):
+    [row] = derived(get)["gaps"](folder, gaps).to_dict("records")
+    return gaps.assign(**{k: v for k, v in row.items() if k in gaps})
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "values"),
+    [
+        ("gaps", "gap", 0.9),
+        ("gaps", "sgd_lr", 0.5),
+        ("training", "value", 2.0),  # flattened curves
+        ("blocks", "trace", 1.0),
+    ],
+)
+def test_numbers_that_do_not_follow_from_each_other_are_named(source, table, column, values):
+    store.write(source, table, rows_of(source, table, MODEL).assign(**{column: values}))
+    of = "gaps" if table == "training" else table
+    [problem] = differences(source, {of: derived(get)[of]})
+    assert problem.startswith(f"{source / of / MODEL}.parquet: ")
+    assert "made anew" in problem
+
+
+def test_a_gap_without_its_entry_can_not_be_made_anew(source):
+    def unknown(name):
+        raise UserError(f"no model {name!r}")
+
+    [problem] = differences(source, derived(unknown), models=[MODEL])
+    assert "--registry DIR adds entries" in problem
+
+
+def test_what_follows_from_other_tables_in_the_bundled_release_does():
+    others = {table: derived(get)[table] for table in ("blocks", "gaps", "stages")}
+    assert differences(BUNDLED, others, models=["gpt-nano-sft", "vit-cifar10"]) == []
+    assert differences(BUNDLED, DERIVED, models=[MODEL]) == []
 
 
 def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path):

@@ -150,8 +150,10 @@ def write_tables(root: Path, models: Sequence[str] = ("digits-cnn", "digits-mlp"
             rows = slq_rows(spectra, 3, 10, generator)
             parts.append(rows.assign(model=model, stage=stage, train_run=run))
             store.write(root, "heterogeneity", metrics(parts[-1]))
-            key = {"model": model, "stage": stage, "protocol_version": 1, "seed": 1, "step": 0}
-            rest = {"optimizer": "adamw", "loss": 1.5, "lr": 0.1, "checkpoint_sha256": "0" * 64}
+            step = 0 if stage == "init" else 4
+            key = {"model": model, "stage": stage, "protocol_version": 1, "seed": 1, "step": step}
+            rest = {"optimizer": "adamw", "lr": 0.1, "checkpoint_sha256": "0" * 64}
+            rest["loss"] = 2 / (1 + step)
             store.write(root, "stages", [key | rest])
         store.write(root, "spectra", pd.concat(parts, ignore_index=True))
         store.write(root, "models", [model_row(model)])

@@ -164,7 +164,7 @@ def test_rows_are_those_of_the_revision_and_stay_when_offline(published, python)
 
 def test_release_and_note_are_read_from_the_hub_too(published, releases, python, tmp_path):
     folder = shutil.copytree(releases / "0.2.0", tmp_path / "0.3.0")
-    verified.mark(folder, {"digits-cnn": 3}, ())
+    verified.mark(folder, {"digits-cnn": verified.Extent(3, 12, 0, 1)}, ())
     release(folder, folder, "0.3.0")
     commit_folder(published.repo, folder, tag="v0.3.0")
     code, output, errors = python("""

@@ -19,7 +19,7 @@ from spectra_db import store
 from spectra_db.schema import KEYS, PROTOCOL_VERSION, TABLES, VERSIONS
 from spectra_db.store import InvalidTable
 
-from .synthetic import exact_row, failed_row, slq_row, zero_row
+from .synthetic import exact_row, failed_row, model_row, slq_row, zero_row
 
 ROOT = Path(__file__).parents[2]
 SMALL = np.array([1.0, 2.0, 4.0])
@@ -360,3 +360,10 @@ def test_a_key_that_repeats_in_a_file_is_refused_by_name_in_any_column(tmp_path)
     pq.write_table(pa.concat_tables([rows, rows]), path)
     with pytest.raises(InvalidTable, match=r"made-up\.parquet: the key of row 1 repeats"):
         store.read(path, "training", columns=["value"])
+
+
+@pytest.mark.parametrize("column", ["family", "tier", "task"])
+def test_names_of_families_tiers_and_tasks_are_no_markup(tmp_path, column):
+    with pytest.raises(InvalidTable, match=f"{column} '<b>' is no slug"):
+        store.write(tmp_path, "models", [model_row("a", **{column: "<b>"})])
+    store.write(tmp_path, "models", [model_row("a", task="module.of:Mine")])

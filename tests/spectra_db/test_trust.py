@@ -163,6 +163,61 @@ def test_a_damaged_file_is_refused_by_name_or_read_and_never_crashes_the_reader(
     assert refused > tried / 4
 
 
+def test_a_flipped_bit_is_refused_by_name_or_changes_no_number(tmp_path):
+    starts = np.random.default_rng(0).standard_normal((3, 50))
+    store.write(
+        tmp_path, "spectra", [slq_row(np.arange(50.0), "a", p, starts[p], 8) for p in range(3)]
+    )
+    path = store.path_of(tmp_path, "spectra", "made-up")
+    good, right = path.read_bytes(), store.read(path, "spectra")
+    end = len(good) - 8 - int.from_bytes(good[-8:-4], "little")  # of the pages; metadata follow
+    moments, refused = random.Random(0), 0
+    places = [moments.randrange(4, end) for _ in range(150)]
+    places += [moments.randrange(end, len(good)) for _ in range(50)]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << moments.randrange(8)
+        path.write_bytes(bad)
+        found, refusal = attempt(lambda: store.read(path, "spectra"), InvalidTable)
+        assert (found is None and str(path) in refusal) or found.equals(right), place
+        refused += found is None
+    assert refused > 100
+
+
+def test_a_damaged_page_is_found_in_columns_that_are_not_asked_for(tmp_path):
+    store.write(tmp_path, "gaps", [gap_row("made-up")])
+    path = store.path_of(tmp_path, "gaps", "made-up")
+    column = pq.read_metadata(path).row_group(0).column(2)
+    assert column.path_in_schema == "gap"
+    bad = bytearray(path.read_bytes())
+    bad[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(bad)
+    for read in (
+        lambda: store.read(path, "gaps", columns=["num_seeds"]),
+        lambda: compare(tmp_path, tmp_path, "gaps"),
+    ):
+        with pytest.raises(InvalidTable, match=r"made-up\.parquet: .*; put a whole copy there"):
+            read()
+
+
+def test_text_that_is_none_is_refused_by_name(tmp_path):
+    schema = TABLES["gaps"]
+    row = gap_row("made-up", reason="xx")
+    store.write(tmp_path, "gaps", [row])
+    path = store.path_of(tmp_path, "gaps", "made-up")
+    bad = pa.array([b"\xff\xfe"]).view(pa.string())
+    write_parquet(path, schema, reason=bad)
+    with pytest.raises(InvalidTable, match=r"made-up\.parquet: not readable as Parquet: .*UTF"):
+        store.read(path, "gaps")
+    out = tmp_path / "release"
+    release(write_tables(tmp_path / "tables", ["digits-cnn"]), out, "0.1.0")
+    for name in (manifest.CARD, manifest.CHANGELOG):
+        (out / name).write_bytes(b"\xff\xfe")
+    assert any(manifest.CARD in problem for problem in check.problems(out))
+    with pytest.raises(InvalidRelease, match=r"CHANGELOG\.md: damaged, no UTF-8"):
+        release(tmp_path / "tables", out, "0.2.0")
+
+
 def write_parquet(path, schema, **columns):
     """Write a file with the schema's columns, some of them replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)

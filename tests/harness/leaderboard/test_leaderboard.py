@@ -16,6 +16,7 @@ from harness.leaderboard.model_page import charts
 from harness.submission.verify import Check, mark_verified
 from spectra_db import store
 from spectra_db.load import BUNDLED
+from spectra_db.verified import Extent
 from tests.harness.leaderboard.tables import gap_row, made_up, model_row
 
 ROOT = Path(__file__).parents[3]
@@ -125,21 +126,31 @@ def test_every_model_without_a_number_is_pending_with_the_reason(folder):
     assert "m0" not in pending
 
 
-def test_a_verified_model_is_told_from_a_self_reported_one_until_its_rows_change(folder):
-    for model in ("m0", "m1", "m2"):
+def test_only_models_of_which_all_that_was_drawn_agreed_are_verified_until_a_table_changes(folder):
+    outcomes = {
+        "m0": ["agrees", "agrees"],
+        "m1": ["agrees", "deviates"],
+        "m2": ["agrees", "agrees"],
+        "m3": ["agrees", "unverifiable"],
+        "m4": ["agrees"],  # the other was left for want of time
+    }
+    for model in outcomes:
         path = store.path_of(folder, "spectra", model)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(model.encode())
-    outcomes = {"m0": ["agrees", "agrees"], "m1": ["agrees", "deviates"], "m2": ["agrees"]}
     checks = [
         Check(model, "init", "weights", "w", i, outcome)
         for model, several in outcomes.items()
         for i, outcome in enumerate(several)
     ]
-    mark_verified(folder, checks)
-    store.path_of(folder, "spectra", "m2").write_bytes(b"changed")
-    found = tables.verified_models(folder)
-    assert found == {"m0"}
+    checks.append(Check("m0", "table", "", "gaps", 0, "agrees"))
+    checks.append(Check("m0", "training", "", "sgd at 0.1", 1, "agrees"))
+    rows = pd.DataFrame({"model": np.repeat(list(outcomes), 9), "status": "ok"})
+    mark_verified(folder, checks, rows.groupby("model").head(2), rows)
+    gaps = store.read(store.path_of(folder, "gaps", "m2"), "gaps").to_pandas()
+    store.write(folder, "gaps", gaps.assign(gap=0.9))
+    assert tables.verified_models(folder) == {"m0": Extent(2, 9, 1, 0)}
+    assert str(Extent(2, 9, 1, 36)) == "2 of 9 rows, 1 of 36 runs"
 
 
 def test_a_model_of_blocks_with_biases_is_compared_by_its_weights(tmp_path):
@@ -288,3 +299,14 @@ def test_a_page_that_has_no_part_to_write_is_refused(folder, tmp_path, content, 
     assert result.exit_code == 2
     assert message in result.stderr
     assert page.read_bytes() == content
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@"])
+def test_a_spreadsheet_takes_no_text_for_a_formula(folder, tmp_path, sign):
+    store.write(folder, "models", [model_row("late", status="pending", reason=f"{sign}1+1")])
+    data = tables.read(folder)
+    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps, num_draws=5)
+    export(data, board, tmp_path / "out")
+    pending = pd.read_csv(tmp_path / "out" / "leaderboard" / "pending.csv", index_col="model")
+    assert pending.loc["late", "reason"] == f"'{sign}1+1"
+    assert pd.read_csv(tmp_path / "out" / "leaderboard" / "leaderboard.csv")["value"].dtype == float

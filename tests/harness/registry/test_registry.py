@@ -111,13 +111,13 @@ def test_a_network_beside_an_outside_entry_is_found(
 def test_a_name_taken_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ENTRY_FILE.format(name="cnn-digits"))
     with pytest.raises(UserError, match="two entries are named 'cnn-digits'; rename one"):
-        registry.entries(registry_dir=tmp_path)
+        registry.registry.entries(registry_dir=tmp_path)
 
 
 def test_an_entry_file_that_fails_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_module\nENTRIES = ()\n")
     with pytest.raises(UserError, match=r"broken\.py can't be read: ModuleNotFoundError"):
-        registry.entries(registry_dir=tmp_path)
+        registry.registry.entries(registry_dir=tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         registry.entries(registry_dir=tmp_path / "nowhere")
 
@@ -126,7 +126,23 @@ def test_a_broken_file_without_entries_is_passed_over_and_one_with_entries_is_na
     tmp_path: Path,
 ) -> None:
     (tmp_path / "script.py").write_text("print 'of another Python'\n")
-    registry.entries(registry_dir=tmp_path)
+    registry.registry.entries(registry_dir=tmp_path)
     (tmp_path / "mine.py").write_text("ENTRIES = (\n")
     with pytest.raises(UserError, match=r"mine\.py can't be read: SyntaxError: .*line 1"):
+        registry.registry.entries(registry_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ENTRIES = '" + "x" * 36_000_000 + "'",
+        "ENTRIES = " + "(" * 5000,
+        "ENTRIES = a" + ".a" * 5000,
+    ],
+    ids=["large", "nested", "dots"],
+)
+def test_a_hostile_file_of_entries_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "hostile.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"hostile\.py"):
         registry.entries(registry_dir=tmp_path)

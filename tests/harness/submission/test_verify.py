@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from click.testing import CliRunner
 
 import spectra_db
 from harness.cli import main
+from harness.estimator.quadrature import gauss_rule
 from harness.registry import get
+from harness.submission.retrain import compare_runs, verify_runs
 from harness.submission.verify import sample_rows, verify, verify_sample
 from spectra_db import store
 from spectra_db.verified import verified_models
@@ -91,12 +95,30 @@ def test_a_seed_that_is_not_the_probe_s_own_is_told(folder):
     assert "seed" in check.reason
 
 
-def test_another_batch_of_the_same_data_deviates_and_other_data_can_t_be_verified(folder):
+def test_another_batch_and_other_data_deviate(folder):
     row = rows_of(folder, stage="init").iloc[0].to_dict()
     assert check_of(folder, row, batch_hash="0" * 16).outcome == "deviates"
-    elsewhere = check_of(folder, row, batch_hash="0" * 16, data_source="other digits")
-    assert elsewhere.outcome == "unverifiable"
-    assert "other digits" in elsewhere.reason
+    for changes in ({"data_source": "other digits"}, {"batch_hash": "0" * 16, "data_source": "x"}):
+        check = check_of(folder, row, **changes)
+        assert check.outcome == "deviates"
+        assert changes["data_source"] in check.reason
+
+
+def test_a_rule_that_is_not_that_of_its_coefficients_deviates(folder):
+    row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
+    check = check_of(folder, row, nodes=1.1 * row["nodes"])
+    assert check.outcome == "deviates"
+    assert "not that of its alphas and betas" in check.reason
+
+
+def test_a_later_coefficient_that_was_altered_deviates_before_an_eigenvalue_has_converged(folder):
+    row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
+    alphas = row["alphas"].copy()
+    alphas[1] *= 1.1
+    nodes, weights = gauss_rule(alphas, row["betas"])
+    check = check_of(folder, row, alphas=alphas, nodes=nodes, weights=weights)
+    assert check.outcome == "deviates"
+    assert "first products" in check.reason
 
 
 @pytest.mark.parametrize("harm", ["altered", "missing"])
@@ -117,15 +139,46 @@ def test_the_sample_follows_from_the_seed_and_holds_no_row_twice(folder):
     assert first.index.is_unique
 
 
-def test_a_row_that_would_not_end_within_the_budget_is_not_begun(folder):
-    rows = rows_of(folder, stage="init").assign(seconds=np.inf)
-    rows.loc[rows.index[3], "seconds"] = 0.0
-    checks = verify_sample(rows, spectra_db.load("stages", source=folder), get, budget=1000)
-    assert [check.block for check in checks] == [rows.iloc[3]["block"]]
+def test_a_row_s_time_follows_from_its_products_here_not_from_what_it_says(folder, monkeypatch):
+    clock = itertools.count()  # a second from look to look
+    monkeypatch.setattr("harness.submission.verify.time.monotonic", lambda: float(next(clock)))
+    rows = rows_of(folder, stage="init", method="slq").assign(seconds=0.0, num_steps=10**9)
+    stages = spectra_db.load("stages", source=folder)
+    assert verify_sample(rows.head(2), stages, get, budget=10**8) == []
+    rows = rows_of(folder, stage="init", method="slq").assign(seconds=np.inf)
+    assert len(verify_sample(rows.head(1), stages, get, budget=10**8)) == 1
+
+
+def test_a_training_run_repeats_and_another_curve_deviates(folder):
+    def repeated(deadline=float("inf")):
+        return verify_runs(folder, ["cnn-digits"], get, 1, seed=0, deadline=deadline)
+
+    [check] = repeated()
+    assert (check.outcome, check.stage, check.block) == ("agrees", "training", "adamw at 0.003")
+    assert check.deviation < 1e-6
+    assert repeated(deadline=time.monotonic() + 0.01) == []
+    path = store.path_of(folder, "training", "cnn-digits")
+    rows = store.read(path, "training").to_pandas()
+    flat = rows["value"].where(rows["step"] == 0, rows["value"].iloc[0])
+    for changed, reason in ((flat, "the curve is another"), (0.9 * rows["value"], "it begins at")):
+        found = compare_runs(rows.assign(value=changed), rows)[1]
+        assert reason in found
+
+
+def test_tables_that_do_not_follow_deviate_and_are_not_marked(folder):
+    arguments = ["verify", str(folder), "--sample", "2", "--runs", "0", "--mark"]
+    rows = store.read(store.path_of(folder, "heterogeneity", "cnn-digits"), "heterogeneity")
+    rows = rows.to_pandas()
+    mine = rows["metric"] == "js0"
+    store.write(folder, "heterogeneity", rows.assign(value=rows["value"].where(~mine, 0.9)))
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "tables that follow from others: 2 agree, 1 deviate" in result.stderr
+    assert verified_models(folder) == {}
 
 
 def test_the_command_ends_with_0_only_if_all_agree(folder):
-    command = ["verify", str(folder), "--sample", "4", "--json"]
+    command = ["verify", str(folder), "--sample", "4", "--runs", "0", "--json"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert {check["outcome"] for check in json.loads(result.stdout)} == {"agrees"}
@@ -172,6 +225,8 @@ def test_a_folder_that_is_not_there_is_no_model(tmp_path):
 def test_what_agrees_is_marked_as_verified_on_request(folder):
     arguments = ["verify", str(folder), "--sample", "2"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
-    assert verified_models(folder) == set()
+    assert verified_models(folder) == {}
     assert CliRunner().invoke(main, [*arguments, "--mark"]).exit_code == 0
-    assert verified_models(folder) == {"cnn-digits"}
+    extent = verified_models(folder)["cnn-digits"]
+    assert (extent.rows_checked, extent.runs_checked, extent.runs) == (2, 1, 1)
+    assert extent.rows == (rows_of(folder)["status"] == "ok").sum()

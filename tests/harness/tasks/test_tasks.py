@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -376,3 +376,18 @@ def test_images_without_a_test_split_have_an_empty_one(tmp_path: Path) -> None:
     data = task.load(tmp_path)
     assert (task.size(data, "train"), task.size(data, "test")) == (2, 0)
     assert data.test[0].shape == (0, 1, 28, 28)
+
+
+def test_a_task_of_someone_s_own_has_the_checksum_of_what_it_reads(monkeypatch):
+    read = Digits().read
+
+    def with_constant(factor):
+        def own(self, root):
+            data = read(root)
+            return replace(data, train=(data.train[0] * factor, data.train[1]), checksum="0" * 64)
+
+        kind = type("Own", (Digits,), {"read": own, "__module__": "stranger"})
+        return kind().load().checksum
+
+    assert with_constant(1.0) == with_constant(1.0) != with_constant(2.0)
+    assert with_constant(1.0) != "0" * 64

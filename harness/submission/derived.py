@@ -1,0 +1,41 @@
+"""What of a model's tables is made anew from others, where its entry is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from harness.errors import UserError
+from harness.registry import ModelEntry
+from harness.training.gap import gap
+from spectra_db.derived import DERIVED, Derive, rows_of
+
+
+def derived(find_entry: Callable[[str], ModelEntry]) -> dict[str, Derive]:
+    """Return what makes each derived table of a model anew, for `spectra_db.derived`.
+
+    Args:
+        find_entry: Name ↦ entry, whose recipe has the grid; raises UserError for an unknown name.
+    """
+    return DERIVED | {"gaps": partial(_gaps, find_entry)}
+
+
+def _gaps(
+    find_entry: Callable[[str], ModelEntry], folder: Path, stored: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the gap of a model from its training; one that failed for want of runs says why."""
+    model = str(stored["model"].iloc[0])
+    try:
+        entry = find_entry(model)
+    except UserError as error:
+        raise ValueError(f"{error}; --registry DIR adds entries") from error
+    if entry.recipe is None:
+        raise ValueError(f"the entry {model} is not trained")
+    made = gap(model, rows_of(folder, "training", model), entry.recipe)
+    runs_failed = made["status"] == "pending" and stored["status"].iloc[0] in ("failed", "pending")
+    kept = {} if runs_failed else {"status": made["status"]}
+    left_out = ("status", "reason")
+    return pd.DataFrame([{k: v for k, v in made.items() if k not in left_out} | kept])

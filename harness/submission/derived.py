@@ -11,6 +11,7 @@ import pandas as pd
 from harness.errors import UserError
 from harness.registry import ModelEntry
 from harness.training.gap import gap
+from harness.training.speedup import speedup
 from spectra_db.derived import DERIVED, Derive, rows_of
 
 
@@ -20,7 +21,29 @@ def derived(find_entry: Callable[[str], ModelEntry]) -> dict[str, Derive]:
     Args:
         find_entry: Name ↦ entry, whose recipe has the grid; raises UserError for an unknown name.
     """
-    return DERIVED | {"gaps": partial(_gaps, find_entry)}
+    return DERIVED | {
+        "gaps": partial(_gaps, find_entry),
+        "speedups": partial(_speedups, find_entry),
+    }
+
+
+def _entry(find_entry: Callable[[str], ModelEntry], model: str) -> ModelEntry:
+    try:
+        return find_entry(model)
+    except UserError as error:
+        raise ValueError(f"{error}; --registry DIR adds entries") from error
+
+
+def _speedups(
+    find_entry: Callable[[str], ModelEntry], folder: Path, stored: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the speed-up of a model from its trials."""
+    model = str(stored["model"].iloc[0])
+    entry = _entry(find_entry, model)
+    if entry.speedup is None:
+        raise ValueError(f"the entry {model} has no trials")
+    made = speedup(model, rows_of(folder, "trials", model), entry.speedup)
+    return pd.DataFrame([made]).drop(columns="reason", errors="ignore")
 
 
 def _gaps(
@@ -28,10 +51,7 @@ def _gaps(
 ) -> pd.DataFrame:
     """Return the gap of a model from its training; one that failed for want of runs says why."""
     model = str(stored["model"].iloc[0])
-    try:
-        entry = find_entry(model)
-    except UserError as error:
-        raise ValueError(f"{error}; --registry DIR adds entries") from error
+    entry = _entry(find_entry, model)
     if entry.recipe is None:
         raise ValueError(f"the entry {model} is not trained")
     made = gap(model, rows_of(folder, "training", model), entry.recipe)

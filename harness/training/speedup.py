@@ -279,15 +279,19 @@ def crossing(ends: Sequence[Sample], target: Sample) -> Crossing:
     drop = means[segment] - means[segment + 1]
     part = (means[segment] - target.mean) / drop if drop > 0 else 0.0
     value = float(top) if censored else max(segment + part, -1.0)
-    part = 1.0 if censored else value - segment
-    variance = _variance(ends, target, segment, part)[0]
+    at = np.array([float(segment + 1) if censored else value])
+    _, variance, _ = _behind(ends, target, at, np.array([segment]))
     # The interval: from where the losses are no longer behind, to where they are ahead.
     places = np.linspace(-_REACH, _REACH, 1201)
-    z = np.array([_t_ratio(ends, target, place) for place in places])
+    segments = np.clip(np.floor(places), 0, top - 1).astype(int)
+    mean, variances, freedom = _behind(ends, target, places, segments)
+    half_width = student.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(variances)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = mean / half_width
     low, high = places[z < 1].min(initial=value), places[z > -1].max(initial=value)
     return Crossing(
         value=value,
-        error=math.sqrt(variance) / drop if drop > 0 else math.inf,
+        error=math.sqrt(variance[0]) / drop if drop > 0 else math.inf,
         low=float(low) if low > -_REACH else -math.inf,
         high=float(high) if high < _REACH and not censored else math.inf,
         censored=censored,
@@ -295,31 +299,37 @@ def crossing(ends: Sequence[Sample], target: Sample) -> Crossing:
     )
 
 
-def _variance(
-    ends: Sequence[Sample], target: Sample, segment: int, part: float
-) -> tuple[float, float]:
-    """Return the variance of a loss between two lengths less the target, and its freedom.
+def _behind(
+    ends: Sequence[Sample], target: Sample, places: np.ndarray, segments: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how far losses between two lengths are above a target, the variance, its freedom.
 
-    Welch and Satterthwaite's degrees of freedom.
+    Args:
+        ends: Losses at the lengths.
+        target: The losses to be reached.
+        places: In log2 of the length, shape (n,).
+        segments: The lengths that each lies after, shape (n,).
+
+    Returns:
+        Three arrays (n,); Welch and Satterthwaite's degrees of freedom.
     """
-    terms = [
-        ((1 - part) ** 2 * ends[segment].variance, len(ends[segment].values)),
-        (part**2 * ends[segment + 1].variance, len(ends[segment + 1].values)),
-        (target.variance, len(target.values)),
-    ]
-    total = sum(term for term, _ in terms)
-    spread = sum(term**2 / (n - 1) for term, n in terms)
-    return total, total**2 / spread if spread > 0 else math.inf
-
-
-def _t_ratio(ends: Sequence[Sample], target: Sample, place: float) -> float:
-    """Return how far behind the target the loss is, in half-widths of its 95 % interval."""
-    segment = int(np.clip(math.floor(place), 0, len(ends) - 2))
-    part = place - segment
-    mean = (1 - part) * ends[segment].mean + part * ends[segment + 1].mean - target.mean
-    variance, freedom = _variance(ends, target, segment, part)
-    width = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
-    return mean / width if width > 0 else math.copysign(math.inf, mean)
+    part = places - segments
+    means = np.array([sample.mean for sample in ends])
+    variances = np.array([sample.variance for sample in ends])
+    counts = np.array([len(sample.values) for sample in ends])
+    mean = (1 - part) * means[segments] + part * means[segments + 1] - target.mean
+    terms = np.stack(
+        [
+            (1 - part) ** 2 * variances[segments],
+            part**2 * variances[segments + 1],
+            np.full_like(part, target.variance),
+        ]
+    )
+    others = np.full_like(counts[segments], len(target.values))
+    freedoms = np.stack([counts[segments], counts[segments + 1], others]) - 1
+    total, spread = terms.sum(0), (terms**2 / freedoms).sum(0)
+    # Equal losses in all seeds have no variance: any freedom will do.
+    return mean, total, np.divide(total**2, spread, out=np.ones_like(total), where=spread > 0)
 
 
 def speedup(model: str, rows: pd.DataFrame, recipe: SpeedupRecipe) -> dict[str, Any]:

@@ -134,6 +134,25 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     _console().print(table)
 
 
+def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
+    """Print the log2 speed-up of entries with its 95 % interval, the largest first."""
+    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("log2 speed-up", "95 % interval", "Adam needed", "J"):
+        table.add_column(name, justify="right")
+    for rows in (entries, references):
+        for row in rows.sort_values("y", ascending=False).itertuples():
+            if not row.trained:
+                table.add_row(str(row.model), "–", "–", "not trained", "–")
+                continue
+            ends = ("–" if x != x else f"{x:.2f}" for x in (row.y_low, row.y_high))
+            y = f"> {row.y:.2f}" if row.censored else f"{row.y:.2f}"
+            j = "–" if row.J is None or row.J != row.J else f"{row.J:.3f}"
+            table.add_row(str(row.model), y, f"[{', '.join(ends)}]", str(row.adam_needed), j)
+        table.add_section()
+    if table.row_count:
+        _console().print(table)
+
+
 def print_leaderboard(
     rows: Sequence[dict[str, Any]], columns: Mapping[str, str], stage: str
 ) -> None:

@@ -1,6 +1,15 @@
 """The command line: parse, call, echo. Heavy imports stand inside the commands."""
 
-from harness.cli import compute, dataset, leaderboard, models, paper, predictors, submission
+from harness.cli import (
+    compute,
+    dataset,
+    leaderboard,
+    models,
+    paper,
+    predictors,
+    submission,
+    verdict,
+)
 from harness.cli.base import main
 
 __all__ = [
@@ -12,4 +21,5 @@ __all__ = [
     "paper",
     "predictors",
     "submission",
+    "verdict",
 ]

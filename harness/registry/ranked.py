@@ -7,6 +7,7 @@ or 4,096 tokens a step. Their spectra and predictors are taken at initialisation
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -331,3 +332,18 @@ PAIRS = (
     ("convnext or vgg", "cifar-convnext", "cifar-vgg7"),
     ("resnet or vgg", "cifar-resnet8", "cifar-vgg7"),
 )
+
+# What must hold of the log2 speed-ups before anything is ranked: the least and the most.
+GATE: dict[str, tuple[float, float]] = {
+    "cifar-resnet8": (-math.inf, 0.5),
+    "bpe-gpt": (1.0, math.inf),
+    "cifar-vit": (0.5, math.inf),
+    "softmax-balanced": (-math.inf, 0.5),
+    "softmax-zipf": (1.0, math.inf),
+}
+_TEXTS = ("books", "masked-books")
+
+
+def modality(entry: ModelEntry) -> str:
+    """Tell whether an entry learns images or text."""
+    return "text" if entry.task in _TEXTS else "images"

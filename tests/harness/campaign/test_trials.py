@@ -95,20 +95,17 @@ def test_runs_of_other_lengths_are_of_another_version_of_the_entry(whole):
         list(missing(other, whole))
 
 
-def test_an_entry_that_starts_from_another_waits_for_its_weights(tmp_path):
+def test_an_entry_that_starts_from_another_waits_for_its_weights_which_are_kept(tmp_path):
     first = replace(TINY, name="first", stages=("init", "final"))
-    tuned = replace(TINY, name="tuned", pretrained="first")
+    quick = replace(RECIPE, num_steps=10)
+    tuned = replace(TINY, name="tuned", pretrained="first", speedup=quick)
     assert not any(unit.ready for unit in missing(tuned, tmp_path))
     started = do(tmp_path, first, tuned)
     models = [unit.model for unit in started]
     assert models.index("tuned") > models.index("first")
     rows = spectra_db.load("trials", source=tmp_path, model="tuned")
     assert (rows["reference_loss"] == rows["init_loss"]).all()
-
-
-def test_weights_that_are_gone_are_made_again(tmp_path):
-    first = replace(TINY, name="first", stages=("init", "final"))
-    do(tmp_path, first)
+    # Weights that are gone are made again, bit for bit.
     path = next((tmp_path / "checkpoints").rglob("final.safetensors"))
     before = path.read_bytes()
     path.unlink()

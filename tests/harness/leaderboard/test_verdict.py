@@ -109,7 +109,7 @@ def test_a_failed_gate_ranks_nothing_and_gives_no_number():
     found = verdict(table(), RIVALS, PAIRS, Gate(False, ("y of resnet8 is 0.9, above 0.5",)))
     assert found.answer == NOTHING
     assert found.sentence == (
-        "Nothing is ranked: the gate failed (y of resnet8 is 0.9, above 0.5)."
+        "Nothing is ranked: the gate does not hold (y of resnet8 is 0.9, above 0.5)."
     )
     assert found.measures.empty
     assert "ρ" not in "".join(found.lines)

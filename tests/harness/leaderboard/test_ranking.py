@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from harness import registry
+from harness.cli import main
+from harness.leaderboard import ranking
+from harness.leaderboard.verdict import NOTHING, SUPPORTS
+from harness.predictors import PREDICTORS
+from harness.registry import ranked
+from spectra_db import store
+
+GATE = {"cifar-resnet8": 0.1, "bpe-gpt": 1.2, "cifar-vit": 0.7, "softmax-balanced": -0.9}
+GATE |= {"softmax-zipf": 1.8}
+
+
+def speedup_row(model: str, y: float) -> dict:
+    answer = "yes" if y > 0.6 else "no" if y < 0.4 else "unclear"
+    return {
+        "model": model, "protocol_version": 2, "log2_speedup": y, "standard_error": 0.05,
+        "ci_low": y - 0.1, "ci_high": y + 0.1, "censored": False, "slower": "sgd",
+        "trained": True, "adam_needed": answer, "relative_gap": y / 4, "num_steps": 600,
+        "longest": 2, "num_seeds": 5, "num_trials": 40, "status": "ok", "reason": None,
+    }  # fmt: skip
+
+
+def predictor_rows(model: str, y: float, *, attention: bool) -> list[dict]:
+    shared = {
+        "model": model, "protocol_version": 2, "num_products": 3, "num_full_products": 0,
+        "batch_size": 512, "num_terms": 512, "batch_hash": "0" * 16, "data_source": "test",
+        "seconds": 0.1, "run_id": "", "status": "ok", "reason": None,
+    }  # fmt: skip
+    values = {p.name: y + 0.01 * i for i, p in enumerate(PREDICTORS)}
+    values["has_attention"] = float(attention)
+    return [
+        shared | {"predictor": name, "init_seed": seed, "value": value + 0.001 * seed}
+        for name, value in values.items()
+        for seed in (1, 2, 3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return the tables of a world in which every measure ranks the entries as y does."""
+    out = tmp_path_factory.mktemp("ranking")
+    names = [entry.name for entry in registry.entries("ranked")]
+    ys = {name: 0.05 + 0.07 * i for i, name in enumerate(sorted(names))} | GATE
+    for i, (name, y) in enumerate(ys.items()):
+        store.write(out, "speedups", [speedup_row(name, y)])
+        if name in names:
+            store.write(out, "predictors", predictor_rows(name, y, attention=i % 2 == 0))
+    return out
+
+
+def test_the_tables_of_a_campaign_give_a_verdict(folder):
+    found = ranking.ranking(folder)
+    assert found.verdict.answer == SUPPORTS
+    assert len(found.entries) == 18
+    assert found.pending == {}
+    assert "ρ = 1.00 over 18 entries" in found.verdict.sentence
+    assert set(found.references["model"]) == {"softmax-balanced", "softmax-zipf"}
+
+
+def test_j_is_the_raw_reading_and_no_rival_of_its_own():
+    assert ranking._J == "js0_raw"
+    assert "js0_raw" not in ranking.RIVALS
+    assert {"js0_own_rms", "energy_js", "noise_share"} <= set(ranking.RIVALS)
+    assert ranking.RIVALS["noise_share"] == -1
+
+
+def test_every_pair_names_two_ranked_entries_and_there_are_sixteen():
+    names = {entry.name for entry in registry.entries("ranked")}
+    assert len(names) == 18
+    assert len(ranked.PAIRS) == 16
+    assert {model for _, *pair in ranked.PAIRS for model in pair} <= names
+
+
+@pytest.mark.parametrize(("model", "y"), [("cifar-resnet8", 0.7), ("softmax-zipf", 0.2)])
+def test_a_gate_that_fails_ranks_nothing_and_says_why(folder, tmp_path, model, y):
+    for path in (folder / "speedups").glob("*.parquet"):
+        store.rewrite(path, tmp_path / "speedups" / path.name, "speedups")
+    store.write(tmp_path, "speedups", [speedup_row(model, y)])
+    gate = ranking.gate(tmp_path)
+    assert not gate.passed
+    assert gate.reasons == (f"y of {model} is {y:.2f}, not {ranking_bound(model)}",)
+
+
+def ranking_bound(model: str) -> str:
+    least, most = ranked.GATE[model]
+    return f"at least {least:g}" if least > 0 else f"at most {most:g}"
+
+
+def test_the_command_says_what_is_pending(tmp_path):
+    store.write(tmp_path, "speedups", [speedup_row("cifar-vit", 0.7)])
+    result = CliRunner().invoke(main, ["verdict", "--source", str(tmp_path), "--json"])
+    facts = json.loads(result.output)
+    assert facts["answer"] == NOTHING
+    assert facts["pending"]["cifar-vit"] == "predictors are missing"
+    assert facts["pending"]["bpe-gpt"] == "training runs are missing"

@@ -26,6 +26,7 @@ STANDARD = {
     "dtype": "float32",
     "probe_distribution": "gaussian",
 }
+_ATTENTION = {"attention", "query", "key", "value"}
 _COUNTED = [*_SPECTRUM, "block", "block_kind", "method", "num_products"]
 
 
@@ -36,7 +37,8 @@ class Dataset:
     Attributes:
         models: Table `models`, with entries of the registry that the tables don't hold as pending;
             `missing` says what a model lacks, `provenance` who vouches for its rows: verified
-            (recomputed by `harness verify --mark`) or self-reported.
+            (recomputed by `harness verify --mark`) or self-reported; `has_attention` whether one of
+            its blocks is of attention.
         heterogeneity: Table `heterogeneity`, one spectrum per model and stage, of partition
             `weights` where the blocks allow it; with `block_products`, the products that a metric
             takes per block that is sampled.
@@ -100,11 +102,13 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         ]
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
     verified = verified_models(folder_of(source, paths=[NOTE, "spectra/*.parquet"]))
+    attention = set(spectra.loc[spectra["block_kind"].isin(_ATTENTION), "model"])
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
             provenance=lambda m: (
                 m["model"].isin(verified).map({True: "verified", False: "self-reported"})
-            )
+            ),
+            has_attention=lambda m: m["model"].isin(attention),
         ),
         heterogeneity=metrics.assign(block_products=_block_products(metrics, spectra)),
         gaps=gaps,

@@ -78,7 +78,7 @@ def test_the_sentences_answer_the_questions_with_n_and_intervals(folder):
     assert "no runs are recorded" in text
 
 
-def test_the_sentences_name_what_is_not_trained_and_whose_answer_r_changes(folder):
+def test_the_sentences_name_what_is_not_trained_and_whose_gap_r_moves(folder):
     gaps = spectra_db.load("gaps", source=folder).set_index("model")
     gaps.loc["m0", ["trained", "gap_from_reference", "adam_needed_now"]] = [False, None, None]
     gaps.loc["m1", ["gap_from_reference", "adam_needed_now"]] = [0.9, "yes"]
@@ -89,7 +89,7 @@ def test_the_sentences_name_what_is_not_trained_and_whose_answer_r_changes(folde
     assert sentence.startswith("7 of 8 count as trained")
     assert "(not: m0)" in sentence
     assert "above 0.1 in 4 (Adam needed), below in 2 (not needed), and holds 0.1 in 1" in sentence
-    assert sentence.endswith("is by this one, in m1 (from 0.017 to 0.90).")
+    assert sentence.endswith("It moves most in m1 (from 0.017 to 0.90).")
 
 
 def test_tables_of_an_older_release_don_t_say_what_is_trained(folder):

@@ -398,7 +398,8 @@ def _adam_needed(wanted: str) -> Callable[[Values], Verdict]:
         idle = ", ".join(m for m, x in v["models"].items() if x["answer"] == "not trained")
         note = (
             "gap from R, after a few hundred steps, of models that count as trained; Adam needed: "
-            f"its 95 % interval is above 0.1 (yes) or below (no); {wanted} in {said} of {len(models)}, unclear in {unclear}"
+            f"its 95 % interval is above 0.1 (yes) or below (no); {wanted} in {said} of "
+            f"{len(models)}, unclear in {unclear}"
         ) + (f"; not trained: {idle}" if idle else "")
         if not models:
             return NOT_TESTED, "not in this release", "no gap from R of a trained model"

@@ -204,7 +204,7 @@ def fig14(source: release.Source) -> Result:
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss of the minibatch at the best rates", fontsize=9)
     columns = ["c", *(f"{o}{end}" for o in ("sgd", "adamw") for end in ("", "_lr", "_edge"))]
-    values = {"rows": found[columns].to_dict("records")}
+    values: dict[str, Any] = {"rows": found[columns].to_dict("records")}
     values["c against sgd"] = _spearman(found["c"], found["sgd"])
     return Result(values, {"fig14": figure})
 
@@ -322,7 +322,7 @@ def table1(source: release.Source) -> Result:
 
 def _factor(theirs: pd.Series, ours: pd.Series) -> float:
     """Return by which factor ours are off, up or down, as a geometric mean."""
-    return float(10 ** np.log10(ours.abs() / theirs).abs().mean())
+    return float(10 ** np.abs(np.log10(ours.abs() / theirs)).mean())
 
 
 def _batch(source: release.Source, model: str) -> str | None:

@@ -62,6 +62,21 @@ def _float(name: str, description: str, unit: str = "") -> pa.Field:
 _LOSS = "mean loss"
 _CURVATURE = "loss per squared parameter"
 
+# Of table `gaps`: measured from the loss of having learnt nothing, where AdamW learnt something.
+_FROM_REFERENCE = [
+    _column(name, kind, description, unit, since="0.10.0")
+    for name, kind, description, unit in (
+        ("target_entropy", _FLOAT, "H: entropy of the targets' marginal, in nats", _LOSS),
+        ("reference_loss", _FLOAT, "R: mean loss of having learnt nothing, min(init, H)", _LOSS),
+        ("trained", _BOOL, "AdamW gained a tenth of R in each seed", ""),
+        ("gap_from_reference", _FLOAT, "(min(S, R) - A) / (R - A), only where trained", ""),
+        ("gap_from_reference_error", _FLOAT, "Standard error of gap_from_reference", ""),
+        ("gap_from_reference_low", _FLOAT, "Lower end of its 95 % interval", ""),
+        ("gap_from_reference_high", _FLOAT, "Upper end of its 95 % interval", ""),
+        ("adam_needed_now", _TEXT, "yes: that interval is above 0.1; no: below; unclear", ""),
+    )
+]
+
 TABLES: dict[str, pa.Schema] = {
     "models": pa.schema(
         [
@@ -217,6 +232,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("num_lrs", _INT, "Learning rates tried per optimizer, the fewer of both"),
             _column("num_seeds", _INT, "Seeds averaged"),
             _column("adam_needed", _BOOL, "gap > 0.1 and > 2 standard errors", optional=True),
+            *_FROM_REFERENCE,
             _STATUS,
             _REASON,
         ]

@@ -29,6 +29,7 @@ from harness.spectra import (
     write_failed_blocks,
     write_training,
 )
+from harness.tasks.base import target_entropy
 from harness.training import version
 from harness.training.gap import gap
 from harness.training.speedup import speedup
@@ -137,6 +138,8 @@ def _sharers(jobs: int, device: str | None) -> int:
 
 def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
     """Write an entry's gap, and rows for the stages that a failed run left without weights."""
+    from harness.training.trial import reference_loss
+
     if entry.speedup is not None:
         rows = rows_of(job.out, "trials", entry.name)
         store.write(job.out, "speedups", [speedup(entry.name, rows, entry.speedup)])
@@ -146,10 +149,26 @@ def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
     for unit in missing(entry, job.out) if reasons else ():
         if unit.kind == "spectrum" and not unit.ready:
             _write_failed(unit, job, f"its stage was not trained: {reasons[0]}")
-    row = gap(entry.name, rows_of(job.out, "training", entry.name), entry.recipe)
+    entropy = _target_entropy(entry, job)
+    row = gap(
+        entry.name,
+        rows_of(job.out, "training", entry.name),
+        entry.recipe,
+        entropy=entropy,
+        reference=partial(reference_loss, entry, entropy=entropy),
+    )
     if reasons:
         row |= {"status": "failed", "reason": reasons[0]}
     store.write(job.out, "gaps", [row])
+
+
+def _target_entropy(entry: ModelEntry, job: Job) -> float | None:
+    """Return the entropy of the targets over the subset that an entry's final losses are of."""
+    assert entry.recipe is not None
+    task = tasks.get(entry.task, **entry.task_options)
+    data = task.load(job.data_root)
+    size = min(entry.recipe.eval_size, task.size(data, "train"))
+    return target_entropy(task, task.fixed(data, "train", size))
 
 
 class Agenda:

@@ -11,11 +11,13 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.leaderboard import classifier
-from harness.leaderboard.statistics import REFERENCE, TIERS, measurements
+from harness.leaderboard.statistics import DUMMIES, REFERENCE, TIERS, measurements
 from harness.leaderboard.tables import Dataset, natural_key
+from harness.training.gap import THRESHOLD
 from spectra_db.files import whole
 from spectra_db.schema import STAGES
 
+_NUM_MOVED = 3  # models that are named
 BEGIN = "<!-- leaderboard: written by `make leaderboard` -->"
 END = "<!-- end of leaderboard -->"
 # The scale that a metric is judged at; the others are further readings.
@@ -30,6 +32,8 @@ LABELS = {
     "lambda_max_spread": "spread of largest eigenvalue",
     "trace_spread": "spread of trace",
     "gradient_rms_spread": "spread of gradient rms",
+    "has_attention": "dummy: has attention",
+    "num_params": "dummy: number of parameters",
 }
 COLUMNS = {
     "spearman": "Spearman",
@@ -98,11 +102,11 @@ def ranking(
 
 
 def sentences(board: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
-    """Say what the statistics answer, in a few sentences; one says so if there are too few models.
+    """Say what can be said of protocol 1, in a few sentences; one says so if there are few models.
 
-    The questions: does JS⁰ at initialisation predict the gap; does a measure for a hundredth of its
-    products do as well; how does heterogeneity change in training; which gaps are known less well
-    than their errors say.
+    Whether JS⁰ at initialisation predicts what Adam gains stays undecided whatever its correlation
+    is: the gap is not of trained models, divides by what no training made, and is as much one of
+    batch and budget.
 
     Args:
         board: Table `leaderboard`.
@@ -115,27 +119,26 @@ def sentences(board: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
         return [
             f"{count} trained models of the tiers {' and '.join(TIERS)} are too few for statistics."
         ]
-    spearman = js0["spearman"]
-    verdict = "the interval contains 0, so that no direction is established"
-    if spearman.low > 0:
-        verdict = "more heterogeneous models have the larger gaps"
-    elif spearman.high < 0:
-        verdict = "more heterogeneous models have the smaller gaps"
-    elif spearman.low != spearman.low:
-        verdict = "without an interval no direction is established"
-    said = [
-        f"Over {js0['num_models']} models of {js0['num_families']} families the rank correlation "
-        f"of JS⁰ at initialisation and the gap is {spearman}, that of the families' means "
-        f"{js0['spearman_families']}: {verdict}.",
-        f"Given the number of parameters it is {js0['partial_spearman']}."
-        f"{_left_out(board, *REFERENCE)}",
-        *_raw(board, rows),
-        f"As a classifier of “Adam needed”, JS⁰ has an AUC of {js0['auc']} (0.5 is chance) and an "
-        f"accuracy of {js0['accuracy']} on families that its threshold was not set on, where the "
-        f"majority's answer has {js0['accuracy_majority']}.",
-        _cheap(rows, js0["num_products"]),
+    models = measured[measured["enters"] & (measured["stage"] == "init")]
+    models = models.drop_duplicates("model").sort_values("model", key=lambda s: s.map(natural_key))
+    return [
+        "Undecided: whether JS⁰ at initialisation ranks models by what Adam gains over SGD can't "
+        f"be told from these {js0['num_models']} models of {js0['num_families']} families. Their "
+        "gap is taken after a few hundred steps, divides by the loss of an untrained model, and "
+        "depends on batch and budget, of which JS⁰ knows nothing. Protocol 2 (docs/protocol.md) is "
+        "made to decide it.",
+        *_from_reference(models),
+        _dummies(rows),
+        *_stages(board),
+        *_edges(models),
     ]
-    return [*said, *_stages(board), *_edges(measured)]
+
+
+def answer(gap: pd.Series) -> str:
+    """Say whether a model needs Adam by its gap from R; a dash where older tables don't tell."""
+    if pd.isna(gap["trained"]):
+        return "–"
+    return str(gap["adam_needed_now"]) if gap["trained"] else "not trained"
 
 
 def readme_block(board: pd.DataFrame, data: Dataset) -> str:
@@ -152,7 +155,7 @@ def readme_block(board: pd.DataFrame, data: Dataset) -> str:
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
     caption = (
-        f"Correlations with the SGD-Adam gap, 95 % intervals in brackets; data of {day}. "
+        f"Correlations with the gap of protocol 1, 95 % intervals in brackets; data of {day}. "
         "What each column means is in [docs/leaderboard.md](docs/leaderboard.md)."
     )
     return "\n\n".join([BEGIN, said, *(["\n".join(lines)] if lines else []), caption, END])
@@ -221,37 +224,46 @@ def write_part(path: Path, block: str) -> None:
         part.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
 
 
-def _left_out(board: pd.DataFrame, metric: str, scale: str) -> str:
-    """Say between which values a correlation moves when a family is left out."""
-    one = board[(board["stage"] == "init") & (board["statistic"] == "spearman")]
-    one = one[(one["metric"] == metric) & (one["scale"] == scale)]
-    one = one[(one["left_out"] != "") & one["value"].notna()].sort_values("value")
-    if one.empty:
-        return ""
-    low, high = one.iloc[0], one.iloc[-1]
-    text = (
-        f" With one family left out it lies between {low['value']:.2f} (without {low['left_out']}) "
-        f"and {high['value']:.2f} (without {high['left_out']})."
-    )
-    return text.replace(" -", " −")
-
-
-def _raw(board: pd.DataFrame, rows: dict[tuple[str, str], Any]) -> list[str]:
-    """Say what becomes of the correlation where eigenvalues are not scaled."""
-    row = rows.get(RAW[0])
-    if row is None or row["spearman"].value != row["spearman"].value:
+def _from_reference(models: pd.DataFrame) -> list[str]:
+    """Say how many models count as trained, and what the gap from R says of them."""
+    known = models[models["trained"].notna()]
+    if known.empty:
         return []
-    return [
-        "With eigenvalues that are not rescaled, as the authors' code compares them, it is "
-        f"{row['spearman']}.{_left_out(board, *RAW[0])}"
-    ]
+    answers = known.apply(answer, axis=1)
+    counts = answers.value_counts()
+    trained, untrained = known[answers != "not trained"], known[answers == "not trained"]
+    names = f" (not: {', '.join(untrained['model'])})" if len(untrained) else ""
+    said = (
+        f"{len(trained)} of {len(known)} count as trained: AdamW ends a tenth below R, the loss of "
+        f"having learnt nothing, in every seed{names}. Measured from R, the 95 % interval of the "
+        f"gap is above 0.1 in {counts.get('yes', 0)} (Adam needed), below in {counts.get('no', 0)} "
+        f"(not needed), and holds 0.1 in {counts.get('unclear', 0)} (unclear)."
+    )
+    moved = trained.assign(by=(trained["gap_from_reference"] - trained["gap"]).abs())
+    moved = moved[moved["by"] >= THRESHOLD].nlargest(_NUM_MOVED, "by")
+    pairs = zip(moved["model"], moved["gap"], moved["gap_from_reference"], strict=True)
+    moves = [f"{model} (from {old:.3f} to {new:.2f})" for model, old, new in pairs]
+    if moves:
+        said += f" It moves most in {', '.join(moves)}."
+    return [said.replace(" -", " −")]
+
+
+def _dummies(rows: dict[tuple[str, str], Any]) -> str:
+    """Say how JS⁰ stands against what needs no spectrum."""
+    parts = []
+    for row in (rows.get((metric, "none")) for metric in DUMMIES):
+        if row is not None and row["spearman"].value == row["spearman"].value:
+            gain = row["advantage"]
+            outcome = "weaker" if gain.high < 0 else "stronger" if gain.low > 0 else "not apart"
+            parts.append(f"{row['label'].partition(': ')[2]} {gain}, {outcome}")
+    return f"To be beaten by any measure (|ρ| less that of JS⁰): {'; '.join(parts)}."
 
 
 def _cheap(rows: dict[tuple[str, str], Any], reference: float) -> str:
     """Say whether measures for less than a tenth of JS⁰'s products predict as well."""
     parts = []
     for row in sorted(rows.values(), key=lambda row: row["num_products"]):
-        if row["metric"] == REFERENCE[0] or row["num_products"] > reference / 10:
+        if row["metric"] in (REFERENCE[0], *DUMMIES) or row["num_products"] > reference / 10:
             continue
         price = "no products" if row["num_products"] == 0 else f"{row['num_products']:.0f} products"
         gain = row["advantage"]
@@ -286,10 +298,8 @@ def _stages(board: pd.DataFrame) -> list[str]:
     ]
 
 
-def _edges(measured: pd.DataFrame) -> list[str]:
+def _edges(models: pd.DataFrame) -> list[str]:
     """Name the models whose best learning rate is at the edge of its grid, or that have none."""
-    models = measured[measured["enters"] & (measured["stage"] == "init")]
-    models = models.drop_duplicates("model").sort_values("model", key=lambda s: s.map(natural_key))
     edge = models.loc[models["at_edge"].astype(bool), "model"]
     if edge.empty:
         return []

@@ -133,14 +133,16 @@ def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
     models = []
     for row in sorted(data.models.to_dict("records"), key=lambda row: natural_key(row["model"])):
         name = row["model"]
-        facts: dict[str, Any] = dict.fromkeys(("gap", "low", "high", "needed", "js0"))
+        columns = {
+            "gap": "gap", "low": "ci_low", "high": "ci_high", "from_r": "gap_from_reference",
+            "from_r_low": "gap_from_reference_low", "from_r_high": "gap_from_reference_high",
+        }  # fmt: skip
+        facts: dict[str, Any] = dict.fromkeys((*columns, "needed", "js0"))
         facts |= {"enters": name in entering, "has_page": name in measured}
         if name in gaps.index:
             gap = gaps.loc[name]
-            facts["gap"], facts["low"], facts["high"] = (
-                _short(gap[column]) for column in ("gap", "ci_low", "ci_high")
-            )
-            facts["needed"] = bool(gap["adam_needed"])
+            facts |= {key: _short(float(gap[column])) for key, column in columns.items()}
+            facts["needed"] = report.answer(gap)
         if name in js0.index:
             facts["js0"] = _short(js0.loc[name, "estimate"])
             facts["js0_error"] = _short(js0.loc[name, "standard_error"])

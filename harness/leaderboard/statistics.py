@@ -21,6 +21,8 @@ Array = npt.NDArray[np.float64]
 
 READING = ["stage", "metric", "scale", "sigma"]
 REFERENCE = ("js0", "lambda10")
+# What needs no spectrum, and what every measure must beat; at initialisation alone.
+DUMMIES = ("has_attention", "num_params")
 # Demo models are there to try the tools: 8×8 images, some seconds of training.
 TIERS = ("small", "paper")
 LEVEL = 0.95
@@ -60,7 +62,8 @@ def measurements(
     of_model = models[["model", "family", "tier", "task", "num_params"]]
     columns = ["gap", "standard_error", "ci_low", "ci_high", "at_edge", "num_seeds", "adam_needed"]
     own = {c: f"gap_{c}" for c in ("standard_error", "ci_low", "ci_high", "status")}
-    of_gap = gaps[["model", *columns, "status", "sgd_loss", "init_loss"]].rename(columns=own)
+    columns += ["status", "sgd_loss", "init_loss", "gap_from_reference", "trained"]
+    of_gap = gaps[["model", *columns, "adam_needed_now"]].rename(columns=own)
     joined = heterogeneity.merge(of_model, on="model").merge(of_gap, on="model", how="left")
     if "block_products" not in joined:
         joined["block_products"] = joined["num_products"] / joined["num_blocks"]
@@ -98,6 +101,7 @@ def leaderboard(
     """
     joined = measurements(models, heterogeneity, gaps)
     joined = joined[joined["enters"]]
+    joined = pd.concat([joined, _dummies(joined, models)], ignore_index=True)
     rows = []
     for stage in STAGES:
         at_stage = joined[joined["stage"] == stage]
@@ -107,6 +111,20 @@ def leaderboard(
     board = pd.DataFrame(rows, columns=[n for n in names if n != "protocol_version"])
     board.insert(names.index("protocol_version"), "protocol_version", PROTOCOL_VERSION)
     return board.sort_values([*READING, "statistic", "left_out"], ignore_index=True)
+
+
+def _dummies(joined: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
+    """Return a row of each dummy per model at initialisation, as if it were a measured metric.
+
+    Whether a model has attention counts as 1 or 10, since logarithms are taken.
+    """
+    rows = joined[joined["stage"] == "init"].drop_duplicates("model")
+    rows = rows.assign(scale="none", sigma=0.0, standard_error=0.0, block_products=0.0)
+    parts = [rows.assign(metric="num_params", estimate=rows["num_params"].clip(lower=1))]
+    if "has_attention" in models:
+        has = rows["model"].map(models.set_index("model")["has_attention"])
+        parts.append(rows.assign(metric="has_attention", estimate=10.0 ** has.astype(float)))
+    return pd.concat(parts)
 
 
 @dataclass(frozen=True)
@@ -231,7 +249,8 @@ def _correlations(
     xy, xz, yz = (_pearson(ranks[i], ranks[j], weights) for i, j in ((0, 1), (0, 2), (1, 2)))
     with np.errstate(invalid="ignore", divide="ignore"):
         # Undefined where all models are of one size, or size says all.
-        partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+        rest = (1 - xz**2) * (1 - yz**2)
+        partial = (xy - xz * yz) / np.sqrt(np.where(rest > 1e-12, rest, np.nan))
         pairs = np.sqrt(_total(np.abs(sx), weights) * _total(np.abs(sy), weights))
         kendall = _total(sx * sy, weights) / pairs
         positive, negative = weights * needed, weights * (1 - needed)

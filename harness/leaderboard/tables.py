@@ -20,6 +20,7 @@ from spectra_db.schema import SPECTRUM
 from spectra_db.verified import NOTE, verified_models
 
 _SPECTRUM = list(SPECTRUM)
+_ATTENTION = {"attention", "query", "key", "value"}
 _COUNTED = [*_SPECTRUM, "block", "block_kind", "method", "num_products"]
 
 
@@ -30,7 +31,8 @@ class Dataset:
     Attributes:
         models: Table `models`, with entries of the registry that the tables don't hold as pending;
             `missing` says what a model lacks, `provenance` who vouches for its rows: verified
-            (by `harness verify --mark`) or self-reported, `checked` how much of it was recomputed.
+            (by `harness verify --mark`) or self-reported, `checked` how much of it was recomputed;
+            `has_attention` whether one of its blocks is of attention.
         heterogeneity: Table `heterogeneity`, one spectrum per model and stage, of partition
             `weights` where the blocks allow it; with `block_products`, the products that a metric
             takes per block that is sampled.
@@ -94,12 +96,14 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         ]
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
     verified = verified_models(folder_of(source, paths=[NOTE, "*/*.parquet"]))
+    attention = set(spectra.loc[spectra["block_kind"].isin(_ATTENTION), "model"])
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
             provenance=lambda m: (
                 m["model"].isin(verified).map({True: "verified", False: "self-reported"})
             ),
             checked=lambda m: m["model"].map(lambda model: str(verified.get(model, ""))),
+            has_attention=lambda m: m["model"].isin(attention),
         ),
         heterogeneity=metrics.assign(block_products=_block_products(metrics, spectra)),
         gaps=gaps,

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu, spearmanr
 
-from harness.leaderboard import statistics, tables
+from harness.leaderboard import report, statistics, tables
 from harness.paper import release
 from harness.paper.claims import READINGS
 from harness.paper.result import Result
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
 _SGD, _ADAM = "#D55E00", "#0072B2"
+_OPTIMIZERS = (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM))
+# Scales of the sweep whose training curves are drawn.
+CURVES_OF = (1, 4, 7, 9, 12, 15)
 # Every metric in each of its readings, the first the metric: Table 1 is set beside all.
 EVERY_READING = [
     *(f"{metric} {scale}" for metric, scale, _ in JS_READINGS),
@@ -46,6 +49,14 @@ TABLE1 = (
     ("GPT2", 83.23, "gpt2-wikitext", ("gpt-6x48-untied-shakespeare", "gpt-2x64-shakespeare")),
     ("ViT-base", 286.41, "vit-base-imagenet", ("vit-cifar10", "vit-cls-mnist")),
 )
+# The batch of a product, as the paper gives it.
+PAPER_BATCHES = {
+    "ResNet18": "1,024 images",
+    "VGG16": "1,024 images",
+    "BERT": "327,680 tokens",
+    "GPT2": "245,760 tokens",
+    "ViT-base": "1,024 images",
+}
 PRETRAINED, SCRATCH = "gpt-nano-sft", "gpt-nano-books"
 
 
@@ -71,15 +82,6 @@ def fig1(source: release.Source) -> Result:
     return Result(
         {k: v for k, v in values.items() if v}, {"fig1": _overlay(spectra, models)}, missing
     )
-
-
-def fig14(source: release.Source) -> Result:
-    """Show the full spectra of every model, at the start and at the end."""
-    spectra = _full_spectra(source)
-    models = list(dict.fromkeys(model for model, _ in spectra))
-    if not models:
-        return Result(missing=("full spectra",))
-    return Result({"models": models}, {"fig14": _overlay(spectra, models)})
 
 
 def fig3(source: release.Source) -> Result:
@@ -153,21 +155,7 @@ def fig5(source: release.Source) -> Result:
     """Show the sweep of perceptrons: heterogeneity, and SGD against Adam, against the scale c."""
     from matplotlib.figure import Figure
 
-    table, gaps = _metrics_table(source), _gaps(source)
-    rows = []
-    for c in range(1, 16):
-        model = f"mlp-mnist-c{c}"
-        if model in table.index and model in gaps.index:
-            runs = optional("training", source, model=model)
-            accuracy = {o: _accuracy(runs, o) for o in ("sgd", "adamw")}
-            row = {
-                "c": c,
-                "gap": gaps.loc[model, "gap"],
-                "error": gaps.loc[model, "standard_error"],
-            }
-            row |= {name: table.loc[model, name] for name in READINGS}
-            rows.append(row | accuracy | {"accuracy_gap": accuracy["adamw"] - accuracy["sgd"]})
-    found = pd.DataFrame(rows)
+    found = _sweep(source)
     if len(found) < 5:
         return Result(missing=(f"the MLP sweep ({len(found)} of 15 models)",))
     values: dict[str, Any] = {"num_models": len(found), "rows": found.to_dict("records")}
@@ -181,14 +169,44 @@ def fig5(source: release.Source) -> Result:
     left.plot(found["c"], found["js0 raw"], "s--", color="gray", label="JS⁰ (raw)")
     left.set(xlabel="c", ylabel="JS⁰", ylim=(0, 1.05))
     left.legend(fontsize=8, frameon=False)
-    for optimizer, colour in (("sgd", _SGD), ("adamw", _ADAM)):
-        middle.plot(found["c"], found[optimizer], "o-", color=colour, label=optimizer)
-    middle.set(xlabel="c", ylabel="test accuracy after one epoch")
+    for optimizer, label, colour in _OPTIMIZERS:
+        middle.plot(found["c"], found[optimizer], "o-", color=colour, label=label)
+        edge = found[found[f"{optimizer}_edge"] != ""]
+        middle.plot(edge["c"], edge[optimizer], "o", color=colour, markerfacecolor="white")
+    middle.set(xlabel="c (open: best rate at the grid's edge)")
+    middle.set(ylabel="test accuracy after one epoch")
     middle.legend(fontsize=8, frameon=False)
     right.errorbar(found["c"], found["gap"], 2 * found["error"], fmt="o-", color="black", capsize=2)
-    right.set(xlabel="c", ylabel="SGD-Adam gap of the loss")
+    right.set(xlabel="c", ylabel="gap of the loss (protocol 1)")
     right.axhline(0, color="gray", linewidth=0.8)
     return Result(values, {"fig5": figure})
+
+
+def fig14(source: release.Source) -> Result:
+    """Show training curves of SGD and AdamW on some of the scaled perceptrons."""
+    from matplotlib.figure import Figure
+
+    found = _sweep(source)
+    shown = found[found["c"].isin(CURVES_OF)] if len(found) else found
+    if len(shown) < 2:
+        return Result(missing=(f"training runs of the MLP sweep ({len(found)} of 15 models)",))
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    axes = figure.subplots(2, 3, squeeze=False).ravel()
+    for ax in axes[len(shown) :]:
+        ax.set_axis_off()
+    for ax, row in zip(axes, shown.to_dict("records"), strict=False):
+        _draw_curves(ax, optional("training", source, model=f"mlp-mnist-c{row['c']}"))
+        ax.set_title(
+            f"c = {row['c']}: SGD {row['sgd_lr']:g}, AdamW {row['adamw_lr']:g}", fontsize=8
+        )
+        ax.set_yscale("log")
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("loss of the minibatch at the best rates", fontsize=9)
+    columns = ["c", *(f"{o}{end}" for o in ("sgd", "adamw") for end in ("", "_lr", "_edge"))]
+    values: dict[str, Any] = {"rows": found[columns].to_dict("records")}
+    values["c against sgd"] = _spearman(found["c"], found["sgd"])
+    return Result(values, {"fig14": figure})
 
 
 def fig6(source: release.Source) -> Result:
@@ -247,7 +265,7 @@ def fig7(source: release.Source) -> Result:
                 part["js0 lambda10"], part["gap"], 2 * part["standard_error"], 2 * part["error"],
                 fmt=marker, color=colour, label=kind, capsize=2, markersize=5,
             )  # fmt: skip
-    ax.set(xlabel="JS⁰ at initialisation", ylabel="SGD-Adam gap (± 2 standard errors)")
+    ax.set(xlabel="JS⁰ at initialisation", ylabel="gap of protocol 1 (± 2 standard errors)")
     ax.axhline(0, color="black", linewidth=0.6)
     ax.legend(fontsize=8, frameon=False)
     return Result(values, {"fig7": figure})
@@ -282,11 +300,15 @@ def table1(source: release.Source) -> Result:
             known = [i for i, number in enumerate(numbers) if number is not None]
             if len(known) >= 4:
                 ours = pd.Series([numbers[i] for i in known])
-                readings[reading] |= _spearman(pd.Series([paper[i] for i in known]), ours)
+                theirs = pd.Series([paper[i] for i in known])
+                readings[reading] |= _spearman(theirs, ours) | {"factor": _factor(theirs, ours)}
+        systems = [system for (system, *_), _ in there]
         values[column] = {
-            "systems": [system for (system, *_), _ in there],
+            "systems": systems,
             "paper": paper,
             "models": [name for _, name in there],
+            "paper_batches": [PAPER_BATCHES.get(system) for system in systems],
+            "batches": [_batch(source, name) for _, name in there],
             "readings": readings,
         }
     reasons = release.models(source)["reason"].dropna().to_dict()
@@ -296,6 +318,44 @@ def table1(source: release.Source) -> Result:
         if name not in table.index
     ]
     return Result(values, missing=tuple(missing))
+
+
+def _factor(theirs: pd.Series, ours: pd.Series) -> float:
+    """Return by which factor ours are off, up or down, as a geometric mean."""
+    return float(10 ** np.abs(np.log10(ours.abs() / theirs)).mean())
+
+
+def _batch(source: release.Source, model: str) -> str | None:
+    """Say what a model's initial spectrum is of; None where the rows don't."""
+    columns = ["batch_size", "num_terms"]
+    rows = optional("spectra", source, model=model, stage="init", columns=columns).dropna()
+    if rows.empty:
+        return None
+    size, terms = (int(n) for n in rows.iloc[0])
+    samples = "1 sample" if size == 1 else f"{size:,} samples"
+    return f"{size:,} images" if size == terms else f"{terms:,} terms of {samples}"
+
+
+def _sweep(source: release.Source) -> pd.DataFrame:
+    """Return what there is of the sweep of perceptrons, a row for each scale c."""
+    table, gaps = _metrics_table(source), _gaps(source)
+    rows = []
+    for c in range(1, 16):
+        model = f"mlp-mnist-c{c}"
+        if model not in table.index or model not in gaps.index:
+            continue
+        runs = optional("training", source, model=model)
+        row: dict[str, Any] = {"c": c, "gap": gaps.loc[model, "gap"]}
+        row |= {"error": gaps.loc[model, "standard_error"]}
+        row |= {name: table.loc[model, name] for name in READINGS}
+        for optimizer, *_ in _OPTIMIZERS:
+            rates = grid.final_losses(runs, optimizer).index
+            best = grid.best(runs, optimizer)
+            edge = "least" if best == rates[0] else "largest" if best == rates[-1] else ""
+            row |= {f"{optimizer}_lr": best, f"{optimizer}_edge": edge}
+            row[optimizer] = _accuracy(runs, optimizer)
+        rows.append(row | {"accuracy_gap": row["adamw"] - row["sgd"]})
+    return pd.DataFrame(rows)
 
 
 def _classes(source: release.Source) -> dict[str, str]:
@@ -325,8 +385,9 @@ def _metrics_table(source: release.Source) -> pd.DataFrame:
 
 def _gaps(source: release.Source) -> pd.DataFrame:
     rows = optional("gaps", source)
-    columns = ["gap", "standard_error", "adam_needed", "sgd_lr", "adam_lr"]
-    return rows[rows["status"] == "ok"].set_index("model")[columns]
+    rows = rows[rows["status"] == "ok"].set_index("model")
+    columns = ["gap", "standard_error", "gap_from_reference", "gap_from_reference_error"]
+    return rows[columns].assign(answer=[report.answer(row) for _, row in rows.iterrows()])
 
 
 def _full_spectra(source: release.Source) -> dict[tuple[str, str], pd.DataFrame]:
@@ -408,14 +469,13 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     models = [m for m in gaps.index if classes[m] == kind and tiers[m] != "demo"]
     if not models:
         return Result(missing=(f"training runs of a {kind}",))
-    values = {
-        model: {
-            "gap": gaps.loc[model, "gap"],
-            "error": gaps.loc[model, "standard_error"],
-            "adam_needed": bool(gaps.loc[model, "adam_needed"]),
-        }
-        for model in models
-    }
+    values = {}
+    for model in models:
+        facts = gaps.loc[model]
+        values[model] = {"answer": facts["answer"]}
+        if facts["answer"] in ("yes", "no", "unclear"):
+            values[model] |= {"gap": facts["gap_from_reference"]}
+            values[model] |= {"error": facts["gap_from_reference_error"]}
     columns = min(4, len(models))
     rows = ceil(len(models) / columns)
     figure = Figure(figsize=(2.6 * columns + 0.4, 2.2 * rows + 0.5), layout="constrained")
@@ -425,7 +485,10 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     for ax, model in zip(axes, models, strict=False):
         _draw_curves(ax, optional("training", source, model=model))
         found = values[model]
-        ax.set_title(f"{model}\ngap {found['gap']:.3f} ± {found['error']:.3f}", fontsize=8)
+        text = found["answer"]
+        if "gap" in found:
+            text = f"gap from R {found['gap']:.2f} ± {found['error']:.2f}"
+        ax.set_title(f"{model}\n{text}", fontsize=8)
     axes[0].legend(fontsize=8, frameon=False)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss of the minibatch", fontsize=9)
@@ -435,7 +498,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
 def _draw_curves(ax: Axes, runs: pd.DataFrame) -> None:
     """Draw the minibatch losses at the best rates: the mean over the seeds of the gap."""
     losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
-    for optimizer, label, colour in (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM)):
+    for optimizer, label, colour in _OPTIMIZERS:
         lr = grid.best(runs, optimizer)
         part = losses[(losses["optimizer"] == optimizer) & (losses["lr"] == lr)]
         curve = part[part["seed"].isin(SEEDS)].groupby("step")["value"].mean()

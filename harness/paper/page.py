@@ -50,6 +50,7 @@ def render(folder: Path) -> str:
     return environment.get_template("paper.md").render(
         rows=rows,
         counts=Counter(row["status"] for row in rows),
+        statuses=claims.STATUSES,
         sections={
             name: {"title": section.title, "record": records[name]}
             for name, section in SECTIONS.items()

@@ -50,7 +50,7 @@ SECTIONS = {
     "fig7": Section("figures:fig7", "the SGD-Adam gap against JS⁰"),
     "fig9": Section("figures:fig9", "training curves of CNNs"),
     "fig10": Section("figures:fig10", "training curves of Transformers"),
-    "fig14": Section("figures:fig14", "full spectra of all models"),
+    "fig14": Section("figures:fig14", "training curves of the scaled perceptrons"),
     "fig8": Section("models:fig8", "gradient descent and Adam on the quadratic models"),
     "fig12": Section("models:fig12", "eigenvalues of case 1"),
     "fig13": Section("models:fig13", "eigenvalues of case 2"),

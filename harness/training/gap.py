@@ -8,34 +8,60 @@ The seeds are paired (same initialisation, same order of the data), so the error
 residuals r_i = (S_i - A_i) - gap (I_i - A_i) by the delta method:
 
     standard_error = std(r) / (sqrt(n) (I - A)),    n - 1 degrees of freedom (Student's t).
+
+That gap counts what needs no learning: how often each target occurs, or undoing a bad
+initialisation. With R the loss of having learnt nothing (`trial.reference_loss`) there is also
+
+    gap_from_reference = (min(S, R) - A) / (R - A),
+
+only where AdamW learnt something, as protocol 2 asks of its entries (`speedup.LEAST_PROGRESS`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from harness.registry.entry import Recipe
 from harness.training import grid
 from spectra_db.schema import PROTOCOL_VERSION
 
+Array = NDArray[np.float64]
+
 SEEDS = (1, 2, 3)
 CONFIDENCE = 0.95
+QUANTILE = float(student.ppf((1 + CONFIDENCE) / 2, len(SEEDS) - 1))
 THRESHOLD = 0.1  # "Adam needed", fixed beforehand together with the two standard errors
+# Columns that need R.
+FROM_REFERENCE = (
+    *("reference_loss", "trained", "gap_from_reference", "gap_from_reference_error"),
+    *("gap_from_reference_low", "gap_from_reference_high", "adam_needed_now"),
+)
 
 
-def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
+def gap(
+    model: str,
+    rows: pd.DataFrame,
+    recipe: Recipe,
+    *,
+    entropy: float | None = None,
+    reference: Callable[[float], float] | None = None,
+) -> dict[str, Any]:
     """Return the row of table `gaps` of one model.
 
     Args:
         model: its name.
         rows: table `training`; other models' rows are left out.
         recipe: the entry's recipe.
+        entropy: H, of the targets' marginal over the fixed training subset; None where the targets
+            are no classes.
+        reference: from an initial loss to R; without it the columns that need R are null.
 
     Returns:
         The row. Its status is "ok"; "pending" while runs are missing; "failed" where the gap is
@@ -47,6 +73,7 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
     row |= dict.fromkeys(
         ("gap", "standard_error", "ci_low", "ci_high", "sgd_loss", "adam_loss", "init_loss")
     )
+    row |= {"target_entropy": entropy} | dict.fromkeys(FROM_REFERENCE)
     rates = {optimizer: grid.best(rows, optimizer, recipe) for optimizer in ("sgd", "adamw")}
     row |= {"sgd_lr": rates["sgd"], "adam_lr": rates["adamw"]}
     row["at_edge"] = any(grid.at_edge(recipe, optimizer, rows) for optimizer in rates)
@@ -76,9 +103,10 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
     sgd, adam = (np.array(losses[name], dtype=float) for name in ("sgd", "adamw"))
     init = np.array([_init_loss(rows, seed) for seed in SEEDS])
     row |= {"sgd_loss": sgd.mean(), "adam_loss": adam.mean(), "init_loss": init.mean()}
-    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(SEEDS) - 1))
+    if reference is not None:
+        row |= _from_reference(sgd, adam, np.array([reference(loss) for loss in init]))
     progress = init - adam
-    noise = quantile * progress.std(ddof=1) / math.sqrt(len(SEEDS))
+    noise = QUANTILE * progress.std(ddof=1) / math.sqrt(len(SEEDS))
     if progress.mean() <= noise:
         reason = (
             f"undefined: AdamW's progress {progress.mean():.3g} from the initial loss "
@@ -90,11 +118,31 @@ def gap(model: str, rows: pd.DataFrame, recipe: Recipe) -> dict[str, Any]:
     return row | {
         "gap": value,
         "standard_error": error,
-        "ci_low": value - quantile * error,
-        "ci_high": value + quantile * error,
+        "ci_low": value - QUANTILE * error,
+        "ci_high": value + QUANTILE * error,
         "adam_needed": bool(value > THRESHOLD and value > 2 * error),
         "status": "ok",
         "reason": None,
+    }
+
+
+def _from_reference(sgd: Array, adam: Array, reference: Array) -> dict[str, Any]:
+    """Return the columns that measure from R, given the losses of paired seeds."""
+    from harness.training.speedup import LEAST_PROGRESS  # which imports this module
+
+    trained = bool((reference - adam >= LEAST_PROGRESS * reference).all())
+    found: dict[str, Any] = {"reference_loss": reference.mean(), "trained": trained}
+    if not trained:
+        return found
+    value, error = relative_gap(np.minimum(sgd, reference), adam, reference)
+    low, high = value - QUANTILE * error, value + QUANTILE * error
+    answer = "yes" if low > THRESHOLD else "no" if high < THRESHOLD else "unclear"
+    return found | {
+        "gap_from_reference": value,
+        "gap_from_reference_error": error,
+        "gap_from_reference_low": low,
+        "gap_from_reference_high": high,
+        "adam_needed_now": answer,
     }
 
 

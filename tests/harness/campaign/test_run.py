@@ -14,8 +14,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 import spectra_db
 from harness import spectra, tasks
@@ -94,6 +96,16 @@ def test_a_run_fills_every_table(whole):
     runs = training.groupby("seed")[["optimizer", "lr"]].apply(lambda r: len(r.drop_duplicates()))
     assert runs.to_dict() == {0: 4, 1: 2, 2: 2, 3: 2}
     assert set(spectra_db.load("gaps", source=whole)["num_seeds"]) == {3}
+
+
+def test_the_gap_is_also_measured_from_the_entropy_of_the_labels(whole):
+    [row] = spectra_db.load("gaps", source=whole).to_dict("records")
+    task = tasks.get(tiny().task, **tiny().task_options)
+    size = min(tiny().recipe.eval_size, task.size(task.load(), "train"))
+    labels = task.fixed(task.load(), "train", size)[1].numpy()
+    expected = scipy.stats.entropy(np.unique(labels, return_counts=True)[1])
+    assert row["target_entropy"] == pytest.approx(expected)
+    assert row["reference_loss"] == pytest.approx(min(expected, row["init_loss"]), rel=0.01)
 
 
 def test_the_same_command_finds_nothing_left_to_do(whole):

@@ -24,8 +24,15 @@ def gap_row(model: str, gap: float, error: float = 0.0, **changes: object) -> di
         "ci_low": gap - 2 * error, "ci_high": gap + 2 * error, "sgd_loss": 1.0, "adam_loss": 0.9,
         "init_loss": 2.0, "sgd_lr": 0.1, "adam_lr": 0.01, "at_edge": False, "num_lrs": 5,
         "num_seeds": 3, "adam_needed": gap > 0.1 and gap > 2 * error, "status": "ok",
-        "reason": None,
+        "reason": None, "target_entropy": 2.3, "reference_loss": 2.0, "trained": True,
+        "gap_from_reference": gap, "gap_from_reference_error": error,
+        "gap_from_reference_low": gap - 2 * error, "gap_from_reference_high": gap + 2 * error,
+        "adam_needed_now": _answer(gap - 2 * error, gap + 2 * error),
     } | changes  # fmt: skip
+
+
+def _answer(low: float, high: float) -> str:
+    return "yes" if low > 0.1 else "no" if high < 0.1 else "unclear"
 
 
 def metric_row(model: str, metric: str, value: float, **changes: object) -> dict[str, object]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from spectra_db import store
 from spectra_db.load import BUNDLED
 from spectra_db.verified import Extent
 from tests.harness.leaderboard.tables import gap_row, made_up, model_row
+from tests.harness.leaderboard.test_site import spectrum_rows
 
 ROOT = Path(__file__).parents[3]
 FAMILIES = ["a", "a", "b", "b", "c", "c", "d", "d"]
@@ -70,11 +72,46 @@ def test_the_sentences_answer_the_questions_with_n_and_intervals(folder):
     result = call("--source", folder)
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
-    assert "Over 8 models of 4 families" in text
-    assert "is 1.00 [" in text
-    assert "more heterogeneous models have the larger gaps" in text
-    assert "AUC of 1.00" in text
+    assert "Undecided: whether JS⁰" in text
+    assert "these 8 models of 4 families" in text
+    assert "8 of 8 count as trained" in text
+    assert "above 0.1 in 4 (Adam needed), below in 4 (not needed)" in text
     assert "no runs are recorded" in text
+
+
+def test_the_sentences_name_what_is_not_trained_and_whose_gap_r_moves(folder):
+    gaps = spectra_db.load("gaps", source=folder).set_index("model")
+    gaps.loc["m0", ["trained", "gap_from_reference", "adam_needed_now"]] = [False, None, None]
+    gaps.loc["m1", ["gap_from_reference", "adam_needed_now"]] = [0.9, "yes"]
+    gaps.loc["m4", "adam_needed_now"] = "unclear"
+    store.write(folder, "gaps", gaps.reset_index())
+    said = json.loads(call("--source", folder, "--json").stdout)["statements"]
+    [sentence] = [sentence for sentence in said if "count as trained" in sentence]
+    assert sentence.startswith("7 of 8 count as trained")
+    assert "(not: m0)" in sentence
+    assert "above 0.1 in 4 (Adam needed), below in 2 (not needed), and holds 0.1 in 1" in sentence
+    assert sentence.endswith("It moves most in m1 (from 0.017 to 0.90).")
+
+
+def test_tables_of_an_older_release_don_t_say_what_is_trained(folder):
+    gaps = spectra_db.load("gaps", source=folder)
+    store.write(folder, "gaps", gaps.assign(trained=None, adam_needed_now=None))
+    said = json.loads(call("--source", folder, "--json").stdout)["statements"]
+    assert not any("trained:" in sentence for sentence in said)
+    assert said[0].startswith("Undecided")
+
+
+def test_js0_is_set_against_attention_and_size(folder):
+    kinds = {"m0": "conv", **dict.fromkeys(("m4", "m5"), "query")}
+    for model, kind in kinds.items():
+        rows = [row | {"block_kind": kind} for row in spectrum_rows(model)]
+        store.write(folder, "spectra", rows)
+    data = tables.read(folder)
+    has = data.models.set_index("model")["has_attention"]
+    assert set(has.index[has]) == {"m4", "m5"}
+    said = json.loads(call("--source", folder, "--json").stdout)["statements"]
+    [sentence] = [sentence for sentence in said if sentence.startswith("To be beaten")]
+    assert re.search(r"has attention −\d.*; number of parameters \S+ \[.*, not apart\.$", sentence)
 
 
 def test_the_readme_gets_the_table_between_its_markers_and_keeps_the_rest(folder, tmp_path):
@@ -181,7 +218,6 @@ def test_the_page_of_such_a_model_shows_the_distances_that_its_js0_is_the_mean_o
 def _perceptron(folder: Path) -> Path:
     """Write a model of partition paper with a bias, two sampled blocks and an exact one."""
     from spectra_db.heterogeneity import metrics
-    from tests.harness.leaderboard.test_site import spectrum_rows
 
     rows = spectrum_rows("p")
     bias = rows[-1] | {"block": "layers.2.b", "block_kind": "bias", "nodes": [0.5, 3.0]}
@@ -252,13 +288,12 @@ def test_a_model_without_a_comparable_spectrum_at_initialisation_says_so(folder)
     assert pending["m1"] == "no spectrum of partition weights yet"
 
 
-def test_one_family_decides_nothing_for_want_of_an_interval():
+def test_one_family_has_no_intervals_and_the_sentences_none_of_nan():
     gaps = np.r_[np.linspace(0, 0.05, 4), np.linspace(0.2, 0.3, 4)]
     parts = made_up({"js0": np.exp(-gaps)}, gaps, ["a"] * 8)
     board, measured = statistics.leaderboard(*parts), statistics.measurements(*parts)
-    said = report.sentences(board, measured)[0]
-    assert "is −1.00, that" in said
-    assert said.endswith("without an interval no direction is established.")
+    assert report.ranking(board)[0]["spearman"].value == -1
+    assert "nan" not in " ".join(report.sentences(board, measured))
 
 
 def test_gaps_at_the_edge_of_a_grid_are_named(folder):

@@ -165,8 +165,23 @@ def test_the_table_gives_js0_and_the_gap_with_their_errors(page):
     assert row is not None
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row.group())
     assert cells == [
-        "cnn", "digits", "4,002", "0.600 ± 0.010", "0.250 [0.230, 0.270]", "yes", "self-reported",
+        "cnn", "digits", "4,002", "0.600 ± 0.010", "0.250 [0.230, 0.270]", "0.250 [0.230, 0.270]",
+        "yes", "self-reported",
     ]  # fmt: skip
+
+
+def test_a_model_that_learnt_nothing_is_not_trained_and_one_of_an_older_release_unknown(tmp_path):
+    lacking = dict.fromkeys(c for c in gap_row("m", 0.2) if "_reference" in c)
+    for model, trained in (("idle", False), ("older", None)):
+        changes = lacking | {"trained": trained, "adam_needed_now": None}
+        store.write(tmp_path, "models", [model_row(model)])
+        store.write(tmp_path, "gaps", [gap_row(model, 0.25, 0.01, **changes)])
+    text = build(tmp_path, tmp_path).read_text(encoding="utf-8")
+    for model, word in (("idle", "not trained"), ("older", "–")):
+        row = re.search(rf'models/{model}.html">.*?</tr>', text, re.S)
+        assert row is not None
+        shown = re.findall(r"<td[^>]*>(.*?)</td>", row.group())
+        assert shown[-4:-1] == ["0.250 [0.230, 0.270]", "–", word]
 
 
 def test_the_blocks_stand_in_the_order_of_the_network(page):

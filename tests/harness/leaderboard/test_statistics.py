@@ -274,3 +274,31 @@ def test_metrics_over_other_blocks_do_not_enter():
     metrics.loc[metrics["model"] == "m3", "partition"] = "all"
     joined = measurements(models, metrics, gaps).set_index("model")
     assert joined.index[~joined["enters"]].tolist() == ["m3"]
+
+
+def test_attention_and_size_stand_beside_the_measures_at_initialisation_alone():
+    x, gap, sizes = some_data(3)
+    models, metrics, gaps = made_up({"js0": x}, gap, FAMILIES, sizes)
+    has = np.array([i % 3 == 0 for i in range(N)])
+    later = metrics.assign(stage="final")
+    models = models.assign(has_attention=has)
+    board = leaderboard(models, pd.concat([metrics, later]), gaps, num_draws=50)
+    for metric, value in (("has_attention", has), ("num_params", sizes)):
+        row = statistic(board, "spearman", metric)
+        assert row["value"] == pytest.approx(stats.spearmanr(value, gap).statistic, abs=1e-6)
+        assert (row["num_models"], row["num_products"], row["scale"]) == (N, 0, "none")
+        assert statistic(board, "auc", metric)["value"] == pytest.approx(
+            roc_auc_score(gap > 0.1, value)
+        )
+        js0 = statistic(board, "spearman")["value"]
+        assert statistic(board, "advantage", metric)["value"] == pytest.approx(
+            abs(row["value"]) - abs(js0)
+        )
+    assert set(board.loc[board["stage"] == "final", "metric"]) == {"js0"}
+    # Given size, size says nothing.
+    assert np.isnan(statistic(board, "partial_spearman", "num_params")["value"])
+    without = leaderboard(*made_up({"js0": x}, gap, FAMILIES, sizes), num_draws=50)
+    assert set(without["metric"]) == {"js0", "num_params"}
+    kept = board[(board["metric"] == "js0") & (board["stage"] == "init")]
+    ours = without[without["metric"] == "js0"]
+    np.testing.assert_array_equal(kept["value"].to_numpy(), ours["value"].to_numpy())

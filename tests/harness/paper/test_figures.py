@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
@@ -82,6 +83,38 @@ def test_table_1_without_a_system_says_which_and_gives_every_metric_of_the_rest(
         reading = row.metric if row.scale == "none" else f"{row.metric} {row.scale}"
         shown = small["readings"][reading]["values"][place]
         assert shown == pytest.approx(row.corrected)
+
+
+def test_both_batches_stand_in_table_1(source):
+    small = figures.table1(source).values["small"]
+    for system, paper in (("VGG16", "1,024 images"), ("GPT2", "245,760 tokens")):
+        place = small["systems"].index(system)
+        assert small["paper_batches"][place] == paper
+        columns = ["batch_size", "num_terms"]
+        model = small["models"][place]
+        rows = spectra_db.load("spectra", source=source, model=model, stage="init", columns=columns)
+        size, terms = rows.iloc[0]
+        text = "images" if size == terms else f"terms of {size} samples"
+        assert small["batches"][place] == f"{terms:,} {text}"
+
+
+def test_how_far_a_reading_is_off_is_a_factor_up_or_down():
+    theirs, ours = pd.Series([1.0, 10.0, 5.0]), pd.Series([10.0, 1.0, 5.0])
+    assert figures._factor(theirs, ours) == pytest.approx(100 ** (1 / 3))
+
+
+def test_the_curves_of_the_sweep_are_of_the_best_rates_and_their_edge_is_told(source):
+    found = figures.fig14(source)
+    assert [row["c"] for row in found.values["rows"]] == [1, 2, 3, 4, 5]
+    gaps = spectra_db.load("gaps", source=source, model=SWEEP).set_index("model")
+    for row in found.values["rows"]:
+        stored = gaps.loc[f"mlp-mnist-c{row['c']}"]
+        assert (row["sgd_lr"], row["adamw_lr"]) == (stored["sgd_lr"], stored["adam_lr"])
+        assert bool(row["sgd_edge"] or row["adamw_edge"]) == stored["at_edge"]
+    assert found.values["rows"][0]["sgd_edge"] == "largest"
+    drawn = [ax for ax in found.figures["fig14"].axes if ax.lines]
+    assert [ax.get_title()[:5] for ax in drawn] == ["c = 1", "c = 4"]
+    assert all([line.get_label() for line in ax.lines] == ["SGD", "AdamW"] for ax in drawn)
 
 
 def test_a_rank_correlation_with_table_1_takes_four_systems(source, monkeypatch):

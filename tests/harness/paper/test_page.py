@@ -11,8 +11,6 @@ from harness.paper import claims, page, result
 from harness.paper.result import Result
 from harness.paper.sections import SECTIONS, run
 
-STATUSES = {claims.REPRODUCED, claims.PARTLY, claims.NOT_REPRODUCED, claims.NOT_TESTED}
-
 
 def table_rows(text: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -119,13 +117,65 @@ def test_a_probability_is_judged_against_its_error(probability, status):
     assert judged("After Theorem 1", "r ≤ 1000", values | {"num_draws": 10_000}) == status
 
 
-def test_on_par_and_worse_are_judged_model_by_model():
-    gaps = {"a": {"gap": 0.2, "error": 0.01, "adam_needed": True},
-            "b": {"gap": 0.0, "error": 0.01, "adam_needed": False}}  # fmt: skip
+def test_on_par_and_worse_are_judged_model_by_model_of_those_that_are_trained():
+    def model(answer: str) -> dict:
+        return {"answer": answer} | ({"gap": 0.2, "error": 0.01} if answer != "not trained" else {})
+
+    def status(where: str, *answers: str) -> str:
+        models = {f"m{i}": model(answer) for i, answer in enumerate(answers)}
+        return judged(where, "", {"models": models})
+
     for where in ("Figure 9", "Figure 10"):
-        assert judged(where, "", {"models": gaps}) == claims.PARTLY
-    assert judged("Figure 10", "", {"models": {"a": gaps["a"]}}) == claims.REPRODUCED
-    assert judged("Figure 9", "", {"models": {"a": gaps["a"]}}) == claims.NOT_REPRODUCED
+        assert status(where, "yes", "no") == claims.PARTLY
+        assert status(where, "yes", "unclear", "unclear", "no") == claims.UNDECIDED
+        assert status(where, "not trained", "–") == claims.NOT_TESTED
+    assert status("Figure 10", "yes", "not trained") == claims.REPRODUCED
+    assert status("Figure 9", "yes", "not trained") == claims.NOT_REPRODUCED
+    assert status("Figure 9", "no", "yes", "yes", "unclear") == claims.NOT_REPRODUCED
+
+
+def sweep(**changes) -> dict:
+    row = {"sgd": 0.9, "adamw": 0.95, "sgd_lr": 1e-4, "adamw_lr": 1e-3}
+    rows = [row | {"c": c, "sgd_edge": "", "adamw_edge": ""} for c in (1, 2, 3, 4, 5)]
+    for changed in rows[2:]:
+        changed |= changes
+    rising = {"rho": 0.9, "p_value": 0.01}
+    values = {"rows": rows, "num_models": 5, "c against gap": rising}
+    return values | {"c against accuracy_gap": rising, "c against sgd": {"rho": -1, "p_value": 0}}
+
+
+def test_a_sweep_whose_grid_ends_is_partly_reproduced_at_most_and_the_edge_is_named():
+    [claim] = [c for c in claims.CLAIMS if c.where == "Figure 5" and "SGD falls" in c.text]
+    status, _, note = claims.verdict(claim, {"values": sweep(), "missing": []})
+    assert (status, "edge" in note) == (claims.REPRODUCED, False)
+    status, _, note = claims.verdict(claim, {"values": sweep(sgd_edge="least"), "missing": []})
+    assert status == claims.PARTLY
+    assert "SGD's best rate is its least one, 0.0001, for c = 3 to 5" in note
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, claims.REPRODUCED),
+        ({"sgd_edge": "least"}, claims.PARTLY),
+        ({"adamw": 0.1}, claims.PARTLY),  # Adam isn't unaffected
+    ],
+)
+def test_curves_of_the_sweep_are_judged_by_what_adam_keeps_and_sgd_loses(changes, status):
+    assert judged("Figure 14", "", sweep(**changes)) == status
+
+
+def test_table_1_is_not_testable_whatever_agrees_and_the_best_readings_are_named():
+    names = [*claims.READINGS, "trace_spread", "w1 lambda10"]
+    readings = {n: {"rho": 0.1 * i, "factor": 100.0 - i} for i, n in enumerate(names)}
+    values = {"systems": list("abcd"), "ours": {"systems": list("abcd"), "readings": readings}}
+    [claim] = [c for c in claims.CLAIMS if c.where == "Table 1"]
+    status, ours, note = claims.verdict(claim, {"values": values, "missing": []})
+    assert status == claims.NOT_TESTABLE
+    assert ours.endswith("w1 lambda10 ρ = 0.50; trace_spread ρ = 0.40")
+    assert all(name in ours for name in claims.READINGS)
+    assert note.startswith("definition unpublished")
+    assert "nearest in size is w1 lambda10, off by a factor of 95" in note
 
 
 def case_values(**changes) -> dict:

@@ -8,7 +8,7 @@ import pytest
 
 from harness.registry.entry import Recipe
 from harness.training import grid
-from harness.training.gap import gap
+from harness.training.gap import FROM_REFERENCE, gap
 
 INIT = 2.0
 
@@ -123,3 +123,59 @@ def test_other_models_rows_do_not_count(recipe: Recipe) -> None:
     rows = rows_of(recipe, (1.0,) * 3, (0.5,) * 3)
     other = rows.assign(model="other", value=rows["value"] * 7)
     assert gap("tiny", pd.concat([rows, other]), recipe) == gap("tiny", rows, recipe)
+
+
+def from_entropy(entropy: float):
+    return {"entropy": entropy, "reference": lambda init: min(init, entropy)}
+
+
+def test_from_r_neither_labels_alone_nor_a_bad_start_count_as_learnt(recipe: Recipe) -> None:
+    # Started at 200, chance is 2.3: SGD stops near chance, AdamW learns.
+    sgd, adamw, init = np.array([1.8, 1.9, 1.7]), np.array([0.4, 0.5, 0.45]), (200.0,) * 3
+    rows = rows_of(recipe, tuple(sgd), tuple(adamw), init)
+    row = gap("tiny", rows, recipe, **from_entropy(2.3))
+    assert row["gap"] < 0.01
+    assert row["adam_needed"] is False
+    value = (1.8 - 0.45) / (2.3 - 0.45)
+    residuals = (sgd - adamw) - value * (2.3 - adamw)
+    error = residuals.std(ddof=1) / math.sqrt(3) / (2.3 - 0.45)
+    assert row["gap_from_reference"] == pytest.approx(value)
+    assert row["gap_from_reference_error"] == pytest.approx(error)
+    assert row["gap_from_reference_low"] == pytest.approx(value - 4.302653 * error)
+    assert row["gap_from_reference_high"] == pytest.approx(value + 4.302653 * error)
+    assert (row["target_entropy"], row["reference_loss"]) == (2.3, pytest.approx(2.3))
+    assert (row["trained"], row["adam_needed_now"]) == (True, "yes")
+
+
+@pytest.mark.parametrize(
+    ("sgd", "answer"),
+    [((0.9, 1.0, 1.1), "yes"), ((0.5, 0.51, 0.49), "no"), ((0.6, 0.7, 0.5), "unclear")],
+)
+def test_the_answer_is_yes_or_no_where_the_whole_interval_says_so(recipe, sgd, answer) -> None:
+    row = gap("tiny", rows_of(recipe, sgd, (0.5,) * 3), recipe, **from_entropy(INIT))
+    assert row["adam_needed_now"] == answer
+    ends = row["gap_from_reference_low"], row["gap_from_reference_high"]
+    assert [end > 0.1 for end in ends] == {
+        "yes": [True, True], "no": [False, False], "unclear": [False, True]
+    }[answer]  # fmt: skip
+
+
+def test_sgd_that_ends_above_r_counts_as_r(recipe: Recipe) -> None:
+    rows = rows_of(recipe, (500.0, 90.0, 3.0), (0.5,) * 3, (900.0,) * 3)
+    row = gap("tiny", rows, recipe, **from_entropy(2.3))
+    assert row["gap_from_reference"] == pytest.approx(1)
+    assert row["adam_needed_now"] == "yes"
+
+
+def test_a_model_that_gains_less_than_a_tenth_of_r_in_one_seed_is_not_trained(recipe) -> None:
+    rows = rows_of(recipe, (1.0,) * 3, (0.5, 0.5, 1.7), (5.0,) * 3)
+    row = gap("tiny", rows, recipe, **from_entropy(1.8))
+    assert row["trained"] is False
+    assert row["reference_loss"] == pytest.approx(1.8)
+    assert row["gap_from_reference"] is row["adam_needed_now"] is None
+    assert row["status"] == "ok"  # of the gap as it was
+
+
+def test_without_r_the_columns_that_need_it_are_null(recipe: Recipe) -> None:
+    row = gap("tiny", rows_of(recipe, (1.0,) * 3, (0.5,) * 3), recipe)
+    assert {row[name] for name in ("target_entropy", *FROM_REFERENCE)} == {None}

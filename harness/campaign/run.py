@@ -32,6 +32,7 @@ from harness.spectra import (
 from harness.tasks.base import target_entropy
 from harness.training import version
 from harness.training.gap import gap
+from harness.training.reference import reference_loss
 from harness.training.speedup import speedup
 from harness.training.stages import STAGE_SEED, run_name
 from spectra_db import store
@@ -138,7 +139,6 @@ def _sharers(jobs: int, device: str | None) -> int:
 
 def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
     """Write an entry's gap, and rows for the stages that a failed run left without weights."""
-    from harness.training.trial import reference_loss
 
     if entry.speedup is not None:
         rows = rows_of(job.out, "trials", entry.name)

@@ -178,7 +178,9 @@ def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
     """Return why nothing may be ranked; empty where it may."""
     reasons = []
     if not gate.passed:
-        reasons.append(f"the gate does not hold ({'; '.join(gate.reasons) or 'no reason is given'})")
+        reasons.append(
+            f"the gate does not hold ({'; '.join(gate.reasons) or 'no reason is given'})"
+        )
     used = rows[rows["trained"] & rows[PRIMARY].notna()]
     if len(used) < MIN_ENTRIES:
         reasons.append(

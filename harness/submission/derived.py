@@ -10,7 +10,8 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.registry import ModelEntry
-from harness.training.gap import gap
+from harness.training.gap import FROM_REFERENCE, gap
+from harness.training.reference import reference_loss
 from harness.training.speedup import speedup
 from spectra_db.derived import DERIVED, Derive, rows_of
 
@@ -54,7 +55,17 @@ def _gaps(
     entry = _entry(find_entry, model)
     if entry.recipe is None:
         raise ValueError(f"the entry {model} is not trained")
-    made = gap(model, rows_of(folder, "training", model), entry.recipe)
+    known = stored["target_entropy"].iloc[0]  # of the data, which a release doesn't hold
+    entropy = None if pd.isna(known) else float(known)
+    made = gap(
+        model,
+        rows_of(folder, "training", model),
+        entry.recipe,
+        entropy=entropy,
+        reference=partial(reference_loss, entry, entropy=entropy),
+    )
+    if entropy is None:  # a release before 0.10.0
+        made = {name: value for name, value in made.items() if name not in FROM_REFERENCE}
     runs_failed = made["status"] == "pending" and stored["status"].iloc[0] in ("failed", "pending")
     kept = {} if runs_failed else {"status": made["status"]}
     left_out = ("status", "reason")

@@ -10,7 +10,7 @@ residuals r_i = (S_i - A_i) - gap (I_i - A_i) by the delta method:
     standard_error = std(r) / (sqrt(n) (I - A)),    n - 1 degrees of freedom (Student's t).
 
 That gap counts what needs no learning: how often each target occurs, or undoing a bad
-initialisation. With R the loss of having learnt nothing (`trial.reference_loss`) there is also
+initialisation. With R the loss of having learnt nothing (`reference.reference_loss`) there is also
 
     gap_from_reference = (min(S, R) - A) / (R - A),
 

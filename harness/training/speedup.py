@@ -7,7 +7,7 @@ seeds after a full schedule of n steps,
 
 S interpolated linearly in log n between T, 2T and 4T. Where SGD is ahead at T by two standard
 errors the roles are exchanged and y is negative. The loss of a run is at most R, what a model has
-that learnt nothing (`trial.reference_loss`); a diverged run counts as R.
+that learnt nothing (`reference.reference_loss`); a diverged run counts as R.
 
 The interval is that of a test: it holds each place at which the two losses don't differ at 95 % by
 Welch's t. Means of different lengths and optimizers count as independent; seeds are paired (same

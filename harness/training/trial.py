@@ -33,6 +33,7 @@ from harness.training.loop import (
     to_device,
     updates,
 )
+from harness.training.reference import reference_loss
 from harness.training.schedule import learning_rate
 from spectra_db.schema import VERSIONS
 
@@ -149,18 +150,6 @@ def run_trial(
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": time.process_time() - begun_cpu,
     }
-
-
-def reference_loss(entry: ModelEntry, init_loss: float, entropy: float | None) -> float:
-    """Return R, the loss of having learnt nothing.
-
-    R = min(I, H), H being the entropy of the targets' marginal: to know how often each target
-    occurs is not yet to know the task. R = I where a pretrained model starts, which knows that
-    already, and where the targets are no classes.
-    """
-    if entropy is None or entry.pretrained is not None:
-        return init_loss
-    return min(init_loss, entropy)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from harness.errors import UserError
 from harness.registry.entry import SpeedupRecipe
 from harness.tasks.base import target_entropy
 from harness.training import stages
-from harness.training.trial import reference_loss, renew_batch_norm, run_trial
+from harness.training.reference import reference_loss
+from harness.training.trial import renew_batch_norm, run_trial
 
 RECIPE = SpeedupRecipe(num_steps=32, batch_size=32, sgd_lr=0.1, adamw_lr=1e-2, eval_size=256)
 

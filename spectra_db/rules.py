@@ -57,7 +57,7 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
     """
     nodes, weights = row["nodes"], row["weights"]
     distance = float(wasserstein_distance(nodes, other["nodes"], weights, other["weights"]))
-    eps = max(_DTYPE_EPS[row["dtype"]], _PRECISION_EPS[row["matmul_precision"]])
+    eps = epsilon(row)
     count = max(len(nodes), len(other["nodes"]))
     rounding = (_PRODUCT_EPS + count) * eps
     largest = float(np.abs(nodes).max())
@@ -73,4 +73,14 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
         )
     moved = max(abs(row[name][0] - other[name][0]) for name in ("alphas", "betas"))
     first = float(moved / norm) if norm else np.inf
-    return Difference(distance, allowed, first, is_first_alike=first <= _PRODUCT_EPS * eps)
+    return Difference(distance, allowed, first, is_first_alike=first <= product_rounding(row))
+
+
+def epsilon(row: Mapping[Any, Any]) -> float:
+    """Return the spacing of the numbers that a row's products are taken with, relative to 1."""
+    return max(_DTYPE_EPS[row["dtype"]], _PRECISION_EPS[row["matmul_precision"]])
+
+
+def product_rounding(row: Mapping[Any, Any]) -> float:
+    """Return the largest difference of a product, relative to its norm, that is rounding's."""
+    return _PRODUCT_EPS * epsilon(row)

@@ -9,7 +9,7 @@ from benchmarks.gpu.entries import PAPER, TINY, load, split
 from benchmarks.gpu.products import matmul_rate
 from harness.errors import UserError, reason_of
 from harness.estimator.device import device_memory
-from harness.spectra import Settings, forecast_of, take_spectrum
+from harness.spectra import Settings, blocks_of, forecast_of, take_spectrum
 from harness.training import Problem
 from spectra_db import js0
 
@@ -67,7 +67,9 @@ def _take(desk: Desk, name: str, largest: int, num_steps: int, seconds: float, r
     if per_sample * batch_size / rate > desk.left:
         return False
     large = split(load(name, batch_size=batch_size, rehearse=desk.rehearse), _PIECE)
-    rows = take_spectrum(large, settings, desk.folder, command="benchmarks.gpu")
+    # Raw rows alone: the derived tables have no column for the batch, and the dataset's are of its.
+    names = [block.name for block in blocks_of(large, settings.partition)]
+    rows = take_spectrum(large, settings, desk.folder, command="benchmarks.gpu", only=names)
     estimate = js0(rows)
     desk.say(
         f"{name} {num_steps} steps",

@@ -10,9 +10,9 @@ ENTRIES = (
         get("gpt-pydoc"),
         name="tiny-gpt",
         options={"num_layers": 1, "num_heads": 2, "width": 32},
-        task_options={"context": 4},
+        task_options={"context": 2},
         hessian_batch_size=4,
-        num_steps=3,
+        num_steps=2,
         full_stages=(),
         recipe=Recipe(
             num_steps=4,

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 NAME = "Emulated GPU"
@@ -122,18 +122,14 @@ class OnCuda(torch.Tensor):
 
 
 class _Mode(TorchDispatchMode):
-    """Sees operations that make tensors on CUDA, and all with such."""
+    """Sees what makes tensors on CUDA, beside what is done with them."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
         self._seen = seen
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        here = any(isinstance(x, OnCuda) for x in tree_leaves((args, kwargs)))
-        if here or _is_cuda(kwargs.get("device")):
-            return _run(func, args, kwargs, self._seen)
-        return func(*args, **kwargs)
+        return _run(func, args, kwargs or {}, self._seen)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -142,19 +138,22 @@ def _is_cuda(device: Any) -> bool:
 
 def _run(func, args, kwargs, seen: Seen | None):
     """Check an operation by CUDA's rules, do it on the CPU, and wrap what comes of it."""
-    name = func.overloadpacket.__name__
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    there = [x for x in tensors if isinstance(x, OnCuda)]
+    leaves, structure = tree_flatten((args, kwargs))
+    there = [x for x in leaves if isinstance(x, OnCuda)]
     device = kwargs.get("device")
-    makes_cuda = _is_cuda(device) if device is not None else bool(there)
+    if not there and not _is_cuda(device):
+        return func(*args, **kwargs)
+    name = func.overloadpacket.__name__
+    makes_cuda = _is_cuda(device) if device is not None else True
     if name == "copy_":
         makes_cuda = isinstance(args[0], OnCuda)
-    _check(name, args, kwargs, tensors, makes_cuda)
+    _check(name, args, kwargs, [x for x in leaves if isinstance(x, torch.Tensor)], makes_cuda)
     if seen is not None:
         seen.calls[name] += 1
         seen.nondeterministic[name] += name in _NONDETERMINISTIC
         seen.waits[name] += name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
-    plain_args, plain = tree_map_only(OnCuda, lambda x: x.inner, (args, kwargs))
+    plain_leaves = [x.inner if isinstance(x, OnCuda) else x for x in leaves]
+    plain_args, plain = tree_unflatten(plain_leaves, structure)
     if device is not None:
         plain["device"] = CPU
     plain.pop("pin_memory", None)
@@ -166,7 +165,11 @@ def _run(func, args, kwargs, seen: Seen | None):
     def wrapped(t: torch.Tensor) -> torch.Tensor:
         return known[id(t)] if id(t) in known else OnCuda(t)
 
-    return tree_map_only(torch.Tensor, wrapped, result)
+    return (
+        wrapped(result)
+        if isinstance(result, torch.Tensor)
+        else tree_map_only(torch.Tensor, wrapped, result)
+    )
 
 
 def _check(name, args, kwargs, tensors, makes_cuda: bool) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.cases import small
 from benchmarks.gpu import products, rows, spectra
 from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import find
@@ -100,8 +102,15 @@ def test_a_training_run_is_that_of_the_cpu(optimizer):
     assert there.init_loss == here.init_loss != there.final_loss
 
 
+@pytest.fixture
+def _sampled(monkeypatch) -> None:
+    """Let small blocks be sampled too, in fewer products than it takes to be exact."""
+    monkeypatch.setitem(estimate_spectra.__kwdefaults__, "exact_size", 0)
+
+
+@pytest.mark.usefixtures("_sampled")
 def test_a_campaign_runs_whole(tmp_path):
-    entry = find("tiny-gpt", rehearse=True)
+    entry = replace(find("tiny-gpt", rehearse=True), num_steps=1)
     job = Job(tmp_path, {entry.name: entry}, None, "cuda", 1, "harness run")
     with emulated_cuda():
         assert run_entries([survey(entry, None)], job) == {}
@@ -109,10 +118,12 @@ def test_a_campaign_runs_whole(tmp_path):
     assert set(load_table("spectra", source=tmp_path)["device"]) == {NAME}
 
 
+@pytest.mark.usefixtures("_sampled")
 def test_the_stages_that_compute_run_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "ARITHMETICS", {
         name: rows.ARITHMETICS[name] for name in ("cpu float64", "float32", "float32 again")
     })  # fmt: skip
+    monkeypatch.setattr(products, "cases", lambda rehearse: {"cnn": partial(small, "cnn")})
     desk = Desk(tmp_path, tmp_path / "scratch", "cuda", rehearse=True)
     with emulated_cuda():
         for name, stage in (
@@ -122,6 +133,6 @@ def test_the_stages_that_compute_run_whole(tmp_path, monkeypatch):
         ):
             assert stage(desk.at(name, 600)), name
     assert desk.at("rows", 0).known("tiny-gpt")["agree"]
-    assert desk.at("products", 0).known("gpt TF32 probes")["looped_seconds"] > 0
+    assert desk.at("products", 0).known("cnn TF32 probes")["looped_seconds"] > 0
     assert desk.at("products", 0).known("CUDA graph")["status"] == "failed"  # there is no kernel
     assert desk.at("spectra", 0).known("tiny-gpt 3 steps")["samples"] == 8

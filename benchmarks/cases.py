@@ -85,6 +85,6 @@ def tokens(vocab_size: int, num_sequences: int, context: int) -> tuple[torch.Ten
 
 
 def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         return build().eval()

@@ -29,9 +29,35 @@ def output_error(out: Path | str, error: BaseException) -> OutputError | None:
     )
 
 
+# How allocators and libraries say that there is no memory left, in small letters: CUDA and NCCL,
+# the CPU's allocator, then cuBLAS, cuDNN, cuSOLVER, cuSPARSE and cuFFT. These make their handles
+# and workspaces late, on a device that is full, and oneDNN compiles a kernel for each shape:
+# neither says what it lacks.
+_NO_MEMORY = (
+    "out of memory",
+    "cudaerrormemoryallocation",
+    "not enough memory",
+    "allocate memory",
+    "alloc_failed",
+    "allocation_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_not_initialized",
+    "cusolver_status_not_initialized",
+    "insufficient_resources",
+    "unable to find a valid cudnn algorithm",
+    "unable to find an engine",
+    "could not create a primitive",
+)
+
+
+def says_no_memory(error: BaseException) -> bool:
+    """Tell whether an error says that there is no memory left, on whatever device."""
+    return isinstance(error, MemoryError) or any(s in str(error).lower() for s in _NO_MEMORY)
+
+
 def reason_of(error: BaseException) -> str:
     """Return an error in one line, with the remedy where memory ran out."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+    if says_no_memory(error):
         return f"out of memory, use fewer --jobs or a smaller batch ({text})"
     return text

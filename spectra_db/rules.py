@@ -61,7 +61,7 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
     """
     nodes, weights = row["nodes"], row["weights"]
     distance = float(wasserstein_distance(nodes, other["nodes"], weights, other["weights"]))
-    eps = max(_DTYPE_EPS[row["dtype"]], _PRECISION_EPS[row["matmul_precision"]])
+    eps = epsilon(row)
     count = max(len(nodes), len(other["nodes"]))
     rounding = (_PRODUCT_EPS + count) * eps
     largest = float(np.abs(nodes).max())
@@ -82,7 +82,7 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
         [np.abs(row[name][:same] - other[name][:same]) for name in ("alphas", "betas")], axis=0
     )
     first = float(np.max(moved / [norm, *[largest] * (same - 1)])) if norm else np.inf
-    return Difference(distance, allowed, first, is_first_alike=first <= _PRODUCT_EPS * eps)
+    return Difference(distance, allowed, first, is_first_alike=first <= product_rounding(row))
 
 
 def _settled(alphas: Array, betas: Array, eps: float) -> int:
@@ -92,3 +92,13 @@ def _settled(alphas: Array, betas: Array, eps: float) -> int:
         if (betas[step - 1] * np.abs(vectors[-1])).min() < eps**0.5 * np.abs(nodes).max():
             return step
     return len(alphas)
+
+
+def epsilon(row: Mapping[Any, Any]) -> float:
+    """Return the spacing of the numbers that a row's products are taken with, relative to 1."""
+    return max(_DTYPE_EPS[row["dtype"]], _PRECISION_EPS[row["matmul_precision"]])
+
+
+def product_rounding(row: Mapping[Any, Any]) -> float:
+    """Return the largest difference of a product, relative to its norm, that is rounding's."""
+    return _PRODUCT_EPS * epsilon(row)

@@ -26,7 +26,7 @@ _WHOLE = "all"
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
 # be made to allocate without bound.
 MAX_FILE_BYTES = 1 << 30
-_TOGETHER = {"spectra": ("probe",), "training": ("step", "split", "metric")}
+TOGETHER = {"spectra": ("probe",), "training": ("step", "split", "metric")}
 _TOLERANCE = 1e-9  # of sums of weights
 # Pages without a checksum, as older versions wrote them, are taken as they are.
 _VERIFIED = {"page_checksum_verification": True}
@@ -353,7 +353,7 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
     if old is not None:
         # The probes of a block belong together, as do the steps of a run: those of other settings,
         # or of a run that went further, must not stay beside.
-        matched = [key for key in keys if key not in _TOGETHER.get(table, ())]
+        matched = [key for key in keys if key not in TOGETHER.get(table, ())]
         taken = pd.MultiIndex.from_frame(new.select(matched).to_pandas())
         mine = pd.MultiIndex.from_frame(old.select(matched).to_pandas())
         new = pa.concat_tables([old.filter(pa.array(~mine.isin(taken))), new])

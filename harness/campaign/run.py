@@ -139,7 +139,6 @@ def _sharers(jobs: int, device: str | None) -> int:
 
 def _finish(entry: ModelEntry, job: Job, failed: dict[Unit, str]) -> None:
     """Write an entry's gap, and rows for the stages that a failed run left without weights."""
-
     if entry.speedup is not None:
         rows = rows_of(job.out, "trials", entry.name)
         store.write(job.out, "speedups", [speedup(entry.name, rows, entry.speedup)])

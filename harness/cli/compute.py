@@ -337,14 +337,17 @@ def run(
     from harness.progress import units_bar
     from harness.spectra import command_line
 
+    elsewhere = dry_run and device in DEVICES
     if bool(models) == (tier is not None):
         raise UserError("name models, or pass --tier, not both")
     if throughput is not None and not dry_run:
         raise UserError("--throughput is of the forecast: pass --dry-run too")
     if engine == "ray":
-        from harness.scale.cluster import import_ray
+        from harness.scale.cluster import import_ray, task_device
 
         import_ray()  # the survey takes long
+        on_cluster = task_device(device) == "cuda" and address is not None
+        elsewhere |= on_cluster and not dry_run
     elif address is not None:
         raise UserError("--address is that of a Ray cluster: pass --engine ray too")
     if tier is not None:
@@ -353,7 +356,6 @@ def run(
         chosen = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
     starts = {e.pretrained for e in chosen if e.pretrained} - {e.name for e in chosen}
     chosen += [catalogue.get(name, registry_dir=registry) for name in sorted(starts)]
-    elsewhere = dry_run and device in DEVICES
     device = str(device) if elsewhere else device_of(device)
     surveys = [survey(entry, data_root) for entry in chosen]
     reasons = [s.reason for s in surveys if s.reason is not None]

@@ -109,6 +109,26 @@ def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
         print_differences(changes, num_rows)
 
 
+@dataset.command()
+@click.argument("sources", type=_FOLDER, nargs=-1, required=True)
+@options("out")
+def merge(sources: tuple[Path, ...], out: Path) -> None:
+    """Bring the tables of several folders together in --out, which may hold some already.
+
+    No row is lost and none replaced, but failed and pending ones by those that came of it; where
+    folders say different things of the same, nothing is written and they are named.
+    """
+    from spectra_db.merge import merge as bring_together
+
+    found = bring_together(sources, out)
+    if found.conflicts:
+        _report([*found.conflicts, "nothing was written: merge one of them alone"], "")
+    for row in found.derived:
+        click.echo(f"left out, `harness run` derives it again: {row}")
+    added = ", ".join(f"{count} of {table}" for table, count in found.added.items() if count)
+    click.echo(f"rows added: {added or 'none'}; tables in {out}")
+
+
 def _problems(folder: Path, previous: Path | None, registry: Path | None) -> list[str]:
     from harness.progress import progress_bar
     from harness.publication import derived_of_release

@@ -18,7 +18,7 @@ def choose_device(model: nn.Module, device: torch.device | str | None) -> torch.
         parameter = next(model.parameters(), None)
         return parameter.device if parameter is not None else torch.device("cpu")
     try:
-        target = torch.device(device)
+        target = local_device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -26,6 +26,21 @@ def choose_device(model: nn.Module, device: torch.device | str | None) -> torch.
             f"device {str(device)!r} cannot be used ({reason}); choose cpu, or cuda where there "
             "is a GPU"
         ) from error
+    return target
+
+
+def local_device(device: torch.device | str) -> torch.device:
+    """Return the device that a name means to a process: `cuda` is its own GPU under torchrun.
+
+    Else each process would take memory of the first GPU before it goes to its own.
+    """
+    target = torch.device(device)
+    if (
+        target.type == "cuda"
+        and target.index is None
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return target
 
 

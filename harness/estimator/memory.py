@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.errors import says_no_memory
+
 # The CPU's allocator takes more than tensors hold, through gaps between them: 1.45 times in a GPT.
 _GAPS = 1.5
 
@@ -64,12 +66,7 @@ class PeakMemory(TorchDispatchMode):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that there is no memory left, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The allocator of the CPU raises a plain RuntimeError, and so does oneDNN, which compiles a
-    # kernel for each shape and does not say what it lacks.
-    signs = ("not enough memory", "can't allocate memory", "could not create a primitive")
-    return any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.OutOfMemoryError) or says_no_memory(error)
 
 
 def release_cache(device: torch.device) -> None:

@@ -252,8 +252,8 @@ class ModelEntry:
         factory = self._import_factory()
         named = inspect.signature(factory).parameters
         options = {k: v for k, v in model_options.items() if k in named} | dict(self.options)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # built on the CPU: GPUs' generators stay alone
+            torch.default_generator.manual_seed(seed)
             try:
                 model = factory(**options)
             except UserError as error:  # says what to do already

@@ -40,6 +40,19 @@ def import_ray() -> Any:
     return ray
 
 
+def task_device(device: str | None) -> str | None:
+    """Return the device of a task; the machine that starts the run need not have it.
+
+    Raises:
+        UserError: One of several GPUs is named: to each task Ray shows its own, as the first.
+    """
+    if device is not None and device.startswith("cuda:"):
+        raise UserError(
+            f"--device {device} names one GPU, and Ray gives each task its own: pass --device cuda"
+        )
+    return device
+
+
 def run_on_ray(
     agenda: Agenda,
     execute: Callable[..., str | None],

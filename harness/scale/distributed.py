@@ -24,9 +24,10 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from harness.errors import reason_of
 from harness.estimator import Block, estimate_spectra
 from harness.estimator.cost import EXACT_SIZE, Forecast, cut
-from harness.estimator.device import choose_device, memory_share
+from harness.estimator.device import choose_device, local_device, memory_share
 from harness.estimator.share import Share
 from spectra_db.schema import TABLES
 
@@ -108,15 +109,15 @@ def team(device: str, way: str = "auto") -> Iterator[Team | None]:
     through gloo.
 
     Raises:
-        RuntimeError: Another process was lost.
+        RuntimeError: Another process was lost, or NCCL or gloo fails; says the cause.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
-    cuda = torch.device(device).type == "cuda"
+    own = local_device(device)
+    cuda = own.type == "cuda"
     if cuda:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(own)
     try:
         store, rank, size = next(dist.rendezvous("env://"))
         dist.init_process_group(
@@ -125,15 +126,20 @@ def team(device: str, way: str = "auto") -> Iterator[Team | None]:
             rank=rank,
             world_size=size,
         )
-        yield Team(rank, size, device, way, dist.PrefixStore("rows", store))
+        yield Team(rank, size, str(own), way, dist.PrefixStore("rows", store))
         dist.destroy_process_group()
     except (dist.DistError, RuntimeError) as error:
-        if not _is_loss(error):
-            raise
-        raise RuntimeError(
-            "another process of the job was lost (killed, out of memory, or its machine); what "
-            "was finished is kept, the same command continues"
-        ) from error
+        kept = "what was finished is kept, the same command continues"
+        if _is_loss(error):
+            raise RuntimeError(
+                "another process of the job was lost (killed, out of memory, or its machine); "
+                f"{kept} ({reason_of(error)})"
+            ) from error
+        if isinstance(error, dist.DistError):
+            raise RuntimeError(
+                f"the processes of the job can't work together: {reason_of(error)}; {kept}"
+            ) from error
+        raise
 
 
 def estimate_together(
@@ -342,7 +348,9 @@ def _join(parts: list[list[Row]]) -> list[Row]:
 
 def _is_loss(error: Exception) -> bool:
     """Tell whether an error of the communication means that another process has gone."""
-    if isinstance(error, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError):
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
+    # NCCL has one kind of error for all that it meets: no memory, two processes on one GPU.
     signs = ("closed by peer", "Connection reset", "Broken pipe", "gloo/transport")
+    signs += ("ncclRemoteError", "Connection closed", "watchdog", "store->get")
     return any(sign in str(error) for sign in signs)

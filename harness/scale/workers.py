@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ def run_in_workers(agenda: Agenda, execute: Execute, *, jobs: int, spread: bool 
     suspects: list[Unit] = []
     retried: set[Unit] = set()
     running: dict[Future[str | None], tuple[Unit, int]] = {}
-    pool, slots = make_pool(jobs, spread)
+    gpus = visible_gpus() if spread else []
+    pool, slots = make_pool(jobs, gpus)
     number = 0
     try:
         while True:
@@ -79,7 +80,7 @@ def run_in_workers(agenda: Agenda, execute: Execute, *, jobs: int, spread: bool 
                 lost = [*(unit for unit, _ in running.values()), *refused]
                 running.clear()
                 pool.shutdown()
-                pool, slots = make_pool(jobs, spread)
+                pool, slots = make_pool(jobs, gpus)
                 if len(lost) > 1 or refused:
                     suspects += lost
                     continue
@@ -93,8 +94,8 @@ def run_in_workers(agenda: Agenda, execute: Execute, *, jobs: int, spread: bool 
                 process.terminate()
 
 
-def make_pool(jobs: int, spread: bool) -> tuple[ProcessPoolExecutor, Any]:
-    """Return a pool of spawned workers, and two shared numbers for each.
+def make_pool(jobs: int, gpus: Sequence[str] = ()) -> tuple[ProcessPoolExecutor, Any]:
+    """Return a pool of spawned workers, each on one of the GPUs, and two shared numbers for each.
 
     Spawned, since torch's threads don't survive a fork. The numbers have no lock, which a worker
     that is killed would take with it.
@@ -103,12 +104,12 @@ def make_pool(jobs: int, spread: bool) -> tuple[ProcessPoolExecutor, Any]:
     slots = context.Array("d", 2 * jobs, lock=False)
     counter = context.Value("i", 0)
     pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_start_worker, initargs=(counter, slots, spread)
+        jobs, mp_context=context, initializer=_start_worker, initargs=(counter, slots, gpus)
     )
     return pool, slots
 
 
-def _start_worker(counter: Any, slots: Any, spread: bool) -> None:
+def _start_worker(counter: Any, slots: Any, gpus: Sequence[str]) -> None:
     """Leave Ctrl-C to the parent, end with it even if it is killed, take one GPU of several."""
     global _slot
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -124,20 +125,22 @@ def _start_worker(counter: Any, slots: Any, spread: bool) -> None:
         index = counter.value
         counter.value += 1
     _slot = slots, 2 * index
-    if spread and (device := gpu_of(index)):
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
 
-def gpu_of(worker: int) -> str | None:
-    """Return which of several visible GPUs is a worker's; None where there is no choice."""
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that workers may take.
+
+    To be asked by the parent: without NVML torch counts them by starting CUDA, and a process that
+    has started it can't choose any more.
+    """
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # Asks the driver alone, so that the choice can still be made.
-    count = torch.cuda.device_count() if named is None else len(named.split(","))
-    if count < 2:
-        return None
-    return (named.split(",") if named else [str(i) for i in range(count)])[worker % count]
+    if named is None:
+        return [str(i) for i in range(torch.cuda.device_count())]
+    return [name.strip() for name in named.split(",") if name.strip()]
 
 
 def _execute(execute: Execute, unit: Unit, number: int) -> str | None:

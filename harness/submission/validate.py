@@ -238,8 +238,8 @@ def _training(s: Subject) -> str:
         return "not trained: initialisation alone"
     model = copy.deepcopy(s.model)
     model.train()
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
         loss = s.task.loss(model, s.mates)
         loss.backward()
     odd = [

@@ -51,7 +51,7 @@ def job_of(out: Path, *entries: ModelEntry) -> Job:
         out=out,
         entries={entry.name: entry for entry in entries},
         data_root=None,
-        device="cpu",
+        device=os.environ.get("HARNESS_TEST_DEVICE", "cpu"),
         num_threads=1,
         command="harness run tiny",
     )

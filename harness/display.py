@@ -140,7 +140,8 @@ def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
     for name in ("log2 speed-up", "95 % interval", "Adam needed", "J"):
         table.add_column(name, justify="right")
     for rows in (entries, references):
-        for row in rows.sort_values("y", ascending=False).itertuples():
+        ranked: Any = rows.sort_values("y", ascending=False).itertuples()
+        for row in ranked:
             if not row.trained:
                 table.add_row(str(row.model), "–", "–", "not trained", "–")
                 continue

@@ -243,6 +243,10 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
             row = pc.index(pc.is_finite(column), False).as_py()
             if row >= 0:
                 refuse(f"row {row}: column {name} is an infinity or nan")
+        if pa.types.is_list(column.type) and table != "spectra":  # whose rules are checked below
+            flat = pc.list_flatten(column)
+            if flat.null_count or not pc.all(pc.is_finite(flat), min_count=0).as_py():
+                refuse(f"column {name} holds a null, an infinity or nan")
     if content.num_rows == 0:
         return
     if "model" in names:

@@ -53,6 +53,7 @@ def value_of(field: pa.Field) -> st.SearchStrategy[Any]:
         pa.float64(): number,
         pa.bool_(): st.booleans(),
         pa.list_(pa.int64()): st.lists(st.integers(0, 2**40), max_size=3),
+        pa.list_(pa.float64()): st.lists(number, max_size=3),
         pa.timestamp("us", tz="UTC"): st.datetimes(
             pd.Timestamp("1990-01-01").to_pydatetime(), pd.Timestamp("2100-01-01").to_pydatetime()
         ).map(lambda t: pd.Timestamp(t, tz="UTC")),
@@ -66,8 +67,8 @@ def any_rows(draw):
     table = draw(st.sampled_from([t for t in TABLES if t != "spectra"]))
     columns = {f.name: value_of(f) for f in TABLES[table]}
     columns["protocol_version"] = st.just(VERSIONS.get(table, PROTOCOL_VERSION))
-    if "model" in columns:
-        columns["model"] = st.just("made-up")
+    for name in {"model", "family", "tier", "task"} & set(columns):
+        columns[name] = st.just("made-up")
     if "status" in columns:
         columns["status"] = st.sampled_from(["ok", "failed", "pending", "zero"])
     key = KEYS[table]
@@ -367,3 +368,14 @@ def test_names_of_families_tiers_and_tasks_are_no_markup(tmp_path, column):
     with pytest.raises(InvalidTable, match=f"{column} '<b>' is no slug"):
         store.write(tmp_path, "models", [model_row("a", **{column: "<b>"})])
     store.write(tmp_path, "models", [model_row("a", task="module.of:Mine")])
+
+
+def test_a_curve_with_a_loss_that_is_not_finite_is_refused(tmp_path):
+    row = dict.fromkeys(TABLES["trials"].names, 0) | {
+        "model": "made-up", "optimizer": "sgd", "protocol_version": 2, "diverged": False,
+        "eval_steps": [0, 1], "eval_losses": [2.0, float("nan")], "data_source": "",
+        "code_version": "", "torch_version": "", "device": "cpu",
+    }  # fmt: skip
+    with pytest.raises(InvalidTable, match="eval_losses holds a null, an infinity or nan"):
+        store.write(tmp_path, "trials", [row])
+    store.write(tmp_path, "trials", [row | {"eval_losses": [2.0, 1.0]}])

@@ -351,6 +351,8 @@ def _is_loss(error: Exception) -> bool:
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
     # NCCL has one kind of error for all that it meets: no memory, two processes on one GPU.
-    signs = ("closed by peer", "Connection reset", "Broken pipe", "gloo/transport")
-    signs += ("ncclRemoteError", "Connection closed", "watchdog", "store->get")
+    signs = (
+        *("closed by peer", "Connection reset", "Broken pipe", "gloo/transport"),
+        *("ncclRemoteError", "Connection closed", "watchdog", "store->get"),
+    )
     return any(sign in str(error) for sign in signs)

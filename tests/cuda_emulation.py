@@ -246,7 +246,9 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
     args = tuple(indexed(x) for x in args)
     kwargs = {name: indexed(x) for name, x in kwargs.items()}
-    others = [x for x in (*args, *kwargs.values()) if x not in (CUDA, self.dtype, None, False)]
+    here = (CUDA, self.dtype, None, False)
+    asked = (*args, *kwargs.values())
+    others = [x for x in asked if isinstance(x, torch.Tensor) or x not in here]
     if isinstance(self, OnCuda) and not others:
         return self
     return _TO(self, *args, **kwargs)

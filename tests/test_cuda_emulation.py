@@ -123,6 +123,9 @@ def test_the_stages_that_compute_run_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "ARITHMETICS", {
         name: rows.ARITHMETICS[name] for name in ("cpu float64", "float32", "float32 again")
     })  # fmt: skip
+    monkeypatch.setattr(products, "matmul_rate", lambda device: 1e12)  # a card's size: minutes here
+    # Batched products are of vmap, under which the wrappers take minutes.
+    monkeypatch.setattr(products, "looped_and_batched", lambda hessian, num: (1.0, None))
     monkeypatch.setattr(products, "cases", lambda rehearse: {"cnn": partial(small, "cnn")})
     desk = Desk(tmp_path, tmp_path / "scratch", "cuda", rehearse=True)
     with emulated_cuda():

@@ -198,9 +198,9 @@ def replayed(device: torch.device) -> dict[str, Any]:
     model, batch = case.model.to(device), tuple(t.to(device) for t in case.batch)
     parameter = next(p for p in model.parameters() if p.dim() == 2)
     vector = torch.randn_like(parameter)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with fixed_arithmetic(model), torch.cuda.stream(stream):
             loss = case.loss_fn(model, batch)
             (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)

@@ -131,7 +131,7 @@ def _compare(desk: Desk, problem: Problem) -> dict[str, Any]:
     for variant, (there, dtype, precision) in ARITHMETICS.items():
         settings = Settings(
             num_probes=NUM_PROBES,
-            num_steps=4 if desk.rehearse else NUM_STEPS,
+            num_steps=2 if desk.rehearse else NUM_STEPS,
             dtype=dtype,
             device=desk.device if there else "cpu",
             matmul_precision=precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def render(folder: Path, version: str) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters["plain"] = plain
     return environment.get_template("card.md.jinja").render(
         version=version,
         protocol_version=PROTOCOL_VERSION,
@@ -90,6 +92,17 @@ def render(folder: Path, version: str) -> str:
         pending=models[models["status"] != "ok"].to_dict("records"),
         tasks=_tasks(computed),
     )
+
+
+def plain(text: str) -> str:
+    r"""Return text that Markdown shows as it is: in one line, its marks escaped.
+
+    By backslashes, as CommonMark 0.31, section 2.4. Text of entries and of tables is anybody's.
+
+    >>> plain("<b>see\n[this](http://x)")
+    '\\<b\\>see \\[this\\](http://x)'
+    """
+    return re.sub(r"([\\`*\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
 def _table(name: str, rows: int, *, default: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The token is the Hub's own: of `hf auth login`, or HF_TOKEN. It is never an argu
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import warnings
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 TYPE = "dataset"
 MAIN = "main"
+_SECRETS = {
+    re.compile(r"(Bearer )[^'\"]+"): r"\1***",
+    re.compile(r"(://)[^/\s]+@"): r"\1***@",
+    re.compile(r"(://[^\s?]+\?)[^\s'\")>]+"): r"\1***",
+}
 
 
 class HubError(RuntimeError):
@@ -63,11 +69,11 @@ def fetch(repo: str, revision: str | None = None, paths: list[str] | None = None
         # Reached before, but not to the end, or not reached at all.
         known = ", ".join(_cached_revisions(repo)) or "none"
         raise HubError(
-            f"the Hub can't be reached ({reason or _first_line(error)}), and revision {revision} "
+            f"the Hub can't be reached ({reason or reason_of(error)}), and revision {revision} "
             f"of {repo} is not whole in the cache, which holds of it: {known}"
         ) from error
     except Exception as error:
-        raise HubError(f"{repo} at {revision} can't be downloaded: {_first_line(error)}") from error
+        raise HubError(f"{repo} at {revision} can't be downloaded: {reason_of(error)}") from error
     if commit is not None and Path(path).name != commit:
         raise HubError(
             f"{repo} at {revision} is commit {commit[:12]}, and the download ended before it was "
@@ -138,7 +144,7 @@ def resolve(repo: str, revision: str) -> tuple[str | None, str]:
     try:
         return str(api.repo_info(repo, repo_type=TYPE, revision=revision).sha), ""
     except HFValidationError as error:
-        raise NotFound(f"{repo!r} is no id of a dataset: {_first_line(error)}") from error
+        raise NotFound(f"{repo!r} is no id of a dataset: {reason_of(error)}") from error
     except GatedRepoError as error:
         raise NotFound(f"dataset {repo} is gated: ask for access on its page") from error
     except OfflineModeIsEnabled:
@@ -149,7 +155,7 @@ def resolve(repo: str, revision: str) -> tuple[str | None, str]:
             raise _missing(api, repo, revision, error) from error
         raise HubError(f"{repo} at {revision}: {explain(error)}") from error
     except Exception as error:
-        return None, _first_line(error)
+        return None, reason_of(error)
 
 
 def _missing(api: HfApi, repo: str, revision: str, error: Exception) -> NotFound:
@@ -198,9 +204,25 @@ def explain(error: Exception) -> str:
     if status in (409, 412):
         return f"main has changed meanwhile ({status}): run the command again"
     if status is not None:
-        return f"the Hub answered {status}: {_first_line(error)}"
-    return _first_line(error)
+        return f"the Hub answered {status}: {reason_of(error)}"
+    return reason_of(error)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def redacted(text: str) -> str:
+    """Return a text without what it may hold of secrets, to be shown or kept in a log.
+
+    These are the token, in a header or anywhere, and of addresses the user with the password and
+    the query, by which downloads are signed.
+    """
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        text = text.replace(token, "***")
+    for secret, shown in _SECRETS.items():
+        text = secret.sub(shown, text)
+    return text
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an error says, without secrets."""
+    return next(iter(redacted(str(error)).strip().splitlines()), "") or type(error).__name__

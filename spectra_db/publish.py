@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectra_db import check, manifest
 from spectra_db.derived import DERIVED, Derive
-from spectra_db.hub import MAIN, TYPE, HubError, explain, fetch, resolve
+from spectra_db.hub import MAIN, TYPE, HubError, explain, fetch, reason_of, redacted, resolve
 from spectra_db.load import NotFound
 from spectra_db.manifest import InvalidRelease, Manifest
 
@@ -101,7 +101,7 @@ def publish(folder: Path, planned: Plan, *, create_pr: bool = False) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, commit = HfApi(), planned.head
-    page = f"{api.endpoint}/datasets/{planned.repo}/tree/{planned.tag}"
+    page = f"{redacted(api.endpoint)}/datasets/{planned.repo}/tree/{planned.tag}"
     if not planned.is_empty:
         operations: list[Any] = [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path)
@@ -126,7 +126,7 @@ def publish(folder: Path, planned: Plan, *, create_pr: bool = False) -> str:
         else:
             commit = info.oid
             if create_pr:
-                return str(info.pr_url)
+                return redacted(str(info.pr_url))
     elif create_pr:
         raise HubError(f"{planned.repo} has these files already: there is nothing to request")
     if not planned.tagged:
@@ -153,7 +153,7 @@ def check_can_write(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise NotFound(f"{repo!r} is no id of a dataset: {error}") from error
+        raise NotFound(f"{repo!r} is no id of a dataset: {reason_of(error)}") from error
     if get_token() is None:
         raise HubError("there is no token of the Hub: run `hf auth login`, or set HF_TOKEN")
 
@@ -182,7 +182,7 @@ def open_pull_request(folder: Path, repo: str, prefix: str, title: str) -> str:
             f"the pull request on {repo} failed: {explain(error)}; {folder} is ready to be sent: "
             "the same command tries again"
         ) from error
-    return str(info.pr_url)
+    return redacted(str(info.pr_url))
 
 
 def _is_committed(api: HfApi, folder: Path, planned: Plan) -> bool:

@@ -17,7 +17,7 @@ from harness import tasks
 from harness.campaign.locks import claim
 from harness.campaign.pace import Pace
 from harness.campaign.plan import Survey, Unit, check_version, missing, settings_of
-from harness.errors import output_error, reason_of
+from harness.errors import OutputError, output_error, reason_of
 from harness.registry import ModelEntry
 from harness.scale import workers
 from harness.spectra import (
@@ -101,7 +101,8 @@ def run_entries(
         The units that failed, with their reasons; they are rows in the store too.
 
     Raises:
-        OutputError: The folder can't be written to any more, as when the disk is full.
+        OutputError: The folder can't be written to any more, as when the disk is full, or was
+            removed.
         UserError: The folder holds results of another version of an entry.
     """
     try:
@@ -200,6 +201,7 @@ class Agenda:
     def settle(self, unit: Unit, reason: str | None) -> None:
         """Note how a unit ended, and look what waited for it."""
         seconds = round(self._pace.finish(unit, counts=reason is None), 3)
+        self._check_folder(unit)
         if reason == ELSEWHERE:
             if unit not in self._elsewhere:
                 self._tell("elsewhere", unit)
@@ -239,6 +241,18 @@ class Agenda:
                 if ours:  # it was done, or its process ended before that
                     self._tried.discard(unit)
         return True
+
+    def _check_folder(self, unit: Unit) -> None:
+        """Raise if the folder was removed: a unit makes it anew, without what was in it.
+
+        The row of table `models` is written before any unit starts, and by nothing else.
+        """
+        out = self._job.out
+        if not store.path_of(out, "models", unit.model).is_file():
+            raise OutputError(
+                f"{out} was removed, or emptied, while this ran, and what was finished is gone "
+                "with it; the same command begins anew"
+            )
 
     def _look(self, model: str) -> None:
         """Look again what is left of a model and of those that start from it."""

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from harness.registry.entry import STAGES, ModelEntry
+from spectra_db.card import plain
 from spectra_db.load import optional
 
 _JS0 = {"metric": "js0", "scale": "lambda10"}
@@ -26,8 +27,8 @@ def render(entry: ModelEntry, data: Path) -> str:
     lines = [
         f"# {entry.name}",
         "",
-        f"{entry.description}. Architecture: {entry.reference}. Code: {entry.source}, licence "
-        f"{entry.licence}.",
+        f"{plain(entry.description)}. Architecture: {plain(entry.reference)}. Code: "
+        f"{plain(entry.source)}, licence {plain(entry.licence)}.",
         "",
         f"Family {entry.family}, task {entry.task}, {model['num_params']:,} parameters, "
         f"{model['num_blocks']} blocks of partition {entry.partition}, protocol "
@@ -60,7 +61,7 @@ def render(entry: ModelEntry, data: Path) -> str:
 
 
 def _values(rows: pd.DataFrame, column: str) -> str:
-    return ", ".join(sorted(set(rows[column].astype(str)))) or "not recorded"
+    return plain(", ".join(sorted(set(rows[column].astype(str))))) or "not recorded"
 
 
 def _heterogeneity(entry: ModelEntry, data: Path) -> list[str]:
@@ -87,7 +88,7 @@ def _gap(data: Path) -> list[str]:
         return ["Not trained."]
     [row] = rows.to_dict("records")
     if row["status"] != "ok":
-        return [f"The SGD-Adam gap is {row['status']}: {row['reason']}."]
+        return [f"The SGD-Adam gap is {row['status']}: {plain(row['reason'])}."]
     edge = "; a best rate lies at the edge of its grid" if row["at_edge"] else ""
     needed = "needed" if row["adam_needed"] else "not needed"
     return [

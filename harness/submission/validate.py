@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from harness import tasks
 from harness.errors import UserError
 from harness.estimator import find_blocks
-from harness.estimator.checks import check_deterministic, fixed_arithmetic, take
+from harness.estimator.checks import check_deterministic, fixed_arithmetic, leading_size, take
 from harness.registry.entry import ModelEntry
 from harness.submission import draft, entry_file, locate, products
 from harness.submission.draft import names
@@ -212,6 +213,27 @@ def _forward(s: Subject) -> str:
     return f"logits {tuple(logits.shape)}, loss {float(loss):.4f}"
 
 
+def _terms(s: Subject) -> str:
+    """Compare `num_terms` with those of parts of unlike size, and with the number of targets."""
+    size = leading_size(s.mates)
+    cuts = [0, max(1, size // 4), size]
+    parts = [take(s.mates, a, b) for a, b in pairwise(cuts) if a < b]
+    whole, counts = s.task.num_terms(s.mates), [s.task.num_terms(part) for part in parts]
+    remedy = "let it count the terms that `loss_of` averages"
+    if whole != sum(counts) or whole < 1:
+        raise Failed(
+            f"num_terms of task {s.entry.task} is {whole} for {size} samples, and "
+            f"{' + '.join(map(str, counts))} for their parts; {remedy}, of the batch it is given"
+        )
+    targets = s.task.targets(s.mates)
+    if targets is not None and len(targets) != whole:
+        raise Failed(
+            f"num_terms of task {s.entry.task} is {whole} for a batch of {len(targets)} targets; "
+            f"{remedy}, or let `targets` return one of each term (None where they are no classes)"
+        )
+    return f"{whole} terms in {size} samples"
+
+
 def _deterministic(s: Subject) -> str:
     model = copy.deepcopy(s.model)
     model.eval()
@@ -222,8 +244,14 @@ def _deterministic(s: Subject) -> str:
             check_deterministic(*args, batch_mates=True)
         except UserError as error:
             where = locate.with_batch_mates(model, s.task.loss, s.mates)
-            if where is None:
+            if where is None and "average to" not in str(error):
                 raise
+            if where is None:
+                raise Failed(
+                    f"{str(error).partition(':')[0]}, weighted by num_terms: let `loss_of` of task "
+                    f"{s.entry.task} return the mean over its terms (a sum is none), and "
+                    "`num_terms` count those that it averages, without what it leaves out"
+                ) from error
             training = [n for n, m in model.named_modules() if m.training]
             also = f"; eval() leaves {names(training)} in training mode" if training else ""
             raise Failed(
@@ -264,7 +292,8 @@ _CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
     "parameters": (_parameters, ("build",)),
     "blocks": (_blocks, ("parameters",)),
     "forward": (_forward, ("parameters",)),
-    "deterministic": (_deterministic, ("forward",)),
+    "terms": (_terms, ("forward",)),
+    "deterministic": (_deterministic, ("terms",)),
     "second derivatives": (products.second_derivatives, ("deterministic",)),
     "symmetric": (products.symmetric, ("second derivatives",)),
     "differences": (products.differences, ("second derivatives",)),

@@ -73,13 +73,14 @@ def from_hub(
     import datasets
     from huggingface_hub import HfApi
 
+    from spectra_db.hub import reason_of
+
     try:
         revision = HfApi().dataset_info(repo, timeout=10).sha or "main"
         return read(datasets, revision), f"Hub {repo} at {revision}"
     # What the network stack raises differs between versions of the Hub's client.
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        hint = f"the Hub data set {repo} was tried and failed ({reason[:160]})"
+        hint = f"the Hub data set {repo} was tried and failed ({reason_of(error)[:160]})"
         raise missing(task, root, paths, hint) from error
 
 

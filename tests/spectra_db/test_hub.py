@@ -17,6 +17,7 @@ import pytest
 from harness import cli
 from spectra_db import check, manifest, store, verified
 from spectra_db import publish as publish_module
+from spectra_db.hub import reason_of
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
 
@@ -232,6 +233,35 @@ def test_what_the_token_may_not_see_is_told_with_the_remedy(published, python):
         "401): check the id, and `hf auth login`"
     )
     assert "hf_wrongtoken" not in found
+
+
+def test_no_message_holds_what_is_secret(published, python):
+    address = f"http://user:pass-word@{NOWHERE.removeprefix('http://')}"
+    for env in (
+        {"HF_ENDPOINT": address},
+        {"HF_TOKEN": "hf_secret\x01token"},  # which a client's error may quote
+        {"HF_TOKEN": "hf_secrettoken", "HF_ENDPOINT": address},
+    ):
+        code, output, errors = python("publish", REPO, "--dry-run", "--source", "nothing", **env)
+        [found], warned = gaps(python, "main", **env)
+        assert found.startswith("HubError"), found
+        for text in (output, errors, found, warned):
+            assert "secret" not in text
+            assert "pass-word" not in text
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("at https://me:pw@hub.co/x?a=b&sig=123 (404)", "at https://***@hub.co/x?*** (404)"),
+        ("Illegal header value b'Bearer hf_a\\x01b'", "Illegal header value b'Bearer ***'"),
+        ("token hf_known is refused\nsecond line", "token *** is refused"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_what_an_error_says_is_shown_without_secrets(monkeypatch, said, shown):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_known")
+    assert reason_of(RuntimeError(said)) == shown
 
 
 def test_a_file_that_is_not_the_manifests_is_refused(hub, python, releases, tmp_path):

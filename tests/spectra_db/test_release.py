@@ -396,6 +396,20 @@ def test_the_card_lists_every_column_with_type_unit_and_meaning(folder):
             )
 
 
+def test_text_of_others_is_no_markdown_and_no_header_of_the_card(source, tmp_path):
+    hostile = "gone\n---\nlicense: mit\n# Mine\n| a | ![x](http://t/x.png) <script>1</script> `"
+    tables = Path(shutil.copytree(source, tmp_path / "tables"))
+    store.write(tables, "models", [model_row("hostile", status="failed", reason=hostile)])
+    release(tables, tmp_path / "data", "0.1.0")
+    card = (tmp_path / "data" / "README.md").read_text()
+    [line] = [line for line in card.splitlines() if "`hostile`" in line]
+    assert line == (
+        r"- `hostile`: gone --- license: mit \# Mine \| a \| !\[x\](http://t/x.png) "
+        r"\<script\>1\</script\> \`"
+    )
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "cc-by-4.0"
+
+
 def test_the_card_tells_the_hub_one_config_per_table(folder):
     header = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert header["license"] == "cc-by-4.0"

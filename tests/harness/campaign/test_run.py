@@ -24,7 +24,7 @@ from harness import spectra, tasks
 from harness.campaign import run
 from harness.campaign.plan import Survey, Unit, missing, survey
 from harness.campaign.run import Job, execute, run_entries
-from harness.errors import UserError
+from harness.errors import OutputError, UserError
 from harness.estimator import estimate_spectra
 from harness.registry import ModelEntry, Recipe, get
 from harness.scale import workers
@@ -661,3 +661,16 @@ def test_the_gap_of_a_model_is_written_before_the_next_model_starts(tmp_path):
     surveys = [survey(entry, None) for entry in (first, second)]
     run_entries(surveys, job_of(tmp_path, first, second), on_event=on_event)
     assert gaps["start"]
+
+
+@pytest.mark.parametrize("at", ["start", "progress"])
+def test_a_folder_that_is_removed_in_mid_run_ends_it_in_one_line(tmp_path, at):
+    out = tmp_path / "out"
+
+    def remove(what: str, unit: Unit, facts: dict[str, object]) -> None:
+        if what == at:
+            shutil.rmtree(out, ignore_errors=True)
+
+    entry = tiny(stages=("init",), full_stages=(), recipe=None)
+    with pytest.raises(OutputError, match="out was removed, or emptied, while this ran"):
+        run_entries([survey(entry, None)], job_of(out, entry), on_event=remove)

@@ -192,6 +192,42 @@ def test_data_that_differ_from_call_to_call_are_found(entry, registry):
     assert "the generator that it gets" in text
 
 
+_TASK = """
+import torch
+from torch.nn import functional as F
+from harness.tasks.images import Digits
+class Odd(Digits):
+    {}
+"""
+_SUM = "def loss_of(self, logits, batch): return F.cross_entropy(logits, batch[1], reduction='sum')"
+_SOME = (
+    "def loss_of(self, logits, batch):\n"
+    "        return F.cross_entropy(logits, torch.where(batch[1] < 5, batch[1], -100))\n"
+    "    def targets(self, batch): return None"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "check", "said"),
+    [
+        ("def num_terms(self, batch): return 1", "terms", "is 1 for 16 samples, and 1 + 1 for"),
+        (
+            "def num_terms(self, batch): return 10 * len(batch[0])",
+            "terms",
+            "is 160 for a batch of 16 targets; let it count the terms that `loss_of` averages",
+        ),
+        (_SUM, "deterministic", r"weighted by num_terms: let `loss_of` .* \(a sum is none\)"),
+        (_SOME, "deterministic", "`num_terms` count those that it averages, without what it leav"),
+    ],
+)
+def test_terms_that_are_not_those_of_the_mean_are_found(entry, registry, code, check, said):
+    name = f"odd{len(code)}"  # a module of its own
+    (registry / f"{name}.py").write_text(_TASK.format(code))
+    [(found, text)] = failed(entry("Encoder", task=f"{name}:Odd")).items()
+    assert found == check
+    assert re.search(said, text), text
+
+
 def test_a_batch_larger_than_the_data_is_found(entry):
     [text] = failed(entry("Encoder", task_options={"train_size": 9})).values()
     assert text == "hessian_batch_size is 256; the data have 9 training samples"

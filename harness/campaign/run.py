@@ -289,7 +289,8 @@ def execute(unit: Unit, on_progress: OnProgress | None = None, *, job: Job) -> s
             left = missing(job.entries[unit.model], job.out)
             if replace(unit, blocks=()) not in left:  # it was done since
                 return ELSEWHERE
-            _DO[unit.kind](unit, job, on_progress)
+            do = {"trial": _try, "train": _train, "spectrum": _take, "moments": _take_moments}
+            do[unit.kind](unit, job, on_progress)
     except Exception as error:
         if output_error(job.out, error) is not None:
             raise
@@ -364,9 +365,6 @@ def _take_moments(unit: Unit, job: Job, on_progress: OnProgress | None = None) -
     settings = _settings(entry.partition, entry, job)
     problem = _problem(unit, job, batch_size=entry.moments_batch_size)
     take_moments(problem, settings, job.out, command=job.command, on_progress=on_progress)
-
-
-_DO = {"trial": _try, "train": _train, "spectrum": _take, "moments": _take_moments}
 
 
 def _settings(partition: str, entry: ModelEntry, job: Job) -> Settings:

@@ -242,7 +242,7 @@ def test_no_message_holds_what_is_secret(published, python):
         {"HF_TOKEN": "hf_secret\x01token"},  # which a client's error may quote
         {"HF_TOKEN": "hf_secrettoken", "HF_ENDPOINT": address},
     ):
-        code, output, errors = python("publish", REPO, "--dry-run", "--source", "nothing", **env)
+        _, output, errors = python("publish", REPO, "--dry-run", "--source", "nothing", **env)
         [found], warned = gaps(python, "main", **env)
         assert found.startswith("HubError"), found
         for text in (output, errors, found, warned):

@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest/bin/python
+OLD_READY := .venv-oldest/.ready
 
-.PHONY: demo test lint gate campaign bench bench-check bench-peers dashboard accuracy paper leaderboard site clean
+.PHONY: demo test test-oldest try-oldest lint gate campaign bench bench-check bench-peers dashboard accuracy paper leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,6 +19,24 @@ demo: $(READY)
 # One thread per worker: the tests' models are too small to share.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# The lowest versions that pyproject allows; what tests/oldest.txt lacks, such as torch, is .venv's.
+$(OLD_READY): tests/oldest.txt $(READY)
+	$(BIN)/python -m venv --clear --without-pip .venv-oldest
+	$(BIN)/python -m pip --python $(OLDEST) install --quiet --no-deps --no-compile -r tests/oldest.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(OLDEST) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	touch $@
+
+# The suite's core on them: the store, the estimator, training, the command line.
+test-oldest: $(OLD_READY)
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest --numprocesses 2 tests/spectra_db tests/harness/estimator \
+		tests/harness/tasks tests/harness/training tests/harness/test_cli.py
+
+# The command line alone on them.
+try-oldest: $(OLD_READY)
+	$(OLDEST) -m harness --help > /dev/null
+	$(OLDEST) -m harness list > /dev/null
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -73,4 +93,4 @@ campaign: gate
 	$(TRIALS) --tier reference
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-oldest build

@@ -200,10 +200,9 @@ class Odd(Digits):
     {}
 """
 _SUM = "def loss_of(self, logits, batch): return F.cross_entropy(logits, batch[1], reduction='sum')"
-_SOME = (
+_WEIGHTED = (
     "def loss_of(self, logits, batch):\n"
-    "        return F.cross_entropy(logits, torch.where(batch[1] < 5, batch[1], -100))\n"
-    "    def targets(self, batch): return None"
+    "        return F.cross_entropy(logits, batch[1], weight=torch.arange(1.0, 11.0))"
 )
 
 
@@ -217,7 +216,11 @@ _SOME = (
             "is 160 for a batch of 16 targets; let it count the terms that `loss_of` averages",
         ),
         (_SUM, "deterministic", r"weighted by num_terms: let `loss_of` .* \(a sum is none\)"),
-        (_SOME, "deterministic", "`num_terms` count those that it averages, without what it leav"),
+        (
+            _WEIGHTED,
+            "deterministic",
+            "`num_terms` count those that it averages, without what it leav",
+        ),
     ],
 )
 def test_terms_that_are_not_those_of_the_mean_are_found(entry, registry, code, check, said):

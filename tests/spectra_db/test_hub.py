@@ -242,12 +242,8 @@ def test_no_message_holds_what_is_secret(published, python, releases):
         {"HF_TOKEN": "hf_secret\x01token"},  # which a client's error may quote
         {"HF_TOKEN": "hf_secrettoken", "HF_ENDPOINT": address},
     ):
-<<<<<<< HEAD
-        _, output, errors = python("publish", REPO, "--dry-run", "--source", "nothing", **env)
-=======
         folder = releases / "0.2.0"
         _, output, errors = python("publish", REPO, "--dry-run", "--source", folder, **env)
->>>>>>> trust2
         [found], warned = gaps(python, "main", **env)
         assert found.startswith("HubError"), found
         for text in (output, errors, found, warned):

@@ -79,7 +79,8 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
         )
     same = min(settled, len(other["alphas"]))
     moved = np.max(
-        [np.abs(row[name][:same] - other[name][:same]) for name in ("alphas", "betas")], axis=0
+        [np.abs(np.subtract(row[name][:same], other[name][:same])) for name in ("alphas", "betas")],
+        axis=0,
     )
     first = float(np.max(moved / [norm, *[largest] * (same - 1)])) if norm else np.inf
     return Difference(distance, allowed, first, is_first_alike=first <= product_rounding(row))

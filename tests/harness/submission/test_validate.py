@@ -209,7 +209,7 @@ _WEIGHTED = (
 @pytest.mark.parametrize(
     ("code", "check", "said"),
     [
-        ("def num_terms(self, batch): return 1", "terms", "is 1 for 16 samples, and 1 + 1 for"),
+        ("def num_terms(self, batch): return 1", "terms", r"is 1 for 16 samples, and 1 \+ 1 for"),
         (
             "def num_terms(self, batch): return 10 * len(batch[0])",
             "terms",

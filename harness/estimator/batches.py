@@ -102,7 +102,8 @@ def batch_hash(batches: Sequence[Batch]) -> str:
         rows = [t.detach().cpu() for t in tensors]
         digest.update(f"{rows[0].dtype}{tuple(rows[0].shape[1:])}".encode())
         for t in rows:
-            digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            plain = t.clone(memory_format=torch.contiguous_format).flatten()
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

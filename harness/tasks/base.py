@@ -171,7 +171,8 @@ def _load_once(task: Task, root: Path | None) -> Data:
 def _checksum(data: Data) -> str:
     """Return the sha256 of the tensors of both splits, with their types and shapes."""
     given = [t for t in (*data.train, *data.test) if isinstance(t, Tensor)]
-    tensors = [tensor.detach().cpu().contiguous() for tensor in given]
+    # Cloned: of one element, a slice is contiguous with whatever stride, and can't be viewed.
+    tensors = [t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in given]
     kinds = [f"{len(data.train)}", *(f"{t.dtype} {tuple(t.shape)};" for t in tensors)]
     parts = [t.flatten().view(torch.uint8).numpy().tobytes() for t in tensors]
     return sources.sha256(["".join(kinds).encode(), *parts])

@@ -205,7 +205,7 @@ def _digest(model: nn.Module) -> str:
     """Hash names, dtypes, shapes and bytes of the state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
+        values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

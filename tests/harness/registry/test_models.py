@@ -23,6 +23,7 @@ BLOCK_NAMES = Path(__file__).with_name("block_names.json")
 IMAGES = {
     "digits": {"num_classes": 10, "image_size": 8, "in_channels": 1},
     "mnist": {"num_classes": 10, "image_size": 28, "in_channels": 1},
+    "mnist-barcodes": {"num_classes": 2010, "image_size": 28, "in_channels": 1},
     "cifar10": {"num_classes": 10, "image_size": 32, "in_channels": 3},
     "imagenet": {"num_classes": 1000, "image_size": 224, "in_channels": 3},
 }
@@ -46,8 +47,12 @@ def model_options(entry: ModelEntry) -> dict[str, Any]:
     """Say what the task would say of its data, without the data."""
     if entry.task in IMAGES:
         return IMAGES[entry.task]
-    given = entry.task_options
-    if entry.task == "cornell" or given.get("tokenizer") == "word":
+    given = {"context": 64} | dict(entry.task_options)
+    if entry.task == "gaussian-classes":
+        return {"num_classes": 256, "dimension": 128}
+    if entry.task == "masked-books" or given.get("tokenizer") == "bpe":
+        size = 2048
+    elif entry.task == "cornell" or given.get("tokenizer") == "word":
         size = given["vocab_size"]
     elif given.get("tokenizer") == "gpt2":
         size = 50_257
@@ -64,6 +69,8 @@ def tiny_batch(entry: ModelEntry) -> tuple[torch.Tensor, torch.Tensor]:
         side = options["image_size"]
         images = torch.randn(2, options["in_channels"], side, side, generator=generator)
         return images, torch.tensor([1, 3])
+    if "dimension" in options:
+        return torch.randn(2, options["dimension"], generator=generator), torch.tensor([1, 3])
     tokens = torch.randint(options["vocab_size"], (2, options["context"] + 1), generator=generator)
     return tokens[:, :-1], tokens[:, 1:]
 

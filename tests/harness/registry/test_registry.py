@@ -51,7 +51,10 @@ def test_tier_small_has_the_29_models_of_the_readme_most_families_two() -> None:
 
 def test_no_two_entries_differ_in_name_only() -> None:
     facts = [
-        (e.factory, sorted(e.options.items()), e.task, sorted(e.task_options.items()), e.pretrained)
+        (
+            *(e.factory, sorted(e.options.items()), e.task, sorted(e.task_options.items())),
+            *(e.pretrained, e.speedup),
+        )
         for e in registry.entries()
     ]
     repeated = [count for count in Counter(map(repr, facts)).values() if count > 1]
@@ -111,13 +114,13 @@ def test_a_network_beside_an_outside_entry_is_found(
 def test_a_name_taken_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ENTRY_FILE.format(name="cnn-digits"))
     with pytest.raises(UserError, match="two entries are named 'cnn-digits'; rename one"):
-        registry.registry.entries(registry_dir=tmp_path)
+        registry.entries(registry_dir=tmp_path)
 
 
 def test_an_entry_file_that_fails_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_module\nENTRIES = ()\n")
     with pytest.raises(UserError, match=r"broken\.py can't be read: ModuleNotFoundError"):
-        registry.registry.entries(registry_dir=tmp_path)
+        registry.entries(registry_dir=tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         registry.entries(registry_dir=tmp_path / "nowhere")
 
@@ -126,10 +129,10 @@ def test_a_broken_file_without_entries_is_passed_over_and_one_with_entries_is_na
     tmp_path: Path,
 ) -> None:
     (tmp_path / "script.py").write_text("print 'of another Python'\n")
-    registry.registry.entries(registry_dir=tmp_path)
+    registry.entries(registry_dir=tmp_path)
     (tmp_path / "mine.py").write_text("ENTRIES = (\n")
     with pytest.raises(UserError, match=r"mine\.py can't be read: SyntaxError: .*line 1"):
-        registry.registry.entries(registry_dir=tmp_path)
+        registry.entries(registry_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

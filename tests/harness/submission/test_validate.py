@@ -314,7 +314,7 @@ def test_the_command_ends_with_0_only_if_no_check_failed(registry):
     assert result.exit_code == 1
     outcomes = {f["check"]: f["outcome"] for f in json.loads(result.stdout)}
     assert outcomes["forward"] == "failed"
-    assert "net is not ready: 1 failed, 7 skipped" in result.stderr
+    assert "net is not ready: 1 failed, 8 skipped" in result.stderr
 
 
 @pytest.mark.parametrize(

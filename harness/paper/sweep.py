@@ -1,0 +1,211 @@
+"""The sweep of perceptrons (figure 5) with learning rates that are free downwards.
+
+Zhang et al. 2024 (arXiv 2402.16788) scale each layer's output of a perceptron by c and draw the
+best test accuracy over learning rates from 1e-4 to 1e-1. The release has those runs and chooses
+among them by the training loss. Here the rates go on below the paper's grid for both optimizers,
+and the same runs are read in several ways: chosen by loss or by accuracy, on the paper's grid or on
+all rates, and with c in the initial weights in place of the outputs. Variants change one thing that
+the paper may have had otherwise.
+
+Two settings need no runs of their own. ReLU(c z) = c ReLU(z), so the scale may stand before or
+after it. And a net whose initial weights and biases are c times as large, trained at the rate η,
+makes the same function at each step as one with scaled outputs at η / c² (SGD, whose gradients are
+c times smaller there) or η / c (Adam, whose steps have a size of their own, ε aside).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from harness import tasks
+from harness.paper import release
+from harness.paper import sweep_readings as readings
+from harness.paper.result import Result
+from harness.paper.sweep_readings import DECADES, GRID, READINGS, SCALES, START, Row
+from harness.registry import get
+from harness.registry.entry import ModelEntry, Recipe
+from harness.registry.networks.mlp import MLP
+from harness.tasks.base import Data
+from harness.tasks.images import Mnist
+from harness.training import climb, train
+from harness.training.gap import SEEDS
+from harness.training.grid import GRID_SEED
+from harness.training.loop import OPTIMIZERS
+from spectra_db.load import optional
+
+VARIANT_SCALES = (5, 15)
+_FACTORY = "harness.paper.sweep:{}".format
+_COLUMNS = ("optimizer", "k", "seed", "loss", "train", "test")
+
+
+class HiddenScaled(MLP):
+    """A perceptron whose last layer is not scaled."""
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
+        """Return the logits."""
+        return super().forward(images) / self.scale
+
+
+class UnitPixels(MLP):
+    """A perceptron that sees MNIST's pixels in [0, 1] instead of normalised."""
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
+        """Return the logits."""
+        return super().forward(images * Mnist.std[0] + Mnist.mean[0])
+
+
+class _Plain(Recipe):
+    """A recipe whose SGD has no momentum."""
+
+    momentum = 0.0
+
+
+def _with_recipe(entry: ModelEntry, kind: type[Recipe] = Recipe, **changed: Any) -> ModelEntry:
+    values = {field.name: getattr(entry.recipe, field.name) for field in fields(Recipe)}
+    return replace(entry, recipe=kind(**values | changed))
+
+
+# What is otherwise than in the release's sweep.
+VARIANTS: dict[str, Callable[[ModelEntry], ModelEntry]] = {
+    "last layer not scaled": lambda e: replace(e, factory=_FACTORY("HiddenScaled")),
+    "pixels in [0, 1]": lambda e: replace(e, factory=_FACTORY("UnitPixels")),
+    "rate decays by a cosine": lambda e: _with_recipe(e, schedule="cosine"),
+    "SGD without momentum": lambda e: _with_recipe(e, _Plain),
+}
+
+
+def units(source: release.Source) -> list[str]:
+    """List the scales, each climbed, and the variants, each on the paper's grid in decades."""
+    return [f"c{c}" for c in SCALES] + [
+        f"v{i}-c{c}" for i in range(len(VARIANTS)) for c in VARIANT_SCALES
+    ]
+
+
+def forecast(todo: Sequence[str], data_root: Path | None) -> str:
+    """Say what the units cost."""
+    return f"about {8 * len(todo)} training runs, 3 to 6 s each on a core"
+
+
+def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[str, Any]:
+    """Train what the release lacks of a scale or of a variant; return the new runs by column."""
+    variant, _, c = unit.rpartition("c")
+    entry = get(f"mlp-mnist-c{c}")
+    data = tasks.get(entry.task, **entry.task_options).load(data_root)
+    if variant:
+        change = list(VARIANTS.values())[int(variant.strip("v-"))]
+        plain = variant == f"v{list(VARIANTS).index('SGD without momentum')}-"
+        runs = [
+            _run(change(entry), data, optimizer, k, GRID_SEED)
+            for optimizer in (OPTIMIZERS[:1] if plain else OPTIMIZERS)
+            for k in DECADES
+        ]
+    else:
+        known = ends(optional("training", source, model=entry.name))
+        runs = explore(entry, data, known)
+    return {name: [run[name] for run in runs] for name in _COLUMNS}
+
+
+def explore(entry: ModelEntry, data: Data, known: Sequence[Row]) -> list[Row]:
+    """Train at the paper's rates, climb by accuracy and by loss, then score the most accurate.
+
+    Args:
+        entry: What to train.
+        data: The entry's data.
+        known: Runs that are not to be done again.
+
+    Returns:
+        The runs that were done.
+    """
+    runs = list(known)
+    for optimizer in OPTIMIZERS:
+        while missing := _missing(runs, optimizer):
+            runs += [_run(entry, data, optimizer, k, seed) for k, seed in missing]
+    return runs[len(known) :]
+
+
+def _missing(runs: Sequence[Row], optimizer: str) -> list[tuple[int, int]]:
+    """Return the (k, seed) to run next: the grid, then the climbs, then the seeds of the best."""
+    mine = [run for run in runs if run["optimizer"] == optimizer]
+    tuning = {run["k"]: run for run in mine if run["seed"] == GRID_SEED}
+    wanted = [k for k in GRID if k not in tuning]
+    for score in (readings.accuracy_score, readings.loss_score):
+        scores = {k: score(run) for k, run in tuning.items()}
+        # Half-decades alone: a finer rate adds a percent where the question is of tens.
+        wanted = wanted or [k for k in climb.next_rates(scores) if k % climb.HALF == 0]
+    if wanted:
+        return [(k, GRID_SEED) for k in wanted]
+    best = readings.chosen(list(tuning.values()), readings.accuracy_score)["k"]
+    done = {(run["k"], run["seed"]) for run in mine}
+    return [(best, seed) for seed in SEEDS if (best, seed) not in done]
+
+
+def ends(rows: pd.DataFrame) -> list[Row]:
+    """Return how runs ended, of rows of table `training`, at the half-decades of the climb.
+
+    loss and train: on the fixed training subset; test: accuracy on the test split. All are None
+    where the run diverged.
+    """
+    last = rows[(rows["step"] > 0) & (rows["split"] != "batch")]
+    found = []
+    for (optimizer, lr, seed), group in last.groupby(["optimizer", "lr", "seed"]):
+        k = round(climb.PER_DECADE * math.log10(lr / START))
+        if not math.isclose(lr, climb.rate(START, k), rel_tol=1e-4):
+            continue
+        values = group.set_index(["split", "metric"])["value"]
+        keys = {"loss": ("train", "loss"), "train": ("train", "accuracy"),
+                "test": ("test", "accuracy")}  # fmt: skip
+        diverged = group["diverged"].any()
+        run = {name: None if diverged else float(values[key]) for name, key in keys.items()}
+        found.append({"optimizer": optimizer, "k": k, "seed": int(seed), **run})
+    return found
+
+
+def _run(entry: ModelEntry, data: Data, optimizer: str, k: int, seed: int) -> Row:
+    run = train(entry, data, optimizer=optimizer, lr=climb.rate(START, k), seed=seed)
+    [row] = ends(pd.DataFrame(run.rows))
+    return row
+
+
+def summarise(records: Mapping[str, dict[str, Any]], source: release.Source) -> Result:
+    """Read the runs of the release and the measured ones in each setting."""
+    measured = {unit: _rows(record) for unit, record in records.items()}
+    sweep = {
+        c: ends(optional("training", source, model=f"mlp-mnist-c{c}")) + measured[f"c{c}"]
+        for c in SCALES
+        if f"c{c}" in measured
+    }
+    missing = tuple(unit for unit in units(source) if unit not in measured)
+    if not sweep:
+        return Result(missing=missing)
+    settings = [readings.setting(name, reading, sweep) for name, reading in READINGS.items()]
+    for i, name in enumerate(VARIANTS):
+        runs = {c: measured[f"v{i}-c{c}"] for c in VARIANT_SCALES if f"v{i}-c{c}" in measured}
+        for c in (
+            runs.keys() & sweep.keys()
+        ):  # without AdamW's of its own a variant changes SGD alone
+            own = {run["optimizer"] for run in runs[c]}
+            runs[c] += [run for run in sweep[c] if run["optimizer"] not in own]
+        if runs:
+            settings.append(readings.setting(name, READINGS["rates in decades"], runs))
+    rows = [readings.row(c, runs) for c, runs in sweep.items()]
+    values = {
+        "rows": rows,
+        "settings": settings,
+        "num_variants": len(settings) - len(READINGS),
+        "shown": readings.SHOWN,
+        "unaffected": readings.UNAFFECTED,
+        "seeds": SEEDS,
+    }
+    return Result(values, {"sweep": readings.draw(rows)}, missing)
+
+
+def _rows(record: Mapping[str, Sequence[Any]]) -> list[Row]:
+    columns = [record[name] for name in _COLUMNS]
+    return [dict(zip(_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -15,12 +15,12 @@ c times smaller there) or η / c (Adam, whose steps have a size of their own, ε
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -72,12 +72,13 @@ def _with_recipe(entry: ModelEntry, kind: type[Recipe] = Recipe, **changed: Any)
     return replace(entry, recipe=kind(**values | changed))
 
 
-# What is otherwise than in the release's sweep.
-VARIANTS: dict[str, Callable[[ModelEntry], ModelEntry]] = {
-    "last layer not scaled": lambda e: replace(e, factory=_FACTORY("HiddenScaled")),
-    "pixels in [0, 1]": lambda e: replace(e, factory=_FACTORY("UnitPixels")),
-    "rate decays by a cosine": lambda e: _with_recipe(e, schedule="cosine"),
-    "SGD without momentum": lambda e: _with_recipe(e, _Plain),
+# What is otherwise than in the release's sweep, and for which optimizers.
+Change = Callable[[ModelEntry], ModelEntry]
+VARIANTS: dict[str, tuple[Change, Sequence[str]]] = {
+    "last layer not scaled": (lambda e: replace(e, factory=_FACTORY("HiddenScaled")), OPTIMIZERS),
+    "pixels in [0, 1]": (lambda e: replace(e, factory=_FACTORY("UnitPixels")), OPTIMIZERS),
+    "rate decays by a cosine": (lambda e: _with_recipe(e, schedule="cosine"), OPTIMIZERS),
+    "SGD without momentum": (lambda e: _with_recipe(e, _Plain), ("sgd",)),
 }
 
 
@@ -99,13 +100,9 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
     entry = get(f"mlp-mnist-c{c}")
     data = tasks.get(entry.task, **entry.task_options).load(data_root)
     if variant:
-        change = list(VARIANTS.values())[int(variant.strip("v-"))]
-        plain = variant == f"v{list(VARIANTS).index('SGD without momentum')}-"
-        runs = [
-            _run(change(entry), data, optimizer, k, GRID_SEED)
-            for optimizer in (OPTIMIZERS[:1] if plain else OPTIMIZERS)
-            for k in DECADES
-        ]
+        change, optimizers = list(VARIANTS.values())[int(variant.strip("v-"))]
+        todo = [(optimizer, k) for optimizer in optimizers for k in DECADES]
+        runs = [_run(change(entry), data, optimizer, k, GRID_SEED) for optimizer, k in todo]
     else:
         known = ends(optional("training", source, model=entry.name))
         runs = explore(entry, data, known)
@@ -153,17 +150,18 @@ def ends(rows: pd.DataFrame) -> list[Row]:
     where the run diverged.
     """
     last = rows[(rows["step"] > 0) & (rows["split"] != "batch")]
+    k = (climb.PER_DECADE * np.log10(last["lr"] / START)).round()
+    on_climb = np.isclose(last["lr"], START * 10 ** (k / climb.PER_DECADE), rtol=1e-4)
+    last = last.assign(k=k.astype(int))[on_climb]
     found = []
-    for (optimizer, lr, seed), group in last.groupby(["optimizer", "lr", "seed"]):
-        k = round(climb.PER_DECADE * math.log10(lr / START))
-        if not math.isclose(lr, climb.rate(START, k), rel_tol=1e-4):
-            continue
-        values = group.set_index(["split", "metric"])["value"]
+    for _, group in last.groupby(["optimizer", "k", "seed"]):
+        first, values = group.iloc[0], group.set_index(["split", "metric"])["value"]
         keys = {"loss": ("train", "loss"), "train": ("train", "accuracy"),
                 "test": ("test", "accuracy")}  # fmt: skip
-        diverged = group["diverged"].any()
-        run = {name: None if diverged else float(values[key]) for name, key in keys.items()}
-        found.append({"optimizer": optimizer, "k": k, "seed": int(seed), **run})
+        run = {name: None if first["diverged"] else float(values[key])
+               for name, key in keys.items()}  # fmt: skip
+        facts = {"optimizer": first["optimizer"], "k": int(first["k"]), "seed": int(first["seed"])}
+        found.append(facts | run)
     return found
 
 

@@ -75,14 +75,13 @@ def test_a_scale_of_the_initial_weights_is_that_of_outputs_at_another_rate(optim
 
 def test_variants_change_what_they_say(small):
     entry, data = small
+    changes = [change for change, _ in sweep.VARIANTS.values()]
     images = tasks.get("digits").fixed(data, "train", 4)[0]
     plain = entry.build(data.model_options, 0)
-    hidden, pixels = (
-        change(entry).build(data.model_options, 0) for change in list(sweep.VARIANTS.values())[:2]
-    )
+    hidden, pixels = (change(entry).build(data.model_options, 0) for change in changes[:2])
     torch.testing.assert_close(hidden(images), plain(images) / 3)
     torch.testing.assert_close(pixels(images), plain(images * 0.3081 + 0.1307))
-    cosine, still = (change(entry) for change in list(sweep.VARIANTS.values())[2:])
+    cosine, still = (change(entry) for change in changes[2:])
     assert cosine.recipe == replace(entry.recipe, schedule="cosine")
     momenta = {make_optimizer(plain, e.recipe, "sgd", 0.1).defaults["momentum"]
                for e in (entry, still)}  # fmt: skip

@@ -4,13 +4,13 @@ Zhang et al. 2024 (arXiv 2402.16788) scale each layer's output of a perceptron b
 best test accuracy over learning rates from 1e-4 to 1e-1. The release has those runs and chooses
 among them by the training loss. Here the rates go on below the paper's grid for both optimizers,
 and the same runs are read in several ways: chosen by loss or by accuracy, on the paper's grid or on
-all rates, and with c in the initial weights in place of the outputs. Variants change one thing that
+all rates. Variants change one thing that
 the paper may have had otherwise.
 
-Two settings need no runs of their own. ReLU(c z) = c ReLU(z), so the scale may stand before or
-after it. And a net whose initial weights and biases are c times as large, trained at the rate η,
-makes the same function at each step as one with scaled outputs at η / c² (SGD, whose gradients are
-c times smaller there) or η / c (Adam, whose steps have a size of their own, ε aside).
+ReLU(c z) = c ReLU(z), so the scale may stand before or after it. A net whose initial weights and
+biases are c times as large, trained at the rate η, makes the same function at each step as one with
+scaled outputs at η / c² (SGD, whose gradients are c times smaller there) or η / c (Adam, whose
+steps have a size of their own, ε aside): such a variant only moves the grid.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from harness import tasks
@@ -43,6 +44,17 @@ from spectra_db.load import optional
 VARIANT_SCALES = (5, 15)
 _FACTORY = "harness.paper.sweep:{}".format
 _COLUMNS = ("optimizer", "k", "seed", "loss", "train", "test")
+
+
+def initially_scaled(
+    in_channels: int, image_size: int, num_classes: int, *, widths: Sequence[int], scale: float
+) -> MLP:
+    """Return a perceptron whose initial weights and biases are scaled, not its outputs."""
+    model = MLP(in_channels, image_size, num_classes, widths=widths)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
 
 
 class HiddenScaled(MLP):
@@ -79,6 +91,10 @@ VARIANTS: dict[str, tuple[Change, Sequence[str]]] = {
     "pixels in [0, 1]": (lambda e: replace(e, factory=_FACTORY("UnitPixels")), OPTIMIZERS),
     "rate decays by a cosine": (lambda e: _with_recipe(e, schedule="cosine"), OPTIMIZERS),
     "SGD without momentum": (lambda e: _with_recipe(e, _Plain), ("sgd",)),
+    "c in the initial weights": (
+        lambda e: replace(e, factory=_FACTORY("initially_scaled")),
+        OPTIMIZERS,
+    ),
 }
 
 

@@ -27,8 +27,6 @@ START = 1e-3  # in the middle of the paper's grid
 GRID = range(-climb.PER_DECADE, 2 * climb.PER_DECADE + 1, climb.HALF)  # 1e-4 to 1e-1
 DECADES = range(-climb.PER_DECADE, 2 * climb.PER_DECADE + 1, climb.PER_DECADE)
 CHANCE = 0.1  # accuracy of knowing nothing of ten digits, which a diverged run counts as
-# Where c is in the initial weights, a rate is c to this power times that with scaled outputs.
-POWERS = {"sgd": 2, "adamw": 1}
 UNAFFECTED = 0.1  # of accuracy: what AdamW may lose, and SGD must lose beyond it; fixed here
 Row = dict[str, Any]
 Score = Callable[[Row], climb.Score]
@@ -56,36 +54,29 @@ class Reading:
     """How the tuning runs become an accuracy.
 
     Attributes:
-        rates: Which rates take part: called with k, the optimizer and c.
+        rates: Whether a rate takes part, by its k.
         score: What they are chosen by.
         split: Whose accuracy it is.
     """
 
-    rates: Callable[[int, str, int], bool]
+    rates: Callable[[int], bool]
     score: Score = accuracy_score
     split: str = "test"
 
-    def accuracy(self, runs: Sequence[Row], optimizer: str, c: int) -> float:
-        """Return the accuracy of an optimizer at a scale."""
+    def accuracy(self, runs: Sequence[Row], optimizer: str) -> float:
+        """Return the accuracy of an optimizer."""
         tuned = [r for r in runs if r["optimizer"] == optimizer and r["seed"] == GRID_SEED]
-        best = chosen([r for r in tuned if self.rates(r["k"], optimizer, c)], self.score)
+        best = chosen([r for r in tuned if self.rates(r["k"])], self.score)
         return CHANCE if best[self.split] is None else float(best[self.split])
 
 
-def _initial(k: int, optimizer: str, c: int) -> bool:
-    """Tell whether a rate is on the grid of a net with c in its initial weights."""
-    shifted = k + climb.PER_DECADE * POWERS[optimizer] * math.log10(c)
-    return GRID[0] <= shifted <= GRID[-1]
-
-
 READINGS = {
-    "as released: chosen by training loss": Reading(lambda k, *_: k in GRID, loss_score),
-    "chosen by test accuracy": Reading(lambda k, *_: k in GRID),
-    "chosen by it, training accuracy": Reading(lambda k, *_: k in GRID, split="train"),
-    "rates in decades": Reading(lambda k, *_: k in DECADES),
-    "c in the initial weights": Reading(_initial),
-    "rates free, chosen by training loss": Reading(lambda *_: True, loss_score),
-    "rates free, chosen by test accuracy": Reading(lambda *_: True),
+    "as released: chosen by training loss": Reading(lambda k: k in GRID, loss_score),
+    "chosen by test accuracy": Reading(lambda k: k in GRID),
+    "chosen by it, training accuracy": Reading(lambda k: k in GRID, split="train"),
+    "rates in decades": Reading(lambda k: k in DECADES),
+    "rates free, chosen by training loss": Reading(lambda k: True, loss_score),
+    "rates free, chosen by test accuracy": Reading(lambda k: True),
 }
 
 
@@ -95,7 +86,7 @@ def setting(name: str, reading: Reading, runs: Mapping[int, Sequence[Row]]) -> R
     They do ("fits") where from the first of the scales to the last AdamW loses less than
     `UNAFFECTED`, and SGD loses that much more than AdamW.
     """
-    found = {o: {c: reading.accuracy(runs[c], o, c) for c in runs} for o in OPTIMIZERS}
+    found = {o: {c: reading.accuracy(runs[c], o) for c in runs} for o in OPTIMIZERS}
     first, last = min(runs), max(runs)
     lost = {o: values[first] - values[last] for o, values in found.items()}
     fits = lost["adamw"] < UNAFFECTED <= lost["sgd"] - lost["adamw"]
@@ -108,7 +99,7 @@ def row(c: int, runs: Sequence[Row]) -> Row:
     found: Row = {"c": c}
     for optimizer in OPTIMIZERS:
         mine = [r for r in runs if r["optimizer"] == optimizer]
-        grid = READINGS["chosen by test accuracy"].accuracy(mine, optimizer, c)
+        grid = READINGS["chosen by test accuracy"].accuracy(mine, optimizer)
         best = chosen([r for r in mine if r["seed"] == GRID_SEED], accuracy_score)
         least = chosen([r for r in mine if r["seed"] == GRID_SEED], loss_score)
         scored = [r for r in mine if r["k"] == best["k"] and r["seed"] in SEEDS]

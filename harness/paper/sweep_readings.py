@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from harness.training import climb
 from harness.training.gap import SEEDS
 from harness.training.grid import GRID_SEED
@@ -95,26 +93,25 @@ def setting(name: str, reading: Reading, runs: Mapping[int, Sequence[Row]]) -> R
 
 
 def row(c: int, runs: Sequence[Row]) -> Row:
-    """Return what is known of a scale: the paper's grid, and the best of all rates over seeds."""
+    """Return what is known of a scale: on the paper's grid, at all rates, and on other seeds."""
     found: Row = {"c": c}
     for optimizer in OPTIMIZERS:
         mine = [r for r in runs if r["optimizer"] == optimizer]
-        grid = READINGS["chosen by test accuracy"].accuracy(mine, optimizer)
-        best = chosen([r for r in mine if r["seed"] == GRID_SEED], accuracy_score)
-        least = chosen([r for r in mine if r["seed"] == GRID_SEED], loss_score)
+        tuned = [r for r in mine if r["seed"] == GRID_SEED]
+        best, least = chosen(tuned, accuracy_score), chosen(tuned, loss_score)
         scored = [r for r in mine if r["k"] == best["k"] and r["seed"] in SEEDS]
-        accuracies = [CHANCE if r["test"] is None else r["test"] for r in scored]
         found[optimizer] = {
-            "grid": grid,
-            "lr": climb.rate(START, best["k"]),
-            "accuracies": accuracies,
-            "accuracy": float(np.mean(accuracies)),
-            "losses": [r["loss"] for r in scored],
-            "least_loss": least["loss"],
-            "least_loss_lr": climb.rate(START, least["k"]),
-            "least_loss_accuracy": least["test"],
+            "grid": READINGS["chosen by test accuracy"].accuracy(mine, optimizer),
+            "free": _end(best),
+            "least_loss": _end(least),
+            "seeds": [_end(r) for r in sorted(scored, key=lambda r: r["seed"])],
         }
     return found
+
+
+def _end(run: Row) -> Row:
+    accuracy = CHANCE if run["test"] is None else run["test"]
+    return {"lr": climb.rate(START, run["k"]), "accuracy": accuracy, "loss": run["loss"]}
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -125,9 +122,9 @@ def draw(rows: Sequence[Row]) -> Figure:
     left, right = figure.subplots(1, 2)
     c = [found["c"] for found in rows]
     for optimizer, colour in zip(OPTIMIZERS, ("#D55E00", "#0072B2"), strict=True):
-        grid, free, rates = (
-            [found[optimizer][key] for found in rows] for key in ("grid", "accuracy", "lr")
-        )
+        mine = [found[optimizer] for found in rows]
+        grid, free = [m["grid"] for m in mine], [m["free"]["accuracy"] for m in mine]
+        rates = [m["free"]["lr"] for m in mine]
         left.plot(c, grid, "--", color=colour, label=f"{optimizer}, 1e-4 to 1e-1")
         left.plot(c, free, "o-", color=colour, label=f"{optimizer}, rates free")
         right.semilogy(c, rates, "o-", color=colour, label=optimizer)

@@ -82,14 +82,14 @@ def setting(name: str, reading: Reading, runs: Mapping[int, Sequence[Row]]) -> R
     """Return the accuracies of a setting at some scales, and whether the paper's words fit it.
 
     They do ("fits") where from the first of the scales to the last AdamW loses less than
-    `UNAFFECTED`, and SGD loses that much more than AdamW.
+    `UNAFFECTED`, and SGD loses that much more than AdamW; None where one scale is all there is.
     """
     found = {o: {c: reading.accuracy(runs[c], o) for c in runs} for o in OPTIMIZERS}
     first, last = min(runs), max(runs)
     lost = {o: values[first] - values[last] for o, values in found.items()}
     fits = lost["adamw"] < UNAFFECTED <= lost["sgd"] - lost["adamw"]
     shown = {o: [found[o].get(c) for c in SHOWN] for o in OPTIMIZERS}
-    return {"name": name, **shown, "fits": bool(fits)}
+    return {"name": name, **shown, "fits": bool(fits) if first != last else None}
 
 
 def row(c: int, runs: Sequence[Row]) -> Row:
@@ -132,5 +132,6 @@ def draw(rows: Sequence[Row]) -> Figure:
     left.set(xlabel="c", ylabel="test accuracy after one epoch", ylim=(0, 1))
     right.set(xlabel="c", ylabel="best learning rate")
     for ax in (left, right):
+        ax.set_xticks(SCALES[::2])
         ax.legend(fontsize=8, frameon=False)
     return figure

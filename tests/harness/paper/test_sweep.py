@@ -131,6 +131,7 @@ def test_the_papers_words_fit_where_sgd_alone_falls(sgd, adamw, fits):
             for c, s, a in ((1, 0.96, 0.96), (15, sgd, adamw))}  # fmt: skip
     reading = readings.READINGS["chosen by test accuracy"]
     assert readings.setting("name", reading, runs)["fits"] is fits
+    assert readings.setting("name", reading, {15: runs[15]})["fits"] is None  # nothing falls
 
 
 def test_the_study_is_drawn_from_what_was_measured_and_names_the_rest(tmp_path):

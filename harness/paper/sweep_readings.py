@@ -99,14 +99,19 @@ def row(c: int, runs: Sequence[Row]) -> Row:
         mine = [r for r in runs if r["optimizer"] == optimizer]
         tuned = [r for r in mine if r["seed"] == GRID_SEED]
         best, least = chosen(tuned, accuracy_score), chosen(tuned, loss_score)
-        scored = [r for r in mine if r["k"] == best["k"] and r["seed"] in SEEDS]
         found[optimizer] = {
             "grid": READINGS["chosen by test accuracy"].accuracy(mine, optimizer),
             "free": _end(best),
             "least_loss": _end(least),
-            "seeds": [_end(r) for r in sorted(scored, key=lambda r: r["seed"])],
+            "seeds": _seeds(mine, best["k"]),
+            "seeds_below": _seeds(mine, best["k"] - climb.HALF),
         }
     return found
+
+
+def _seeds(runs: Sequence[Row], k: int) -> list[Row]:
+    scored = [r for r in runs if r["k"] == k and r["seed"] in SEEDS]
+    return [_end(r) for r in sorted(scored, key=lambda r: r["seed"])]
 
 
 def _end(run: Row) -> Row:

@@ -91,7 +91,8 @@ def test_the_climb_leaves_the_papers_grid_and_ends_inside(small):
         assert set(readings.GRID) <= tuned
         best = readings.chosen([r for r in mine if r["seed"] == 0], readings.accuracy_score)["k"]
         assert {best - 4, best - 2, best, best + 2, best + 4} <= tuned
-        assert {r["seed"] for r in mine if r["k"] == best} == {0, 1, 2, 3}
+        for k in (best, best - 2):
+            assert {r["seed"] for r in mine if r["k"] == k} == {0, 1, 2, 3}
     assert sweep.explore(entry, data, runs, SEEDS) == []  # what is known is not done again
 
 

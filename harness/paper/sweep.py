@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def units(source: release.Source) -> list[str]:
 
 def forecast(todo: Sequence[str], data_root: Path | None) -> str:
     """Say what the units cost."""
-    return f"about {5 * len(todo)} training runs, 3 to 6 s each on a core"
+    return f"about {15 * len(todo)} training runs, 3 to 6 s each on a core"
 
 
 def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[str, Any]:
@@ -121,44 +122,38 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
         runs = [_run(change(entry), data, optimizer, k, GRID_SEED) for optimizer, k in todo]
     else:
         known = ends(optional("training", source, model=entry.name))
-        runs = explore(entry, data, known, SEEDS if int(c) in readings.SHOWN else ())
+        runs = explore(entry, data, known, readings.seeds_of(int(c)))
     return {name: [run[name] for run in runs] for name in _COLUMNS}
 
 
 def explore(entry: ModelEntry, data: Data, known: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
-    """Train at the paper's rates, climb by accuracy and by loss, then score the most accurate.
+    """Train at the paper's rates, then climb by accuracy and by loss, each seed by itself.
 
     Args:
         entry: What to train.
         data: The entry's data.
         known: Runs that are not to be done again.
-        seeds: Scored at the most accurate rate and half a decade below.
+        seeds: Of initialisation and order of the data.
 
     Returns:
         The runs that were done.
     """
     runs = list(known)
-    for optimizer in OPTIMIZERS:
-        while missing := _missing(runs, optimizer, seeds):
-            runs += [_run(entry, data, optimizer, k, seed) for k, seed in missing]
+    for optimizer, seed in product(OPTIMIZERS, seeds):
+        while missing := _missing(runs, optimizer, seed):
+            runs += [_run(entry, data, optimizer, k, seed) for k in missing]
     return runs[len(known) :]
 
 
-def _missing(runs: Sequence[Row], optimizer: str, seeds: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the (k, seed) to run next: the grid, then the climbs, then the seeds of the best."""
-    mine = [run for run in runs if run["optimizer"] == optimizer]
-    tuning = {run["k"]: run for run in mine if run["seed"] == GRID_SEED}
+def _missing(runs: Sequence[Row], optimizer: str, seed: int) -> list[int]:
+    """Return the rates to run next, by k: the paper's grid, then the climbs."""
+    tuning = {run["k"]: run for run in readings.of(runs, optimizer, seed)}
     wanted = [k for k in GRID if k not in tuning]
     for score in (readings.accuracy_score, readings.loss_score):
         scores = {k: score(run) for k, run in tuning.items()}
         # Half-decades alone: a finer rate adds a percent where the question is of tens.
         wanted = wanted or [k for k in climb.next_rates(scores) if k % climb.HALF == 0]
-    if wanted:
-        return [(k, GRID_SEED) for k in wanted]
-    best = readings.chosen(list(tuning.values()), readings.accuracy_score)["k"]
-    done = {(run["k"], run["seed"]) for run in mine}
-    rates = (best, best - climb.HALF)
-    return [(k, seed) for k in rates for seed in seeds if (k, seed) not in done]
+    return wanted
 
 
 def ends(rows: pd.DataFrame) -> list[Row]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALES = tuple(range(1, 16))
-SHOWN = (1, 5, 10, 15)  # of a setting
+SHOWN = (1, 5, 10, 15)  # in the table of settings, and trained on more seeds
 START = 1e-3  # in the middle of the paper's grid
 GRID = range(-climb.PER_DECADE, 2 * climb.PER_DECADE + 1, climb.HALF)  # 1e-4 to 1e-1
 DECADES = range(-climb.PER_DECADE, 2 * climb.PER_DECADE + 1, climb.PER_DECADE)
@@ -47,6 +47,11 @@ def chosen(runs: Sequence[Row], score: Score) -> Row:
     return min(sorted(runs, key=lambda run: run["k"]), key=score)
 
 
+def of(runs: Sequence[Row], optimizer: str, seed: int) -> list[Row]:
+    """Return the runs of an optimizer on a seed."""
+    return [run for run in runs if (run["optimizer"], run["seed"]) == (optimizer, seed)]
+
+
 @dataclass(frozen=True)
 class Reading:
     """How the tuning runs become an accuracy.
@@ -61,11 +66,11 @@ class Reading:
     score: Score = accuracy_score
     split: str = "test"
 
-    def accuracy(self, runs: Sequence[Row], optimizer: str) -> float:
-        """Return the accuracy of an optimizer."""
-        tuned = [r for r in runs if r["optimizer"] == optimizer and r["seed"] == GRID_SEED]
-        best = chosen([r for r in tuned if self.rates(r["k"])], self.score)
-        return CHANCE if best[self.split] is None else float(best[self.split])
+    def choose(self, runs: Sequence[Row], optimizer: str, seed: int = GRID_SEED) -> Row:
+        """Return the rate that an optimizer gets on a seed, its accuracy and its loss."""
+        best = chosen([r for r in of(runs, optimizer, seed) if self.rates(r["k"])], self.score)
+        accuracy = CHANCE if best[self.split] is None else float(best[self.split])
+        return {"lr": climb.rate(START, best["k"]), "accuracy": accuracy, "loss": best["loss"]}
 
 
 READINGS = {
@@ -78,13 +83,26 @@ READINGS = {
 }
 
 
+# Of the table of all scales.
+TABLE = {
+    "grid": "chosen by test accuracy",
+    "free": "rates free, chosen by test accuracy",
+    "least_loss": "rates free, chosen by training loss",
+}
+
+
+def seeds_of(c: int) -> tuple[int, ...]:
+    """Return the seeds that a scale is trained on."""
+    return (GRID_SEED, *SEEDS) if c in SHOWN else (GRID_SEED,)
+
+
 def setting(name: str, reading: Reading, runs: Mapping[int, Sequence[Row]]) -> Row:
     """Return the accuracies of a setting at some scales, and whether the paper's words fit it.
 
     They do ("fits") where from the first of the scales to the last AdamW loses less than
     `UNAFFECTED`, and SGD loses that much more than AdamW; None where one scale is all there is.
     """
-    found = {o: {c: reading.accuracy(runs[c], o) for c in runs} for o in OPTIMIZERS}
+    found = {o: {c: reading.choose(runs[c], o)["accuracy"] for c in runs} for o in OPTIMIZERS}
     first, last = min(runs), max(runs)
     lost = {o: values[first] - values[last] for o, values in found.items()}
     fits = lost["adamw"] < UNAFFECTED <= lost["sgd"] - lost["adamw"]
@@ -93,30 +111,22 @@ def setting(name: str, reading: Reading, runs: Mapping[int, Sequence[Row]]) -> R
 
 
 def row(c: int, runs: Sequence[Row]) -> Row:
-    """Return what is known of a scale: on the paper's grid, at all rates, and on other seeds."""
+    """Return what is known of a scale, of each optimizer.
+
+    Each reading of `TABLE` by seed, and as "carried" the accuracies of the other seeds at the free
+    rate of the first, as far as they were run.
+    """
     found: Row = {"c": c}
     for optimizer in OPTIMIZERS:
-        mine = [r for r in runs if r["optimizer"] == optimizer]
-        tuned = [r for r in mine if r["seed"] == GRID_SEED]
-        best, least = chosen(tuned, accuracy_score), chosen(tuned, loss_score)
-        found[optimizer] = {
-            "grid": READINGS["chosen by test accuracy"].accuracy(mine, optimizer),
-            "free": _end(best),
-            "least_loss": _end(least),
-            "seeds": _seeds(mine, best["k"]),
-            "seeds_below": _seeds(mine, best["k"] - climb.HALF),
+        mine = {
+            key: [READINGS[name].choose(runs, optimizer, seed) for seed in seeds_of(c)]
+            for key, name in TABLE.items()
         }
+        rate = mine["free"][0]["lr"]
+        others = [r for s in seeds_of(c)[1:] for r in of(runs, optimizer, s)]
+        same = [r["test"] for r in others if climb.rate(START, r["k"]) == rate]
+        found[optimizer] = mine | {"carried": [CHANCE if x is None else x for x in same]}
     return found
-
-
-def _seeds(runs: Sequence[Row], k: int) -> list[Row]:
-    scored = [r for r in runs if r["k"] == k and r["seed"] in SEEDS]
-    return [_end(r) for r in sorted(scored, key=lambda r: r["seed"])]
-
-
-def _end(run: Row) -> Row:
-    accuracy = CHANCE if run["test"] is None else run["test"]
-    return {"lr": climb.rate(START, run["k"]), "accuracy": accuracy, "loss": run["loss"]}
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -128,8 +138,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     c = [found["c"] for found in rows]
     for optimizer, colour in zip(OPTIMIZERS, ("#D55E00", "#0072B2"), strict=True):
         mine = [found[optimizer] for found in rows]
-        grid, free = [m["grid"] for m in mine], [m["free"]["accuracy"] for m in mine]
-        rates = [m["free"]["lr"] for m in mine]
+        grid, free = ([m[key][0]["accuracy"] for m in mine] for key in ("grid", "free"))
+        rates = [m["free"][0]["lr"] for m in mine]
         left.plot(c, grid, "--", color=colour, label=f"{optimizer}, 1e-4 to 1e-1")
         left.plot(c, free, "o-", color=colour, label=f"{optimizer}, rates free")
         right.semilogy(c, rates, "o-", color=colour, label=optimizer)

@@ -13,7 +13,6 @@ from harness.registry import get
 from harness.registry.entry import Recipe
 from harness.registry.networks.mlp import MLP
 from harness.training import climb
-from harness.training.gap import SEEDS
 from harness.training.loop import make_optimizer
 
 C = 8.0  # exact in float32, in which networks are built
@@ -31,6 +30,11 @@ def small():
 
 def run(k: int, test: float | None, loss: float | None, optimizer: str = "sgd", seed: int = 0):
     return {"optimizer": optimizer, "k": k, "seed": seed, "loss": loss, "train": test, "test": test}
+
+
+def accuracies(runs) -> dict[str, float]:
+    return {name: reading.choose(runs, "sgd")["accuracy"]
+            for name, reading in readings.READINGS.items()}  # fmt: skip
 
 
 def perceptron(scale: float, factory=MLP) -> MLP:
@@ -84,16 +88,17 @@ def test_variants_change_what_they_say(small):
 
 def test_the_climb_leaves_the_papers_grid_and_ends_inside(small):
     entry, data = small
-    runs = sweep.explore(entry, data, [], SEEDS)
+    runs = sweep.explore(entry, data, [], (0, 2))
+    assert {run["seed"] for run in runs} == {0, 2}
     for optimizer in ("sgd", "adamw"):
-        mine = [r for r in runs if r["optimizer"] == optimizer]
-        tuned = {r["k"] for r in mine if r["seed"] == 0}
-        assert set(readings.GRID) <= tuned
-        best = readings.chosen([r for r in mine if r["seed"] == 0], readings.accuracy_score)["k"]
-        assert {best - 4, best - 2, best, best + 2, best + 4} <= tuned
-        for k in (best, best - 2):
-            assert {r["seed"] for r in mine if r["k"] == k} == {0, 1, 2, 3}
-    assert sweep.explore(entry, data, runs, SEEDS) == []  # what is known is not done again
+        for seed in (0, 2):
+            mine = readings.of(runs, optimizer, seed)
+            tuned = {r["k"] for r in mine}
+            assert set(readings.GRID) <= tuned
+            for score in (readings.accuracy_score, readings.loss_score):
+                best = climb.best({r["k"]: score(r) for r in mine})
+                assert {best - 4, best - 2, best, best + 2, best + 4} <= tuned
+    assert sweep.explore(entry, data, runs, (0, 2)) == []  # what is known is not done again
 
 
 def test_runs_of_the_release_are_read_as_new_ones_and_other_rates_left_out():
@@ -110,14 +115,18 @@ def test_runs_of_the_release_are_read_as_new_ones_and_other_rates_left_out():
 
 def test_loss_chooses_the_dead_network_and_accuracy_the_one_that_is_right():
     runs = [run(-4, 0.9, 12.0), run(2, 0.11, 2.28), run(4, None, None)]
-    found = {name: reading.accuracy(runs, "sgd") for name, reading in readings.READINGS.items()}
+    found = {
+        name: reading.choose(runs, "sgd")["accuracy"] for name, reading in readings.READINGS.items()
+    }
     assert found["as released: chosen by training loss"] == 0.11
     assert found["chosen by test accuracy"] == 0.9
 
 
 def test_rates_below_the_grid_count_where_they_are_free():
     runs = [run(-12, 0.85, 9.0), run(-4, None, None), run(4, None, None)]  # 1e-6, 1e-4, 1e-2
-    found = {name: reading.accuracy(runs, "sgd") for name, reading in readings.READINGS.items()}
+    found = {
+        name: reading.choose(runs, "sgd")["accuracy"] for name, reading in readings.READINGS.items()
+    }
     assert found["chosen by test accuracy"] == readings.CHANCE
     assert found["rates free, chosen by test accuracy"] == 0.85
 
@@ -145,7 +154,8 @@ def test_the_study_is_drawn_from_what_was_measured_and_names_the_rest(tmp_path):
         result.write_json(tmp_path / "paper" / "sweep" / f"c{c}.json", record)
     found = sections.run("sweep", tmp_path, tmp_path)
     assert [row["c"] for row in found.values["rows"]] == [1, 15]
-    assert [x["accuracy"] for x in found.values["rows"][1]["sgd"]["seeds"]] == [0.75] * 3
+    assert [x["accuracy"] for x in found.values["rows"][1]["sgd"]["free"]] == [0.75] * 4
+    assert found.values["rows"][1]["sgd"]["carried"] == [0.75] * 3
     assert "c7" in found.missing
     text = (tmp_path / "mlp-sweep.md").read_text()
     assert "| 15 | 75.0 | 75.0 | 1e-04 | 0.30 | 0.30 (75.0) |" in text

@@ -29,9 +29,9 @@ def paper(
     Section by section: numbers as JSON, figures as SVG and PNG in OUT/paper, and the page
     OUT/paper.md that sets the paper's claims beside them.
 
-    The long sections (blockdiagonal, causal) train or differentiate models, in minutes: they are
-    measured when they are named, unit by unit, and go on where they were stopped. Otherwise they
-    are drawn from what was measured before; to measure again, delete OUT/paper/SECTION.
+    The long sections (blockdiagonal, causal, sweep) train or differentiate models, in minutes: they
+    are measured when they are named, unit by unit, and go on where they were stopped. Otherwise
+    they are drawn from what was measured before; to measure again, delete OUT/paper/SECTION.
     """
     import time
 

@@ -1,4 +1,7 @@
-"""docs/paper.md: claims beside our numbers, then the sections. Generated whole, never edited."""
+"""docs/paper.md: claims beside our numbers, then the sections; and docs/mlp-sweep.md, a study.
+
+Generated whole, never edited.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,17 @@ from spectra_db.files import whole
 
 
 def write(out: Path) -> Path:
-    """Write OUT/paper.md from the JSON files in OUT/paper.
+    """Write OUT/paper.md from the JSON files in OUT/paper, and the study of the sweep if measured.
 
     Raises:
-        UserError: The file can't be written.
+        UserError: A file can't be written.
     """
-    path = out / "paper.md"
-    text = render(out / "paper")
-    try:
-        with whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from error
+    path, folder = out / "paper.md", out / "paper"
+    _write(path, render(folder))
+    sweep = result.load("sweep", folder)
+    if sweep is not None and sweep["values"]:
+        template = _environment().get_template("mlp-sweep.md")
+        _write(out / "mlp-sweep.md", template.render(**sweep))
     return path
 
 
@@ -38,6 +40,22 @@ def render(folder: Path) -> str:
     for claim in claims.CLAIMS:
         status, ours, note = claims.verdict(claim, records[claim.section])
         rows.append({"claim": claim, "status": status, "ours": ours, "note": note})
+    return (
+        _environment()
+        .get_template("paper.md")
+        .render(
+            rows=rows,
+            counts=Counter(row["status"] for row in rows),
+            statuses=claims.STATUSES,
+            sections={
+                name: {"title": section.title, "record": records[name]}
+                for name, section in SECTIONS.items()
+            },
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("harness.paper"),
         trim_blocks=True,
@@ -47,15 +65,15 @@ def render(folder: Path) -> str:
     )
     environment.filters["cell"] = _cell
     environment.filters["number"] = _number
-    return environment.get_template("paper.md").render(
-        rows=rows,
-        counts=Counter(row["status"] for row in rows),
-        statuses=claims.STATUSES,
-        sections={
-            name: {"title": section.title, "record": records[name]}
-            for name, section in SECTIONS.items()
-        },
-    )
+    return environment
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
 
 
 def _number(value: float | str | None) -> str:

@@ -46,6 +46,9 @@ SECTIONS = {
     "fig4": Section("figures:fig4", "JS distances between blocks"),
     "table1": Section("figures:table1", "JS⁰ of the paper's systems"),
     "fig5": Section("figures:fig5", "the sweep of perceptrons"),
+    "sweep": Section(
+        "sweep", "the perceptrons again, with learning rates free downwards", is_long=True
+    ),
     "fig6": Section("figures:fig6", "a pretrained GPT and one from scratch"),
     "fig7": Section("figures:fig7", "the SGD-Adam gap against JS⁰"),
     "fig9": Section("figures:fig9", "training curves of CNNs"),

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -394,7 +395,10 @@ def describe_run(
 def code_version() -> str:
     """Return the package's version, with the commit where the code is a git checkout."""
     root = Path(__file__).parents[1]
-    number = metadata.version("hessian-spectra")
+    try:
+        number = metadata.version("hessian-spectra")
+    except metadata.PackageNotFoundError:  # run from its folder, not installed
+        number = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     # Installed, the package may lie inside some other project's checkout.
     if not (root / ".git").exists() or shutil.which("git") is None:
         return number

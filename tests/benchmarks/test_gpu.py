@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from benchmarks.gpu.entries import TINY, gather, load
 from benchmarks.gpu.rows import compare_rows
 from benchmarks.gpu.spectra import affordable
 from harness.estimator import estimate_spectra
-from harness.spectra import blocks_of
+from harness.spectra import blocks_of, code_version
 from spectra_db import store
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +183,16 @@ def test_the_data_that_travel_are_those_that_the_stages_read(data_root, tmp_path
     monkeypatch.setenv("HARNESS_DATA_ROOT", str(data_root))
     gather(tmp_path)
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 40 << 20
+
+
+def test_the_code_says_its_version_where_it_is_not_installed(monkeypatch):
+    known = code_version.__wrapped__()
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert code_version.__wrapped__() == known
 
 
 def test_a_time_that_is_none_is_refused() -> None:

@@ -159,9 +159,7 @@ def write_tables(root: Path, models: Sequence[str] = ("digits-cnn", "digits-mlp"
         store.write(root, "models", [model_row(model)])
         store.write(root, "gaps", [gap_row(model)])
         store.write(root, "runs", [run_row(model)])
-        curve = {"optimizer": "adamw", "lr": 0.1, "seed": 1, "split": "train", "metric": "loss"}
-        curve |= {"model": model, "protocol_version": 1, "diverged": False}
-        store.write(root, "training", [curve | {"step": i, "value": 2 / (1 + i)} for i in range(5)])
+        store.write(root, "training", training_rows(model))
     return root
 
 
@@ -175,6 +173,14 @@ def gap_row(model: str, **changes: Any) -> dict[str, Any]:
     row = {"model": model, "gap": 0.2, "standard_error": 0.02, "at_edge": False, "num_lrs": 5}
     row |= {"sgd_loss": 0.4, "adam_loss": 0.0, "init_loss": 2.0, "sgd_lr": 0.1, "adam_lr": 0.01}
     return row | {"num_seeds": 3, "status": "ok", "protocol_version": 1} | changes
+
+
+def training_rows(model: str, at_3: float = 0.5) -> list[dict[str, Any]]:
+    """Return the rows of a run of five steps; no other table follows from its loss at step 3."""
+    run = {"model": model, "optimizer": "adamw", "lr": 0.1, "seed": 1, "split": "train"}
+    run |= {"metric": "loss", "diverged": False, "protocol_version": 1}
+    losses = [2.0, 1.0, 2 / 3, at_3, 0.4]
+    return [run | {"step": step, "value": loss} for step, loss in enumerate(losses)]
 
 
 def run_row(model: str, **changes: Any) -> dict[str, Any]:

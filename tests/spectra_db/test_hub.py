@@ -23,7 +23,7 @@ from spectra_db.release import release
 
 from . import hub_server
 from .hub_server import TOKEN, commit_folder, create, git
-from .synthetic import gap_row, write_tables
+from .synthetic import training_rows, write_tables
 
 REPO = "owner/spectra"
 NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on
@@ -32,12 +32,16 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not 
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """Versions 0.1.0 and 0.2.0: in the second the gaps are other ones."""
+    """Versions 0.1.0 and 0.2.0: in the second a loss of step 3 is another one.
+
+    Without gaps, which follow from a recipe, and these models have no entry.
+    """
     folder = tmp_path_factory.mktemp("releases")
     tables = write_tables(folder / "tables")
+    shutil.rmtree(tables / "gaps")
     release(tables, folder / "0.1.0", "0.1.0")
     shutil.copytree(folder / "0.1.0", folder / "0.2.0")
-    store.write(folder / "0.2.0", "gaps", [gap_row("digits-cnn", gap=0.7)])
+    store.write(folder / "0.2.0", "training", training_rows("digits-cnn", at_3=0.7))
     release(folder / "0.2.0", folder / "0.2.0", "0.2.0")
     return folder
 
@@ -124,20 +128,22 @@ def python(server, tmp_path):
 
 LOAD = """
 import json, spectra_db
-def gap(revision, model="digits-cnn", **options):
+def loss(revision, model="digits-cnn", **options):
     try:
         rows = spectra_db.load(
-            "gaps", source="owner/spectra", revision=revision, model=model, **options
+            "training", source="owner/spectra", revision=revision, model=model, **options
         )
-        return float(rows["gap"].iloc[0])
+        return float(rows["value"].iloc[3])
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 """
 
 
-def gaps(python, *revisions, **env):
+def losses(python, *revisions, **env):
     """Return what `load` gives at each revision: a number, or the error's text; and warnings."""
-    code, output, errors = python(LOAD + f"print(json.dumps([gap(r) for r in {revisions}]))", **env)
+    code, output, errors = python(
+        LOAD + f"print(json.dumps([loss(r) for r in {revisions}]))", **env
+    )
     assert code == 0, errors
     return json.loads(output), errors
 
@@ -151,12 +157,12 @@ def refs(hub):
 
 def test_rows_are_those_of_the_revision_and_stay_when_offline(published, python):
     commit = git(published.repo, "rev-parse", "v0.1.0")
-    found, errors = gaps(python, "v0.1.0", "v0.2.0", "main", None, commit)
-    assert found == [0.2, 0.7, 0.7, 0.7, 0.2]
+    found, errors = losses(python, "v0.1.0", "v0.2.0", "main", None, commit)
+    assert found == [0.5, 0.7, 0.7, 0.7, 0.5]
     assert "Warning" not in errors
     asked = len(published.requests)
-    found, errors = gaps(python, "v0.1.0", "v0.2.0", None, "v0.3.0", HF_HUB_OFFLINE="1")
-    assert found[:3] == [0.2, 0.7, 0.7]
+    found, errors = losses(python, "v0.1.0", "v0.2.0", None, "v0.3.0", HF_HUB_OFFLINE="1")
+    assert found[:3] == [0.5, 0.7, 0.7]
     assert "HubError" in found[3]
     assert "of it: main, v0.1.0, v0.2.0" in found[3]
     assert "Warning" not in errors
@@ -173,16 +179,16 @@ from harness.leaderboard import tables
 from spectra_db.provenance import trace
 found = trace("digits-cnn", "owner/spectra")
 models = tables.read("owner/spectra").models.set_index("model")
-print(found["version"], sorted(found["files"])[0], models.loc["digits-cnn", "provenance"])
+print(found["version"], sorted(found["files"])[-1], models.loc["digits-cnn", "provenance"])
 """)
     assert code == 0, errors
-    assert output.split() == ["0.3.0", "gaps/digits-cnn.parquet", "verified"]
+    assert output.split() == ["0.3.0", "training/digits-cnn.parquet", "verified"]
 
 
 def test_without_a_network_a_cached_revision_comes_with_a_warning_and_no_other(published, python):
-    gaps(python, "v0.1.0")
-    found, errors = gaps(python, "v0.1.0", "v0.2.0", HF_ENDPOINT=NOWHERE)
-    assert found[0] == 0.2
+    losses(python, "v0.1.0")
+    found, errors = losses(python, "v0.1.0", "v0.2.0", HF_ENDPOINT=NOWHERE)
+    assert found[0] == 0.5
     assert "v0.1.0 is as it was when last downloaded" in errors
     assert found[1].startswith("HubError: the Hub can't be reached")
     assert found[1].endswith("is not whole in the cache, which holds of it: v0.1.0")
@@ -191,43 +197,43 @@ def test_without_a_network_a_cached_revision_comes_with_a_warning_and_no_other(p
 def test_of_a_model_only_its_files_are_downloaded_and_offline_no_others_are_there(
     published, python, tmp_path
 ):
-    assert gaps(python, "v0.1.0")[0] == [0.2]
+    assert losses(python, "v0.1.0")[0] == [0.5]
     cached = {p.relative_to(p.parents[1]).as_posix() for p in tmp_path.rglob("*.parquet")}
-    assert cached == {"gaps/digits-cnn.parquet"}
-    code = LOAD + "print(gap('v0.1.0', 'digits-mlp')); print(gap('v0.1.0', 'digits-cmn'))"
+    assert cached == {"training/digits-cnn.parquet"}
+    code = LOAD + "print(loss('v0.1.0', 'digits-mlp')); print(loss('v0.1.0', 'digits-cmn'))"
     _, output, _ = python(code, HF_HUB_OFFLINE="1")
     assert "revision v0.1.0 of owner/spectra is not whole in the cache" in output
-    assert "no model 'digits-cmn' in table gaps; did you mean digits-cnn" in output
+    assert "no model 'digits-cmn' in table training; did you mean digits-cnn" in output
     _, output, errors = python(code)
-    assert output.startswith("0.2\nNotFound: no model 'digits-cmn'"), errors
+    assert output.startswith("0.5\nNotFound: no model 'digits-cmn'"), errors
 
 
 def test_a_missing_revision_is_no_other_one_though_the_server_says_401(published, python):
-    found, _ = gaps(python, "v0.1.0", None, "v0.1.1", "0" * 40)
-    assert found[:2] == [0.2, 0.7]
+    found, _ = losses(python, "v0.1.0", None, "v0.1.1", "0" * 40)
+    assert found[:2] == [0.5, 0.7]
     assert found[2].startswith("NotFound: dataset owner/spectra has no revision 'v0.1.1'; did you")
     assert "v0.1.0" in found[2]
     assert isinstance(found[3], str)
 
 
 def test_a_revision_that_was_withdrawn_is_not_served_from_the_cache(published, python):
-    gaps(python, "v0.1.0")
+    losses(python, "v0.1.0")
     git(published.repo, "tag", "-d", "v0.1.0")
-    [found], _ = gaps(python, "v0.1.0")
+    [found], _ = losses(python, "v0.1.0")
     assert "NotFound: dataset owner/spectra has no revision 'v0.1.0'" in found
 
 
 def test_main_is_what_it_is_now_and_no_older_one_when_the_server_fails(published, python, releases):
-    assert gaps(python, None)[0] == [0.7]
+    assert losses(python, None)[0] == [0.7]
     commit_folder(published.repo, releases / "0.1.0")
-    assert gaps(python, None)[0] == [0.2]
+    assert losses(python, None)[0] == [0.5]
     published.failing = {"/revision/": 500}
-    [found], _ = gaps(python, None)
+    [found], _ = losses(python, None)
     assert found.startswith("HubError: owner/spectra at main: the Hub answered 500")
 
 
 def test_what_the_token_may_not_see_is_told_with_the_remedy(published, python):
-    [found], _ = gaps(python, "main", HF_TOKEN="hf_wrongtoken")
+    [found], _ = losses(python, "main", HF_TOKEN="hf_wrongtoken")
     assert found.startswith(
         "NotFound: the Hub has no dataset owner/spectra, or the token may not see it (it answered "
         "401): check the id, and `hf auth login`"
@@ -244,7 +250,7 @@ def test_no_message_holds_what_is_secret(published, python, releases):
     ):
         folder = releases / "0.2.0"
         _, output, errors = python("publish", REPO, "--dry-run", "--source", folder, **env)
-        [found], warned = gaps(python, "main", **env)
+        [found], warned = losses(python, "main", **env)
         assert found.startswith(("HubError", "NotFound")), found
         for text in (output, errors, found, warned):
             assert "secret" not in text
@@ -267,15 +273,15 @@ def test_what_an_error_says_is_shown_without_secrets(monkeypatch, said, shown):
 
 def test_a_file_that_is_not_the_manifests_is_refused(hub, python, releases, tmp_path):
     folder = Path(shutil.copytree(releases / "0.1.0", tmp_path / "spoilt"))
-    path = folder / "gaps" / "digits-cnn.parquet"
+    path = folder / "training" / "digits-cnn.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     commit_folder(hub.repo, folder)
-    [found], _ = gaps(python, "main")
+    [found], _ = losses(python, "main")
     assert found.startswith("InvalidRelease: ")
-    assert "gaps/digits-cnn.parquet: not the file that the manifest lists" in found
+    assert "training/digits-cnn.parquet: not the file that the manifest lists" in found
     code, _, errors = python("pull", REPO, "--out", tmp_path / "out")
     assert code == 2
-    assert "gaps/digits-cnn.parquet: not the file that the manifest lists" in errors
+    assert "training/digits-cnn.parquet: not the file that the manifest lists" in errors
     assert not (tmp_path / "out").exists()
 
 
@@ -284,15 +290,15 @@ def test_the_hubs_own_functions_read_the_files_of_the_revision(published, python
 import hashlib, pathlib, huggingface_hub as hub
 for tag in ("v0.1.0", "v0.2.0"):
     file = hub.hf_hub_download(
-        "{REPO}", "gaps/digits-cnn.parquet", repo_type="dataset", revision=tag
+        "{REPO}", "training/digits-cnn.parquet", repo_type="dataset", revision=tag
     )
     print(hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest())
     folder = pathlib.Path(hub.snapshot_download("{REPO}", repo_type="dataset", revision=tag))
-    print(hashlib.sha256((folder / "gaps/digits-cnn.parquet").read_bytes()).hexdigest())
+    print(hashlib.sha256((folder / "training/digits-cnn.parquet").read_bytes()).hexdigest())
 """
     _, output, errors = python(code)
     sums = [
-        manifest.read(releases / version).files["gaps/digits-cnn.parquet"].sha256
+        manifest.read(releases / version).files["training/digits-cnn.parquet"].sha256
         for version in ("0.1.0", "0.2.0")
     ]
     assert output.split() == [sums[0]] * 2 + [sums[1]] * 2, errors
@@ -304,8 +310,8 @@ import json, datasets, spectra_db
 names = datasets.get_dataset_config_names("{REPO}", revision="v0.1.0")
 answer = {{"names": names, "default": datasets.get_dataset_default_config_name("{REPO}")}}
 for revision in ("v0.1.0", "v0.2.0"):
-    rows = datasets.load_dataset("{REPO}", "gaps", revision=revision, split="train")
-    answer[revision] = rows["gap"][:]
+    rows = datasets.load_dataset("{REPO}", "training", revision=revision, split="train")
+    answer[revision] = rows["value"][3::5]
 theirs = datasets.load_dataset("{REPO}", "spectra", revision="v0.1.0", split="train")
 ours = spectra_db.load("spectra", source="{REPO}", revision="v0.1.0")
 answer["same"] = [
@@ -313,8 +319,8 @@ answer["same"] = [
                         for v in ours[c]]
     for c in ("model", "block", "probe", "num_params", "nodes", "weights", "alphas", "betas")
 ]
-local = datasets.load_dataset({str(releases / "0.1.0")!r}, "gaps", split="train")
-answer["local"] = local["gap"][:]
+local = datasets.load_dataset({str(releases / "0.1.0")!r}, "training", split="train")
+answer["local"] = local["value"][3::5]
 print(json.dumps(answer))
 """
     _, output, errors = python(code)
@@ -324,9 +330,9 @@ print(json.dumps(answer))
     assert answer.pop("same") == [True] * 8
     assert answer == {
         "default": "heterogeneity",  # the synthetic tables have no leaderboard
-        "v0.1.0": [0.2, 0.2],
-        "v0.2.0": [0.7, 0.2],
-        "local": [0.2, 0.2],
+        "v0.1.0": [0.5, 0.5],
+        "v0.2.0": [0.7, 0.5],
+        "local": [0.5, 0.5],
     }
 
 
@@ -339,7 +345,7 @@ def test_pull_puts_a_checked_copy_in_a_folder_and_leaves_it_for_offline(
     assert f"{REPO} 0.1.0: 2 models, every file as the manifest lists it\nin {out}" in output
     assert check.problems(out) == []
     assert manifest.read(out) == manifest.read(releases / "0.1.0")
-    assert gaps(python, "v0.1.0", HF_HUB_OFFLINE="1")[0] == [0.2]
+    assert losses(python, "v0.1.0", HF_HUB_OFFLINE="1")[0] == [0.5]
     code, _, errors = python("pull", REPO, HF_ENDPOINT=NOWHERE)
     assert code == 1
     assert errors.startswith("Error: the Hub can't be reached")
@@ -380,7 +386,7 @@ def test_a_release_is_one_commit_and_a_tag_and_is_read_back(hub, python, release
     assert objects
     for path in objects:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-    assert gaps(python, "v0.1.0")[0] == [0.2]
+    assert losses(python, "v0.1.0")[0] == [0.5]
 
 
 def test_the_next_version_changes_what_changed_and_leaves_files_of_others(
@@ -394,7 +400,7 @@ def test_the_next_version_changes_what_changed_and_leaves_files_of_others(
     git(hub.repo, "commit", "-q", "-m", "more")
     code, output, errors = publish(python, releases / "0.2.0", "--no-dry-run")
     assert code == 0, errors
-    changed = ["CHANGELOG.md", "README.md", "gaps/digits-cnn.parquet", "manifest.json"]
+    changed = ["CHANGELOG.md", "README.md", "manifest.json", "training/digits-cnn.parquet"]
     assert [line for line in output.splitlines() if line[1] == " "] == [
         *(f"~ {path}" for path in changed),
         "- leaderboard/old.csv",
@@ -402,7 +408,7 @@ def test_the_next_version_changes_what_changed_and_leaves_files_of_others(
     names = git(hub.repo, "ls-tree", "-r", "--name-only", "v0.2.0").splitlines()
     kept = {".gitattributes", "notes.txt", manifest.NAME}
     assert set(names) == kept | set(manifest.read(releases / "0.2.0").files)
-    assert gaps(python, "v0.1.0", "v0.2.0")[0] == [0.2, 0.7]
+    assert losses(python, "v0.1.0", "v0.2.0")[0] == [0.5, 0.7]
 
 
 def test_a_pull_request_leaves_main_and_is_tagged_once_merged(hub, python, releases):
@@ -464,7 +470,7 @@ def test_an_upload_that_is_killed_publishes_nothing_and_goes_on(hub, python, rel
     assert publish(python, releases / "0.1.0", "--no-dry-run")[0] == 0
     again = {request for request in hub.requests if request.startswith("PUT")}
     assert set(arrived[:3]) - again  # what had arrived is not sent again
-    assert gaps(python, "v0.1.0")[0] == [0.2]
+    assert losses(python, "v0.1.0")[0] == [0.5]
 
 
 @pytest.mark.parametrize("route", ["PUT /lfs/", "/commit/main"])
@@ -501,7 +507,7 @@ def test_an_answer_that_is_lost_after_the_commit_is_no_failure(hub, python, rele
 def test_a_published_version_never_changes(published, python, releases, tmp_path):
     before = refs(published)
     other = Path(shutil.copytree(releases / "0.1.0", tmp_path / "other"))
-    store.write(other, "gaps", [gap_row("digits-cnn", gap=0.9)])
+    store.write(other, "training", training_rows("digits-cnn", at_3=0.9))
     release(other, other, "0.1.0")
     code, _, errors = publish(python, other, "--no-dry-run")
     assert code == 2
@@ -521,6 +527,6 @@ def test_a_release_that_lost_rows_is_not_published(published, python, releases, 
 
 def test_a_release_that_is_not_sound_is_not_published(tmp_path, releases):
     folder = Path(shutil.copytree(releases / "0.1.0", tmp_path / "spoilt"))
-    (folder / "gaps" / "digits-mlp.parquet").write_bytes(b"x")
+    (folder / "training" / "digits-mlp.parquet").write_bytes(b"x")
     with pytest.raises(InvalidRelease, match="not the file that the manifest lists"):
         publish_module.plan(folder, REPO)  # before the Hub is asked

@@ -80,15 +80,20 @@ def check_readers(path, cache):
 
 def test_all_read_the_same_value_of_every_column(folder, tmp_path):
     paths = sorted(folder.glob("*/digits-cnn.parquet"))
-    assert {path.parent.name for path in paths} == set(TABLES) - {"leaderboard", "blocks"}
+    of_protocol_2 = {"trials", "speedups", "predictors"}
+    others = {"leaderboard", "blocks"} | of_protocol_2
+    assert {path.parent.name for path in paths} == set(TABLES) - others
     for path in paths:
         check_readers(path, tmp_path)
 
 
 @pytest.mark.skipif(not (BUNDLED / "manifest.json").exists(), reason="no release is bundled")
-def test_all_read_the_same_value_of_the_bundled_release(tmp_path):
-    for table in TABLES:
-        check_readers(min((BUNDLED / table).glob("*.parquet")), tmp_path)
+def test_all_read_the_same_value_of_the_bundled_release_and_campaign(tmp_path):
+    campaign = BUNDLED.with_name("campaign")
+    paths = [*BUNDLED.glob("*/*.parquet"), *campaign.glob("*/*.parquet")]
+    assert {path.parent.name for path in paths} >= set(TABLES) - {"predictors"}
+    for folder in sorted({path.parent for path in paths}):
+        check_readers(min(folder.glob("*.parquet")), tmp_path)
 
 
 def test_the_globs_of_the_card_read_all_models_as_load_does(folder):

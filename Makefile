@@ -31,7 +31,7 @@ $(OLD_READY): tests/oldest.txt $(READY)
 # The suite's core on them: the store, the estimator, training, the command line.
 test-oldest: $(OLD_READY)
 	OMP_NUM_THREADS=1 $(OLDEST) -m pytest --numprocesses 2 tests/spectra_db tests/harness/estimator \
-		tests/harness/tasks tests/harness/training tests/harness/test_cli.py
+		tests/harness/tasks tests/harness/training tests/harness/cli/test_cli.py
 
 # The command line alone on them.
 try-oldest: $(OLD_READY)

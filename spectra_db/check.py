@@ -38,7 +38,8 @@ def problems(
     Args:
         folder: The release.
         previous: The release before.
-        derived: What is made anew, and from what; `harness.publication` adds what needs entries.
+        derived: What is made anew, and from what; `harness.submission.publication` adds what needs
+            entries.
         on_progress: Called with (files made anew, files in all).
     """
     try:

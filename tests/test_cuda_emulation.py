@@ -17,8 +17,8 @@ from benchmarks.gpu.entries import find
 from harness import estimate_spectra, tasks
 from harness.campaign.plan import missing, survey
 from harness.campaign.run import Job, run_entries
+from harness.campaign.spectrum import blocks_of
 from harness.registry import ModelEntry, entries, get
-from harness.spectra import blocks_of
 from harness.training import load_problem, train
 from spectra_db import load as load_table
 from tests.cuda_emulation import CUDA, NAME, OnCuda, emulated_cuda

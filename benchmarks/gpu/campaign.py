@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import REHEARSAL, TINY
 from harness.campaign.plan import missing
+from harness.campaign.spectrum import rows_of
 from harness.registry import TIERS, ModelEntry, entries, get
-from harness.spectra import rows_of
 from spectra_db import store
 
 ROOT = Path(__file__).parents[2]

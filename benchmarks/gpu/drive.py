@@ -80,8 +80,8 @@ def _describe(desk: Desk) -> None:
     """Note what this is computed on."""
     import torch
 
+    from harness.campaign.spectrum import code_version
     from harness.estimator.device import choose_device, device_memory, device_name
-    from harness.spectra import code_version
 
     try:
         device = choose_device(torch.nn.Module(), desk.device)
@@ -120,7 +120,9 @@ def _is_done(desk: Desk, stage: str) -> bool:
 def _run(desk: Desk) -> str:
     """Run a stage in a process of its own, so that what breaks one leaves the others whole."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.measure", "harness.cli.compute", "benchmarks.cases"])
+    context.set_forkserver_preload(
+        ["harness.campaign.metric", "harness.cli.compute", "benchmarks.cases"]
+    )
     process = context.Process(target=_do, args=(desk,))
     process.start()
     try:

@@ -10,9 +10,9 @@ import pandas as pd
 
 from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import load
+from harness.campaign.spectrum import Settings, take_spectrum
 from harness.errors import UserError
 from harness.registry import entries
-from harness.spectra import Settings, take_spectrum
 from harness.training import Problem
 from spectra_db import js0, rules
 

@@ -7,9 +7,9 @@ import torch
 from benchmarks.gpu.desk import Desk, report
 from benchmarks.gpu.entries import PAPER, TINY, load, split
 from benchmarks.gpu.products import matmul_rate
+from harness.campaign.spectrum import Settings, blocks_of, forecast_of, take_spectrum
 from harness.errors import UserError, reason_of
 from harness.estimator.device import device_memory
-from harness.spectra import Settings, blocks_of, forecast_of, take_spectrum
 from harness.training import Problem
 from spectra_db import js0
 

@@ -11,8 +11,8 @@ from typing import Any
 from harness import tasks
 from harness.campaign.plan import Survey
 from harness.campaign.run import num_threads
+from harness.campaign.spectrum import blocks_of
 from harness.errors import UserError
-from harness.spectra import blocks_of
 from harness.training.stages import STAGE_SEED
 
 # float32 without tensor cores, dense, as the makers' data sheets have it (operations per second),

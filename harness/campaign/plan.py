@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from harness.campaign.spectrum import Settings, forecast_of, rows_of
 from harness.errors import UserError, reason_of
+from harness.records import version
 from harness.registry import ModelEntry
 from harness.registry.entry import SpeedupRecipe
-from harness.spectra import Settings, forecast_of, rows_of
-from harness.training import climb, grid, speedup, version
+from harness.training import climb, grid, speedup
 from harness.training.gap import SEEDS
 from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db.heterogeneity import MOMENT_METRICS

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import tasks
+from harness.campaign.engines import local as workers
 from harness.campaign.locks import claim
 from harness.campaign.pace import Pace
 from harness.campaign.plan import Survey, Unit, check_version, missing, settings_of
-from harness.errors import OutputError, output_error, reason_of
-from harness.registry import ModelEntry
-from harness.scale import workers
-from harness.spectra import (
+from harness.campaign.spectrum import (
     Settings,
     checkpoint_sha256,
     code_version,
@@ -29,8 +27,10 @@ from harness.spectra import (
     write_failed_blocks,
     write_training,
 )
+from harness.errors import OutputError, output_error, reason_of
+from harness.records import version
+from harness.registry import ModelEntry
 from harness.tasks.base import target_entropy
-from harness.training import version
 from harness.training.gap import gap
 from harness.training.reference import reference_loss
 from harness.training.speedup import speedup
@@ -94,7 +94,7 @@ def run_entries(
         surveys: The entries; those with a reason get their row of table `models` alone.
         job: Where and how.
         jobs: Worker processes; 1 works in this process.
-        engine: What executes the units instead, such as `harness.scale.cluster`'s.
+        engine: What executes the units instead, such as `harness.campaign.engines.ray`'s.
         on_event: Called with start, progress, done, failed or elsewhere, the unit, and facts.
 
     Returns:
@@ -359,7 +359,7 @@ def _take(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
 
 def _take_moments(unit: Unit, job: Job, on_progress: OnProgress | None = None) -> None:
     """Take the metrics that need few products on the entry's larger batch."""
-    from harness.measure import take_moments
+    from harness.campaign.metric import take_moments
 
     entry = job.entries[unit.model]
     settings = _settings(entry.partition, entry, job)

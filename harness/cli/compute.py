@@ -13,7 +13,7 @@ from harness.cli.base import TIERS, choice, device_of, main, options, processes
 from harness.errors import UserError
 
 if TYPE_CHECKING:
-    from harness.spectra import Settings
+    from harness.campaign.spectrum import Settings
     from harness.training import Problem
 
 # The scale metrics, which need few products, and those of whole spectra.
@@ -76,20 +76,20 @@ def spectrum(
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
     from harness.campaign.locks import claim_or_refuse
+    from harness.campaign.metric import halves, take_batch_error
     from harness.campaign.plan import Unit, check_version
-    from harness.display import cost_line, estimate_line
-    from harness.estimator.device import choose_device
-    from harness.measure import halves, take_batch_error
-    from harness.progress import progress_bar
-    from harness.registry import get
-    from harness.scale.distributed import team
-    from harness.spectra import (
+    from harness.campaign.spectrum import (
         Settings,
         checkpoint_sha256,
         command_line,
         forecast_of,
         take_spectrum,
     )
+    from harness.cli.display import cost_line, estimate_line
+    from harness.cli.progress import progress_bar
+    from harness.estimator.device import choose_device
+    from harness.estimator.distributed import team
+    from harness.registry import get
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)
@@ -185,10 +185,10 @@ def _take_metric(
     log: Path | None,
 ) -> None:
     """Take one metric, to a tolerance if there is one, and say what was reached."""
-    from harness.display import estimate_line
-    from harness.measure import GRADIENT_METRIC, take_gradient_metric, take_metric
-    from harness.progress import progress_bar
-    from harness.spectra import command_line
+    from harness.campaign.metric import GRADIENT_METRIC, take_gradient_metric, take_metric
+    from harness.campaign.spectrum import command_line
+    from harness.cli.display import estimate_line
+    from harness.cli.progress import progress_bar
     from spectra_db.jackknife import MIN_PROBES
 
     if processes() > 1:
@@ -244,10 +244,11 @@ def train(
     from harness import tasks
     from harness.campaign.locks import claim_or_refuse
     from harness.campaign.plan import Unit, check_version
-    from harness.progress import progress_bar
+    from harness.campaign.spectrum import rows_of, write_training
+    from harness.cli.progress import progress_bar
+    from harness.records import version
     from harness.registry import get
-    from harness.spectra import rows_of, write_training
-    from harness.training import grid, version
+    from harness.training import grid
     from harness.training import train as run_training
 
     entry = get(model, registry_dir=registry)
@@ -333,9 +334,9 @@ def run(
     from harness.campaign.forecast import DEVICES, outlook, throughput_of
     from harness.campaign.plan import survey
     from harness.campaign.run import Job, num_threads, run_entries
-    from harness.display import print_outlooks, print_results, print_surveys
-    from harness.progress import units_bar
-    from harness.spectra import command_line
+    from harness.campaign.spectrum import command_line
+    from harness.cli.display import print_outlooks, print_results, print_surveys
+    from harness.cli.progress import units_bar
 
     elsewhere = dry_run and device in DEVICES
     if bool(models) == (tier is not None):
@@ -343,7 +344,7 @@ def run(
     if throughput is not None and not dry_run:
         raise UserError("--throughput is of the forecast: pass --dry-run too")
     if engine == "ray":
-        from harness.scale.cluster import import_ray, task_device
+        from harness.campaign.engines.ray import import_ray, task_device
 
         import_ray()  # the survey takes long
         on_cluster = task_device(device) == "cuda" and address is not None
@@ -384,7 +385,7 @@ def run(
     if engine == "ray":
         from functools import partial
 
-        from harness.scale.cluster import run_on_ray
+        from harness.campaign.engines.ray import run_on_ray
 
         cluster = partial(
             run_on_ray,

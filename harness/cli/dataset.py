@@ -39,7 +39,7 @@ def release(
     say why. What lay at --out is replaced as a whole; SOURCE may be --out, to bring a release up
     to date.
     """
-    from harness.publication import derive, unfinished
+    from harness.submission.publication import derive, unfinished
     from spectra_db.release import release as make
 
     left_out = unfinished(source, registry)
@@ -94,7 +94,7 @@ def check_(folder: Path | None, previous: Path | None, registry: Path | None) ->
 @options("json")
 def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
     """Say which rows were added, removed, or changed beyond their stated errors."""
-    from harness.display import print_differences
+    from harness.cli.display import print_differences
     from spectra_db.diff import compare
     from spectra_db.schema import TABLES
 
@@ -130,8 +130,8 @@ def merge(sources: tuple[Path, ...], out: Path) -> None:
 
 
 def _problems(folder: Path, previous: Path | None, registry: Path | None) -> list[str]:
-    from harness.progress import progress_bar
-    from harness.publication import derived_of_release
+    from harness.cli.progress import progress_bar
+    from harness.submission.publication import derived_of_release
     from spectra_db import check
 
     with progress_bar("check") as on_progress:
@@ -162,7 +162,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from harness.publication import derived_of_release
+    from harness.submission.publication import derived_of_release
     from spectra_db import publish as publication
     from spectra_db.load import BUNDLED
 

@@ -40,7 +40,7 @@ def leaderboard(
     as_json: bool,
 ) -> None:
     """Tell which measure of heterogeneity predicts the SGD-Adam gap."""
-    from harness.display import print_leaderboard
+    from harness.cli.display import print_leaderboard
     from harness.errors import UserError
     from harness.leaderboard import report, statistics, tables
     from harness.leaderboard.export import export
@@ -111,9 +111,9 @@ def predict(
     TARGET is an entry of the registry, or module:factory, timm:NAME or 'transformers:TYPE?...'
     with --task. Without --js0 it takes six products per block.
     """
-    from harness.display import cost_line, print_prediction
-    from harness.leaderboard import predict as prediction
-    from harness.progress import progress_bar
+    from harness.cli.display import cost_line, print_prediction
+    from harness.cli.progress import progress_bar
+    from harness.submission import predict as prediction
 
     entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
     prediction.check_checkpoints(entry, checkpoints)

@@ -16,7 +16,7 @@ from harness.errors import UserError
 @options("registry", "json")
 def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
     """List the models of the registry."""
-    from harness.display import print_entries
+    from harness.cli.display import print_entries
     from harness.registry import entries
 
     found = entries(tier, registry_dir=registry)
@@ -45,7 +45,7 @@ def describe(
 ) -> None:
     """Describe a model: its blocks and what its spectrum costs."""
     if provenance:
-        from harness.display import print_provenance
+        from harness.cli.display import print_provenance
         from spectra_db.provenance import trace
 
         found = trace(model, source)
@@ -58,9 +58,9 @@ def describe(
         raise UserError("--source names published tables; it goes with --provenance")
     from dataclasses import replace
 
-    from harness.display import cost_line, print_blocks
+    from harness.campaign.spectrum import blocks_of, forecast_of
+    from harness.cli.display import cost_line, print_blocks
     from harness.registry import get
-    from harness.spectra import blocks_of, forecast_of
     from harness.training import load_problem
 
     entry = get(model, registry_dir=registry)

@@ -29,9 +29,9 @@ def predictors(
     from harness import registry as catalogue
     from harness.campaign.locks import claim_or_refuse
     from harness.campaign.plan import Unit, check_version
+    from harness.campaign.spectrum import command_line
+    from harness.cli.progress import progress_bar
     from harness.predictors.take import take
-    from harness.progress import progress_bar
-    from harness.spectra import command_line
 
     entries = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
     for entry in entries:

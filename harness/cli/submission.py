@@ -60,9 +60,9 @@ def add_model(
     --registry names, or in the tree.
     """
     from harness import registry as catalogue
-    from harness.display import cost_line, print_blocks
+    from harness.campaign.spectrum import forecast_of
+    from harness.cli.display import cost_line, print_blocks
     from harness.registry.entry import check_slug
-    from harness.spectra import forecast_of
     from harness.submission import draft, entry_file
     from harness.training import load_problem
 
@@ -129,7 +129,7 @@ def validate(
     """
     from dataclasses import asdict
 
-    from harness.display import print_finding
+    from harness.cli.display import print_finding
     from harness.registry import get
     from harness.submission.validate import validate as run_checks
 
@@ -182,9 +182,9 @@ def submit(
     --create-pr, then by any other way.
     """
     from harness.campaign.plan import check_version
-    from harness.publication import unfinished
+    from harness.campaign.spectrum import code_version
     from harness.registry import get
-    from harness.spectra import code_version
+    from harness.submission.publication import unfinished
     from harness.submission.submit import assemble
     from spectra_db.publish import check_can_write, open_pull_request
 
@@ -267,8 +267,8 @@ def verify(
     from dataclasses import asdict
     from functools import partial
 
-    from harness.display import print_checks
-    from harness.progress import progress_bar
+    from harness.cli.display import print_checks
+    from harness.cli.progress import progress_bar
     from harness.registry import get
     from harness.submission.retrain import verify_runs
     from harness.submission.submit import check_registry, reseal, tables_of

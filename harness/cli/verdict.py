@@ -18,7 +18,7 @@ def verdict(source: Path | None, as_json: bool) -> None:
     By the rules of docs/verdict.md, from tables speedups and predictors; what is not measured yet
     is listed with the reason.
     """
-    from harness.display import print_speedups
+    from harness.cli.display import print_speedups
     from harness.leaderboard.ranking import ranking
     from spectra_db.load import folder_of
 

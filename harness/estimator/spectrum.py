@@ -96,7 +96,7 @@ def estimate_spectra(
         on_progress: Called with (products done, products in all).
         on_block: Called with the rows of each block as soon as it is finished.
         probes: The probes of each block to take here, by its name; None: all. See
-            `harness.scale.distributed`, which gives the others to other processes.
+            `harness.estimator.distributed`, which gives the others to other processes.
         share: This process's part of the samples, if several make each product together.
         kept: Recurrences by block and probe. Those found there go on instead of starting, and
             all are left there.

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.campaign.spectrum import Settings, blocks_of, options_of
 from harness.estimator import estimate_spectra
 from harness.estimator.blocks import FULL_BLOCK
 from harness.estimator.checks import fixed_arithmetic
@@ -18,7 +19,6 @@ from harness.estimator.lanczos import advance, start
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule, residual_bounds
 from harness.predictors import Value
-from harness.spectra import Settings, blocks_of, options_of
 from harness.training import Problem
 from spectra_db.heterogeneity import spread
 

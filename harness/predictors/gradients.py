@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from harness import tasks
+from harness.campaign.spectrum import Settings, blocks_of
 from harness.estimator import Block
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.device import choose_device
 from harness.estimator.spectrum import DTYPES
 from harness.predictors import Value
-from harness.spectra import Settings, blocks_of
 from harness.training import Problem
 from spectra_db.heterogeneity import gradient_rms_spread
 

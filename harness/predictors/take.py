@@ -11,17 +11,18 @@ from typing import Any
 import pandas as pd
 
 from harness import tasks
+from harness.campaign.metric import halves
+from harness.campaign.spectrum import Settings, describe_run, identity_of, rows_of, stored_rows
 from harness.errors import UserError
-from harness.measure import halves
 from harness.predictors import FAMILIES, PREDICTORS, Value
 from harness.predictors.curvature import of_blocks, of_full
 from harness.predictors.gradients import of_gradients
 from harness.predictors.problem import of_problem
 from harness.predictors.spectra import of_spectrum
+from harness.records import version
 from harness.registry import ModelEntry, Recipe
 from harness.registry.entry import SpeedupRecipe
-from harness.spectra import Settings, describe_run, identity_of, rows_of, stored_rows
-from harness.training import Problem, load_problem, version
+from harness.training import Problem, load_problem
 from spectra_db import store
 from spectra_db.schema import VERSIONS
 

@@ -30,9 +30,9 @@ import torch
 from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.estimator.checks import take
+from harness.records.derived import derived
 from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
-from harness.submission.derived import derived
 from harness.submission.verify import verify
 from harness.training.problem import load_problem
 from harness.training.stages import STAGE_SEED

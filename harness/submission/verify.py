@@ -25,9 +25,9 @@ from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
 from harness.estimator.spectrum import DTYPES
+from harness.records.derived import derived
 from harness.registry import ModelEntry
 from harness.submission import locate
-from harness.submission.derived import derived
 from harness.training import Problem, load_problem
 from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import rules, store, verified

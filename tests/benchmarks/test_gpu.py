@@ -19,8 +19,8 @@ from benchmarks.gpu.desk import Desk, pack, report, unpack
 from benchmarks.gpu.entries import TINY, gather, load
 from benchmarks.gpu.rows import compare_rows
 from benchmarks.gpu.spectra import affordable
+from harness.campaign.spectrum import blocks_of, code_version
 from harness.estimator import estimate_spectra
-from harness.spectra import blocks_of, code_version
 from spectra_db import store
 
 ROOT = Path(__file__).parents[2]

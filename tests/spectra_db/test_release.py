@@ -376,7 +376,7 @@ def test_what_other_tables_do_not_give_is_found_though_all_hashes_are_right(
 
 @pytest.mark.skipif(not (BUNDLED / "manifest.json").exists(), reason="no release is bundled")
 def test_the_bundled_release_is_sound():
-    # What follows from other tables, which takes longer: tests/harness/test_dataset_cli.py.
+    # What follows from other tables, which takes longer: tests/harness/cli/test_dataset.py.
     assert check.problems(BUNDLED, derived={}) == []
 
 

@@ -18,9 +18,9 @@ from harness.campaign.forecast import (
     total,
 )
 from harness.campaign.plan import survey
+from harness.campaign.spectrum import blocks_of, forecast_of
 from harness.errors import UserError
 from harness.estimator.cost import Forecast, cut
-from harness.spectra import blocks_of, forecast_of
 from harness.training import load_problem
 from tests.harness.campaign.test_run import do, tiny
 

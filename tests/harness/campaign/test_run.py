@@ -20,15 +20,16 @@ import pytest
 import scipy.stats
 
 import spectra_db
-from harness import spectra, tasks
+from harness import tasks
 from harness.campaign import run
+from harness.campaign import spectrum as spectra
+from harness.campaign.engines import local as workers
 from harness.campaign.plan import Survey, Unit, missing, survey
 from harness.campaign.run import Job, execute, run_entries
+from harness.campaign.spectrum import Settings, take_spectrum
 from harness.errors import OutputError, UserError
 from harness.estimator import estimate_spectra
 from harness.registry import ModelEntry, Recipe, get
-from harness.scale import workers
-from harness.spectra import Settings, take_spectrum
 from harness.training import load_problem, train
 from spectra_db import store
 from spectra_db.heterogeneity import spread

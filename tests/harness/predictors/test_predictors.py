@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call, hessian
 
+from harness.campaign.spectrum import Settings, blocks_of
 from harness.predictors import FAMILIES, PREDICTORS
 from harness.predictors.curvature import (
     _Probes,
@@ -24,7 +25,6 @@ from harness.predictors.curvature import (
 from harness.predictors.gradients import density, gini, gradients_of, noise_share, of_gradients
 from harness.predictors.problem import label_imbalance, of_problem
 from harness.registry import get
-from harness.spectra import Settings, blocks_of
 from harness.training import Problem
 from tests.harness.estimator import models
 

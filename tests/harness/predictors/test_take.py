@@ -8,15 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 import spectra_db
+from harness.campaign.metric import halves as halves_of
+from harness.campaign.metric import take_batch_error
+from harness.campaign.spectrum import Settings, take_spectrum
 from harness.cli import main
 from harness.errors import UserError
-from harness.measure import halves as halves_of
-from harness.measure import take_batch_error
 from harness.predictors import PREDICTORS
 from harness.predictors import take as module
 from harness.predictors.take import take
 from harness.registry import get
-from harness.spectra import Settings, take_spectrum
 from spectra_db.schema import VERSIONS
 
 SPECTRAL = {p.name for p in PREDICTORS if p.family == "spectrum"}

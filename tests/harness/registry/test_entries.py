@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from harness import registry, tasks
+from harness.campaign.spectrum import blocks_of
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.hessian import BlockHessian
 from harness.registry import ModelEntry, Recipe
-from harness.spectra import blocks_of
 from harness.training import load_problem, train
 from harness.training.stages import checkpoint_path
 

@@ -112,7 +112,7 @@ def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> Non
 
 def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
-    from harness.spectra import rows_of
+    from harness.campaign.spectrum import rows_of
     from harness.training.stages import STAGE_SEED
 
     table = Table("model", box=SIMPLE_HEAD, pad_edge=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.campaign.engines.ray import run_on_ray
 from harness.campaign.plan import Unit, missing, survey
 from harness.campaign.run import run_entries
-from harness.scale.cluster import run_on_ray
 from tests.harness.campaign.test_run import do, job_of, tiny
 
 from .test_faults import check_same

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from harness.cli import main
 from harness.errors import UserError
+from harness.records.derived import derived
 from harness.registry import get
-from harness.submission.derived import derived
 from spectra_db import store
 from spectra_db.derived import DERIVED, differences, rows_of
 from spectra_db.load import BUNDLED
@@ -110,7 +110,7 @@ def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path)
     assert code == 2
     assert "has no model to release" in output
     assert not out.exists()
-    from harness.publication import unfinished
+    from harness.submission.publication import unfinished
 
     assert unfinished(source) == {MODEL: "its gap is missing"}
     (source / "spectra" / f"{MODEL}.parquet").unlink()
@@ -118,7 +118,7 @@ def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path)
 
 
 def test_a_failure_with_its_reason_is_released(source):
-    from harness.publication import unfinished
+    from harness.submission.publication import unfinished
 
     rows = store.read(source / "gaps" / f"{MODEL}.parquet", "gaps").to_pandas()
     store.write(source, "gaps", rows.assign(status="failed", reason="all runs diverged", gap=None))
@@ -130,10 +130,12 @@ def test_a_failure_with_its_reason_is_released(source):
 
 
 def test_moments_that_wait_for_a_failed_spectrum_keep_nothing_out_of_a_release(source, monkeypatch):
-    from harness.publication import unfinished
+    from harness.submission.publication import unfinished
 
     entry = replace(get(MODEL), moments_batch_size=4096)
-    monkeypatch.setattr("harness.publication.registry.entries", lambda registry_dir: [entry])
+    monkeypatch.setattr(
+        "harness.submission.publication.registry.entries", lambda registry_dir: [entry]
+    )
     assert "moments on a larger batch" in unfinished(source)[MODEL]
     rows = store.read(source / "spectra" / f"{MODEL}.parquet", "spectra").to_pandas()
     rows = rows[(rows["stage"] == "init") & (rows["partition"] == entry.partition)]
@@ -143,7 +145,7 @@ def test_moments_that_wait_for_a_failed_spectrum_keep_nothing_out_of_a_release(s
 
 
 def test_a_model_that_the_registry_does_not_know_stays_out(source):
-    from harness.publication import unfinished
+    from harness.submission.publication import unfinished
 
     rows = store.read(source / "models" / f"{MODEL}.parquet", "models").to_pandas()
     store.write(source, "models", rows.assign(model="stranger"))

@@ -21,7 +21,7 @@ import pandas as pd
 
 from harness import tasks
 from harness.errors import UserError
-from harness.training import version
+from harness.records import version
 from spectra_db import store
 from spectra_db.derived import rows_of
 from spectra_db.heterogeneity import metrics
@@ -30,7 +30,7 @@ from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION
 if TYPE_CHECKING:
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
-    from harness.scale.distributed import Team
+    from harness.estimator.distributed import Team
     from harness.training import Problem, TrainingRun
 
 
@@ -131,7 +131,7 @@ def take_spectrum(
     todo = [block for block in blocks if leads and block.name not in set(done["block"])]
     estimate: Callable[..., pd.DataFrame] = estimate_spectra
     if together is not None:
-        from harness.scale.distributed import estimate_together
+        from harness.estimator.distributed import estimate_together
 
         names = together.agree([block.name for block in todo])
         todo = [block for block in blocks if block.name in names]

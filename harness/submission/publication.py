@@ -11,10 +11,10 @@ import pandas as pd
 
 from harness import registry
 from harness.campaign.plan import Unit, missing
+from harness.campaign.spectrum import rows_of
 from harness.errors import UserError
+from harness.records.derived import derived
 from harness.registry import ModelEntry
-from harness.spectra import rows_of
-from harness.submission.derived import derived
 from spectra_db.derived import Derive
 
 

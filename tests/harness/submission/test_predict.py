@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from harness import estimate_spectra, registry, tasks
 from harness.cli import main
-from harness.leaderboard.predict import measure
+from harness.submission.predict import measure
 from harness.training import load_problem, stages
 from spectra_db import store
 from spectra_db.heterogeneity import metrics

@@ -16,9 +16,9 @@ import spectra_db
 from harness.estimator.blocks import Block
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import Forecast
+from harness.estimator.distributed import divide
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.share import Share
-from harness.scale.distributed import divide
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
 
 from . import job
@@ -41,7 +41,7 @@ def torchrun(num_processes: int, *arguments: str, **options: object) -> subproce
 def made(request, tmp_path_factory) -> Path:
     """Return the folder of what the job's processes made."""
     folder = tmp_path_factory.mktemp(f"job{request.param}")
-    process = torchrun(request.param, "tests.harness.scale.job", str(folder))
+    process = torchrun(request.param, "tests.harness.estimator.job", str(folder))
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     return folder

@@ -11,9 +11,7 @@ import pandas as pd
 import torch
 
 from harness import tasks
-from harness.errors import UserError
-from harness.estimator.cost import EXACT_SIZE
-from harness.spectra import (
+from harness.campaign.spectrum import (
     Settings,
     blocks_of,
     describe_run,
@@ -25,7 +23,9 @@ from harness.spectra import (
     take_spectrum,
     write_derived,
 )
-from harness.training import version
+from harness.errors import UserError
+from harness.estimator.cost import EXACT_SIZE
+from harness.records import version
 from spectra_db import store
 from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, gradient_rms_spread
 from spectra_db.schema import KEYS

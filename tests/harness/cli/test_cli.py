@@ -208,7 +208,7 @@ def test_a_broken_table_is_named(tmp_path):
 
 
 def test_the_choices_are_those_of_the_estimator():
-    from harness import measure
+    from harness.campaign import metric as measure
     from harness.estimator import blocks, spectrum
     from spectra_db.schema import PARTITIONS
 
@@ -228,7 +228,7 @@ def test_a_failure_is_a_line_and_exit_code_1(tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no memory for\n 3 graphs")
 
-    monkeypatch.setattr("harness.spectra.take_spectrum", fail)
+    monkeypatch.setattr("harness.campaign.spectrum.take_spectrum", fail)
     result = call(*SPECTRUM, "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr == "Error: no memory for 3 graphs\n"
@@ -238,7 +238,7 @@ def test_an_end_of_file_is_a_failure_and_no_interruption(tmp_path, monkeypatch):
     def end(*_: object, **__: object) -> None:
         raise EOFError("3 bytes missing")
 
-    monkeypatch.setattr("harness.spectra.take_spectrum", end)
+    monkeypatch.setattr("harness.campaign.spectrum.take_spectrum", end)
     result = call(*SPECTRUM, "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.strip() == "Error: a file or pipe ended early: 3 bytes missing"
@@ -248,7 +248,7 @@ def test_an_interruption_says_that_the_same_command_continues(tmp_path, monkeypa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harness.spectra.take_spectrum", interrupt)
+    monkeypatch.setattr("harness.campaign.spectrum.take_spectrum", interrupt)
     result = call(*SPECTRUM, "--out", tmp_path)
     assert result.exit_code == 130
     assert "the same command continues" in result.stderr

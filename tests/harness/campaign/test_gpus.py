@@ -8,10 +8,11 @@ import pytest
 import torch.distributed as dist
 from click.testing import CliRunner
 
+from harness.campaign.engines import local as workers
+from harness.campaign.engines.ray import task_device
 from harness.cli import main
 from harness.errors import UserError
-from harness.scale import distributed, workers
-from harness.scale.cluster import task_device
+from harness.estimator import distributed
 
 
 @pytest.mark.parametrize(("gpus", "taken"), [(["5", "GPU-7"], {"5", "GPU-7"}), (["5"], {None})])

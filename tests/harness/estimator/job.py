@@ -1,6 +1,6 @@
 """What torchrun starts in test_distributed.py: several spectra by all processes together.
 
-Usage: torchrun -m tests.harness.scale.job FOLDER; process 0 leaves FOLDER/CASE.pickle.
+Usage: torchrun -m tests.harness.estimator.job FOLDER; process 0 leaves FOLDER/CASE.pickle.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from harness import estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import forecast
+from harness.estimator.distributed import estimate_together, team
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.share import Share
-from harness.scale.distributed import estimate_together, team
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
 
 SETTINGS = {"num_probes": 3, "num_steps": 8, "exact_size": 20, "batch_weights": num_terms}

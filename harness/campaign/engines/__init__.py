@@ -1,0 +1,1 @@
+"""Where units of work are executed: here, in worker processes, on a Ray cluster."""

@@ -10,7 +10,9 @@ from benchmarks.cases import Case, resnet18
 from benchmarks.peers import CASES
 from harness import estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.hessian import opened
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 
 # More operations than these per step are an error, which `make bench-check` reports.
 MOST_GFLOP = {"gpt-10m": 600, "resnet18": 110}
@@ -102,12 +104,12 @@ class Rebuilt:
         case = resnet18()
         self.blocks = find_blocks(case.model)
         halves = [tuple(t[i : i + 8] for t in case.batch) for i in (0, 8)]
-        cpu = torch.device("cpu")
-        args = (case.model, case.loss_fn, halves, self.blocks)
-        with fixed_arithmetic(case.model):
-            # Enough for a product with one half, not for the graphs of both.
-            one = BlockHessian(*args, device=cpu, memory_budget=BUDGET).product_bytes
-            self.hessian = BlockHessian(*args, device=cpu, memory_budget=one)
+        of = Objective(case.model, case.loss_fn, halves), self.blocks
+        # Enough for a product with one half, not for the graphs of both.
+        with opened(*of, Settings(device="cpu", memory_budget=BUDGET)) as hessian:
+            one = hessian.product_bytes
+        with opened(*of, Settings(device="cpu", memory_budget=one)) as self.hessian:
+            pass
 
     def time_step(self) -> None:
         assert not self.hessian.keeps_graphs

@@ -17,9 +17,12 @@ import torch
 
 from harness import registry
 from harness.campaign.forecast import measured, outlook
-from harness.campaign.plan import Unit, survey
-from harness.campaign.run import Job, run_entries
+from harness.campaign.run import run_entries
+from harness.campaign.survey import survey
+from harness.campaign.unit import Unit
+from harness.campaign.work import Job
 from harness.errors import UserError
+from harness.records.ledger import Ledger
 
 
 def compare(name: str, data_root: Path | None) -> None:
@@ -46,7 +49,7 @@ def compare(name: str, data_root: Path | None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        job = Job(out, {name: entry}, data_root, "cpu", 1, "benchmarks.forecast")
+        job = Job(Ledger(out), {name: entry}, data_root, "cpu", "benchmarks.forecast")
         for unit, reason in run_entries([surveyed], job, on_event=on_event).items():
             raise UserError(f"{unit} failed, so that there is nothing to compare: {reason}")
         kept = [*out.glob("*/*.parquet"), *out.glob("checkpoints/**/*.safetensors")]

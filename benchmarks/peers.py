@@ -22,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import Case, gpt_10m, resnet18
 from harness import find_blocks
 from harness.estimator.checks import fixed_arithmetic
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.hessian import opened
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 
 Step = Callable[[], None]
 CASES = {"gpt-10m": gpt_10m, "resnet18": resnet18}
@@ -32,15 +34,8 @@ def ours(case: Case, partition: str = "weights") -> Step:
     """`BlockHessian` with a kept graph."""
     blocks = find_blocks(case.model, partition)
     vectors = [torch.ones(b.num_params) for b in blocks]
-    with fixed_arithmetic(case.model):
-        hessian = BlockHessian(
-            case.model,
-            case.loss_fn,
-            [case.batch],
-            blocks,
-            device=torch.device("cpu"),
-            memory_budget=8 << 30,
-        )
+    objective = Objective(case.model, case.loss_fn, [case.batch])
+    with opened(objective, blocks, Settings(device="cpu", memory_budget=8 << 30)) as hessian:
         hessian.products([])
 
     def step() -> None:

@@ -22,12 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectra_db
 from benchmarks.cases import KINDS, small
-from harness import estimate_spectra, registry
-from harness.estimator.adaptive import estimate_to_tolerance
+from harness import estimate_spectra, find_blocks, registry
+from harness.estimator.adaptive import estimate_to_tolerance, limits
 from harness.estimator.checks import take
-from harness.estimator.cost import EXACT_SIZE
+from harness.estimator.hessian import opened
 from harness.estimator.lanczos import Recurrence, lanczos
+from harness.estimator.objective import Objective
 from harness.estimator.quadrature import gauss_rule
+from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.registry import ModelEntry
 from harness.training import load_problem
 
@@ -151,9 +153,11 @@ def to_tolerance(kind: str) -> pd.DataFrame:
     case = small(kind)
     found = []
     for seed in range(3):
-        reached = estimate_to_tolerance(
-            case.model, case.loss_fn, [case.batch], tolerance=TOLERANCE, exact_size=0, seed=seed
-        )
+        settings = Settings("weights", *limits("js0", TOLERANCE, None, None), exact_size=0)
+        source = {"model": kind, "stage": "current", "init_seed": seed}
+        objective = Objective(case.model, case.loss_fn, [case.batch])
+        with opened(objective, find_blocks(case.model), settings) as hessian:
+            reached = estimate_to_tolerance(hessian, settings, source, tolerance=TOLERANCE)
         found.append(
             estimate(reached.rows)
             | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,12 @@ def _compute_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     init, products = BlockHessian.__init__, BlockHessian.products
     dense, compare = BlockHessian.dense, torch.testing.assert_close
 
-    def init_there(self: BlockHessian, *args: Any, device: torch.device, **options: Any) -> None:
-        there = torch.device(name) if device.type == "cpu" else device
-        init(self, *args, device=there, **options)
+    def init_there(
+        self: BlockHessian, objective: Any, blocks: Any, settings: Any, **options: Any
+    ) -> None:
+        if settings.device in (None, "cpu"):
+            settings = replace(settings, device=name)
+        init(self, objective, blocks, settings, **options)
 
     def products_there(
         self: BlockHessian, requests: Sequence[tuple[int, torch.Tensor]]

@@ -15,9 +15,12 @@ from benchmarks.gpu import products, rows, spectra
 from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import find
 from harness import estimate_spectra, tasks
-from harness.campaign.plan import missing, survey
-from harness.campaign.run import Job, run_entries
-from harness.campaign.spectrum import blocks_of
+from harness.campaign.plan import missing
+from harness.campaign.run import run_entries
+from harness.campaign.survey import survey
+from harness.campaign.work import Job
+from harness.estimator.settings import Settings
+from harness.records.ledger import Ledger
 from harness.registry import ModelEntry, entries, get
 from harness.training import load_problem, train
 from spectra_db import load as load_table
@@ -78,7 +81,7 @@ def shrunk(name: str) -> ModelEntry:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_spectrum_of_every_family_is_that_of_the_cpu(data_root, family):
     problem = load_problem(shrunk(FAMILIES[family]), data_root=data_root, batch_size=2)
-    blocks = blocks_of(problem, "weights")
+    blocks = problem.blocks("weights")
     some = {"blocks": [blocks[0], blocks[-1]], "num_probes": 1, "num_steps": 2, "exact_size": 0}
     here = estimate_spectra(problem.model, problem.loss_fn, problem.batches, **some)
     with emulated_cuda():
@@ -105,16 +108,16 @@ def test_a_training_run_is_that_of_the_cpu(optimizer):
 @pytest.fixture
 def _sampled(monkeypatch) -> None:
     """Let small blocks be sampled too, in fewer products than it takes to be exact."""
-    monkeypatch.setitem(estimate_spectra.__kwdefaults__, "exact_size", 0)
+    monkeypatch.setattr(Settings, "is_exact", lambda self, num_params: False)
 
 
 @pytest.mark.usefixtures("_sampled")
 def test_a_campaign_runs_whole(tmp_path):
     entry = replace(find("tiny-gpt", rehearse=True), num_steps=1)
-    job = Job(tmp_path, {entry.name: entry}, None, "cuda", 1, "harness run")
+    job = Job(Ledger(tmp_path), {entry.name: entry}, None, "cuda", "harness run")
     with emulated_cuda():
         assert run_entries([survey(entry, None)], job) == {}
-    assert not list(missing(entry, tmp_path))
+    assert not list(missing(entry, Ledger(tmp_path)))
     assert set(load_table("spectra", source=tmp_path)["device"]) == {NAME}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import REHEARSAL, TINY
 from harness.campaign.plan import missing
-from harness.campaign.spectrum import rows_of
+from harness.records.ledger import Ledger
 from harness.registry import TIERS, ModelEntry, entries, get
 from spectra_db import store
 
@@ -61,7 +61,7 @@ def kill_and_continue(desk: Desk) -> bool:
         desk.say("kill", units_done=_done(log), rows=check_tables(out))
     before = check_tables(out)
     finish(harness(*command), desk.left)
-    left = [str(unit) for entry in _demo(desk, out) for unit in missing(entry, out)]
+    left = [str(unit) for entry in _demo(desk, out) for unit in missing(entry, Ledger(out))]
     facts = {"rows_before": before, "rows": check_tables(out), "units_done": _done(log)}
     desk.say("continuation", units_left=len(left), left=left, **facts)
     return not left
@@ -118,7 +118,7 @@ def _some(desk: Desk, tier: str) -> list[str]:
 def _demo(desk: Desk, out: Path) -> list[ModelEntry]:
     """Return the entries of the campaign whose data are here."""
     chosen = [get(TINY, registry_dir=REHEARSAL)] if desk.rehearse else entries("demo")
-    return [e for e in chosen if (rows_of(out, "models", e.name)["status"] == "ok").any()]
+    return [e for e in chosen if not Ledger(out).rows("models", e.name, status="ok").empty]
 
 
 def _done(log: Path) -> int:

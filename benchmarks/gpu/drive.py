@@ -80,8 +80,8 @@ def _describe(desk: Desk) -> None:
     """Note what this is computed on."""
     import torch
 
-    from harness.campaign.spectrum import code_version
     from harness.estimator.device import choose_device, device_memory, device_name
+    from harness.records.provenance import code_version
 
     try:
         device = choose_device(torch.nn.Module(), desk.device)

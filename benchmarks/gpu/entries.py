@@ -53,16 +53,10 @@ def load(name: str, *, batch_size: int | None = None, rehearse: bool) -> Problem
 
 def split(problem: Problem, size: int) -> Problem:
     """Return a problem in microbatches of at most so many samples."""
-    from dataclasses import replace
-
     import torch
 
     whole = tuple(torch.cat(tensors) for tensors in zip(*problem.batches, strict=True))
-    task = tasks.get(problem.entry.task, **problem.entry.task_options)
-    batches = tasks.split(whole, size)
-    weights = [task.num_terms(batch) for batch in batches]
-    size = min(size, problem.batch_size)
-    return replace(problem, batches=batches, batch_weights=weights, microbatch_size=size)
+    return problem.on(tasks.split(whole, size))
 
 
 def gather(folder: Path) -> None:

@@ -21,10 +21,12 @@ from harness.errors import reason_of
 from harness.estimator.blocks import find_blocks
 from harness.estimator.checks import fixed_arithmetic, take
 from harness.estimator.device import device_memory, peak_bytes
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.hessian import BlockHessian, opened
 from harness.estimator.lanczos import Recurrence, advance, start
 from harness.estimator.memory import is_out_of_memory, release_cache
+from harness.estimator.objective import Objective
 from harness.estimator.probes import draw_probe, probe_seed
+from harness.estimator.settings import Settings
 
 PAPER = (10, 100)  # probes, steps
 PRECISIONS = {"float32": "highest", "TF32": "high"}
@@ -86,16 +88,14 @@ def _measure(
     case = cases(desk.rehearse)[case_name]()
     name = f"{case_name} {precision}"
     begin = time.monotonic()
-    with fixed_arithmetic(case.model, PRECISIONS[precision]):
-        blocks = find_blocks(case.model)
-        hessian = BlockHessian(
-            case.model.to(device),
-            case.loss_fn,
-            [case.batch],
-            blocks,
-            device=device,
-            memory_budget=int(MEMORY * device_memory(device)),
-        )
+    blocks = find_blocks(case.model)
+    settings = Settings(
+        device=str(device),
+        matmul_precision=PRECISIONS[precision],
+        memory_budget=int(MEMORY * device_memory(device)),
+    )
+    objective = Objective(case.model.to(device), case.loss_fn, [case.batch])
+    with opened(objective, blocks, settings) as hessian:
         flops, peak = step_flops(hessian), matmul_rate(device)
         states = [start(first_vector(hessian, i)) for i in range(len(blocks))]
         warm = timed(device, partial(steps, hessian, states, 1))

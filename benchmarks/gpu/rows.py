@@ -10,8 +10,10 @@ import pandas as pd
 
 from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import load
-from harness.campaign.spectrum import Settings, take_spectrum
+from harness.campaign.spectrum import take_spectrum
 from harness.errors import UserError
+from harness.estimator.settings import Settings
+from harness.records.ledger import Ledger
 from harness.registry import entries
 from harness.training import Problem
 from spectra_db import js0, rules
@@ -136,8 +138,8 @@ def _compare(desk: Desk, problem: Problem) -> dict[str, Any]:
             device=desk.device if there else "cpu",
             matmul_precision=precision,
         )
-        folder = desk.folder / variant.replace(" ", "-")
-        taken[variant] = take_spectrum(problem, settings, folder, command="benchmarks.gpu")
+        ledger = Ledger(desk.folder / variant.replace(" ", "-"))
+        taken[variant] = take_spectrum(problem, settings, ledger, command="benchmarks.gpu")
     exact = taken["cpu float64"]
     found = {
         variant: asdict(compare_rows(rows, exact))

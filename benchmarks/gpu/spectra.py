@@ -7,9 +7,11 @@ import torch
 from benchmarks.gpu.desk import Desk, report
 from benchmarks.gpu.entries import PAPER, TINY, load, split
 from benchmarks.gpu.products import matmul_rate
-from harness.campaign.spectrum import Settings, blocks_of, forecast_of, take_spectrum
+from harness.campaign.spectrum import take_spectrum
 from harness.errors import UserError, reason_of
 from harness.estimator.device import device_memory
+from harness.estimator.settings import Settings
+from harness.records.ledger import Ledger
 from harness.training import Problem
 from spectra_db import js0
 
@@ -55,7 +57,7 @@ def _take(desk: Desk, name: str, largest: int, num_steps: int, seconds: float, r
         device=desk.device,
         memory_budget=int(_MEMORY * device_memory(torch.device(desk.device))),
     )
-    cost = forecast_of(problem, settings.partition, NUM_PROBES, num_steps)
+    cost = problem.forecast(settings)
     # Graphs of large batches are not kept: each step takes the shared passes again.
     per_sample = (cost.flops + num_steps * cost.pass_flops) / problem.batch_size
     chosen = desk.known(f"{name} batch")
@@ -68,8 +70,8 @@ def _take(desk: Desk, name: str, largest: int, num_steps: int, seconds: float, r
         return False
     large = split(load(name, batch_size=batch_size, rehearse=desk.rehearse), _PIECE)
     # Raw rows alone: the derived tables have no column for the batch, and the dataset's are of its.
-    names = [block.name for block in blocks_of(large, settings.partition)]
-    rows = take_spectrum(large, settings, desk.folder, command="benchmarks.gpu", only=names)
+    names = [block.name for block in large.blocks(settings.partition)]
+    rows = take_spectrum(large, settings, Ledger(desk.folder), command="benchmarks.gpu", only=names)
     estimate = js0(rows)
     desk.say(
         f"{name} {num_steps} steps",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import tasks
-from harness.campaign.plan import Survey
-from harness.campaign.run import num_threads
-from harness.campaign.spectrum import blocks_of
+from harness.campaign.plan import settings_of
+from harness.campaign.survey import Survey
+from harness.campaign.work import num_threads
 from harness.errors import UserError
 from harness.training.stages import STAGE_SEED
 
@@ -113,9 +113,9 @@ def measured(
     """
     import torch
 
-    from harness.estimator.checks import fixed_arithmetic, take
+    from harness.estimator.batches import take
     from harness.estimator.device import choose_device, device_memory
-    from harness.estimator.hessian import BlockHessian
+    from harness.estimator.hessian import opened
     from harness.training import load_problem
     from harness.training.loop import make_optimizer
 
@@ -126,7 +126,7 @@ def measured(
     target = choose_device(problem.model, device)
     memory = device_memory(target)
     cost = survey.costs[entry.partition]
-    blocks = blocks_of(problem, entry.partition)
+    blocks = problem.blocks(entry.partition)
     every = max(1, len(blocks) // _MEASURED_BLOCKS)
     chosen = range(every // 2, len(blocks), every)
     per_sample = sum(cost.block_flops[i] for i in chosen) / problem.batch_size
@@ -145,15 +145,8 @@ def measured(
     def repeats(flops: float) -> int:
         return max(1, min(20, round(_SAMPLE_FLOPS / max(flops, 1))))
 
-    with fixed_arithmetic(problem.model):
-        hessian = BlockHessian(
-            problem.model,
-            problem.loss_fn,
-            [batch],
-            blocks,
-            device=target,
-            memory_budget=memory,
-        )
+    settings = replace(settings_of(entry, device=device), memory_budget=memory)
+    with opened(problem.on([batch]).objective, blocks, settings) as hessian:
         requests = [
             (i, torch.ones(blocks[i].num_params, dtype=hessian.dtype, device=target))
             for i in chosen

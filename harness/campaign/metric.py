@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
 from harness import tasks
-from harness.campaign.spectrum import (
-    Settings,
-    blocks_of,
-    describe_run,
-    facts_of,
-    identity_of,
-    options_of,
-    rows_of,
-    stored_rows,
-    take_spectrum,
-    write_derived,
-)
+from harness.campaign.spectrum import source_of, stored_rows, take_spectrum, write_derived
 from harness.errors import UserError
-from harness.estimator.cost import EXACT_SIZE
+from harness.estimator.adaptive import Reached, beside_recurrences, estimate_to_tolerance, limits
+from harness.estimator.device import choose_device
+from harness.estimator.settings import Settings
+from harness.estimator.spectrum import OnProgress
+from harness.estimator.summary import block_sizes
 from harness.records import version
-from spectra_db import store
+from harness.records.ledger import Ledger
+from harness.records.provenance import describe_run
+from harness.training import Problem
 from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, gradient_rms_spread
+from spectra_db.jackknife import Estimate
 from spectra_db.schema import KEYS
-
-if TYPE_CHECKING:
-    from harness.estimator.adaptive import Reached
-    from harness.training import Problem
-    from spectra_db.jackknife import Estimate
 
 GRADIENT_METRIC = "gradient_rms_spread"
 METRICS = (*SPECTRUM_METRICS, GRADIENT_METRIC)
@@ -44,19 +32,17 @@ _CHEAP = (*MOMENT_METRICS, "lambda_max_spread")
 def take_metric(
     problem: Problem,
     settings: Settings,
-    out: Path,
+    ledger: Ledger,
     metric: str,
     *,
     tolerance: float | None,
-    max_probes: int | None = None,
-    max_steps: int | None = None,
-    exact_size: int = EXACT_SIZE,
+    most: tuple[int | None, int | None] = (None, None),
     command: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Reached:
     """Take as much of a problem's spectrum as a metric needs, and write it.
 
-    What the store holds of the same spectrum is used and added to, never cut. The rows of each
+    What the folder holds of the same spectrum is used and added to, never cut. The rows of each
     round are written when it ends, `blocks` and `heterogeneity` at the end: of a spectrum that
     was taken for a scale metric only the scale metrics.
 
@@ -64,57 +50,51 @@ def take_metric(
         problem: The model at a stage, and its batch.
         settings: How products are taken; the numbers of probes and steps are those of a whole
             spectrum: with fewer steps a scale metric is written alone.
-        out: Folder of the tables.
+        ledger: Where to.
         metric: One of SPECTRUM_METRICS.
         tolerance: As `estimate_to_tolerance`.
-        max_probes: As `estimate_to_tolerance`.
-        max_steps: As `estimate_to_tolerance`.
-        exact_size: As `estimate_spectra`.
+        most: Most probes and steps, as `adaptive.limits` takes them.
         command: The command line, for table `runs`.
         on_progress: Called with (products done, products in all) of each round.
 
     Raises:
         UserError: As `estimate_to_tolerance`, or the partition has one block.
     """
-    from harness.estimator.adaptive import estimate_to_tolerance
-
-    blocks = blocks_of(problem, settings.partition)
-    if len(blocks) < 2:
+    if len(problem.blocks(settings.partition)) < 2:
         raise UserError(
             f"{metric} compares blocks, and partition {settings.partition} of "
             f"{problem.entry.name!r} has one; choose another partition"
         )
-    identity = identity_of(problem, settings)
+    source = source_of(problem)
     asked = {"metric": metric, "tolerance": tolerance}
-    run = describe_run(identity | asked, settings, problem.init_seed, command)
+    run = describe_run(source | settings.key | asked, settings, command)
 
     def write_round(reached: Reached) -> None:
-        version.note(problem.entry, out)
-        store.write(out, "runs", [run])
-        store.write(out, "spectra", reached.rows)
+        version.note(problem.entry, ledger)
+        ledger.write("runs", [run])
+        ledger.write("spectra", reached.rows)
 
-    reached = estimate_to_tolerance(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        metric=metric,
-        tolerance=tolerance,
-        blocks=blocks,
-        max_probes=max_probes,
-        max_steps=max_steps,
-        known=_known(out, settings, problem),
-        identity=identity | facts_of(problem, run),
-        exact_size=exact_size,
-        on_round=write_round,
-        on_progress=on_progress,
-        **options_of(problem, settings),
-    )
-    few_steps = metric in _CHEAP and reached.num_steps < settings.num_steps
-    write_derived(problem, settings, out, blocks, reached.rows, names=_CHEAP if few_steps else None)
+    num_probes, num_steps = limits(metric, tolerance, *most)
+    device = choose_device(problem.model, settings.device)
+    beside = beside_recurrences(settings, device)
+    with problem.hessian(beside) as hessian:
+        reached = estimate_to_tolerance(
+            hessian,
+            replace(beside, num_probes=num_probes, num_steps=num_steps),
+            source | {"run_id": run["run_id"]},
+            metric=metric,
+            tolerance=tolerance,
+            known=_known(problem, settings, ledger),
+            on_round=write_round,
+            on_progress=on_progress,
+        )
+        few_steps = metric in _CHEAP and reached.num_steps < settings.num_steps
+        names = _CHEAP if few_steps else None
+        write_derived(problem, settings, ledger, hessian, reached.rows, names=names)
     return reached
 
 
-def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Estimate:
+def take_gradient_metric(problem: Problem, settings: Settings, ledger: Ledger) -> Estimate:
     """Take the spread of the blocks' gradients from one gradient, and write it.
 
     Rows of table `blocks` with the sizes alone are written where there are none yet.
@@ -122,53 +102,41 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
     Args:
         problem: The model at a stage, and its batch.
         settings: As `take_metric`.
-        out: Folder of the tables.
+        ledger: Where to.
     """
-    from harness.estimator.summary import block_sizes
-
-    blocks = blocks_of(problem, settings.partition)
-    sizes = block_sizes(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        blocks,
-        batch_weights=options_of(problem, settings)["batch_weights"],
-        device=settings.device,
-        memory_budget=settings.memory_budget,
+    name = problem.entry.name
+    # A gradient is one at whatever settings: in the protocol's arithmetic.
+    plain = Settings(
+        settings.partition, device=settings.device, memory_budget=settings.memory_budget
     )
+    with problem.hessian(plain) as hessian:
+        sizes = block_sizes(hessian)
     try:
-        estimate = gradient_rms_spread(pd.DataFrame(sizes), [block.name for block in blocks])
+        estimate = gradient_rms_spread(pd.DataFrame(sizes), [size["block"] for size in sizes])
     except ValueError as error:
-        raise UserError(
-            f"{problem.entry.name!r}, partition {settings.partition}: {error}"
-        ) from error
-    keys = ("model", "stage", "init_seed", "train_run", "protocol_version")
-    shared = {key: value for key, value in identity_of(problem, settings).items() if key in keys}
+        raise UserError(f"{name!r}, partition {settings.partition}: {error}") from error
     if settings.partition == "full" or not settings.is_protocol:
         return estimate
-    known = rows_of(out, "blocks", problem.entry.name)
-    for column, value in shared.items():
-        known = known[known[column] == value]
-    present = set(known["block"])
-    new = [shared | size for size in sizes if size["block"] not in present]
-    if new:
-        store.write(out, "blocks", new)
+    keys = ("model", "stage", "init_seed", "train_run", "protocol_version")
+    shared = {key: value for key, value in source_of(problem).items() if key in keys}
+    present = set(ledger.rows("blocks", **shared)["block"])
+    if new := [shared | size for size in sizes if size["block"] not in present]:
+        ledger.write("blocks", new)
     row = shared | {"partition": settings.partition, "metric": GRADIENT_METRIC, "scale": "none"}
     row |= {"sigma": 0.0, "value": estimate.value, "corrected": estimate.corrected}
     row |= {"standard_error": 0.0, "truncation_error": 0.0, "batch_error": None}
     row |= {"num_blocks": estimate.num_blocks, "num_zero_blocks": 0, "num_products": 0}
-    row["batch_size"] = problem.batch_size
-    store.write(out, "heterogeneity", [row])
+    ledger.write("heterogeneity", [row | {"batch_size": problem.batch_size}])
     return estimate
 
 
 def take_moments(
     problem: Problem,
     settings: Settings,
-    out: Path,
+    ledger: Ledger,
     *,
     command: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> pd.DataFrame:
     """Take the spreads of moments and of gradients on a batch larger than the spectrum's.
 
@@ -179,30 +147,29 @@ def take_moments(
     Args:
         problem: The model at a stage, and the larger batch.
         settings: As `take_metric`; as many probes as a spectrum's.
-        out: Folder of the tables.
+        ledger: Where to.
         command: The command line, for table `runs`.
         on_progress: Called with (products done, products in all).
 
     Returns:
         The rows of `heterogeneity`.
     """
-    folder = out / "larger_batch"
+    larger = Ledger(ledger.folder / "larger_batch")
     take_metric(
         problem,
-        settings,
-        folder,
+        replace(settings, exact_size=settings.num_probes),
+        larger,
         MOMENT_METRICS[0],
         tolerance=None,
-        max_probes=settings.num_probes,
-        exact_size=settings.num_probes,
+        most=(settings.num_probes, None),
         command=command,
         on_progress=on_progress,
     )
-    rows = rows_of(folder, "heterogeneity", problem.entry.name)
+    here = {"stage": problem.stage, "init_seed": problem.init_seed}
+    here |= {"partition": settings.partition}
+    rows = larger.rows("heterogeneity", problem.entry.name, **here)
     rows = rows[rows["metric"].isin([*MOMENT_METRICS, GRADIENT_METRIC])]
-    here = (rows["stage"] == problem.stage) & (rows["init_seed"] == problem.init_seed)
-    rows = rows[here & (rows["partition"] == settings.partition)]
-    store.write(out, "heterogeneity", rows)
+    ledger.write("heterogeneity", rows)
     return rows
 
 
@@ -219,25 +186,15 @@ def halves(problem: Problem, settings: Settings) -> tuple[Problem, Problem]:
             "the batch error is one of metrics at init with the protocol's settings; leave out "
             "--stage, --partition full, and options that change the arithmetic"
         )
-    if len(blocks_of(problem, settings.partition)) < 2:
+    if len(problem.blocks(settings.partition)) < 2:
         raise UserError(f"{name!r} has one block, so that no metric compares blocks")
     if size < 2:
         raise UserError(f"the batch of {name!r} has one sample, and no halves")
     whole = tuple(torch.cat(tensors) for tensors in zip(*problem.batches, strict=True))
-    task = tasks.get(problem.entry.task, **problem.entry.task_options)
 
     def part(start: int, stop: int) -> Problem:
-        microbatch_size = min(problem.microbatch_size, stop - start)
-        batches = tasks.split(tuple(t[start:stop] for t in whole), microbatch_size)
-        weights = [task.num_terms(batch) for batch in batches]
-        return replace(
-            problem,
-            batches=batches,
-            batch_weights=weights,
-            batch_size=stop - start,
-            microbatch_size=microbatch_size,
-            num_terms=sum(weights),
-        )
+        some = tuple(t[start:stop] for t in whole)
+        return problem.on(tasks.split(some, min(problem.microbatch_size, stop - start)))
 
     return part(0, size // 2), part(size // 2, size)
 
@@ -245,10 +202,10 @@ def halves(problem: Problem, settings: Settings) -> tuple[Problem, Problem]:
 def take_batch_error(
     parts: tuple[Problem, Problem],
     settings: Settings,
-    out: Path,
+    ledger: Ledger,
     *,
     command: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress,
 ) -> pd.DataFrame:
     """Take the spectra of both halves of a batch, and write by how much their metrics differ.
 
@@ -258,7 +215,7 @@ def take_batch_error(
     Args:
         parts: From `halves`.
         settings: How the whole's spectrum was taken.
-        out: Folder of the tables.
+        ledger: Where to.
         command: The command line, for table `runs`.
         on_progress: Called with (products done, products in all) of each half.
 
@@ -268,24 +225,24 @@ def take_batch_error(
     keys = list(KEYS["heterogeneity"])
     found = []
     for name, part in zip(("first", "second"), parts, strict=True):
-        folder = out / "halves" / name
-        take_spectrum(part, settings, folder, command=command, on_progress=on_progress)
-        found.append(rows_of(folder, "heterogeneity", part.entry.name).set_index(keys))
+        half = Ledger(ledger.folder / "halves" / name)
+        take_spectrum(part, settings, half, command=command, on_progress=on_progress)
+        found.append(half.rows("heterogeneity", part.entry.name).set_index(keys))
     first, second = (rows["corrected"].fillna(rows["value"]) for rows in found)
     difference = (first - second).abs().rename("batch_error").reset_index()
-    whole = rows_of(out, "heterogeneity", parts[0].entry.name).drop(columns="batch_error")
     # Metrics on a larger batch say nothing of these halves.
-    whole = whole[whole["batch_size"] == sum(part.batch_size for part in parts)]
-    rows = whole.merge(difference, on=keys)
-    store.write(out, "heterogeneity", rows)
+    size = sum(part.batch_size for part in parts)
+    whole = ledger.rows("heterogeneity", parts[0].entry.name, batch_size=size)
+    rows = whole.drop(columns="batch_error").merge(difference, on=keys)
+    ledger.write("heterogeneity", rows)
     return rows
 
 
-def _known(out: Path, settings: Settings, problem: Problem) -> pd.DataFrame | None:
-    """Return the rows in the store that are of this spectrum and its settings."""
-    rows = stored_rows(out, identity_of(problem, settings))
+def _known(problem: Problem, settings: Settings, ledger: Ledger) -> pd.DataFrame | None:
+    """Return the rows in the folder that are of this spectrum and its settings."""
+    rows = stored_rows(problem, settings, ledger)
     same = rows["status"].isin(["ok", "zero"])
-    same &= rows["reorthogonalized"] == settings.reorthogonalize
-    same &= rows["matmul_precision"] == settings.matmul_precision
-    same &= rows["block"].isin([block.name for block in blocks_of(problem, settings.partition)])
+    for column, value in settings.columns.items():
+        same &= rows[column] == value
+    same &= rows["block"].isin([block.name for block in problem.blocks(settings.partition)])
     return rows[same] if same.any() else None

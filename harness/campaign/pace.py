@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from harness.campaign.plan import Unit
+from harness.campaign.unit import Unit
 
 
 class Pace:

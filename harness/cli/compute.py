@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,11 @@ import click
 
 from harness.cli.base import TIERS, choice, device_of, main, options, processes
 from harness.errors import UserError
+from harness.estimator.settings import CHOICES
 
 if TYPE_CHECKING:
-    from harness.campaign.spectrum import Settings
+    from harness.estimator.settings import Settings
+    from harness.records.ledger import Ledger
     from harness.training import Problem
 
 # The scale metrics, which need few products, and those of whole spectra.
@@ -29,10 +33,10 @@ METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
 @click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
-@choice("dtype", "float32", "float64")
-@choice("norm-mode", "eval", "train")
-@choice("probe-distribution", "gaussian", "rademacher")
-@choice("matmul-precision", "highest", "high", "medium")
+@choice("dtype", *CHOICES["dtype"])
+@choice("norm-mode", *CHOICES["norm_mode"])
+@choice("probe-distribution", *CHOICES["probe_distribution"])
+@choice("matmul-precision", *CHOICES["matmul_precision"])
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
 @click.option("--batch-error", is_flag=True, help="Also take each half of the batch.")
@@ -75,32 +79,26 @@ def spectrum(
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
-    from harness.campaign.locks import claim_or_refuse
-    from harness.campaign.metric import halves, take_batch_error
-    from harness.campaign.plan import Unit, check_version
-    from harness.campaign.spectrum import (
-        Settings,
-        checkpoint_sha256,
-        command_line,
-        forecast_of,
-        take_spectrum,
-    )
-    from harness.cli.display import cost_line, estimate_line
-    from harness.cli.progress import progress_bar
+    from harness.campaign.claims import claim_or_refuse
+    from harness.campaign.plan import settings_of
+    from harness.campaign.unit import Unit
     from harness.estimator.device import choose_device
-    from harness.estimator.distributed import team
+    from harness.records import version
+    from harness.records.ledger import Ledger
     from harness.registry import get
     from harness.training import load_problem
 
-    entry = get(model, registry_dir=registry)
-    check_version(entry, out)
+    entry, ledger = get(model, registry_dir=registry), Ledger(out)
+    version.check(entry, ledger)
     if tol is not None and not 0 < tol < 1:
         raise UserError(f"--tol is {tol}; it must be between 0 and 1, for example 0.02")
     if memory_budget is not None and not 0 < memory_budget < float("inf"):
         raise UserError(f"--memory-budget is {memory_budget}; it must be positive, in GiB")
-    chosen = Settings(
-        num_probes=num_probes or entry.num_probes,
-        num_steps=num_steps or entry.num_steps,
+    own = settings_of(entry)
+    chosen = replace(
+        own,
+        num_probes=num_probes or own.num_probes,
+        num_steps=num_steps or own.num_steps,
         device=device_of(device),
         memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
         **settings,
@@ -110,45 +108,55 @@ def spectrum(
         stage,
         seed,
         data_root=data_root,
-        checkpoint_dir=out / "checkpoints",
-        sha256=checkpoint_sha256(out, entry.name, stage, seed),
+        checkpoint_dir=ledger.checkpoints,
+        sha256=ledger.checkpoint_sha256(entry.name, stage, seed),
     )
     choose_device(problem.model, chosen.device)
     cheaply = tol is not None or metric in CHEAP_METRICS
-    if batch_error and (cheaply or processes() > 1):
-        raise UserError(
-            "--batch-error goes with whole spectra in one process: leave out --tol, scale metrics "
-            "and torchrun"
-        )
+    if processes() > 1 and (cheaply or batch_error):
+        raise UserError("--tol, --batch-error and the scale metrics run without torchrun")
+    if cheaply and batch_error:
+        raise UserError("--batch-error goes with whole spectra: leave out --tol, scale metrics")
     unit = Unit(entry.name, "spectrum", seed=seed, stage=stage, partition=chosen.partition)
-    if cheaply:
-        with claim_or_refuse(out, unit):
-            _take_metric(problem, chosen, out, metric, tol, num_probes, num_steps, log)
-        return
-    parts = halves(problem, chosen) if batch_error else None
-    with team(str(chosen.device), share) as together:
-        leads = together is None or together.leads
-        cost = None
+    mine = processes() == 1 or os.environ["RANK"] == "0"  # who does what touches files
+    with claim_or_refuse(out, unit) if mine else nullcontext():
+        if cheaply:
+            _take_metric(problem, chosen, ledger, metric, tol, (num_probes, num_steps), log)
+        else:
+            _take_whole(problem, chosen, ledger, metric, share, log, batch_error=batch_error)
+
+
+def _take_whole(
+    problem: Problem,
+    settings: Settings,
+    ledger: Ledger,
+    metric: str,
+    share: str,
+    log: Path | None,
+    *,
+    batch_error: bool,
+) -> None:
+    """Take a whole spectrum, with all processes that there are, and the halves' if asked."""
+    from harness.campaign.metric import halves, take_batch_error
+    from harness.campaign.spectrum import take_spectrum
+    from harness.cli.display import cost_line, estimate_line
+    from harness.cli.progress import progress_bar
+    from harness.estimator.distributed import team
+    from harness.records.provenance import command_line
+    from spectra_db.heterogeneity import measure
+
+    parts = halves(problem, settings) if batch_error else None
+    name = f"{problem.entry.name} {problem.stage}"
+    with team(str(settings.device), share) as together:
+        leads, cost = together is None or together.leads, None
         if leads:
-            cost = forecast_of(
-                problem,
-                chosen.partition,
-                chosen.num_probes,
-                chosen.num_steps,
-                norm_mode=chosen.norm_mode,
-            )
-            click.echo(cost_line(chosen.num_probes, chosen.num_steps, cost))
-        # Process 0 of several does what touches files.
-        with (
-            claim_or_refuse(out, unit) if leads else nullcontext(),
-            progress_bar(
-                f"{entry.name} {stage}", shown=leads, log=log if leads else None
-            ) as on_progress,
-        ):
+            cost = problem.forecast(settings)
+            click.echo(cost_line(settings.num_probes, settings.num_steps, cost))
+        with progress_bar(name, shown=leads, log=log if leads else None) as on_progress:
             rows = take_spectrum(
                 problem,
-                chosen,
-                out,
+                settings,
+                ledger,
                 command=command_line(),
                 on_progress=on_progress,
                 together=together,
@@ -156,18 +164,13 @@ def spectrum(
             )
     if not leads:
         return
-    click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
+    click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {ledger.folder}")
     if rows.loc[rows["status"] == "ok", "block"].nunique() > 1:
-        from spectra_db.heterogeneity import measure
-
         click.echo(estimate_line(metric, *measure(rows, metric)))
     if parts is not None:
-        with (
-            claim_or_refuse(out, unit),
-            progress_bar(f"{entry.name} {stage}, halves of the batch", log=log) as on_progress,
-        ):
+        with progress_bar(f"{name}, halves of the batch", log=log) as on_progress:
             found = take_batch_error(
-                parts, chosen, out, command=command_line(), on_progress=on_progress
+                parts, settings, ledger, command=command_line(), on_progress=on_progress
             )
         scaled = (found["metric"] == metric) & (found["scale"] == "lambda10")
         apart = found.loc[scaled, "batch_error"].item()
@@ -177,43 +180,39 @@ def spectrum(
 def _take_metric(
     problem: Problem,
     settings: Settings,
-    out: Path,
+    ledger: Ledger,
     metric: str,
     tol: float | None,
-    num_probes: int | None,
-    num_steps: int | None,
+    most: tuple[int | None, int | None],
     log: Path | None,
 ) -> None:
     """Take one metric, to a tolerance if there is one, and say what was reached."""
     from harness.campaign.metric import GRADIENT_METRIC, take_gradient_metric, take_metric
-    from harness.campaign.spectrum import command_line
     from harness.cli.display import estimate_line
     from harness.cli.progress import progress_bar
+    from harness.records.provenance import command_line
     from spectra_db.jackknife import MIN_PROBES
 
-    if processes() > 1:
-        raise UserError("--tol and the scale metrics run in one process; start it without torchrun")
     if metric == GRADIENT_METRIC:
-        click.echo(estimate_line(metric, take_gradient_metric(problem, settings, out), 0.0))
+        click.echo(estimate_line(metric, take_gradient_metric(problem, settings, ledger), 0.0))
         return
-    if num_probes is not None and num_probes < MIN_PROBES:
-        raise UserError(
-            f"--num-probes is {num_probes}; an error needs at least {MIN_PROBES} probes"
-        )
+    if most[0] is not None and most[0] < MIN_PROBES:
+        raise UserError(f"--num-probes is {most[0]}; an error needs at least {MIN_PROBES} probes")
     with progress_bar(f"{problem.entry.name} {problem.stage}", log=log) as on_progress:
         reached = take_metric(
             problem,
             settings,
-            out,
+            ledger,
             metric,
             tolerance=tol,
-            max_probes=num_probes,
-            max_steps=num_steps,
+            most=most,
             command=command_line(),
             on_progress=on_progress,
         )
     numbers = f"{reached.num_probes} probes × {reached.num_steps} steps"
-    click.echo(f"{len(reached.rows)} rows of {reached.rows['block'].nunique()} blocks in {out}")
+    click.echo(
+        f"{len(reached.rows)} rows of {reached.rows['block'].nunique()} blocks in {ledger.folder}"
+    )
     click.echo(f"{estimate_line(metric, reached.estimate, reached.truncation_error)} at {numbers}")
     if not reached.is_within:
         options = {"--num-steps": reached.needs_steps, "--num-probes": reached.needs_probes}
@@ -242,19 +241,19 @@ def train(
 ) -> None:
     """Train a model once; AdamW runs leave their stages under OUT/checkpoints."""
     from harness import tasks
-    from harness.campaign.locks import claim_or_refuse
-    from harness.campaign.plan import Unit, check_version
-    from harness.campaign.spectrum import rows_of, write_training
+    from harness.campaign.claims import claim_or_refuse
+    from harness.campaign.unit import Unit
     from harness.cli.progress import progress_bar
     from harness.records import version
+    from harness.records.ledger import Ledger
     from harness.registry import get
     from harness.training import grid
     from harness.training import train as run_training
 
-    entry = get(model, registry_dir=registry)
-    check_version(entry, out)
+    entry, ledger = get(model, registry_dir=registry), Ledger(out)
+    version.check(entry, ledger)
     if lr is None:
-        lr = grid.best(rows_of(out, "training", entry.name), optimizer, entry.recipe)
+        lr = grid.best(ledger.rows("training", entry.name), optimizer, entry.recipe)
         if lr is None:
             raise UserError(f"{out} has no {optimizer} grid of {model} to choose from: pass --lr")
     if not 0 < lr < float("inf"):
@@ -265,19 +264,19 @@ def train(
         claim_or_refuse(out, unit),
         progress_bar(f"{entry.name} {optimizer} at {lr:g}", log=log) as on_progress,
     ):
-        version.note(entry, out)
+        version.note(entry, ledger)
         result = run_training(
             entry,
             data,
             optimizer=optimizer,
             lr=lr,
             seed=seed,
-            checkpoint_dir=out / "checkpoints" if optimizer == "adamw" else None,
-            pretrained_dir=out / "checkpoints",
+            checkpoint_dir=ledger.checkpoints if optimizer == "adamw" else None,
+            pretrained_dir=ledger.checkpoints,
             device=device_of(device),
             on_step=on_progress,
         )
-        write_training(result, out)
+        ledger.write_training(result)
     outcome = "diverged" if result.diverged else f"loss {result.final_loss:.4f}"
     click.echo(f"{outcome} (from {result.init_loss:.4f}) in {result.seconds:.1f} s; rows in {out}")
 
@@ -332,11 +331,13 @@ def run(
     """
     from harness import registry as catalogue
     from harness.campaign.forecast import DEVICES, outlook, throughput_of
-    from harness.campaign.plan import survey
-    from harness.campaign.run import Job, num_threads, run_entries
-    from harness.campaign.spectrum import command_line
+    from harness.campaign.run import run_entries
+    from harness.campaign.survey import survey
+    from harness.campaign.work import Job, num_threads
     from harness.cli.display import print_outlooks, print_results, print_surveys
     from harness.cli.progress import units_bar
+    from harness.records.ledger import Ledger
+    from harness.records.provenance import command_line
 
     elsewhere = dry_run and device in DEVICES
     if bool(models) == (tier is not None):
@@ -373,7 +374,7 @@ def run(
         return
     print_surveys(surveys)
     job = Job(
-        out=out,
+        ledger=Ledger(out),
         entries={entry.name: entry for entry in chosen},
         data_root=data_root,
         device=device,
@@ -385,10 +386,10 @@ def run(
     if engine == "ray":
         from functools import partial
 
-        from harness.campaign.engines.ray import run_on_ray
+        from harness.campaign.engines.ray import Tasks
 
         cluster = partial(
-            run_on_ray,
+            Tasks,
             costs={s.entry.name: s.costs for s in surveys},
             address=address,
             num_cpus=job.num_threads,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.campaign.forecast import Outlook
-    from harness.campaign.plan import Survey
+    from harness.campaign.survey import Survey
     from harness.estimator import Block
     from harness.estimator.cost import Forecast
     from harness.registry import ModelEntry
@@ -112,19 +112,20 @@ def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> Non
 
 def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
-    from harness.campaign.spectrum import rows_of
+    from harness.records.ledger import Ledger
     from harness.training.stages import STAGE_SEED
 
     table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("JS⁰", "SGD-Adam gap", "Adam needed"):
         table.add_column(name, justify="right")
+    ledger = Ledger(out)
     for entry in entries:
         js0 = gap = needed = "–"
         asked = ("js0", "lambda10", "init", entry.partition, STAGE_SEED)
-        for row in rows_of(out, "heterogeneity", entry.name).itertuples():
+        for row in ledger.rows("heterogeneity", entry.name).itertuples():
             if (row.metric, row.scale, row.stage, row.partition, row.init_seed) == asked:
                 js0 = f"{row.corrected:.3f} ± {row.standard_error:.3f}"
-        for row in rows_of(out, "gaps", entry.name).itertuples():
+        for row in ledger.rows("gaps", entry.name).itertuples():
             if row.status == "ok":
                 gap = f"{row.gap:.3f} ± {row.standard_error:.3f}"
                 needed = "yes" if row.adam_needed else "no"

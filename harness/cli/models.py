@@ -58,7 +58,7 @@ def describe(
         raise UserError("--source names published tables; it goes with --provenance")
     from dataclasses import replace
 
-    from harness.campaign.spectrum import blocks_of, forecast_of
+    from harness.campaign.plan import settings_of
     from harness.cli.display import cost_line, print_blocks
     from harness.registry import get
     from harness.training import load_problem
@@ -66,8 +66,8 @@ def describe(
     entry = get(model, registry_dir=registry)
     # The pretraining's weights change nothing that is shown.
     problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
-    blocks = blocks_of(problem, partition)
-    cost = forecast_of(problem, partition, entry.num_probes, entry.num_steps)
+    blocks = problem.blocks(partition)
+    cost = problem.forecast(settings_of(entry, partition))
     num_params = sum(p.numel() for p in problem.model.parameters())
     if as_json:
         facts = {

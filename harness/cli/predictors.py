@@ -27,15 +27,17 @@ def predictors(
     what each is.
     """
     from harness import registry as catalogue
-    from harness.campaign.locks import claim_or_refuse
-    from harness.campaign.plan import Unit, check_version
-    from harness.campaign.spectrum import command_line
+    from harness.campaign.claims import claim_or_refuse
+    from harness.campaign.unit import Unit
     from harness.cli.progress import progress_bar
     from harness.predictors.take import take
+    from harness.records import version
+    from harness.records.ledger import Ledger
+    from harness.records.provenance import command_line
 
     entries = [catalogue.get(name, registry_dir=registry) for name in dict.fromkeys(models)]
     for entry in entries:
-        check_version(entry, out)
+        version.check(entry, Ledger(out))
     for entry in entries:
         unit = Unit(entry.name, "predictors", stage="init")
         with (

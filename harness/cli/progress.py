@@ -25,7 +25,7 @@ from rich.progress import (
 from harness.errors import UserError, reason_of
 
 if TYPE_CHECKING:
-    from harness.campaign.plan import Unit
+    from harness.campaign.unit import Unit
 
 _LOG_EVERY = 5.0  # seconds between lines of progress
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -60,7 +60,7 @@ def add_model(
     --registry names, or in the tree.
     """
     from harness import registry as catalogue
-    from harness.campaign.spectrum import forecast_of
+    from harness.campaign.plan import settings_of
     from harness.cli.display import cost_line, print_blocks
     from harness.registry.entry import check_slug
     from harness.submission import draft, entry_file
@@ -94,7 +94,7 @@ def add_model(
     click.echo(f"parameters {findings.num_params:,}, blocks {len(findings.blocks)}")
     try:
         problem = load_problem(entry, data_root=data_root)
-        cost = forecast_of(problem, entry.partition, entry.num_probes, entry.num_steps)
+        cost = problem.forecast(settings_of(entry))
         forecast = cost_line(entry.num_probes, entry.num_steps, cost)
     except Exception as error:  # of the model: `validate` finds the module and the remedy
         cost, forecast = None, f"no forecast: {' '.join(str(error).split())}"
@@ -181,8 +181,9 @@ def submit(
     --source is the folder that `harness run` wrote. --out is a folder ready to be sent, if not by
     --create-pr, then by any other way.
     """
-    from harness.campaign.plan import check_version
-    from harness.campaign.spectrum import code_version
+    from harness.records import version
+    from harness.records.ledger import Ledger
+    from harness.records.provenance import code_version
     from harness.registry import get
     from harness.submission.publication import unfinished
     from harness.submission.submit import assemble
@@ -195,7 +196,7 @@ def submit(
             raise UserError("--create-pr needs --repo: the dataset on the Hub, as in owner/name")
         check_can_write(repo)
     entry = get(model, registry_dir=registry)
-    check_version(entry, source)
+    version.check(entry, Ledger(source))
     if reason := unfinished(source, registry).get(model):
         raise UserError(f"{model} is not finished: {reason}; `harness run {model}` continues")
     found = assemble(

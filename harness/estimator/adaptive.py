@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from harness.errors import UserError
-from harness.estimator.batches import Batch
-from harness.estimator.blocks import Block, find_blocks
-from harness.estimator.checks import LossFn, check_bytes, whole_number
-from harness.estimator.device import choose_device, memory_share
+from harness.estimator.blocks import Block
+from harness.estimator.device import memory_share
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import Kept, Recurrence
-from harness.estimator.spectrum import estimate_spectra
+from harness.estimator.settings import Settings, whole_number
+from harness.estimator.spectrum import OnProgress, gathered, rules
 from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, measure
 from spectra_db.jackknife import MIN_PROBES, Estimate
 from spectra_db.schema import TABLES
@@ -83,77 +82,84 @@ def first_numbers(metric: str) -> tuple[int, int]:
     return MIN_PROBES, _FIRST_STEPS.get(metric, 20)
 
 
+def limits(
+    metric: str, tolerance: float | None, max_probes: int | None, max_steps: int | None
+) -> tuple[int, int]:
+    """Return the most probes per block and steps per probe that a metric may take.
+
+    Args:
+        metric: One of those of a spectrum.
+        tolerance: As `estimate_to_tolerance`.
+        max_probes: As asked for, at least 3; None: 30, or 300 of one step each.
+        max_steps: As asked for; None: 200, or 1 for moments.
+
+    Raises:
+        UserError: One is out of range.
+    """
+    if metric not in SPECTRUM_METRICS:
+        raise UserError(f"metric is {metric!r}; choose one of {', '.join(SPECTRUM_METRICS)}")
+    if max_probes is not None:  # an error needs as many
+        max_probes = whole_number("max_probes", max_probes, MIN_PROBES)
+    if max_steps is not None:
+        max_steps = whole_number("max_steps", max_steps, 1)
+    moments = metric in MOMENT_METRICS
+    most = MAX_MOMENT_PROBES if moments else MAX_PROBES, 1 if moments else MAX_STEPS
+    if tolerance is None:
+        most = first_numbers(metric)
+    return max_probes or most[0], max_steps or most[1]
+
+
+def beside_recurrences(settings: Settings, device: torch.device) -> Settings:
+    """Return settings that leave a quarter of the memory to recurrences that wait to go on."""
+    budget = settings.memory_budget or memory_share(device)
+    return replace(settings, memory_budget=budget - int(_KEPT_SHARE * budget))
+
+
 def estimate_to_tolerance(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Batch],
+    hessian: BlockHessian,
+    settings: Settings,
+    source: Mapping[str, Any],
     *,
     metric: str = "js0",
     tolerance: float | None,
-    blocks: str | Sequence[Block] = "weights",
-    max_probes: int | None = None,
-    max_steps: int | None = None,
     known: pd.DataFrame | None = None,
     on_round: Callable[[Reached], None] | None = None,
-    memory_budget: int | None = None,
-    identity: Mapping[str, Any] | None = None,
-    **options: Any,
+    on_progress: OnProgress | None = None,
 ) -> Reached:
     """Estimate a metric of a model's block spectra until its errors are below a tolerance.
 
     Steps are added, half as many again, while the last quarter of them changes the metric by
     more than the tolerance; then probes, as the standard error's square asks for but at most
     twice as many at a time, and again. Recurrences go on from where they are, as far as their
-    vectors fit a quarter of the memory budget.
+    vectors fit the memory that `beside_recurrences` leaves.
 
     Args:
-        model: As `estimate_spectra`.
-        loss_fn: As `estimate_spectra`.
-        batches: As `estimate_spectra`.
+        hessian: The products.
+        settings: How rules are taken, with at most so many probes and steps as `limits` says.
+            Without a tolerance these are the numbers themselves.
+        source: As `spectrum.rules`.
         metric: js0, js0_paper, w1, lambda_rms_spread, lambda_max_spread or trace_spread.
         tolerance: Largest standard error and truncation error, relative to the corrected value.
-            None: one round with the numbers that the metric begins with.
-        blocks: As `estimate_spectra`.
-        max_probes: Most probes per block, at least 3; None: 30, or 300 of one step each.
-        max_steps: Most steps per probe; None: 200, or 1 for moments. Without a tolerance both
-            are the numbers themselves.
+            None: one round.
         known: Rows of the same spectrum that are there already: their products are not repeated
             unless their probes have to go on.
         on_round: Called with what each round reached.
-        memory_budget: As `estimate_spectra`.
-        identity: As `estimate_spectra`.
-        **options: Further arguments of `estimate_spectra`.
+        on_progress: Called with (products done, products in all) of each round.
 
     Returns:
         What was reached; `is_within` says whether that is the tolerance.
 
     Raises:
-        UserError: As `estimate_spectra`, or the metric is unknown or an argument out of range.
+        UserError: The metric is unknown, the tolerance out of range, or there are too few blocks.
     """
-    if metric not in SPECTRUM_METRICS:
-        raise UserError(f"metric is {metric!r}; choose one of {', '.join(SPECTRUM_METRICS)}")
     is_number = isinstance(tolerance, numbers.Real)
     if tolerance is not None and not (is_number and 0 < tolerance < 1):
         raise UserError(f"tolerance is {tolerance!r}; it must be between 0 and 1, for example 0.02")
-    if max_probes is not None:  # an error needs as many
-        max_probes = whole_number("max_probes", max_probes, MIN_PROBES)
-    if max_steps is not None:
-        max_steps = whole_number("max_steps", max_steps, 1)
-    check_bytes(memory_budget)
-    target = choose_device(model, options.get("device"))
-    budget = memory_share(target) if memory_budget is None else memory_budget
-    partition = blocks if isinstance(blocks, str) else "custom"
-    blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
-    order = {block.name: i for i, block in enumerate(blocks)}
-    kept = Kept(int(_KEPT_SHARE * budget))
+    max_probes, max_steps = settings.num_probes, settings.num_steps
+    kept = Kept(int(_KEPT_SHARE / (1 - _KEPT_SHARE) * hessian.memory_budget))
     rows = pd.DataFrame(columns=TABLES["spectra"].names) if known is None else known
-    num_probes, num_steps = first_numbers(metric)
-    if tolerance is None:
-        num_probes, num_steps = max_probes or num_probes, max_steps or num_steps
-    moments = metric in MOMENT_METRICS
-    max_probes = max_probes or (MAX_MOMENT_PROBES if moments else MAX_PROBES)
-    max_steps = max_steps or (1 if moments else MAX_STEPS)
-    num_probes, num_steps = min(num_probes, max_probes), min(num_steps, max_steps)
+    begin = first_numbers(metric) if tolerance is not None else (max_probes, max_steps)
+    num_probes, num_steps = min(begin[0], max_probes), min(begin[1], max_steps)
     for row in rows.to_dict("records"):
         T = (list(row["alphas"]), list(row["betas"]))
         done = Recurrence(torch.empty(0), None, *T, None, row["breakdown"])
@@ -163,22 +169,19 @@ def estimate_to_tolerance(
         num_steps = max(num_steps, row["num_steps"])
     while True:
         single = rows[(rows["method"] == "exact") | (rows["status"] == "zero")]
-        names = set(single["block"])
-        todo = [block for block in blocks if block.name not in names]
+        todo = {b.name: range(num_probes) for b in hessian.blocks}
+        todo = {name: probes for name, probes in todo.items() if name not in set(single["block"])}
         if todo:
-            fresh = estimate_spectra(
-                model,
-                loss_fn,
-                batches,
-                blocks=todo,
-                num_probes=num_probes,
-                num_steps=num_steps,
-                memory_budget=budget - int(_KEPT_SHARE * budget),
-                identity={"partition": partition, "tolerance": tolerance, **(identity or {})},
+            now = replace(settings, num_probes=num_probes, num_steps=num_steps)
+            parts = rules(
+                hessian,
+                now,
+                {"tolerance": tolerance, **source},
+                probes=todo,
                 kept=kept,
-                **options,
+                on_progress=on_progress,
             )
-            rows = _joined(single, fresh, rows, order)
+            rows = _joined(single, gathered(parts, hessian.blocks), rows, hessian.blocks)
         try:
             estimate, truncation_error = measure(rows, metric)
         except ValueError as error:  # too few blocks that are not zero
@@ -199,10 +202,11 @@ def estimate_to_tolerance(
 
 
 def _joined(
-    single: pd.DataFrame, fresh: pd.DataFrame, before: pd.DataFrame, order: dict[str, int]
+    single: pd.DataFrame, fresh: pd.DataFrame, before: pd.DataFrame, blocks: Sequence[Block]
 ) -> pd.DataFrame:
     """Put the rows of a round together, each with the time of all rounds."""
     key = ["block", "probe"]
+    order = {block.name: i for i, block in enumerate(blocks)}
     if len(before):
         times = before.set_index(key)["seconds"]
         mine = pd.MultiIndex.from_frame(fresh[key])

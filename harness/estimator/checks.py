@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +20,7 @@ from harness.estimator.batches import join, tensors_of
 from harness.estimator.batches import leading_size as leading_size
 from harness.estimator.batches import take as take
 from harness.estimator.causes import explained, operations
-
-LossFn = Callable[[nn.Module, Batch], torch.Tensor]
+from harness.estimator.objective import LossFn as LossFn
 
 
 @contextmanager
@@ -188,21 +185,6 @@ def _compare(whole: float, mean: float | None, eps: float, what: str, pieces: st
     )
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
-    """Return a count as an integer.
-
-    Raises:
-        UserError: It is none, or less than the least.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-    return number
-
-
 def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> torch.dtype:
     """Raise if a custom function marked `once_differentiable` lies in the gradients' graph.
 
@@ -315,13 +297,3 @@ def _random_source(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str:
         where = ", ".join(f"{path} ({name})" for path, name in found)
         return f"random numbers are drawn in {where}: switch that off, or draw them beforehand"
     return "the cause is a nondeterministic kernel or state kept between passes: remove it"
-
-
-def check_bytes(memory_budget: Any) -> None:
-    """Raise unless a memory budget is a number of bytes, or None."""
-    is_number = isinstance(memory_budget, numbers.Real) and not isinstance(memory_budget, bool)
-    if memory_budget is not None and not (is_number and 0 < memory_budget < math.inf):
-        raise UserError(
-            f"memory_budget is {memory_budget!r}; it must be a number of bytes above 0, such as "
-            "4 * 2**30 for 4 GiB, or None for half of the device's memory"
-        )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.errors import UserError
 from harness.estimator.blocks import Block
-from harness.estimator.checks import Batch, LossFn, fixed_arithmetic, leading_size, take
+from harness.estimator.checks import fixed_arithmetic, leading_size, take
 from harness.estimator.device import choose_device, device_memory
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.memory import is_out_of_memory
-
-# Blocks up to this size are diagonalised: n products cost no more than 10 probes x 100 steps.
-EXACT_SIZE = 1000
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -73,46 +71,24 @@ class Forecast:
         return float(self.flops + self.pass_flops * (passes - 1))
 
 
-def forecast(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Batch],
-    blocks: Sequence[Block],
-    *,
-    num_probes: int,
-    num_steps: int,
-    exact_size: int = EXACT_SIZE,
-    norm_mode: str = "eval",
-) -> Forecast:
+def forecast(objective: Objective, blocks: Sequence[Block], settings: Settings) -> Forecast:
     """Count the cost of a spectrum on one sample and scale it to the batch.
 
     Takes one product with each block on the first sample, or on the first two where the model
     fails on one, on the model's device.
     """
-    size = sum(leading_size(b) for b in batches)
-    device = choose_device(model, None)
-    with fixed_arithmetic(model):
-
-        def on(few: int) -> BlockHessian:
-            return BlockHessian(
-                model,
-                loss_fn,
-                [take(batches[0], 0, few)],
-                blocks,
-                batch_weights=[1.0],
-                device=device,
-                norm_mode=norm_mode,
-                memory_budget=device_memory(device),
-            )
-
+    size, first = objective.batch_size, objective.batches[0]
+    device = choose_device(objective.model, None)
+    here = replace(settings, device=str(device), memory_budget=device_memory(device))
+    with fixed_arithmetic(objective.model):
         try:
-            hessian = on(1)
+            hessian = BlockHessian(objective.first(1), blocks, here)
         except UserError:
             raise
         except Exception as error:
-            if leading_size(batches[0]) < 2 or is_out_of_memory(error):
+            if leading_size(first) < 2 or is_out_of_memory(error):
                 raise
-            hessian = on(2)
+            hessian = BlockHessian(objective.first(2), blocks, here)
         few = hessian.batch_size
         with _counter() as shared:
             hessian.products([])
@@ -122,13 +98,12 @@ def forecast(
             with _counter() as counter:
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size // few)
-        more = take(batches[0], 0, 2 * few)
+        more = take(first, 0, 2 * few)
         added = leading_size(more) - few
         grows = (hessian.measure_peak(more) - hessian.product_bytes) // added if added else 0
     pass_flops = shared.get_total_flops() * size // few
-    sampled = num_probes * num_steps
-    exact = [b.num_params <= exact_size for b in blocks]
-    counts = [b.num_params if e else sampled for b, e in zip(blocks, exact, strict=True)]
+    counts = [settings.num_products(b.num_params) for b in blocks]
+    sizes = [b.num_params for b in blocks if not settings.is_exact(b.num_params)]
     flops = sum(n * f for n, f in zip(counts, block_flops, strict=True))
     return Forecast(
         num_products=sum(counts),
@@ -139,14 +114,13 @@ def forecast(
         block_flops=tuple(block_flops),
         block_names=tuple(b.name for b in blocks),
         block_products=tuple(counts),
-        num_steps=num_steps,
-        num_exact=sum(exact),
+        num_steps=settings.num_steps,
+        num_exact=len(blocks) - len(sizes),
         # Three vectors of 4 bytes a probe; alphas, betas, nodes and weights, or eigenvalues alone.
-        vector_bytes=sum(
-            12 * num_probes * b.num_params for b, e in zip(blocks, exact, strict=True) if not e
-        ),
+        vector_bytes=12 * settings.num_probes * sum(sizes),
         stored_numbers=sum(
-            b.num_params if e else 4 * sampled for b, e in zip(blocks, exact, strict=True)
+            n if settings.is_exact(b.num_params) else 4 * n
+            for n, b in zip(counts, blocks, strict=True)
         ),
     )
 

@@ -17,26 +17,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.distributed as dist
 
 from harness.errors import reason_of
-from harness.estimator import Block, estimate_spectra
-from harness.estimator.cost import EXACT_SIZE, Forecast, cut
+from harness.estimator.blocks import Block
+from harness.estimator.cost import Forecast, cut
 from harness.estimator.device import choose_device, local_device, memory_share
+from harness.estimator.hessian import opened
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 from harness.estimator.share import Share
-from spectra_db.schema import TABLES
+from harness.estimator.spectrum import OnProgress, Row, rules
 
 # What a byte over the wire costs in operations: 10 TFLOP/s at 100 GB/s, 100 GFLOP/s at 1 GB/s.
 FLOPS_PER_BYTE = 100
 _BUCKET = 1 << 24  # elements summed at once
 _POLL = 0.05  # seconds
 
-Row = dict[str, Any]
+OnBlock = Callable[[list[Row]], None]
 Probes = dict[str, list[int]]  # of each block
 
 
@@ -142,93 +144,57 @@ def team(device: str, way: str = "auto") -> Iterator[Team | None]:
         raise
 
 
-def estimate_together(
+def rules_together(
     together: Team,
     cost: Forecast | None,
-    *problem: Any,
+    objective: Objective,
     blocks: Sequence[Block],
-    num_probes: int,
-    num_steps: int,
-    on_block: Callable[[list[Row]], None],
-    on_progress: Callable[[int, int], None] | None = None,
-    memory_budget: int | None = None,
-    exact_size: int = EXACT_SIZE,
-    **settings: Any,
-) -> pd.DataFrame:
-    """Take a spectrum with all processes: `estimate_spectra` for each process to call.
+    settings: Settings,
+    source: dict[str, Any],
+    *,
+    on_block: OnBlock,
+    on_progress: OnProgress = lambda done, total: None,
+) -> None:
+    """Take rules with all processes: `spectrum.rules` for each process to call.
 
     Args:
         together: The processes.
         cost: What the blocks, and maybe others, cost; given in process 0 alone.
-        *problem: Model, loss and batches, as in `estimate_spectra`; as all that follows the same
-            in all processes.
+        objective: What is differentiated; as all that follows the same in all processes.
         blocks: What to take.
-        num_probes: Probes per block.
-        num_steps: Steps per probe.
+        settings: How; a memory budget of None is half of the device's memory, on CPU shared among
+            the processes of the machine.
+        source: As `spectrum.rules`.
         on_block: Called in process 0 with the rows of each block as soon as it is finished.
         on_progress: Called in process 0 with (products done, products in all).
-        memory_budget: Bytes per process; None: half of the device's memory, on CPU shared among
-            the processes of the machine.
-        exact_size: Blocks of at most this many parameters are diagonalised.
-        **settings: As in `estimate_spectra`.
-
-    Returns:
-        All rows in process 0, none in the others.
     """
-    if memory_budget is None:
-        memory_budget = memory_share(choose_device(problem[0], together.device))
+    budget = settings.memory_budget
+    if budget is None:
+        budget = memory_share(choose_device(objective.model, together.device))
     parts: list[Probes] | None = None
     if cost is not None:
-        parts = divide(
-            cost,
-            blocks,
-            num_probes,
-            num_steps,
-            way=together.way,
-            size=together.size,
-            memory_budget=memory_budget,
-            exact_size=exact_size,
-        )
-    parts, memory_budget = together.agree((parts, memory_budget))
-    options = settings | {
-        "num_probes": num_probes,
-        "num_steps": num_steps,
-        "memory_budget": memory_budget,
-        "exact_size": exact_size,
-        "device": together.device,
-    }
+        here = replace(settings, memory_budget=budget)
+        parts = divide(cost, blocks, here, way=together.way, size=together.size)
+    parts, budget = together.agree((parts, budget))
+    settings = replace(settings, memory_budget=budget, device=together.device)
     if parts is None:
         share = Share(together.rank, together.size, together.add_up)
-        lead = together.leads
-        rows = estimate_spectra(
-            *problem,
-            blocks=blocks,
-            share=share,
-            on_block=on_block if lead else None,
-            on_progress=on_progress if lead else None,
-            **options,
-        )
-        return rows if lead else rows.iloc[:0]
+        progress = on_progress if together.leads else None
+        with opened(objective, blocks, settings, share=share) as hessian:
+            for rows in rules(hessian, settings, source, on_progress=progress):
+                if together.leads:
+                    on_block(rows)
+        return
     mine = parts[together.rank]
-    own_blocks = [block for block in blocks if block.name in mine]
-    sampled = num_probes * num_steps
-    total = sum(b.num_params if b.num_params <= exact_size else sampled for b in blocks)
+    total = sum(settings.num_products(block.num_params) for block in blocks)
     desk = _Desk(together, parts, on_block, on_progress, total)
-    if own_blocks:
-        estimate_spectra(
-            *problem,
-            blocks=own_blocks,
-            probes=mine,
-            on_block=desk.take,
-            on_progress=desk.note,
-            **options,
-        )
-    if not together.leads:
-        return pd.DataFrame(columns=TABLES["spectra"].names)
-    while desk.is_waiting:
+    if own := [block for block in blocks if block.name in mine]:
+        with opened(objective, own, settings) as hessian:
+            for rows in rules(hessian, settings, source, probes=mine, on_progress=desk.note):
+                desk.take(rows)
+    while together.leads and desk.is_waiting:
         desk.collect()
         time.sleep(_POLL)
-    return pd.DataFrame(desk.rows, columns=TABLES["spectra"].names)
 
 
 class _Desk:
@@ -238,8 +204,8 @@ class _Desk:
         self,
         together: Team,
         parts: list[Probes],
-        on_block: Callable[[list[Row]], None],
-        on_progress: Callable[[int, int], None] | None,
+        on_block: OnBlock,
+        on_progress: OnProgress,
         total: int,
     ) -> None:
         self._team, self._parts, self._total = together, parts, total
@@ -250,7 +216,6 @@ class _Desk:
         self._parts_of: dict[str, list[list[Row]]] = {}
         self._done = [0] * together.size
         self._looked = 0.0
-        self.rows: list[Row] = []
 
     @property
     def is_waiting(self) -> bool:
@@ -283,29 +248,23 @@ class _Desk:
                 self._done[rank] = what
             else:
                 self._accept(rank, what)
-        if self._on_progress is not None:
-            self._on_progress(sum(self._done), self._total)
+        self._on_progress(sum(self._done), self._total)
 
     def _accept(self, rank: int, rows: list[Row]) -> None:
         name = rows[0]["block"]
         self._parts_of.setdefault(name, []).append(rows)
         self._left[name] -= len(self._parts[rank][name])
         if self._left[name] == 0:
-            whole = _join(self._parts_of.pop(name))
-            self.rows += whole
-            self._on_block(whole)
+            self._on_block(_join(self._parts_of.pop(name)))
 
 
 def divide(
     cost: Forecast,
     blocks: Sequence[Block],
-    num_probes: int,
-    num_steps: int,
+    settings: Settings,
     *,
     way: str,
     size: int,
-    memory_budget: int,
-    exact_size: int = EXACT_SIZE,
 ) -> list[Probes] | None:
     """Return the probes of each of `size` processes; None if they shall share the samples.
 
@@ -318,9 +277,9 @@ def divide(
     traffic = 0.0
     flops_of = dict(zip(cost.block_names, cost.block_flops, strict=True))
     for block in blocks:
-        exact = block.num_params <= exact_size
-        products = block.num_params if exact else num_steps
-        probes = 1 if exact else num_probes
+        exact = settings.is_exact(block.num_params)
+        products = block.num_params if exact else settings.num_steps
+        probes = 1 if exact else settings.num_probes
         pairs += [(block.name, probe, flops_of[block.name] * products) for probe in range(probes)]
         traffic += 4 * block.num_params * products * probes  # bytes of float32
     weights = [weight for *_, weight in pairs]
@@ -330,7 +289,8 @@ def divide(
         parts[rank].setdefault(name, []).append(probe)
         loads[rank] += weight
     if way == "auto":
-        passes = cost.pass_flops * (1 if cost.product_bytes <= memory_budget else num_steps)
+        fits = cost.product_bytes <= (settings.memory_budget or 0)
+        passes = cost.pass_flops * (1 if fits else settings.num_steps)
         by_probes = max(loads) + passes
         wire = 2 * (size - 1) / size * traffic * FLOPS_PER_BYTE
         by_samples = (sum(weights) + passes) / size + wire

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TypeVar
 
@@ -25,19 +26,22 @@ from harness.estimator.batches import (
 from harness.estimator.blocks import Block
 from harness.estimator.causes import explained
 from harness.estimator.checks import (
-    LossFn,
     check_deterministic,
     check_twice_differentiable,
+    fixed_arithmetic,
     warn_of_asymmetry,
     warn_of_precision,
 )
+from harness.estimator.device import choose_device, memory_share
 from harness.estimator.differences import Differences
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
+from harness.estimator.objective import Objective
 from harness.estimator.operations import SoundOperations
+from harness.estimator.settings import Settings
 from harness.estimator.share import Share
 
 Gradients = dict[str, torch.Tensor | None]
-NORM_MODES = ("eval", "train")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 T = TypeVar("T")
 
 
@@ -61,6 +65,7 @@ class BlockHessian:
         precision: The coarsest dtype that the model computes in, be it that of the products.
         batch_size: Samples in all microbatches.
         microbatch_size: Samples in the largest microbatch.
+        memory_budget: Bytes for graphs and vectors.
         graph_bytes: Estimate of what the largest microbatch's graph keeps.
         product_bytes: Estimate of the most that a product takes: a graph and what comes and goes.
         keeps_graphs: The graphs of all microbatches are kept between products.
@@ -70,41 +75,36 @@ class BlockHessian:
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Sequence[Batch],
+        objective: Objective,
         blocks: Sequence[Block],
+        settings: Settings,
         *,
-        batch_weights: Sequence[float] | NumTerms | None = None,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        norm_mode: str = "eval",
-        memory_budget: int,
         share: Share | None = None,
     ) -> None:
         """Copy the model, place the batches, check the loss, size the graphs.
 
-        To be used inside `checks.fixed_arithmetic`. With a share every process is given all
-        batches and keeps its part of them.
+        To be used inside `checks.fixed_arithmetic`, as `opened` does. With a share every process
+        is given all batches and keeps its part of them.
 
         Raises:
             UserError: Bad batches, weights or blocks, a loss that is not deterministic, or a
                 graph that does not fit the memory budget even for one sample.
         """
-        if norm_mode not in NORM_MODES:
-            raise UserError(f"norm_mode is {norm_mode!r}; choose one of {', '.join(NORM_MODES)}")
+        loss_fn, norm_mode = objective.loss_fn, settings.norm_mode
+        dtype, device = DTYPES[settings.dtype], choose_device(objective.model, settings.device)
         self.blocks = list(blocks)
-        self._model = _working_copy(model, norm_mode).to(device=device, dtype=dtype)
+        self.memory_budget = settings.memory_budget or memory_share(device)
+        self._model = _working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
         self._loss_fn = loss_fn
         self._parameters = dict(self._model.named_parameters())
         self._operations = SoundOperations()
         self._check_blocks()
-        self.batches = [place(batch, device, dtype) for batch in batches]
+        self.batches = [place(batch, device, dtype) for batch in objective.batches]
         if not self.batches:
             raise UserError("batches is empty; pass at least one batch")
         self.batch_size = sum(leading_size(b) for b in self.batches)
-        count, num_terms = terms(self.batches, batch_weights)
-        if batch_weights is None:
+        count, num_terms = terms(self.batches, objective.count)
+        if objective.count is None:
             warn_of_lengths(self.batches)
         with self._operations.looking():
             check_deterministic(
@@ -114,7 +114,7 @@ class BlockHessian:
         self._count = count if norm_mode == "eval" else None
         self._fewest = 1  # samples of a piece
         self.precision = dtype
-        self.graph_bytes, self.product_bytes = self._size_graph(memory_budget)
+        self.graph_bytes, self.product_bytes = self._size_graph(self.memory_budget)
         if dtype == torch.float64 != self.precision:
             warn_of_precision(self._model, loss_fn, self.batches[0], self.precision)
         if self._count is not None:
@@ -133,7 +133,7 @@ class BlockHessian:
             self.product_bytes = self.product_bytes * self.microbatch_size // whole
             self.batches, self.weights = share.of(self.batches, self.weights, self._count)
         every_graph = (num_batches - 1) * self.graph_bytes + self.product_bytes
-        self.keeps_graphs = every_graph <= memory_budget
+        self.keeps_graphs = every_graph <= self.memory_budget
         self.most_bytes = every_graph if self.keeps_graphs else self.product_bytes
         self._kept: list[Gradients] = []
 
@@ -428,6 +428,29 @@ class BlockHessian:
         repeated = [name for name, n in Counter(b.name for b in self.blocks).items() if n > 1]
         if repeated:
             raise UserError(f"two blocks have the name {repeated[0]!r}; each needs its own")
+
+
+@contextmanager
+def opened(
+    objective: Objective,
+    blocks: Sequence[Block],
+    settings: Settings,
+    *,
+    share: Share | None = None,
+) -> Iterator[BlockHessian]:
+    """Yield the block Hessian in its fixed arithmetic.
+
+    Args:
+        objective: What is differentiated.
+        blocks: By which parameters.
+        settings: Device, dtype, norm mode, precision and memory of the products.
+        share: This process's part of the samples, if several make each product together.
+
+    Raises:
+        UserError: As `BlockHessian`.
+    """
+    with fixed_arithmetic(objective.model, settings.matmul_precision):
+        yield BlockHessian(objective, blocks, settings, share=share)
 
 
 def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:

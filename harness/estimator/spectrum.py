@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +14,19 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.estimator import lanczos
-from harness.estimator.batches import Batch, NumTerms, batch_hash, tensors_of
+from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import Block, find_blocks, unclassified
-from harness.estimator.checks import (
-    LossFn,
-    check_bytes,
-    fixed_arithmetic,
-    warn_of_asymmetry,
-    whole_number,
-)
-from harness.estimator.cost import EXACT_SIZE
-from harness.estimator.device import choose_device, device_name, memory_share, peak_bytes
-from harness.estimator.hessian import BlockHessian
-from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
+from harness.estimator.checks import warn_of_asymmetry
+from harness.estimator.device import device_name, peak_bytes
+from harness.estimator.hessian import BlockHessian, opened
+from harness.estimator.objective import LossFn, Objective
+from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
-from harness.estimator.share import Share
+from harness.estimator.settings import Settings, whole_number
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
-PRECISIONS = ("highest", "high", "medium")
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
 Row = dict[str, Any]
+OnProgress = Callable[[int, int], None]
 
 
 def estimate_spectra(
@@ -46,21 +38,9 @@ def estimate_spectra(
     num_probes: int = 10,
     num_steps: int = 100,
     seed: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
     batch_weights: Sequence[float] | NumTerms | None = None,
-    probe_distribution: str = "gaussian",
-    reorthogonalize: bool = False,
-    norm_mode: str = "eval",
-    matmul_precision: str = "highest",
-    memory_budget: int | None = None,
-    exact_size: int = EXACT_SIZE,
-    identity: Mapping[str, Any] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_block: Callable[[list[Row]], None] | None = None,
-    probes: Mapping[str, Sequence[int]] | None = None,
-    share: Share | None = None,
-    kept: lanczos.Kept | None = None,
+    on_progress: OnProgress | None = None,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Estimate the spectra of a model's Hessian blocks by stochastic Lanczos quadrature.
 
@@ -78,28 +58,11 @@ def estimate_spectra(
         num_probes: Probes per block; 10 in the paper. Errors of metrics need at least 3.
         num_steps: Lanczos steps per probe; 100 in the paper.
         seed: Seeds the probes, together with the names of model, stage and block.
-        device: Where to compute; None: where the model is.
-        dtype: Arithmetic of the products; alphas and betas are float64 always.
         batch_weights: Number of terms that each batch's mean averages: one number per batch, or
             a function of the batch. None: its leading dimension.
-        probe_distribution: gaussian (normalised, as in the paper) or rademacher.
-        reorthogonalize: Full reorthogonalisation; keeps num_steps vectors per probe.
-        norm_mode: eval: batch norms use running statistics. train: those of the microbatch.
-        matmul_precision: highest: float32; high: TF32; medium: bfloat16, where the device can.
-        memory_budget: Bytes for graphs and vectors; None: half of the device's memory, on CPU
-            divided among the processes that torchrun starts. A microbatch that takes more is
-            halved, and so is one for which the device's memory turns out not to be enough. Not
-            counted: the model, the first check of the loss, one pass without a graph over each
-            batch as it is given, and freed memory that an allocator doesn't give back.
-        exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
-        identity: Values of further columns of the rows: model, stage, init_seed, ...
         on_progress: Called with (products done, products in all).
-        on_block: Called with the rows of each block as soon as it is finished.
-        probes: The probes of each block to take here, by its name; None: all. See
-            `harness.estimator.distributed`, which gives the others to other processes.
-        share: This process's part of the samples, if several make each product together.
-        kept: Recurrences by block and probe. Those found there go on instead of starting, and
-            all are left there.
+        **settings: device, dtype, norm_mode, probe_distribution, reorthogonalize,
+            matmul_precision, memory_budget and exact_size, as `Settings` has them.
 
     Returns:
         One row per block and probe with the columns of table `spectra`. `spectra_db.js0` takes it.
@@ -117,35 +80,10 @@ def estimate_spectra(
         >>> rows[["block", "num_params", "method"]].values.tolist()
         [['weight', 12, 'exact']]
     """
-    num_probes, num_steps = (
-        whole_number(name, value, 1)
-        for name, value in (("num_probes", num_probes), ("num_steps", num_steps))
-    )
-    seed, exact_size = whole_number("seed", seed, 0), whole_number("exact_size", exact_size, 0)
-    check_bytes(memory_budget)
-    _check_settings(probe_distribution, matmul_precision, dtype)
-    if isinstance(batches, torch.Tensor | Mapping) or (
-        isinstance(batches, tuple) and all(isinstance(b, torch.Tensor) for b in batches)
-    ):
-        raise UserError(
-            f"batches is a {type(batches).__name__}; pass a list of batches, such as "
-            "[(inputs, targets)]"
-        )
-    try:
-        batches = list(batches)  # once: a loader may shuffle, and a generator ends
-    except TypeError as error:
-        raise UserError(
-            f"batches is a {type(batches).__name__}; pass a list of batches, such as "
-            "[(inputs, targets)]"
-        ) from error
-    counts = [len(tensors_of(b)) for b in batches]
-    for i, count in enumerate(counts):
-        if count != counts[0]:
-            raise UserError(
-                f"the number of tensors is {count} in batch {i} and {counts[0]} in batch 0; pass "
-                "batches of one structure, such as (inputs, targets)"
-            )
     partition = blocks if isinstance(blocks, str) else "custom"
+    how = Settings(partition, num_probes, num_steps, **settings)
+    seed = whole_number("seed", seed, 0)
+    objective = Objective(model, loss_fn, batches, batch_weights)
     blocks = find_blocks(model, blocks) if isinstance(blocks, str) else list(blocks)
     if partition == "weights" and (odd := unclassified(model)):
         warnings.warn(
@@ -158,65 +96,69 @@ def estimate_spectra(
         raise UserError(
             f"blocks holds {strange[0]!r}; pass a partition, or some of find_blocks(model)"
         )
-    target = choose_device(model, device)
-    budget = memory_share(target) if memory_budget is None else memory_budget
-    with fixed_arithmetic(model, matmul_precision):
-        hessian = BlockHessian(
-            model,
-            loss_fn,
-            batches,
-            blocks,
-            batch_weights=batch_weights,
-            device=target,
-            dtype=dtype,
-            norm_mode=norm_mode,
-            memory_budget=budget,
-            share=share,
-        )
-        shared = {
-            "model": type(model).__name__,
-            "stage": "current",
-            "init_seed": seed,
-            "train_run": "",
-            "partition": partition,
-            "operator": "hessian",
-            "norm_mode": norm_mode,
-            "dtype": str(dtype).removeprefix("torch."),
-            "probe_distribution": probe_distribution,
-            "batch_hash": batch_hash(batches),
-            "protocol_version": PROTOCOL_VERSION,
-            "run_id": "",
-            "step": 0,
-            "progress": 0.0,
-            "reorthogonalized": reorthogonalize,
-            "batch_size": hessian.batch_size,
-            "num_terms": round(hessian.num_terms),
-            "data_source": "",
-            "matmul_precision": matmul_precision,
-            "device": device_name(target),
-            "tolerance": None,
-            "status": "ok",
-            "reason": None,
-            **(identity or {}),
-        }
-        plan = _Plan(
-            hessian,
-            probes or {block.name: range(num_probes) for block in blocks},
-            num_steps,
-            seed,
-            probe_distribution,
-            reorthogonalize,
-            exact_size,
-            lanczos.Kept(0) if kept is None else kept,
-        )
-        rows: list[Row] = []
-        for block_rows in _run(plan, shared, budget, on_progress or (lambda done, total: None)):
-            rows += block_rows
-            if on_block is not None:
-                on_block(block_rows)
+    source = {
+        "model": type(model).__name__,
+        "stage": "current",
+        "init_seed": seed,
+        "train_run": "",
+        "batch_hash": batch_hash(objective.batches),
+        "run_id": "",
+        "step": 0,
+        "progress": 0.0,
+        "data_source": "",
+    }
+    with opened(objective, blocks, how) as hessian:
+        return gathered(rules(hessian, how, source, on_progress=on_progress), blocks)
+
+
+def gathered(parts: Iterable[list[Row]], blocks: Sequence[Block]) -> pd.DataFrame:
+    """Return rows of table `spectra` in the order of blocks and probes."""
     order = {block.name: i for i, block in enumerate(blocks)}
-    rows.sort(key=lambda row: (order[row["block"]], row["probe"]))
+    rows = sorted(
+        (r for part in parts for r in part), key=lambda r: (order[r["block"]], r["probe"])
+    )
     return pd.DataFrame(rows, columns=TABLES["spectra"].names)
+
+
+def rules(
+    hessian: BlockHessian,
+    settings: Settings,
+    source: Mapping[str, Any],
+    *,
+    probes: Mapping[str, Sequence[int]] | None = None,
+    kept: lanczos.Kept | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[list[Row]]:
+    """Yield the rows of table `spectra` of each block as it is finished.
+
+    Args:
+        hessian: The products.
+        settings: How the rules are taken; those that the Hessian was opened with.
+        source: The columns that say of what: model, stage and init_seed, which seed the probes,
+            together with the block's name, train_run, batch_hash, run_id, step, progress and
+            data_source.
+        probes: The probes of each block to take, by its name; None: all of all blocks.
+        kept: Recurrences by block and probe. Those found there go on instead of starting, and
+            all are left there.
+        on_progress: Called with (products done, products in all).
+
+    Raises:
+        FloatingPointError: A product is not finite.
+    """
+    if probes is None:
+        probes = {block.name: range(settings.num_probes) for block in hessian.blocks}
+    shared = settings.columns | {
+        "protocol_version": PROTOCOL_VERSION,
+        "batch_size": hessian.batch_size,
+        "num_terms": round(hessian.num_terms),
+        "device": device_name(hessian.device),
+        "tolerance": None,
+        "status": "ok",
+        "reason": None,
+        **source,
+    }
+    plan = _Plan(hessian, settings, shared, probes, lanczos.Kept(0) if kept is None else kept)
+    return _run(plan, on_progress or (lambda done, total: None))
 
 
 @dataclass(frozen=True)
@@ -224,35 +166,36 @@ class _Plan:
     """What is asked of one Hessian."""
 
     hessian: BlockHessian
+    settings: Settings
+    shared: Row
     probes: Mapping[str, Sequence[int]]
-    num_steps: int
-    seed: int
-    probe_distribution: str
-    reorthogonalize: bool
-    exact_size: int
     kept: lanczos.Kept
 
     def is_exact(self, block: Block) -> bool:
         """Tell whether a block is diagonalised."""
-        return block.num_params <= self.exact_size
+        return self.settings.is_exact(block.num_params)
+
+    @property
+    def todo(self) -> list[tuple[int, Block]]:
+        """The blocks that are asked for, with their numbers."""
+        return [(i, b) for i, b in enumerate(self.hessian.blocks) if b.name in self.probes]
 
 
-def _run(
-    plan: _Plan, shared: Row, budget: int, on_progress: Callable[[int, int], None]
-) -> Iterator[list[Row]]:
+def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
-    blocks = plan.hessian.blocks
+    blocks, settings, shared = plan.hessian.blocks, plan.settings, plan.shared
+    num_steps = settings.num_steps
     # Before the first product: processes of which one runs out of memory keep to one plan.
-    groups = list(_groups(plan, budget))
+    groups = list(_groups(plan))
     total = sum(
-        b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * plan.num_steps
-        for b in blocks
+        b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * num_steps
+        for _, b in plan.todo
     )
     done = 0
     finished: dict[int, list[Row]] = {}
-    for index, block in enumerate(blocks):
+    for index, block in plan.todo:
         if plan.is_exact(block):
-            yield [_exact_row(plan, shared, index)]
+            yield [_exact_row(plan, index)]
             done += block.num_params
             on_progress(done, total)
     for pairs in groups:
@@ -260,48 +203,49 @@ def _run(
         states, seeds = [], []
         for index, probe in pairs:
             block = blocks[index]
-            seeds.append(probe_seed(plan.seed, shared["model"], shared["stage"], block.name, probe))
-            state = plan.kept.take((block.name, probe), plan.num_steps)
+            named = (shared["init_seed"], shared["model"], shared["stage"], block.name, probe)
+            seeds.append(probe_seed(*named))
+            state = plan.kept.take((block.name, probe), num_steps)
             if state is None:
-                v0 = draw_probe(block.num_params, seeds[-1], plan.probe_distribution)
+                v0 = draw_probe(block.num_params, seeds[-1], settings.probe_distribution)
                 v0 = v0.to(plan.hessian.device, plan.hessian.dtype)
-                state = lanczos.start(v0, reorthogonalize=plan.reorthogonalize)
+                state = lanczos.start(v0, reorthogonalize=settings.reorthogonalize)
             states.append(state)
         while live := [
             (pair[0], state)
             for pair, state in zip(pairs, states, strict=True)
-            if not state.is_done(plan.num_steps)
+            if not state.is_done(num_steps)
         ]:
             products = plan.hessian.products([(index, state.vector) for index, state in live])
             lanczos.advance([state for _, state in live], products)
-            steps = [plan.num_steps if s.breakdown else len(s.alphas) for s in states]
+            steps = [num_steps if s.breakdown else len(s.alphas) for s in states]
             on_progress(done + sum(steps), total)
-        done += len(pairs) * plan.num_steps
+        done += len(pairs) * num_steps
         on_progress(done, total)
-        named = zip(pairs, states, strict=True)
-        found = [(blocks[index].name, state.asymmetry) for (index, _), state in named]
+        both = zip(pairs, states, strict=True)
+        found = [(blocks[index].name, state.asymmetry) for (index, _), state in both]
         warn_of_asymmetry(found, plan.hessian.precision)
         seconds = (time.perf_counter() - begin) / len(pairs)
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])
-            rows.append(_slq_row(plan, shared, index, probe, seed, state, seconds))
+            rows.append(_slq_row(plan, index, probe, seed, state, seconds))
             plan.kept.put((blocks[index].name, probe), state)
             if len(rows) == len(plan.probes[blocks[index].name]):
                 yield _unless_zero(plan, index, finished.pop(index))
 
 
-def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
+def _groups(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
     """Yield (block, probe) pairs that are advanced together.
 
     With kept graphs a block at a time, since nothing is gained by more; else as many as fit the
     memory beside a graph, since they share its forward and backward pass.
     """
     hessian = plan.hessian
-    free = budget - hessian.most_bytes
-    vectors = 3 + (plan.num_steps if plan.reorthogonalize else 0)
+    free = hessian.memory_budget - hessian.most_bytes
+    vectors = 3 + (plan.settings.num_steps if plan.settings.reorthogonalize else 0)
     group: list[tuple[int, int]] = []
     used = 0
-    for index, block in enumerate(hessian.blocks):
+    for index, block in plan.todo:
         if plan.is_exact(block):
             continue
         for probe in plan.probes[block.name]:
@@ -318,7 +262,6 @@ def _groups(plan: _Plan, budget: int) -> Iterator[list[tuple[int, int]]]:
 
 def _slq_row(
     plan: _Plan,
-    shared: Row,
     index: int,
     probe: int,
     seed: int,
@@ -328,7 +271,7 @@ def _slq_row(
     """Make the row of one block and probe."""
     nodes, weights = gauss_rule(state.alphas, state.betas)
     block = plan.hessian.blocks[index]
-    return shared | {
+    return plan.shared | {
         "block": block.name,
         "probe": probe,
         "block_kind": block.kind,
@@ -349,7 +292,7 @@ def _slq_row(
     }
 
 
-def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
+def _exact_row(plan: _Plan, index: int) -> Row:
     """Diagonalise a small block."""
     begin = time.perf_counter()
     block = plan.hessian.blocks[index]
@@ -364,7 +307,7 @@ def _exact_row(plan: _Plan, shared: Row, index: int) -> Row:
     nodes = [0.0] if zero else torch.linalg.eigvalsh(H).tolist()
     reason = _reason_of_zero(plan, index, "the block's Hessian") if zero else None
     return (
-        shared
+        plan.shared
         | {
             "block": block.name,
             "probe": 0,
@@ -408,16 +351,3 @@ def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
         stacklevel=2,
     )
     return f"{what} is exactly zero, but the gradient changes: a second derivative is wrong"
-
-
-def _check_settings(distribution: str, precision: str, dtype: torch.dtype) -> None:
-    """Raise unless the settings are known ones."""
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"dtype is {dtype!r}; pass a torch.dtype, such as torch.float32")
-    for name, given, allowed in (
-        ("probe_distribution", distribution, PROBE_DISTRIBUTIONS),
-        ("matmul_precision", precision, PRECISIONS),
-        ("dtype", str(dtype).removeprefix("torch."), tuple(DTYPES)),
-    ):
-        if given not in allowed:
-            raise UserError(f"{name} is {given!r}; choose one of {', '.join(allowed)}")

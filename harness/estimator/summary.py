@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
-from harness.estimator.batches import Batch, NumTerms
-from harness.estimator.blocks import Block
-from harness.estimator.checks import LossFn, fixed_arithmetic
-from harness.estimator.device import choose_device, memory_share
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.quadrature import residual_bounds
 from spectra_db.density import blocks_of
@@ -21,17 +14,7 @@ from spectra_db.density import blocks_of
 Row = dict[str, Any]
 
 
-def block_summaries(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Batch],
-    blocks: Sequence[Block],
-    rows: pd.DataFrame,
-    *,
-    batch_weights: Sequence[float] | NumTerms | None = None,
-    device: torch.device | str | None = None,
-    memory_budget: int | None = None,
-) -> list[Row]:
+def block_summaries(hessian: BlockHessian, rows: pd.DataFrame) -> list[Row]:
     """Summarise each block: weight and gradient size, moments and extreme eigenvalues.
 
     tr H = n Σ w θ and ‖H‖_F² = n Σ w θ², averaged over probes, with the standard error of that
@@ -39,30 +22,15 @@ def block_summaries(
     spectrum, with the residual bound of the node as error (0 for exact blocks).
 
     Args:
-        model: The model at the stage of the rows.
-        loss_fn: Its mean loss.
-        batches: The batch of the rows.
-        blocks: The blocks of the rows.
-        rows: Rows of table `spectra` of these blocks.
-        batch_weights: As in `estimate_spectra`.
-        device: As in `estimate_spectra`.
-        memory_budget: As in `estimate_spectra`.
+        hessian: Of the model at the stage of the rows, on their batch.
+        rows: Rows of table `spectra` of its blocks.
 
     Returns:
         Rows of table `blocks`.
     """
-    sizes = block_sizes(
-        model,
-        loss_fn,
-        batches,
-        blocks,
-        batch_weights=batch_weights,
-        device=device,
-        memory_budget=memory_budget,
-    )
     by_block = dict(list(rows.groupby("block", sort=False)))
     summaries = []
-    for size in sizes:
+    for size in block_sizes(hessian):
         group = by_block[size["block"]]
         identity = ("model", "stage", "init_seed", "train_run", "protocol_version")
         shared = {key: group.iloc[0][key] for key in identity}
@@ -70,44 +38,15 @@ def block_summaries(
     return summaries
 
 
-def block_sizes(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Batch],
-    blocks: Sequence[Block],
-    *,
-    batch_weights: Sequence[float] | NumTerms | None = None,
-    device: torch.device | str | None = None,
-    memory_budget: int | None = None,
-) -> list[Row]:
+def block_sizes(hessian: BlockHessian) -> list[Row]:
     """Return the rms of each block's weights and of its gradient, from one gradient.
-
-    Args:
-        model: As `block_summaries`.
-        loss_fn: As `block_summaries`.
-        batches: As `block_summaries`.
-        blocks: As `block_summaries`.
-        batch_weights: As `block_summaries`.
-        device: As `block_summaries`.
-        memory_budget: As `block_summaries`.
 
     Returns:
         The columns block, kind, num_params, weight_rms and gradient_rms of table `blocks`.
     """
-    target = choose_device(model, device)
-    with fixed_arithmetic(model):
-        hessian = BlockHessian(
-            model,
-            loss_fn,
-            batches,
-            blocks,
-            batch_weights=batch_weights,
-            device=target,
-            memory_budget=memory_share(target) if memory_budget is None else memory_budget,
-        )
-        gradient = hessian.gradient()
+    gradient = hessian.gradient()
     rows = []
-    for block in blocks:
+    for block in hessian.blocks:
         squares = {
             "weight_rms": [part.of(hessian.parameter(part.parameter)) for part in block.parts],
             "gradient_rms": [

@@ -227,7 +227,8 @@ def squared_norms(problem: Problem, blocks: Sequence[Block], *, num_probes: int)
     total = np.zeros((num_probes, len(blocks), len(blocks)))
     with fixed_arithmetic(model):
         columns: dict[tuple[int, int], list[Tensor]] = {}
-        for batch, terms in zip(problem.batches, problem.batch_weights, strict=True):
+        for batch in problem.batches:
+            terms = problem.count(batch)
             loss = problem.loss_fn(model, batch) * (terms / problem.num_terms)
             grads = torch.autograd.grad(loss, parameters, create_graph=True)
             by_name = dict(zip(names, grads, strict=True))

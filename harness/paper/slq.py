@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from harness.estimator import find_blocks
-from harness.estimator.checks import fixed_arithmetic, take
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.hessian import opened
 from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
+from harness.estimator.settings import Settings
 from harness.paper.quadratic import Array
 from harness.registry import get
 from harness.training import load_problem
@@ -30,18 +30,9 @@ NUM_SAMPLES = 16
 def dense_block(model: str, block: str, num_samples: int = NUM_SAMPLES) -> Array:
     """Return the exact Hessian of a block at initialisation, float64, shape (n, n)."""
     problem = load_problem(get(model))
-    batch = take(problem.batches[0], 0, num_samples)
+    objective = problem.objective.first(num_samples)
     found = [b for b in find_blocks(problem.model) if b.name == block]
-    with fixed_arithmetic(problem.model):
-        hessian = BlockHessian(
-            problem.model,
-            problem.loss_fn,
-            [batch],
-            found,
-            device=torch.device("cpu"),
-            dtype=torch.float64,
-            memory_budget=2**31,
-        )
+    with opened(objective, found, Settings(dtype="float64", device="cpu")) as hessian:
         return np.asarray(hessian.dense(0).numpy())
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.campaign.spectrum import Settings, blocks_of, options_of
-from harness.estimator import estimate_spectra
+from harness.campaign.spectrum import source_of
 from harness.estimator.blocks import FULL_BLOCK
-from harness.estimator.checks import fixed_arithmetic
-from harness.estimator.device import choose_device, memory_share
-from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import advance, start
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule, residual_bounds
+from harness.estimator.settings import Settings
+from harness.estimator.spectrum import gathered, rules
 from harness.predictors import Value
 from harness.training import Problem
 from spectra_db.heterogeneity import spread
@@ -52,17 +51,10 @@ def of_blocks(problem: Problem, settings: Settings) -> dict[str, Value]:
 def _spread(
     problem: Problem, settings: Settings, statistic: str, num_probes: int, num_steps: int
 ) -> Value:
-    rows = estimate_spectra(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        blocks=blocks_of(problem, settings.partition),
-        num_probes=num_probes,
-        num_steps=num_steps,
-        exact_size=0,  # small blocks are sampled too
-        identity={"model": problem.entry.name, "stage": "init"},
-        **options_of(problem, settings),
-    )
+    # Small blocks are sampled too.
+    how = replace(settings, num_probes=num_probes, num_steps=num_steps, exact_size=0)
+    with problem.hessian(how) as hessian:
+        rows = gathered(rules(hessian, how, source_of(problem) | {"run_id": ""}), hessian.blocks)
     spent = num_probes * num_steps
     try:
         found = spread(rows, statistic)
@@ -83,20 +75,8 @@ def of_full(problem: Problem, settings: Settings) -> dict[str, Value]:
         problem: The model and its batch.
         settings: Where and in which arithmetic.
     """
-    options = options_of(problem, settings)
-    device = choose_device(problem.model, settings.device)
-    [block] = blocks_of(problem, "full")
-    with fixed_arithmetic(problem.model):
-        hessian = BlockHessian(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            [block],
-            batch_weights=options["batch_weights"],
-            device=device,
-            dtype=options["dtype"],
-            memory_budget=settings.memory_budget or memory_share(device),
-        )
+    with problem.hessian(replace(settings, partition="full")) as hessian:
+        [block] = hessian.blocks
         gradient = hessian.gradient()
         pieces = [gradient[part.parameter] for part in block.parts]
         shapes = [hessian.parameter(part.parameter) for part in block.parts]

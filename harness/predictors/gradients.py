@@ -12,11 +12,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from harness import tasks
-from harness.campaign.spectrum import Settings, blocks_of
 from harness.estimator import Block
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.device import choose_device
-from harness.estimator.spectrum import DTYPES
+from harness.estimator.hessian import DTYPES
+from harness.estimator.settings import Settings
 from harness.predictors import Value
 from harness.training import Problem
 from spectra_db.heterogeneity import gradient_rms_spread
@@ -97,7 +97,7 @@ def of_gradients(problem: Problem, settings: Settings, training_batch: int) -> d
         training_batch: Samples of a training step.
     """
     found = gradients_of(problem, settings)
-    blocks = blocks_of(problem, settings.partition)
+    blocks = problem.blocks(settings.partition)
     rms = pd.DataFrame(
         {"block": [b.name for b in blocks], "gradient_rms": [found.rms(b) for b in blocks]}
     )

@@ -12,18 +12,21 @@ import pandas as pd
 
 from harness import tasks
 from harness.campaign.metric import halves
-from harness.campaign.spectrum import Settings, describe_run, identity_of, rows_of, stored_rows
+from harness.campaign.spectrum import source_of, stored_rows
 from harness.errors import UserError
+from harness.estimator.batches import batch_hash
+from harness.estimator.settings import Settings
 from harness.predictors import FAMILIES, PREDICTORS, Value
 from harness.predictors.curvature import of_blocks, of_full
 from harness.predictors.gradients import of_gradients
 from harness.predictors.problem import of_problem
 from harness.predictors.spectra import of_spectrum
 from harness.records import version
+from harness.records.ledger import Ledger
+from harness.records.provenance import describe_run
 from harness.registry import ModelEntry, Recipe
 from harness.registry.entry import SpeedupRecipe
 from harness.training import Problem, load_problem
-from spectra_db import store
 from spectra_db.schema import VERSIONS
 
 SEEDS = (1, 2, 3)
@@ -64,20 +67,20 @@ def take(
     Raises:
         UserError: The entry is not trained or can't be measured.
     """
-    settings = Settings(partition=entry.partition, device=device)
+    settings, ledger = Settings(entry.partition, device=device), Ledger(out)
     steps = [(seed, family) for seed in SEEDS for family in FAMILIES]
     for done, (seed, family) in enumerate(steps):
         if on_progress is not None:
             on_progress(done, len(steps))
-        problem = load(entry, seed, data_root, out)
-        if not _is_done(problem, settings, family, out):
-            _take_family(problem, settings, family, data_root, out, command)
+        problem = load(entry, seed, data_root, ledger)
+        if not _is_done(problem, family, ledger):
+            _take_family(problem, settings, family, data_root, ledger, command)
     if on_progress is not None:
         on_progress(len(steps), len(steps))
-    return rows_of(out, "predictors", entry.name)
+    return ledger.rows("predictors", entry.name)
 
 
-def load(entry: ModelEntry, seed: int, data_root: Path | None, out: Path) -> Problem:
+def load(entry: ModelEntry, seed: int, data_root: Path | None, ledger: Ledger) -> Problem:
     """Return an entry at initialisation with the predictors' batch: 512 images, or 8,192 tokens."""
     context = getattr(tasks.get(entry.task, **entry.task_options), "context", None)
     return load_problem(
@@ -85,7 +88,7 @@ def load(entry: ModelEntry, seed: int, data_root: Path | None, out: Path) -> Pro
         "init",
         seed,
         data_root=data_root,
-        checkpoint_dir=out / "checkpoints",
+        checkpoint_dir=ledger.checkpoints,
         batch_size=IMAGES if context is None else max(1, TOKENS // context),
     )
 
@@ -102,12 +105,12 @@ def training_of(entry: ModelEntry) -> Recipe | SpeedupRecipe:
     return recipe
 
 
-def _is_done(problem: Problem, settings: Settings, family: str, out: Path) -> bool:
+def _is_done(problem: Problem, family: str, ledger: Ledger) -> bool:
     """Tell whether the store has a family of predictors on this batch; of spectra never."""
     names = {p.name for p in PREDICTORS if p.family == family}
-    rows = rows_of(out, "predictors", problem.entry.name)
-    rows = rows[(rows["init_seed"] == problem.init_seed) & rows["status"].isin(["ok", "failed"])]
-    rows = rows[rows["batch_hash"] == identity_of(problem, settings)["batch_hash"]]
+    of = {"init_seed": problem.init_seed, "batch_hash": batch_hash(problem.batches)}
+    rows = ledger.rows("predictors", problem.entry.name, **of)
+    rows = rows[rows["status"].isin(["ok", "failed"])]
     return family != "spectrum" and names <= set(rows["predictor"])
 
 
@@ -116,17 +119,18 @@ def _take_family(
     settings: Settings,
     family: str,
     data_root: Path | None,
-    out: Path,
+    ledger: Ledger,
     command: str,
 ) -> None:
     begin = time.perf_counter()
-    identity = identity_of(problem, settings)
+    source = source_of(problem)
     if family == "spectrum":
-        parts, facts = _from_store(identity, problem, out)
+        parts, facts = _from_store(problem, settings, ledger)
     else:
         parts = _measure(problem, settings, family, data_root)
-        facts = _facts(problem) | {"batch_hash": identity["batch_hash"]}
-    run = describe_run(identity | {"predictors": family}, settings, problem.init_seed, command)
+        facts = _facts(problem) | {"batch_hash": source["batch_hash"]}
+    asked = {"predictors": family}
+    run = describe_run(source | settings.key | asked, settings, command)
     shared = {
         "model": problem.entry.name,
         "init_seed": problem.init_seed,
@@ -134,9 +138,9 @@ def _take_family(
         "seconds": time.perf_counter() - begin,
         "run_id": run["run_id"],
     }
-    version.note(problem.entry, out)
-    store.write(out, "runs", [run])
-    store.write(out, "predictors", [shared | facts | row for row in _rows(family, parts)])
+    version.note(problem.entry, ledger)
+    ledger.write("runs", [run])
+    ledger.write("predictors", [shared | facts | row for row in _rows(family, parts)])
 
 
 def _measure(problem: Problem, settings: Settings, family: str, data_root: Path | None) -> Parts:
@@ -167,14 +171,14 @@ def _look(problem: Problem, data_root: Path | None) -> Parts:
 
 
 def _from_store(
-    identity: dict[str, Any], problem: Problem, out: Path
+    problem: Problem, settings: Settings, ledger: Ledger
 ) -> tuple[Parts, dict[str, Any]]:
     """Measure the spectra that the store has, of whichever batch, and say of which."""
-    any_batch = {key: value for key, value in identity.items() if key != "batch_hash"}
-    found = [stored_rows(out / folder, any_batch) for folder in _FOLDERS]
+    ledgers = [Ledger(ledger.folder / folder) for folder in _FOLDERS]
+    found = [stored_rows(problem, settings, some, any_batch=True) for some in ledgers]
     whole, first, second = ({} if rows.empty else of_spectrum(rows) for rows in found)
     if not whole:
-        return (whole, first, second), _facts(problem) | {"batch_hash": identity["batch_hash"]}
+        return (whole, first, second), _facts(problem) | {"batch_hash": batch_hash(problem.batches)}
     row = found[0].iloc[0]
     facts = {c: row[c] for c in ("batch_size", "num_terms", "batch_hash", "data_source")}
     return (whole, first, second), facts

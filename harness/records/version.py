@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.records.ledger import Ledger
 from harness.registry.entry import ModelEntry
+from harness.training.speedup import LENGTHS
 from spectra_db.files import whole
 
 FOLDER = "entries"
@@ -22,12 +24,55 @@ _GRID = ("sgd_lrs", "adamw_lrs", "num_lrs", "extend_grid")
 _CLIMB = ("sgd_lr", "adamw_lr")  # rates at which a climb begins
 
 
-def check(entry: ModelEntry, out: Path) -> None:
-    """Raise unless a folder's note, if there is one, is of this version of an entry.
+def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> None:
+    """Raise unless the results that the store holds of an entry are of this version of it.
+
+    Args:
+        entry: The entry.
+        ledger: The folder.
+        num_params: Of the model that it builds, where that is known.
 
     Raises:
-        UserError: Says what differs.
+        UserError: Their length, batch or model's size is another, or the note beside them differs.
     """
+    out = ledger.folder
+    runs = ledger.rows("training", entry.name)
+    spectra = ledger.rows("spectra", entry.name)
+    spectra = spectra[spectra["status"].isin(["ok", "zero"])]
+    if entry.trains and entry.recipe is not None:
+        ends = runs.loc[(runs["split"] == "train") & (runs["step"] > 0) & ~runs["diverged"]]
+        if strange := set(ends["step"]) - {entry.recipe.num_steps}:
+            raise UserError(
+                f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
+                f"{entry.recipe.num_steps}: name another --out"
+            )
+    if strange := set(spectra["batch_size"]) - {entry.hessian_batch_size}:
+        raise UserError(
+            f"{out} holds spectra of {entry.name} on {min(strange)} samples, its batch has "
+            f"{entry.hessian_batch_size}: name another --out"
+        )
+    trials = ledger.rows("trials", entry.name)
+    if entry.speedup is not None:
+        allowed = {length * entry.speedup.num_steps for length in LENGTHS}
+        if strange := set(trials["num_steps"]) - allowed:
+            raise UserError(
+                f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
+                f"{', '.join(map(str, sorted(allowed)))}: name another --out"
+            )
+    if not (len(runs) or len(spectra) or len(trials)):
+        return
+    _check_note(entry, out)
+    models = ledger.rows("models", entry.name)
+    known = set(models.loc[models["status"] == "ok", "num_params"])
+    if num_params is not None and (strange := known - {num_params}):
+        raise UserError(
+            f"{out} holds results of a {entry.name} of {min(strange):,} parameters, it has "
+            f"{num_params:,} now: name another --out"
+        )
+
+
+def _check_note(entry: ModelEntry, out: Path) -> None:
+    """Raise unless a folder's note, if there is one, is of this version of an entry."""
     noted, facts = _read(out, entry.name), _facts(entry)
     for name in sorted(noted.keys() & facts.keys()):
         before, now = (json.dumps(found[name], sort_keys=True) for found in (noted, facts))
@@ -38,10 +83,9 @@ def check(entry: ModelEntry, out: Path) -> None:
             )
 
 
-def note(entry: ModelEntry, out: Path) -> None:
+def note(entry: ModelEntry, ledger: Ledger) -> None:
     """Note that what a folder holds of an entry is of this version."""
-    path = _path(out, entry.name)
-    noted = _read(out, entry.name)
+    path, noted = _path(ledger.folder, entry.name), _read(ledger.folder, entry.name)
     facts = noted | _facts(entry)
     if facts == noted:
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from harness import registry, tasks
+from harness import registry
 from harness.errors import UserError
 from harness.leaderboard import classifier
 from harness.leaderboard.statistics import measurements
@@ -100,63 +100,36 @@ def measure(
     Raises:
         UserError: The model has fewer than two blocks that are not zero, or can't be measured.
     """
-    from harness.estimator import estimate_spectra, find_blocks
-    from harness.estimator.cost import EXACT_SIZE, forecast
+    from harness.campaign.spectrum import source_of
+    from harness.estimator.settings import EXACT_SIZE, Settings
+    from harness.estimator.spectrum import gathered, rules
     from harness.estimator.summary import block_summaries
     from harness.training import load_problem
 
     problem: Problem = load_problem(
         entry, "init", SEED, data_root=data_root, checkpoint_dir=checkpoint_dir
     )
-    blocks = find_blocks(problem.model, "weights")
-    count_terms = tasks.get(entry.task, **entry.task_options).num_terms
-    num_probes = max(entry.num_probes, MIN_PROBES)
-    num_steps = entry.num_steps if with_js0 else CHEAP_STEPS
-    exact_size = EXACT_SIZE if with_js0 else 0  # small blocks are sampled too
-    if on_forecast is not None:
-        cost = forecast(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            blocks,
-            num_probes=num_probes,
-            num_steps=num_steps,
-            exact_size=exact_size,
-        )
-        on_forecast(num_probes, num_steps, cost)
-    begin = time.perf_counter()
-    rows = estimate_spectra(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        blocks=blocks,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        seed=SEED,
+    settings = Settings(
+        num_probes=max(entry.num_probes, MIN_PROBES),
+        num_steps=entry.num_steps if with_js0 else CHEAP_STEPS,
         device=device,
-        batch_weights=count_terms,
-        # The probes are those of a published spectrum of the same name.
-        identity={"model": entry.name, "stage": "init", "partition": "weights"},
-        on_progress=on_progress,
-        exact_size=exact_size,
+        exact_size=EXACT_SIZE if with_js0 else 0,  # small blocks are sampled too
     )
+    if on_forecast is not None:
+        on_forecast(settings.num_probes, settings.num_steps, problem.forecast(settings))
+    begin = time.perf_counter()
+    with problem.hessian(settings) as hessian:
+        # The probes are those of a published spectrum of the same name.
+        source = source_of(problem) | {"run_id": ""}
+        parts = rules(hessian, settings, source, on_progress=on_progress)
+        rows = gathered(parts, hessian.blocks)
+        summaries = pd.DataFrame(block_summaries(hessian, rows))
     nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
     if nonzero < 2:
         raise UserError(
             f"{entry.name!r} has {nonzero} blocks that are not exactly zero at initialisation; "
             "heterogeneity is between at least two"
         )
-    summaries = pd.DataFrame(
-        block_summaries(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            blocks,
-            rows,
-            batch_weights=count_terms,
-            device=device,
-        )
-    )
     names = rows.loc[rows["status"] == "ok", "block"].unique().tolist()
     estimates = {
         "gradient_rms_spread": gradient_rms_spread(summaries, names),
@@ -172,7 +145,7 @@ def measure(
         "num_products": int(rows["num_products"].sum()),
         "seconds": time.perf_counter() - begin,
         "num_params": sum(p.numel() for p in problem.model.parameters()),
-        "num_blocks": len(blocks),
+        "num_blocks": rows["block"].nunique(),
     }
     return found, spent
 

@@ -17,9 +17,11 @@ from torch.func import functional_call
 from harness.errors import UserError
 from harness.estimator import Block, find_blocks
 from harness.estimator.checks import Batch, fixed_arithmetic, take
-from harness.estimator.cost import EXACT_SIZE, forecast
+from harness.estimator.cost import forecast
 from harness.estimator.device import device_memory
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.objective import Objective
+from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.submission import locate
 from harness.submission.draft import names
 from harness.submission.subject import CPU, Caution, Failed, Subject
@@ -245,14 +247,8 @@ def cost(s: Subject) -> str:
         blocks = find_blocks(s.model, partition, paper_blocks=entry.paper_blocks)
         fit = max(8, int(s.seconds_left / 2 / max(s.product_seconds, 1e-9)))
         few = blocks[:: ceil(len(blocks) / fit)]  # evenly over the depth
-        found = forecast(
-            s.model,
-            s.task.loss,
-            [batch],
-            few,
-            num_probes=entry.num_probes,
-            num_steps=entry.num_steps,
-        )
+        settings = Settings(partition, entry.num_probes, entry.num_steps)
+        found = forecast(Objective(s.model, s.task.loss, [batch]), few, settings)
         if len(few) < len(blocks):
             of_products = (found.flops - found.pass_flops) * len(blocks) // len(few)
             found = replace(found, flops=found.pass_flops + of_products)

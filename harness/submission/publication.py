@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from harness import registry
-from harness.campaign.plan import Unit, missing
-from harness.campaign.spectrum import rows_of
+from harness.campaign.plan import missing
+from harness.campaign.unit import Unit
 from harness.errors import UserError
 from harness.records.derived import derived
+from harness.records.ledger import Ledger
 from harness.registry import ModelEntry
 from spectra_db.derived import Derive
 
@@ -25,21 +26,21 @@ def unfinished(source: Path, registry_dir: Path | None = None) -> dict[str, str]
     status failed or pending says why one is not.
     """
     entries = {entry.name: entry for entry in registry.entries(registry_dir=registry_dir)}
-    reasons = {}
+    reasons, ledger = {}, Ledger(source)
     for path in sorted((source / "models").glob("*.parquet")):
         model = path.stem
         if model not in entries:
             reasons[model] = "not in the registry; --registry DIR adds entries"
             continue
-        if (rows_of(source, "models", model)["status"] != "ok").any():
+        if (ledger.rows("models", model)["status"] != "ok").any():
             continue  # the row has the reason
         entry = entries[model]
         try:
-            left = [unit for unit in missing(entry, source) if not _explained(unit, entry, source)]
+            left = [unit for unit in missing(entry, ledger) if not _explained(unit, entry, ledger)]
         except UserError as error:
             reasons[model] = str(error)
             continue
-        gaps = rows_of(source, "gaps", model)
+        gaps = ledger.rows("gaps", model)
         if left:
             reasons[model] = f"{len(left)} units are missing, the first {left[0]}"
         elif entry.trains and gaps.empty:
@@ -47,12 +48,12 @@ def unfinished(source: Path, registry_dir: Path | None = None) -> dict[str, str]
     return reasons
 
 
-def _explained(unit: Unit, entry: ModelEntry, source: Path) -> bool:
+def _explained(unit: Unit, entry: ModelEntry, ledger: Ledger) -> bool:
     """Tell whether rows say why a unit is missing; moments wait for their stage's spectrum."""
     if unit.kind == "train":
-        rows = rows_of(source, "gaps", unit.model)
+        rows = ledger.rows("gaps", unit.model)
     else:
-        rows = rows_of(source, "spectra", unit.model)
+        rows = ledger.rows("spectra", unit.model)
         partition = unit.partition or entry.partition
         rows = rows[(rows["stage"] == unit.stage) & (rows["partition"] == partition)]
     return bool(rows["status"].isin(["failed", "pending"]).any())

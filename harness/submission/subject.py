@@ -12,8 +12,9 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.estimator.checks import Batch
-from harness.estimator.device import memory_share
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data, Task
 
@@ -69,13 +70,7 @@ class Subject:
 
     def hessian(self, dtype: torch.dtype, batch: Batch | None = None) -> BlockHessian:
         """Return the block Hessian on few samples."""
-        return BlockHessian(
-            self.model,
-            self.task.loss,
-            [self.batch if batch is None else batch],
-            find_blocks(self.model, self.entry.partition, paper_blocks=self.entry.paper_blocks),
-            batch_weights=self.task.num_terms,
-            device=CPU,
-            dtype=dtype,
-            memory_budget=memory_share(CPU),
-        )
+        batches = [self.batch if batch is None else batch]
+        objective = Objective(self.model, self.task.loss, batches, self.task.num_terms)
+        blocks = find_blocks(self.model, self.entry.partition, paper_blocks=self.entry.paper_blocks)
+        return BlockHessian(objective, blocks, Settings(dtype=str(dtype), device="cpu"))

@@ -17,14 +17,12 @@ import torch
 
 import spectra_db
 from harness.errors import UserError, reason_of
-from harness.estimator import find_blocks
-from harness.estimator.checks import batch_hash, fixed_arithmetic
-from harness.estimator.device import choose_device, memory_share
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.checks import batch_hash
+from harness.estimator.hessian import opened
 from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.quadrature import gauss_rule
-from harness.estimator.spectrum import DTYPES
+from harness.estimator.settings import Settings
 from harness.records.derived import derived
 from harness.registry import ModelEntry
 from harness.submission import locate
@@ -281,33 +279,27 @@ def _recompute(
     row: dict[Any, Any], problem: Problem, device: str | None, deadline: float
 ) -> dict[str, Any]:
     """Return alphas, betas, nodes and weights of the row's block and probe."""
-    entry = problem.entry
-    found = find_blocks(problem.model, row["partition"], paper_blocks=entry.paper_blocks)
+    found = problem.blocks(row["partition"])
     block = next((b for b in found if b.name == row["block"]), None)
     if block is None:
-        raise _Wrong(f"{entry.name} has no block {row['block']!r} in {row['partition']}")
+        raise _Wrong(f"{problem.entry.name} has no block {row['block']!r} in {row['partition']}")
     if block.num_params != row["num_params"]:
         raise _Wrong(f"the block has {block.num_params} parameters, not {row['num_params']}")
-    target = choose_device(problem.model, device)
-    with fixed_arithmetic(problem.model, row["matmul_precision"]):
-        hessian = BlockHessian(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            [block],
-            batch_weights=problem.batch_weights,
-            device=target,
-            dtype=DTYPES[row["dtype"]],
-            norm_mode=row["norm_mode"],
-            memory_budget=memory_share(target),
-        )
+    settings = Settings(
+        row["partition"],
+        dtype=row["dtype"],
+        device=device,
+        norm_mode=row["norm_mode"],
+        matmul_precision=row["matmul_precision"],
+    )
+    with opened(problem.objective, [block], settings) as hessian:
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
         count = block.num_params if row["method"] == "exact" else row["num_steps"]
         product = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
             for _ in range(min(2, count)):
-                product(torch.ones(count, dtype=hessian.dtype, device=target))
+                product(torch.ones(count, dtype=hessian.dtype, device=hessian.device))
             eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
             weights = np.full(len(eigenvalues), 1 / len(eigenvalues))
             return {"alphas": [], "betas": [], "nodes": eigenvalues, "weights": weights}
@@ -317,7 +309,7 @@ def _recompute(
         v0 = draw_probe(block.num_params, row["probe_seed"], row["probe_distribution"])
         run = lanczos(
             product,
-            v0.to(target, hessian.dtype),
+            v0.to(hessian.device, hessian.dtype),
             row["num_steps"],
             reorthogonalize=row["reorthogonalized"],
         )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from harness import tasks
 from harness.errors import UserError
+from harness.estimator.blocks import Block, find_blocks
+from harness.estimator.cost import Forecast, forecast
+from harness.estimator.hessian import BlockHessian, opened
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch
 from harness.training import stages
@@ -24,13 +30,13 @@ class Problem:
         model: in eval mode, on the CPU.
         loss_fn: `(model, batch) -> mean loss`.
         batches: the Hessian batch in microbatches.
-        batch_weights: the number of terms that each microbatch's mean averages.
+        count: counts the terms that a microbatch's mean averages.
         step: updates made before this stage.
         progress: step / num_steps of the recipe, in [0, 1].
         init_seed: seed of the initialisation.
         train_run: "" at initialisation, "adamw-seedS" later.
         batch_size, microbatch_size: samples.
-        num_terms: the sum of `batch_weights`.
+        num_terms: terms of all microbatches.
         data_source: what the data are, with the first 12 digits of their sha256.
     """
 
@@ -39,7 +45,7 @@ class Problem:
     model: nn.Module
     loss_fn: Callable[[nn.Module, Batch], Tensor]
     batches: list[Batch]
-    batch_weights: list[int]
+    count: Callable[[Batch], int]
     step: int
     progress: float
     init_seed: int
@@ -48,6 +54,37 @@ class Problem:
     microbatch_size: int
     num_terms: int
     data_source: str
+
+    @property
+    def objective(self) -> Objective:
+        """What is differentiated."""
+        return Objective(self.model, self.loss_fn, self.batches, self.count)
+
+    def blocks(self, partition: str) -> list[Block]:
+        """Return the blocks of the model."""
+        return find_blocks(self.model, partition, paper_blocks=self.entry.paper_blocks)
+
+    def forecast(self, settings: Settings) -> Forecast:
+        """Return what a spectrum costs, from one product per block on one sample."""
+        return forecast(self.objective, self.blocks(settings.partition), settings)
+
+    @contextmanager
+    def hessian(self, settings: Settings) -> Iterator[BlockHessian]:
+        """Yield the block Hessian, in its fixed arithmetic."""
+        blocks = self.blocks(settings.partition)
+        with opened(self.objective, blocks, settings) as hessian:
+            yield hessian
+
+    def on(self, batches: list[Batch]) -> Problem:
+        """Return the problem on other samples."""
+        sizes = [len(batch[0]) for batch in batches]
+        return replace(
+            self,
+            batches=batches,
+            batch_size=sum(sizes),
+            microbatch_size=max(sizes),
+            num_terms=sum(map(self.count, batches)),
+        )
 
 
 def load_problem(
@@ -99,20 +136,19 @@ def load_problem(
     batch = task.fixed(data, "train", batch_size or entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
     batches = tasks.split(batch, microbatch_size)
-    weights = [task.num_terms(part) for part in batches]
     return Problem(
         entry=entry,
         stage=stage,
         model=model,
         loss_fn=task.loss,
         batches=batches,
-        batch_weights=weights,
+        count=task.num_terms,
         step=step,
         progress=step / entry.recipe.num_steps if entry.recipe else 0.0,
         init_seed=seed,
         train_run="" if stage == "init" else stages.run_name(seed),
         batch_size=len(batch[0]),
         microbatch_size=microbatch_size,
-        num_terms=sum(weights),
+        num_terms=sum(map(task.num_terms, batches)),
         data_source=f"{data.source}, sha256 {data.checksum[:12]}",
     )

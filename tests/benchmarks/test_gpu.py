@@ -19,8 +19,8 @@ from benchmarks.gpu.desk import Desk, pack, report, unpack
 from benchmarks.gpu.entries import TINY, gather, load
 from benchmarks.gpu.rows import compare_rows
 from benchmarks.gpu.spectra import affordable
-from harness.campaign.spectrum import blocks_of, code_version
 from harness.estimator import estimate_spectra
+from harness.records.provenance import code_version
 from spectra_db import store
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def rows() -> tuple[pd.DataFrame, pd.DataFrame]:
     import torch
 
     problem = load(TINY, rehearse=True)
-    settings = {"blocks": blocks_of(problem, "weights"), "num_probes": 3, "num_steps": 4}
+    settings = {"blocks": problem.blocks("weights"), "num_probes": 3, "num_steps": 4}
     narrow, wide = (
         estimate_spectra(problem.model, problem.loss_fn, problem.batches, dtype=dtype, **settings)
         for dtype in (torch.float32, torch.float64)

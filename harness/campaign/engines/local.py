@@ -6,110 +6,111 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
 
-if TYPE_CHECKING:
-    from harness.campaign.plan import Unit
-    from harness.campaign.run import Agenda
-
-Execute = Callable[..., "str | None"]
-_LOOK = 1.0  # seconds between looks at how far the workers are
+from harness.campaign.engines import Engine, Execute
+from harness.campaign.unit import Unit
 
 # In a worker: its own two numbers among those of all workers, the unit's number and how far it is.
 _slot: Any = None
 
 
-def run_here(agenda: Agenda, execute: Execute) -> None:
-    """Execute one unit after another in this process."""
-    while True:
-        while unit := agenda.start():
+class Here(Engine):
+    """One unit after another in this process.
 
-            def on_progress(done: int, total: int, unit: Unit = unit) -> None:
-                agenda.progress(unit, done / total if total else 1.0)
-
-            agenda.settle(unit, execute(unit, on_progress))
-        if not agenda.wait():
-            return
-
-
-def run_in_workers(agenda: Agenda, execute: Execute, *, jobs: int, spread: bool = False) -> None:
-    """Keep worker processes busy with what is ready.
-
-    When a worker dies all units in flight are lost, and none can be told to be the cause. They
-    are tried again one at a time; one that dies alone has failed. Spread, each worker takes one of
-    the GPUs, in turn.
+    Args:
+        execute: Does one.
+        on_progress: Called with the unit and the part of it that is done.
     """
-    suspects: list[Unit] = []
-    retried: set[Unit] = set()
-    running: dict[Future[str | None], tuple[Unit, int]] = {}
-    gpus = visible_gpus() if spread else []
-    pool, slots = make_pool(jobs, gpus)
-    number = 0
-    try:
-        while True:
-            refused: list[Unit] = []
-            while len(running) < jobs:
-                if running and (suspects or any(unit in retried for unit, _ in running.values())):
-                    break
-                if suspects:
-                    retried.add(suspects[-1])
-                unit = suspects.pop() if suspects else agenda.start()
-                if unit is None:
-                    break
-                number += 1
-                try:
-                    running[pool.submit(_execute, execute, unit, number)] = unit, number
-                except BrokenProcessPool:  # a worker died since the last look
-                    refused.append(unit)
-                    break
-            if running:
-                wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
-                reached = {int(slots[i]): slots[i + 1] for i in range(0, len(slots), 2)}
-                for unit, n in running.values():
-                    if reached.get(n, 0.0) > 0:
-                        agenda.progress(unit, reached[n])
-            elif not refused:
-                if agenda.wait():
-                    continue
-                return
-            died = any(isinstance(f.exception(), BrokenProcessPool) for f in running if f.done())
-            if died or refused:
-                lost = [*(unit for unit, _ in running.values()), *refused]
-                running.clear()
-                pool.shutdown()
-                pool, slots = make_pool(jobs, gpus)
-                if len(lost) > 1 or refused:
-                    suspects += lost
-                    continue
-                agenda.lost(lost[0])
-            for future in [future for future in running if future.done()]:
-                agenda.settle(running.pop(future)[0], future.result())
-    finally:
-        pool.shutdown(wait=not running, cancel_futures=True)
-        if running:  # interrupted: readers see whole files whatever a worker is at
+
+    def __init__(self, execute: Execute, on_progress: Callable[[Unit, float], None]) -> None:
+        self._execute, self._on_progress = execute, on_progress
+
+    def slots(self) -> int:
+        """Return one."""
+        return 1
+
+    def submit(self, unit: Unit) -> Future[str | None]:
+        """Do a unit."""
+
+        def on_progress(done: int, total: int) -> None:
+            self._on_progress(unit, done / total if total else 1.0)
+
+        future: Future[str | None] = Future()
+        future.set_result(self._execute(unit, on_progress))
+        return future
+
+
+class Workers(Engine):
+    """Spawned worker processes, since torch's threads don't survive a fork.
+
+    Args:
+        execute: Does one unit; sent to the workers.
+        jobs: How many workers.
+        spread: Whether each takes one of the GPUs, in turn.
+    """
+
+    dies_whole = True
+
+    def __init__(self, execute: Execute, jobs: int, *, spread: bool = False) -> None:
+        self._execute, self._jobs = execute, jobs
+        self._gpus = visible_gpus() if spread else []
+        self._units: dict[int, Unit] = {}
+        self._futures: list[Future[str | None]] = []
+        self._pool, self._numbers = self._start()
+
+    def slots(self) -> int:
+        """Return how many workers there are."""
+        return self._jobs
+
+    def submit(self, unit: Unit) -> Future[str | None]:
+        """Hand a unit to a worker."""
+        number = len(self._units) + 1
+        future = self._pool.submit(_execute, self._execute, unit, number)
+        self._units[number] = unit
+        self._futures = [f for f in self._futures if not f.done()] + [future]
+        return future
+
+    def revive(self) -> None:
+        """Start other workers."""
+        self._pool.shutdown()
+        self._pool, self._numbers = self._start()
+
+    def progress(self) -> Iterable[tuple[Unit, float]]:
+        """Yield what the workers left in the numbers that they share."""
+        for i in range(0, len(self._numbers), 2):
+            unit, fraction = self._units.get(int(self._numbers[i])), self._numbers[i + 1]
+            if unit is not None and fraction > 0:
+                yield unit, fraction
+
+    def close(self, *error: Any) -> None:
+        """End the workers; readers see whole files whatever one is at."""
+        interrupted = any(not future.done() for future in self._futures)
+        self._pool.shutdown(wait=not interrupted, cancel_futures=True)
+        if interrupted:
             for process in multiprocessing.active_children():
                 process.terminate()
 
+    def _start(self) -> tuple[ProcessPoolExecutor, Any]:
+        """Return a pool, and two shared numbers for each worker.
 
-def make_pool(jobs: int, gpus: Sequence[str] = ()) -> tuple[ProcessPoolExecutor, Any]:
-    """Return a pool of spawned workers, each on one of the GPUs, and two shared numbers for each.
+        The numbers have no lock, which a worker that is killed would take with it.
+        """
+        context = multiprocessing.get_context("spawn")
+        numbers = context.Array("d", 2 * self._jobs, lock=False)
+        counter = context.Value("i", 0)
+        pool = ProcessPoolExecutor(
+            self._jobs,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(counter, numbers, self._gpus),
+        )
+        return pool, numbers
 
-    Spawned, since torch's threads don't survive a fork. The numbers have no lock, which a worker
-    that is killed would take with it.
-    """
-    context = multiprocessing.get_context("spawn")
-    slots = context.Array("d", 2 * jobs, lock=False)
-    counter = context.Value("i", 0)
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_start_worker, initargs=(counter, slots, gpus)
-    )
-    return pool, slots
 
-
-def _start_worker(counter: Any, slots: Any, gpus: Sequence[str]) -> None:
+def _start_worker(counter: Any, numbers: Any, gpus: Sequence[str]) -> None:
     """Leave Ctrl-C to the parent, end with it even if it is killed, take one GPU of several."""
     global _slot
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -124,7 +125,7 @@ def _start_worker(counter: Any, slots: Any, gpus: Sequence[str]) -> None:
     with counter.get_lock():
         index = counter.value
         counter.value += 1
-    _slot = slots, 2 * index
+    _slot = numbers, 2 * index
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
@@ -143,12 +144,20 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip()]
 
 
+def sharers(jobs: int, device: str | None) -> int:
+    """Return how many of so many workers share the memory of a device."""
+    import torch
+
+    # Named alone, GPUs are taken in turn.
+    return -(-jobs // max(1, torch.cuda.device_count())) if device == "cuda" else jobs
+
+
 def _execute(execute: Execute, unit: Unit, number: int) -> str | None:
     """Execute a unit in a worker, leaving its progress where the parent looks."""
-    slots, at = _slot
-    slots[at + 1], slots[at] = 0.0, number
+    numbers, at = _slot
+    numbers[at + 1], numbers[at] = 0.0, number
 
     def on_progress(done: int, total: int) -> None:
-        slots[at + 1] = done / total if total else 1.0
+        numbers[at + 1] = done / total if total else 1.0
 
     return execute(unit, on_progress)

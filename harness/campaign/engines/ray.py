@@ -6,23 +6,21 @@ machines share, as for the local engine's processes. What a lost machine was at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+from harness.campaign.engines import Engine, Execute
+from harness.campaign.unit import Unit
 from harness.errors import UserError
 from harness.estimator.cost import Forecast, cut
-
-if TYPE_CHECKING:
-    from harness.campaign.plan import Unit
-    from harness.campaign.run import Agenda
 
 RETRIES = 3  # of a task whose worker died
 # Operations that are worth a task of their own, beside loading the model and its data again.
 GROUP_FLOPS = 1e13
 _BASE_BYTES = 1 << 30  # of a process with torch, before any graph
-_LOOK = 1.0  # seconds between looks at the size of the cluster
 
 
 def import_ray() -> Any:
@@ -53,22 +51,11 @@ def task_device(device: str | None) -> str | None:
     return device
 
 
-def run_on_ray(
-    agenda: Agenda,
-    execute: Callable[..., str | None],
-    *,
-    costs: Mapping[str, Mapping[str, Forecast]],
-    address: str | None = None,
-    num_cpus: int = 1,
-    num_gpus: int = 0,
-    jobs: int = 1,
-    group_flops: float = GROUP_FLOPS,
-) -> None:
-    """Keep a Ray cluster busy with what is ready.
+class Tasks(Engine):
+    """Tasks on a Ray cluster; a spectrum that is worth it is cut into groups of its blocks.
 
     Args:
-        agenda: What there is to do.
-        execute: Does one unit; returns the reason if it failed.
+        execute: Does one unit; sent to the tasks.
         costs: Forecasts of spectra by model and partition, for memory and groups of blocks.
         address: Of the cluster; None: a cluster on this machine, for the time of the run.
         num_cpus: Processors of a task.
@@ -78,95 +65,51 @@ def run_on_ray(
 
     Raises:
         UserError: Ray is not installed, or there is no cluster at the address.
-        OSError: A task could not write.
     """
-    ray = import_ray()
-    here = {"num_cpus": jobs * num_cpus, "include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, **({"address": address} if address else here))
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray cluster at {address!r}: {error}") from error
-    try:
-        _Cluster(ray, agenda, execute, costs, num_cpus, num_gpus, group_flops).run()
-    finally:
-        ray.shutdown()
-
-
-class _Cluster:
-    """The tasks in flight."""
 
     def __init__(
         self,
-        ray: Any,
-        agenda: Agenda,
-        execute: Callable[..., str | None],
+        execute: Execute,
+        *,
         costs: Mapping[str, Mapping[str, Forecast]],
-        num_cpus: int,
-        num_gpus: int,
-        group_flops: float,
+        address: str | None = None,
+        num_cpus: int = 1,
+        num_gpus: int = 0,
+        jobs: int = 1,
+        group_flops: float = GROUP_FLOPS,
     ) -> None:
-        self._ray, self._agenda, self._execute = ray, agenda, execute
-        self._costs, self._group_flops = costs, group_flops
+        self._ray = ray = import_ray()
+        here = {"num_cpus": jobs * num_cpus, "include_dashboard": False}
+        try:
+            ray.init(log_to_driver=False, **({"address": address} if address else here))
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+        self._execute, self._costs, self._group_flops = execute, costs, group_flops
         self._needs = {"CPU": num_cpus, "GPU": num_gpus}
         self._remote = ray.remote(_do)
-        self._running: dict[Any, Unit] = {}
-        self._groups: dict[Unit, int] = {}  # groups in flight of a spectrum that is cut
-        self._claims: dict[Unit, ExitStack] = {}
 
-    def run(self) -> None:
-        """Do all there is to do."""
-        try:
-            while True:
-                while len(self._running) < self._slots() and (unit := self._agenda.start()):
-                    self._begin(unit)
-                if not self._running:
-                    if self._agenda.wait():
-                        continue
-                    return
-                done, _ = self._ray.wait(list(self._running), timeout=_LOOK)
-                for task in done:
-                    self._end(task, self._running.pop(task))
-        finally:
-            for claim in self._claims.values():
-                claim.close()
-
-    def _slots(self) -> int:
+    def slots(self) -> int:
         """Return how many tasks the cluster has room for; at least one, for it to grow."""
         there = self._ray.cluster_resources()
         room = [there.get(name, 0) // need for name, need in self._needs.items() if need]
         return max(1, int(min(room)))
 
-    def _begin(self, unit: Unit) -> None:
-        groups = self._cut(unit)
-        if len(groups) < 2:
-            self._submit(unit)
-            return
-        # While groups are taken, the spectrum is this run's.
-        claim = ExitStack()
-        if claim.enter_context(self._agenda.claim(unit)):
-            self._claims[unit] = claim
-            self._groups[unit] = len(groups)
-            for group in groups:
-                self._submit(replace(unit, blocks=group))
-        else:
-            claim.close()
-            self._submit(unit)  # which will find out
-
-    def _cut(self, unit: Unit) -> list[tuple[str, ...]]:
+    def parts(self, unit: Unit) -> list[Unit]:
         """Return groups of blocks of about equal cost."""
         cost = self._costs.get(unit.model, {}).get(unit.partition)
         if unit.kind != "spectrum" or cost is None:
             return []
-        number = min(self._slots(), len(cost.block_names), int(cost.flops // self._group_flops))
+        number = min(self.slots(), len(cost.block_names), int(cost.flops // self._group_flops))
         if number < 2:
             return []
         groups: dict[int, list[str]] = {}
         places = cut(cost.spectrum_flops, number)
         for name, place in zip(cost.block_names, places, strict=True):
             groups.setdefault(place, []).append(name)
-        return [tuple(names) for names in groups.values()]
+        return [replace(unit, blocks=tuple(names)) for names in groups.values()]
 
-    def _submit(self, unit: Unit) -> None:
+    def submit(self, unit: Unit) -> Future[str | None]:
+        """Begin a task; Ray tries it elsewhere where its worker dies."""
         needs: dict[str, int] = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"]}
         cost = self._costs.get(unit.model, {}).get(unit.partition)
         if cost is not None and not self._needs["GPU"]:
@@ -174,38 +117,34 @@ class _Cluster:
             largest = max(node["Resources"].get("memory", 0) for node in self._ray.nodes())
             memory = _BASE_BYTES + cost.product_bytes + cost.vector_bytes
             needs["memory"] = int(min(memory, largest / 2))
-        task = self._remote.options(**needs, max_retries=RETRIES)
-        self._running[task.remote(self._execute, unit)] = unit
+        task = self._remote.options(**needs, max_retries=RETRIES).remote(self._execute, unit)
+        future: Future[str | None] = Future()
+        task.future().add_done_callback(partial(self._settle, future))
+        return future
 
-    def _end(self, task: Any, unit: Unit) -> None:
-        died = False
-        reason: str | None = None
-        try:
-            reason, number, text = self._ray.get(task)
-            if number is not None:
-                raise OSError(number, text)
-        except self._ray.exceptions.RayTaskError:
-            raise
-        except self._ray.exceptions.RayError:  # the worker died, again and again
-            died = True
-        if unit.blocks:
-            whole = replace(unit, blocks=())
-            self._groups[whole] -= 1
-            if not self._groups[whole]:
-                # Tries again what failed, and has the derived tables follow.
-                self._claims.pop(whole).close()
-                self._submit(whole)
-        elif died:
-            self._agenda.lost(unit)
+    def _settle(self, future: Future[str | None], task: Future[Any]) -> None:
+        """Hand on how a task ended; its worker may have died, again and again."""
+        errors = self._ray.exceptions
+        error = task.exception()
+        if isinstance(error, errors.RayError) and not isinstance(error, errors.RayTaskError):
+            future.set_exception(BrokenExecutor(str(error)))
+        elif error is not None:
+            future.set_exception(error)
         else:
-            self._agenda.settle(unit, reason)
+            reason, number, text = task.result()
+            if number is None:
+                future.set_result(reason)
+            else:
+                future.set_exception(OSError(number, text))
+
+    def close(self, *error: Any) -> None:
+        """Leave the cluster."""
+        self._ray.shutdown()
 
 
-def _do(
-    execute: Callable[..., str | None], unit: Unit
-) -> tuple[str | None, int | None, str | None]:
+def _do(execute: Execute, unit: Unit) -> tuple[str | None, int | None, str | None]:
     """Execute a unit in a task; an error of the disk comes back as its number and text."""
     try:
-        return execute(unit), None, None
+        return execute(unit, lambda done, total: None), None, None
     except OSError as error:
         return None, error.errno, error.strerror

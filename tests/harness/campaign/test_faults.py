@@ -17,15 +17,20 @@ import pandas as pd
 import pytest
 
 import spectra_db
-from harness.campaign import run
-from harness.campaign.locks import claim
-from harness.campaign.plan import Unit, missing, survey
+from harness.campaign import agenda
+from harness.campaign.claims import claim
+from harness.campaign.plan import missing
 from harness.campaign.run import run_entries
+from harness.campaign.survey import survey
+from harness.campaign.unit import Unit
+from harness.campaign.work import Job
 from harness.errors import OutputError
+from harness.records.ledger import Ledger
+from harness.registry import ModelEntry
 from harness.training.stages import STAGE_SEED
 from spectra_db import store
 from spectra_db.release import list_files
-from tests.harness.campaign.test_run import RECIPE, do, job_of, tiny, values
+from tests.harness.campaign.test_run import RECIPE, do, job_of, nothing, tiny, values
 
 from . import victim
 
@@ -84,21 +89,31 @@ def test_fifty_kills_at_random_moments_lose_nothing_but_the_work_in_flight(tmp_p
         runs += 1
 
 
-def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole, monkeypatch):
+class LastFirst(Job):
+    """A job whose last units come first."""
+
+    def missing(self, entry: ModelEntry) -> list[Unit]:
+        return super().missing(entry)[::-1]
+
+
+def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole):
     assert do(tmp_path / "two", tiny(), jobs=2)[0] == {}
     check_same(tmp_path / "two", whole)
-    monkeypatch.setattr(run, "missing", lambda entry, out: reversed(list(missing(entry, out))))
-    _, started = do(tmp_path / "reversed", tiny())
+    out, started = tmp_path / "reversed", []
+    job = LastFirst(**vars(job_of(out, tiny())))
+    run_entries(
+        [survey(tiny(), None)], job, on_event=lambda what, unit, facts: started.append(unit)
+    )
     assert started[0].kind == "spectrum"
-    check_same(tmp_path / "reversed", whole)
+    check_same(out, whole)
 
 
 def test_a_run_leaves_the_checkpoints_alone_that_another_is_writing(tmp_path):
     job = job_of(tmp_path, tiny())
-    writing = job.checkpoints / "tiny" / ".adamw-seed1-other.tmp" / "p10.safetensors"
+    writing = job.ledger.checkpoints / "tiny" / ".adamw-seed1-other.tmp" / "p10.safetensors"
     writing.parent.mkdir(parents=True)
     writing.touch()
-    run._train(Unit("tiny", "train", "sgd", 0.1, STAGE_SEED), job)
+    job.do(Unit("tiny", "train", "sgd", 0.1, STAGE_SEED), nothing)
     assert writing.exists()
 
 
@@ -119,7 +134,7 @@ def test_two_processes_in_one_folder_share_the_units(tmp_path, whole):
 def test_a_run_waits_for_what_another_process_does_and_takes_it_over_when_that_dies(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run, "_PATIENCE", 0.05)
+    monkeypatch.setattr(agenda, "PATIENCE", 0.05)
     entry = tiny(recipe=None, stages=("init",), full_stages=())
     unit = Unit("tiny", "spectrum", stage="init", partition="weights")
     told = []
@@ -133,7 +148,7 @@ def test_a_run_waits_for_what_another_process_does_and_takes_it_over_when_that_d
 
     assert run_entries([survey(entry, None)], job_of(tmp_path, entry), on_event=on_event) == {}
     assert [what for what in told if what != "progress"] == ["start", "elsewhere", "start", "done"]
-    assert list(missing(entry, tmp_path)) == []
+    assert list(missing(entry, Ledger(tmp_path))) == []
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from harness.campaign.forecast import (
     throughput_of,
     total,
 )
-from harness.campaign.plan import survey
-from harness.campaign.spectrum import blocks_of, forecast_of
+from harness.campaign.survey import survey
 from harness.errors import UserError
 from harness.estimator.cost import Forecast, cut
+from harness.estimator.settings import Settings
 from harness.training import load_problem
 from tests.harness.campaign.test_run import do, tiny
 
@@ -35,11 +35,11 @@ def surveyed():
 @pytest.mark.parametrize("memory_budget", [None, 1_000_000])
 def test_the_operations_are_those_of_a_real_spectrum(memory_budget):
     problem = load_problem(tiny(hessian_batch_size=64, full_stages=()))
-    cost = forecast_of(problem, "weights", 3, 4)
+    cost = problem.forecast(Settings(num_probes=3, num_steps=4))
     with FlopCounterMode(display=False) as counter:
         estimate_spectra(
             problem.model, problem.loss_fn, problem.batches,
-            blocks=blocks_of(problem, "weights"), num_probes=3, num_steps=4,
+            blocks=problem.blocks("weights"), num_probes=3, num_steps=4,
             memory_budget=memory_budget,
         )  # fmt: skip
     kept = memory_budget is None

@@ -10,18 +10,23 @@ from click.testing import CliRunner
 
 from harness.campaign.engines import local as workers
 from harness.campaign.engines.ray import task_device
+from harness.campaign.unit import Unit
 from harness.cli import main
 from harness.errors import UserError
 from harness.estimator import distributed
 
 
-@pytest.mark.parametrize(("gpus", "taken"), [(["5", "GPU-7"], {"5", "GPU-7"}), (["5"], {None})])
+def gpu_of(unit: Unit, on_progress: object) -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(["5", "GPU-7"], {"5", "GPU-7"}), (["5"], {"5"})])
 def test_workers_take_the_gpus_that_their_parent_counted(monkeypatch, gpus, taken):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    pool, _ = workers.make_pool(2, gpus)
-    with pool:
-        # Of the standard library, so that workers import nothing of ours.
-        seen = {pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for _ in range(4)}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(gpus))
+    engine = workers.Workers(gpu_of, 2, spread=True)
+    futures = [engine.submit(Unit("m", "train", seed=seed)) for seed in range(4)]
+    seen = {future.result() for future in futures}
+    engine.close()
     assert seen
     assert seen <= taken
 
@@ -107,7 +112,7 @@ def test_a_head_node_without_a_gpu_starts_a_run_on_a_cluster_of_gpus(monkeypatch
     def surveyed(*_: object) -> None:
         raise UserError("the survey was reached")
 
-    monkeypatch.setattr("harness.campaign.plan.survey", surveyed)
+    monkeypatch.setattr("harness.campaign.survey.survey", surveyed)
     command = ["run", "cnn-digits", "--engine", "ray", "--out", str(tmp_path / "out"), "--device"]
     beside = CliRunner().invoke(main, [*command, "cuda", "--address", "10.0.0.1:6379"])
     assert "the survey was reached" in str(beside.output) + str(beside.exception)

@@ -85,22 +85,20 @@ def test_the_batch_error_is_the_difference_of_the_metrics_on_two_halves(tmp_path
     [js0] = rows.loc[(rows["metric"] == "js0") & (rows["scale"] == "lambda10"), "batch_error"]
     assert f"js0 of the batch's halves: {js0:.4f} apart" in shown
     assert (rows["batch_error"] >= 0).all()
-    from harness.estimator import estimate_spectra
+    from harness.estimator.settings import Settings
+    from harness.estimator.spectrum import gathered, rules
     from harness.registry import get
     from harness.training import load_problem
 
     problem = load_problem(get(MODEL))
     [(images, labels)] = problem.batches
     middle = len(images) // 2
-    halves = [
-        spectra_db.js0(
-            estimate_spectra(
-                problem.model, problem.loss_fn, [(images[part], labels[part])], num_probes=3,
-                num_steps=8, seed=1, identity={"model": MODEL, "stage": "init"},
-            )
-        ).corrected
-        for part in (slice(middle), slice(middle, None))
-    ]  # fmt: skip
+    settings, halves = Settings(num_probes=3, num_steps=8), []
+    source = {"model": MODEL, "stage": "init", "init_seed": 1}
+    for part in (slice(middle), slice(middle, None)):
+        with problem.on([(images[part], labels[part])]).hessian(settings) as hessian:
+            rows = gathered(rules(hessian, settings, source), hessian.blocks)
+        halves.append(spectra_db.js0(rows).corrected)
     assert js0 == pytest.approx(abs(halves[0] - halves[1]), abs=1e-6)
     # The whole batch's spectrum stands alone, and nothing is taken twice.
     assert spectra_db.load("spectra", source=tmp_path)["batch_hash"].nunique() == 1

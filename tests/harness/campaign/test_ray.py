@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.campaign.engines.ray import run_on_ray
-from harness.campaign.plan import Unit, missing, survey
+from harness.campaign.engines.ray import Tasks
+from harness.campaign.plan import missing
 from harness.campaign.run import run_entries
+from harness.campaign.survey import survey
+from harness.campaign.unit import Unit
+from harness.records.ledger import Ledger
 from tests.harness.campaign.test_run import do, job_of, tiny
 
 from .test_faults import check_same
@@ -47,10 +50,10 @@ def test_a_campaign_on_ray_makes_the_same_rows_though_a_worker_is_killed(tmp_pat
             killed.append(victims[0])
 
     # So small a group that each spectrum is cut in two.
-    engine = partial(run_on_ray, costs={"tiny": surveyed.costs}, jobs=2, group_flops=1e6)
+    engine = partial(Tasks, costs={"tiny": surveyed.costs}, jobs=2, group_flops=1e6)
     failed = run_entries([surveyed], job_of(out, entry), engine=engine, on_event=on_event)
     assert failed == {}
     assert killed
     assert len(done) == len(set(done))
-    assert list(missing(entry, out)) == []
+    assert list(missing(entry, Ledger(out))) == []
     check_same(out, whole)

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,14 +22,20 @@ import scipy.stats
 
 import spectra_db
 from harness import tasks
-from harness.campaign import run
-from harness.campaign import spectrum as spectra
-from harness.campaign.engines import local as workers
-from harness.campaign.plan import Survey, Unit, missing, survey
-from harness.campaign.run import Job, execute, run_entries
-from harness.campaign.spectrum import Settings, take_spectrum
+from harness.campaign.drive import drive
+from harness.campaign.engines import Engine
+from harness.campaign.engines.local import Workers, sharers
+from harness.campaign.plan import missing
+from harness.campaign.run import run_entries
+from harness.campaign.spectrum import take_spectrum
+from harness.campaign.survey import Survey, survey
+from harness.campaign.unit import Unit
+from harness.campaign.work import Job
 from harness.errors import OutputError, UserError
-from harness.estimator import estimate_spectra
+from harness.estimator.settings import Settings
+from harness.estimator.spectrum import gathered, rules
+from harness.records.ledger import Ledger
+from harness.records.provenance import code_version
 from harness.registry import ModelEntry, Recipe, get
 from harness.training import load_problem, train
 from spectra_db import store
@@ -47,18 +54,32 @@ def tiny(**changes: object) -> ModelEntry:
     return replace(get("cnn-digits"), **(small | changes))
 
 
-def job_of(out: Path, *entries: ModelEntry) -> Job:
-    return Job(
-        out=out,
-        entries={entry.name: entry for entry in entries},
-        data_root=None,
-        device=os.environ.get("HARNESS_TEST_DEVICE", "cpu"),
-        num_threads=1,
-        command="harness run tiny",
-    )
+@dataclass(frozen=True)
+class FailingJob(Job):
+    """A job of which some units fail."""
+
+    fails: Callable[[Unit], BaseException | None] = lambda unit: None
+
+    def do(self, unit: Unit, on_progress: Callable[[int, int], None]) -> None:
+        if (error := self.fails(unit)) is not None:
+            raise error
+        super().do(unit, on_progress)
 
 
-def do(out: Path, *entries: ModelEntry, jobs: int = 1) -> tuple[dict[Unit, str], list[Unit]]:
+def nothing(done: int, total: int) -> None:
+    """Take no note of progress."""
+
+
+def job_of(out: Path, *entries: ModelEntry, **changes: object) -> Job:
+    of = {entry.name: entry for entry in entries}
+    kind = FailingJob if "fails" in changes else Job
+    device = os.environ.get("HARNESS_TEST_DEVICE", "cpu")
+    return kind(Ledger(out), of, None, device, "harness run tiny", **changes)
+
+
+def do(
+    out: Path, *entries: ModelEntry, jobs: int = 1, **changes: object
+) -> tuple[dict[Unit, str], list[Unit]]:
     """Run entries; return what failed and the units that were started."""
     started: list[Unit] = []
 
@@ -67,7 +88,8 @@ def do(out: Path, *entries: ModelEntry, jobs: int = 1) -> tuple[dict[Unit, str],
             started.append(unit)
 
     surveys = [survey(entry, None) for entry in entries]
-    failed = run_entries(surveys, job_of(out, *entries), jobs=jobs, on_event=on_event)
+    job = job_of(out, *entries, **changes)
+    failed = run_entries(surveys, job, jobs=jobs, on_event=on_event)
     return failed, started
 
 
@@ -110,12 +132,12 @@ def test_the_gap_is_also_measured_from_the_entropy_of_the_labels(whole):
 
 
 def test_the_same_command_finds_nothing_left_to_do(whole):
-    assert list(missing(tiny(), whole)) == []
+    assert list(missing(tiny(), Ledger(whole))) == []
     assert do(whole, tiny()) == ({}, [])
 
 
 def test_only_the_units_at_the_best_rate_wait_for_the_grid(tmp_path):
-    units = list(missing(tiny(), tmp_path))
+    units = list(missing(tiny(), Ledger(tmp_path)))
     waiting = [unit for unit in units if not unit.ready]
     assert {(u.kind, u.seed) for u in waiting if u.kind == "train"} == {
         ("train", 1), ("train", 2), ("train", 3),
@@ -132,7 +154,7 @@ def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
 
 def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
     entry = tiny(stages=("init",), full_stages=(), moments_batch_size=40)
-    assert [unit.ready for unit in missing(entry, tmp_path)] == [True, False]
+    assert [unit.ready for unit in missing(entry, Ledger(tmp_path))] == [True, False]
     failed, started = do(tmp_path, entry)
     assert (failed, [unit.kind for unit in started]) == ({}, ["spectrum", "moments"])
     rows = spectra_db.load("heterogeneity", source=tmp_path).set_index("metric")
@@ -143,11 +165,10 @@ def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
     assert set(larger.loc[["lambda_rms_spread", "trace_spread"], "num_products"]) == {3 * 3}
     # What the metric is on a problem of that batch.
     problem = load_problem(replace(entry, hessian_batch_size=40), "init", 1)
-    rows = estimate_spectra(
-        problem.model, problem.loss_fn, problem.batches, num_probes=3, num_steps=1, exact_size=3,
-        seed=1, identity={"model": "tiny", "stage": "init"},
-    )  # fmt: skip
-    expected = spread(rows, "lambda_rms")
+    settings = Settings(num_probes=3, num_steps=1, exact_size=3)
+    source = {"model": "tiny", "stage": "init", "init_seed": 1}
+    with problem.hessian(settings) as hessian:
+        expected = spread(gathered(rules(hessian, settings, source), hessian.blocks), "lambda_rms")
     assert larger.loc["lambda_rms_spread", "corrected"] == pytest.approx(expected.corrected)
     # Spectra stay those of one batch, and a second run finds all done.
     assert spectra_db.load("spectra", source=tmp_path)["batch_size"].unique().tolist() == [16]
@@ -155,7 +176,7 @@ def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
     # The spectrum's own batch does not put its moments in the place of these.
     before = spectra_db.load("heterogeneity", source=tmp_path)
     settings = Settings(num_probes=3, num_steps=3, device="cpu")
-    take_spectrum(load_problem(entry), settings, tmp_path, command="")
+    take_spectrum(load_problem(entry), settings, Ledger(tmp_path), command="")
     pd.testing.assert_frame_equal(before, spectra_db.load("heterogeneity", source=tmp_path))
 
 
@@ -163,7 +184,7 @@ def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp
     out = shutil.copytree(whole, tmp_path / "copy")
     checkpoint = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
     checkpoint.unlink()
-    assert list(missing(tiny(), out)) == []
+    assert list(missing(tiny(), Ledger(out))) == []
     failed, started = do(out, tiny(num_probes=4))
     assert not failed
     assert [(u.kind, u.seed) for u in started if u.kind == "train"] == [("train", 1)]
@@ -187,7 +208,7 @@ def test_spectra_of_weights_that_were_trained_anew_are_taken_anew(tmp_path):
 def test_runs_of_another_length_are_not_mixed(whole):
     longer = tiny(recipe=replace(RECIPE, num_steps=12))
     with pytest.raises(UserError, match="runs of tiny of 10 steps, its recipe has 12"):
-        list(missing(longer, whole))
+        list(missing(longer, Ledger(whole)))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +223,7 @@ def test_runs_of_another_length_are_not_mixed(whole):
 def test_results_of_another_version_of_an_entry_are_not_taken_for_its_own(whole, changes, said):
     with pytest.raises(UserError, match=f"{said}.*name another --out"):
         do(whole, tiny(**changes))
-    assert list(missing(tiny(), whole)) == []
+    assert list(missing(tiny(), Ledger(whole))) == []
 
 
 def test_results_of_a_model_of_another_size_are_refused_whatever_the_entry_says(whole):
@@ -215,21 +236,16 @@ def test_results_of_a_model_of_another_size_are_refused_whatever_the_entry_says(
 def test_a_folder_without_notes_of_its_entries_is_complete(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(out / "entries")
-    assert list(missing(tiny(), out)) == []
+    assert list(missing(tiny(), Ledger(out))) == []
     assert do(out, tiny()) == ({}, [])
 
 
-def test_where_nothing_was_finished_an_entry_may_be_changed(tmp_path, monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError("no memory")
-
+def test_where_nothing_was_finished_an_entry_may_be_changed(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "take_spectrum", fail)
-        assert do(tmp_path, entry)[0]
+    assert do(tmp_path, entry, fails=lambda unit: MemoryError("no memory"))[0]
     entry = replace(entry, hessian_batch_size=8, options={"widths": (4, 8)})
     assert not do(tmp_path, entry)[0]
-    assert list(missing(entry, tmp_path)) == []
+    assert list(missing(entry, Ledger(tmp_path))) == []
 
 
 def test_an_entry_whose_code_fails_does_not_stop_the_others(tmp_path):
@@ -244,74 +260,43 @@ def test_an_entry_whose_code_fails_does_not_stop_the_others(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "jobs", "sharers"),
+    ("device", "gpus", "jobs", "expected"),
     [("cpu", 0, 4, 4), ("cpu", 0, 1, 1), ("cuda", 2, 4, 2), ("cuda", 2, 3, 2), ("cuda:1", 2, 3, 3)],
 )
-def test_workers_share_the_memory_of_their_device(
-    tmp_path, monkeypatch, device, gpus, jobs, sharers
-):
-    jobs_seen = []
-    entry = tiny(recipe=None, stages=("init",), full_stages=())
-    surveyed = survey(entry, None)
+def test_workers_share_the_memory_of_their_device(monkeypatch, device, gpus, jobs, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    for name in ("run_here", "run_in_workers"):
-        monkeypatch.setattr(
-            workers, name, lambda agenda, execute, **_: jobs_seen.append(execute.keywords["job"])
-        )
-    job = replace(job_of(tmp_path, entry), device=device)
-    run_entries([surveyed], job, jobs=jobs)
-    assert [job.sharers for job in jobs_seen] == [sharers]
+    assert sharers(jobs, device) == expected
 
 
 def test_a_worker_s_budget_is_its_part_of_half_the_memory(tmp_path, monkeypatch):
-    budgets = []
     monkeypatch.setattr("harness.estimator.device.device_memory", lambda device: 1200)
-    monkeypatch.setattr(
-        run, "take_spectrum", lambda p, s, *_, **__: budgets.append(s.memory_budget)
-    )
-    entry = tiny(recipe=None, stages=("init",), full_stages=())
-    for sharers in (1, 3):
-        job = replace(job_of(tmp_path, entry), sharers=sharers)
-        run._take(Unit("tiny", "spectrum", stage="init", partition="weights"), job)
-    assert budgets == [None, 200]
+    unit = Unit("tiny", "spectrum", stage="init", partition="weights")
+    alone, shared = (job_of(tmp_path, tiny(), sharers=n).settings(unit) for n in (1, 3))
+    assert (alone.memory_budget, shared.memory_budget) == (None, 200)
 
 
-def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(
-    tmp_path, monkeypatch
-):
-    def fail(problem, *_: object, **__: object) -> None:
-        if problem.stage == "final":
-            raise FloatingPointError("a product is not finite")
-        return take_spectrum(problem, *_, **__)
+def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(tmp_path):
+    def fails(unit: Unit) -> BaseException | None:
+        return FloatingPointError("a product is not finite") if unit.stage == "final" else None
 
-    take_spectrum = run.take_spectrum
-    monkeypatch.setattr(run, "take_spectrum", fail)
-    failed, _ = do(tmp_path, tiny())
+    failed, _ = do(tmp_path, tiny(), fails=fails)
     assert list(failed.values()) == ["FloatingPointError: a product is not finite"]
     rows = spectra_db.load("spectra", source=tmp_path, stage="final")
     assert set(rows["status"]) == {"failed"}
     assert set(rows["reason"]) == set(failed.values())
     assert set(spectra_db.load("gaps", source=tmp_path)["num_seeds"]) == {3}
 
-    monkeypatch.setattr(run, "take_spectrum", take_spectrum)
     failed, started = do(tmp_path, tiny())
     assert not failed
     assert [unit.stage for unit in started] == ["final"]
     assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
 
 
-def test_a_failed_training_run_leaves_failed_rows_for_the_spectra_that_waited(
-    tmp_path, monkeypatch
-):
-    def fail(unit: Unit, job: Job, on_progress: object) -> None:
-        if (unit.optimizer, unit.seed) == ("adamw", 1):
-            raise MemoryError("no memory")
-        train(unit, job, on_progress)
+def test_a_failed_training_run_leaves_failed_rows_for_the_spectra_that_waited(tmp_path):
+    def fails(unit: Unit) -> BaseException | None:
+        return MemoryError("no memory") if (unit.optimizer, unit.seed) == ("adamw", 1) else None
 
-    train = run._train
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_train", fail)
-        do(tmp_path, tiny())
+    do(tmp_path, tiny(), fails=fails)
     rows = spectra_db.load("spectra", source=tmp_path, stage="final")
     assert set(rows["status"]) == {"failed"}
     [reason] = set(rows["reason"])
@@ -323,16 +308,11 @@ def test_a_failed_training_run_leaves_failed_rows_for_the_spectra_that_waited(
     assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
 
 
-def test_a_failure_that_can_not_be_written_down_is_still_reported(tmp_path, monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError("no memory")
-
+def test_a_failure_that_can_not_be_written_down_is_still_reported(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
-    surveyed = survey(entry, None)
-    monkeypatch.setattr("harness.training.load_problem", fail)
-    failed = run_entries([surveyed], job_of(tmp_path, entry))
-    [reason] = failed.values()
-    assert reason.endswith("(MemoryError: no memory)")
+    gone = job_of(tmp_path, replace(entry, task="gone"))  # since it was surveyed
+    [reason] = run_entries([survey(entry, None)], gone).values()
+    assert "unknown task 'gone'" in reason
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -341,14 +321,16 @@ def test_weights_trained_by_hand_at_another_rate_are_not_taken_for_the_stages(tm
     stale = Unit("tiny", "train", "adamw", 0.5, 1)
     if when == "after":
         do(tmp_path, entry)
-    run._train(stale, job_of(tmp_path, entry))
-    units = {(u.kind, u.optimizer, u.seed, u.stage): u.ready for u in missing(entry, tmp_path)}
+    job_of(tmp_path, entry).do(stale, nothing)
+    units = {
+        (u.kind, u.optimizer, u.seed, u.stage): u.ready for u in missing(entry, Ledger(tmp_path))
+    }
     assert ("train", "adamw", 1, "") in units
     assert units["spectrum", "", 1, "final"] is False
     do(tmp_path, entry)
     [rate] = set(spectra_db.load("stages", source=tmp_path, stage="final")["lr"])
     assert rate == spectra_db.load("gaps", source=tmp_path)["adam_lr"].item()
-    assert list(missing(entry, tmp_path)) == []
+    assert list(missing(entry, Ledger(tmp_path))) == []
 
 
 def test_a_training_that_is_stopped_leaves_the_stages_of_the_run_before(tmp_path):
@@ -361,19 +343,19 @@ def test_a_training_that_is_stopped_leaves_the_stages_of_the_run_before(tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run._train(Unit("tiny", "train", "adamw", 0.5, 1), job_of(out, entry), stop)
+        job_of(out, entry).do(Unit("tiny", "train", "adamw", 0.5, 1), stop)
     assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*.*")} == before
 
 
 def test_a_checkpoint_of_another_run_than_the_table_says_is_refused(tmp_path):
     entry = tiny(full_stages=())
     do(tmp_path, entry)
-    run._train(Unit("tiny", "train", "adamw", 0.5, 1), job_of(tmp_path / "other", entry))
+    job_of(tmp_path / "other", entry).do(Unit("tiny", "train", "adamw", 0.5, 1), nothing)
     shutil.rmtree(tmp_path / "checkpoints")
     shutil.move(tmp_path / "other" / "checkpoints", tmp_path / "checkpoints")
     unit = Unit("tiny", "spectrum", stage="final", partition="weights")
     with pytest.raises(UserError, match="does not have the sha256"):
-        run._take(unit, job_of(tmp_path, entry))
+        job_of(tmp_path, entry).do(unit, nothing)
 
 
 def test_training_another_seed_leaves_the_spectra_of_the_stages(tmp_path):
@@ -383,7 +365,7 @@ def test_training_another_seed_leaves_the_spectra_of_the_stages(tmp_path):
     data = tasks.get(entry.task, **entry.task_options).load(None)
     for seed in (2, 1):
         options = {"optimizer": "adamw", "lr": rate, "checkpoint_dir": tmp_path / "checkpoints"}
-        spectra.write_training(train(entry, data, seed=seed, **options), tmp_path)
+        Ledger(tmp_path).write_training(train(entry, data, seed=seed, **options))
     assert set(spectra_db.load("stages", source=tmp_path)["seed"]) == {1, 2}
     assert set(spectra_db.load("spectra", source=tmp_path)["status"]) <= {"ok", "zero"}
 
@@ -391,7 +373,7 @@ def test_training_another_seed_leaves_the_spectra_of_the_stages(tmp_path):
 def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
     other = Settings(num_probes=3, num_steps=3, device="cpu")
-    take_spectrum(load_problem(entry, "init", 5), other, tmp_path, command="")
+    take_spectrum(load_problem(entry, "init", 5), other, Ledger(tmp_path), command="")
     do(tmp_path, entry)
     path = store.path_of(tmp_path, "spectra", "tiny")
     rows = store.read(path, "spectra").to_pandas()
@@ -402,7 +384,7 @@ def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
     derived.unlink()
     store.write(tmp_path, "spectra", rows[~torn])
     store.write(tmp_path, "heterogeneity", metrics[metrics["init_seed"] == 5])
-    assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+    assert [unit.stage for unit in missing(entry, Ledger(tmp_path))] == ["init"]
 
 
 def test_cheap_metrics_do_not_make_a_torn_spectrum_whole(tmp_path):
@@ -416,9 +398,9 @@ def test_cheap_metrics_do_not_make_a_torn_spectrum_whole(tmp_path):
     derived.unlink()
     store.write(tmp_path, "spectra", rows[rows["block"] != rows["block"].iloc[0]])
     store.write(tmp_path, "heterogeneity", metrics[metrics["metric"] == "gradient_rms_spread"])
-    assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+    assert [unit.stage for unit in missing(entry, Ledger(tmp_path))] == ["init"]
     store.write(tmp_path, "heterogeneity", metrics.assign(partition="all"))
-    assert [unit.stage for unit in missing(entry, tmp_path)] == ["init"]
+    assert [unit.stage for unit in missing(entry, Ledger(tmp_path))] == ["init"]
 
 
 def test_fewer_probes_and_steps_than_are_there_take_none_away(tmp_path):
@@ -426,7 +408,7 @@ def test_fewer_probes_and_steps_than_are_there_take_none_away(tmp_path):
     problem = load_problem(entry)
     for num_probes, num_steps in ((4, 3), (3, 3), (1, 1)):
         settings = Settings(num_probes=num_probes, num_steps=num_steps, device="cpu")
-        rows = take_spectrum(problem, settings, tmp_path, command="")
+        rows = take_spectrum(problem, settings, Ledger(tmp_path), command="")
         stored = spectra_db.load("heterogeneity", source=tmp_path, metric="js0", scale="lambda10")
         assert stored["corrected"].item() == pytest.approx(spectra_db.js0(rows).corrected)
         assert rows["probe"].max() == 3
@@ -436,16 +418,16 @@ def test_a_model_of_a_single_block_is_done_although_there_is_nothing_to_compare(
     entry = tiny(options={"widths": ()}, recipe=None, stages=("init",), full_stages=())
     failed, _ = do(tmp_path, entry)
     assert not failed
-    assert list(missing(entry, tmp_path)) == []
+    assert list(missing(entry, Ledger(tmp_path))) == []
 
 
 def test_without_git_the_code_is_known_by_its_version_alone(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    spectra.code_version.cache_clear()
+    code_version.cache_clear()
     try:
-        assert spectra.code_version() == version("hessian-spectra")
+        assert code_version() == version("hessian-spectra")
     finally:
-        spectra.code_version.cache_clear()
+        code_version.cache_clear()
 
 
 def test_a_model_that_can_not_be_built_is_a_row_with_the_reason(tmp_path):
@@ -467,7 +449,7 @@ def test_a_pending_entry_is_a_row_with_its_reason(tmp_path):
 def test_a_pretrained_entry_waits_for_its_pretraining_and_starts_from_it(tmp_path):
     first = tiny(full_stages=())
     second = replace(first, name="tiny-tuned", pretrained="tiny")
-    assert not any(unit.ready for unit in missing(second, tmp_path))
+    assert not any(unit.ready for unit in missing(second, Ledger(tmp_path)))
     failed, started = do(tmp_path, second, first)
     assert not failed
     models = [unit.model for unit in started]
@@ -478,19 +460,21 @@ def test_a_pretrained_entry_waits_for_its_pretraining_and_starts_from_it(tmp_pat
     assert tuned["loss"] == pytest.approx(pretrained["loss"])
 
 
-def die_on_seed_2(unit: Unit, on_progress: object = None, *, job: Job) -> str | None:
+def die_on_seed_2(execute: Callable, unit: Unit, on_progress: object) -> str | None:
     """Execute a unit; die as the kernel kills for memory, on one of them."""
     if unit.kind == "train" and unit.seed == 2 and unit.optimizer == "sgd":
         os.kill(os.getpid(), signal.SIGKILL)
-    return execute(unit, job=job)
+    return execute(unit, on_progress)
 
 
-def test_a_worker_that_dies_fails_its_unit_alone_and_the_rows_end_up_the_same(
-    whole, tmp_path, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "execute", die_on_seed_2)
-        failed, started = do(tmp_path, tiny(), jobs=2)
+def test_a_worker_that_dies_fails_its_unit_alone_and_the_rows_end_up_the_same(whole, tmp_path):
+    started: list[Unit] = []
+    failed = run_entries(
+        [survey(tiny(), None)],
+        job_of(tmp_path, tiny()),
+        engine=lambda execute: Workers(partial(die_on_seed_2, execute), 2),
+        on_event=lambda what, unit, facts: started.append(unit) if what == "start" else None,
+    )
     assert {(u.optimizer, u.seed): reason for u, reason in failed.items()} == {
         ("sgd", 2): "the worker process died: out of memory, or killed"
     }
@@ -499,83 +483,78 @@ def test_a_worker_that_dies_fails_its_unit_alone_and_the_rows_end_up_the_same(
     assert (gap["status"], gap["reason"]) == ("failed", next(iter(failed.values())))
 
     assert len(do(tmp_path, tiny())[1]) == 1
-    for table in ("training", "stages", "spectra", "heterogeneity", "blocks", "gaps"):
-        pd.testing.assert_frame_equal(values(whole, table), values(tmp_path, table))
+    for name in ("training", "stages", "spectra", "heterogeneity", "blocks", "gaps"):
+        pd.testing.assert_frame_equal(values(whole, name), values(tmp_path, name))
 
 
-def test_a_worker_found_dead_when_work_is_handed_out_stops_nothing(tmp_path, monkeypatch):
-    pools = []
+class Frail(Engine):
+    """Two workers; with one that is given a deadly unit both die."""
 
-    def frail_pool(jobs: int, spread: bool) -> tuple[ProcessPoolExecutor, object]:
-        pool, slots = make_pool(jobs, spread)
-        pools.append(pool)
-        if len(pools) == 1:
-            submit, calls = pool.submit, iter(range(100))
+    dies_whole = True
 
-            def refuse_the_second(*arguments: object) -> Future[object]:
-                if next(calls) == 1:
-                    raise BrokenProcessPool("a child process terminated abruptly")
-                return submit(*arguments)
+    def __init__(self, deadly: Unit | None = None, refused: int = 0) -> None:
+        self.deadly, self.refused = deadly, refused
+        self.revived, self.deaths = 0, 0
+        self.running: dict[Unit, Future[str | None]] = {}
 
-            monkeypatch.setattr(pool, "submit", refuse_the_second)
-        return pool, slots
+    def slots(self) -> int:
+        return 2
 
-    make_pool = workers.make_pool
-    monkeypatch.setattr(workers, "make_pool", frail_pool)
-    entry = tiny(recipe=None, stages=("init",), full_stages=("init",))
-    failed, started = do(tmp_path, entry, jobs=2)
-    assert len(pools) == 2
-    assert not failed
-    assert len(started) == 2
-    assert list(missing(entry, tmp_path)) == []
+    def submit(self, unit: Unit) -> Future[str | None]:
+        self.refused -= 1
+        if self.refused == 0:
+            raise BrokenExecutor
+        self.running[unit] = future = Future()
+        if unit == self.deadly:
+            self.deaths += 1
+            for each in self.running.values():
+                if not each.done():
+                    each.set_exception(BrokenExecutor())
+        elif self.deadly not in self.running:
+            future.set_result(None)
+        return future
+
+    def revive(self) -> None:
+        self.revived += 1
+        self.running.clear()
 
 
-def test_a_unit_that_may_have_killed_its_worker_is_tried_again_alone(tmp_path, monkeypatch):
-    units = [Unit("m", "train", "sgd", 0.1, seed) for seed in range(6)]
-    running: list[Unit] = []
-    deaths = {units[0]: 0}
+class Todo:
+    """An agenda of units that need nothing."""
 
-    class Pool:
-        def __init__(self) -> None:
-            self.futures: list[Future[None]] = []
+    def __init__(self, units: list[Unit]) -> None:
+        self.left, self.done, self.dead = list(units), [], []
 
-        def submit(self, call: object, execute: object, unit: Unit, number: int) -> Future[None]:
-            running.append(unit)
-            self.futures.append(future := Future())
-            if unit == units[0]:
-                deaths[unit] += 1
-                for each in self.futures:
-                    if not each.done():
-                        each.set_exception(BrokenProcessPool())
-            elif units[0] not in running:
-                future.set_result(None)
-                running.remove(unit)
-            return future
+    def start(self) -> Unit | None:
+        return self.left.pop(0) if self.left else None
 
-        def shutdown(self, **options: object) -> None:
-            running.clear()
+    def settle(self, unit: Unit, reason: str | None) -> None:
+        self.done.append(unit)
 
-    class Agenda:
-        def __init__(self) -> None:
-            self.todo, self.done = list(units), []
+    def lost(self, unit: Unit) -> None:
+        self.dead.append(unit)
 
-        def start(self) -> Unit | None:
-            return self.todo.pop(0) if self.todo else None
+    def wait(self) -> bool:
+        return False
 
-        def settle(self, unit: Unit, reason: str | None) -> None:
-            self.done.append(unit)
 
-        def lost(self, unit: Unit) -> None:
-            assert unit == units[0]
+UNITS = [Unit("m", "train", "sgd", 0.1, seed) for seed in range(6)]
 
-        def wait(self) -> bool:
-            return False
 
-    agenda = Agenda()
-    monkeypatch.setattr(workers, "make_pool", lambda jobs, spread: (Pool(), []))
-    workers.run_in_workers(agenda, lambda unit: None, jobs=2)
-    assert sorted(agenda.done, key=units.index) == units[1:]
-    assert deaths[units[0]] == 2
+def test_workers_found_dead_when_work_is_handed_out_stop_nothing():
+    agenda, engine = Todo(UNITS), Frail(refused=2)
+    drive(agenda, engine)
+    assert engine.revived == 1
+    assert not agenda.dead
+    assert sorted(agenda.done, key=UNITS.index) == UNITS
+
+
+def test_a_unit_that_may_have_killed_its_worker_is_tried_again_alone():
+    agenda, engine = Todo(UNITS), Frail(deadly=UNITS[0])
+    drive(agenda, engine)
+    assert sorted(agenda.done, key=UNITS.index) == UNITS[1:]
+    assert agenda.dead == UNITS[:1]
+    assert engine.deaths == 2
 
 
 def runs(pid: str) -> bool:
@@ -647,7 +626,7 @@ def test_an_entry_of_tier_paper_takes_the_paper_s_blocks_and_is_not_trained_for_
     assert set(rows["block"]) == {"0.weight", "0.bias", "3.weight", "3.bias"}
     surveyed = survey(entry, None)
     assert (surveyed.num_units, surveyed.num_blocks, surveyed.training_flops) == (1, 4, 0.0)
-    assert list(missing(entry, tmp_path)) == []
+    assert list(missing(entry, Ledger(tmp_path))) == []
     assert not (tmp_path / "gaps").exists()
 
 

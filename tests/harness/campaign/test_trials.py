@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 
 import spectra_db
-from harness.campaign.plan import Unit, missing, survey
-from harness.campaign.run import Job, run_entries
+from harness.campaign.plan import missing
+from harness.campaign.run import run_entries
+from harness.campaign.survey import survey
+from harness.campaign.unit import Unit
+from harness.campaign.work import Job
 from harness.errors import UserError
+from harness.records.ledger import Ledger
 from harness.registry import get
 from harness.registry.entry import SpeedupRecipe
 from harness.training.speedup import pending
@@ -31,10 +35,8 @@ TINY = replace(
 
 
 def job_of(out, *entries, kinds=("trial",)) -> Job:
-    return Job(
-        out=out, entries={e.name: e for e in entries}, data_root=None, device="cpu",
-        num_threads=1, command="harness run tiny", kinds=kinds,
-    )  # fmt: skip
+    of = {entry.name: entry for entry in entries}
+    return Job(Ledger(out), of, None, "cpu", "harness run tiny", kinds=kinds)
 
 
 def do(out, *entries, kinds=("trial",)) -> list[Unit]:
@@ -71,7 +73,7 @@ def test_trials_end_with_a_speedup(whole):
 
 def test_only_the_kinds_that_are_asked_for_are_done(whole):
     assert not (whole / "spectra").exists()
-    assert {unit.kind for unit in missing(TINY, whole)} == {"spectrum"}
+    assert {unit.kind for unit in missing(TINY, Ledger(whole))} == {"spectrum"}
 
 
 def test_what_was_lost_is_done_again_and_nothing_else(whole, tmp_path):
@@ -92,14 +94,14 @@ def test_what_was_lost_is_done_again_and_nothing_else(whole, tmp_path):
 def test_runs_of_other_lengths_are_of_another_version_of_the_entry(whole):
     other = replace(TINY, speedup=replace(RECIPE, num_steps=50))
     with pytest.raises(UserError, match="name another --out"):
-        list(missing(other, whole))
+        list(missing(other, Ledger(whole)))
 
 
 def test_an_entry_that_starts_from_another_waits_for_its_weights_which_are_kept(tmp_path):
     first = replace(TINY, name="first", stages=("init", "final"))
     quick = replace(RECIPE, num_steps=10)
     tuned = replace(TINY, name="tuned", pretrained="first", speedup=quick)
-    assert not any(unit.ready for unit in missing(tuned, tmp_path))
+    assert not any(unit.ready for unit in missing(tuned, Ledger(tmp_path)))
     started = do(tmp_path, first, tuned)
     models = [unit.model for unit in started]
     assert models.index("tuned") > models.index("first")

@@ -8,8 +8,9 @@ import resource
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from harness.campaign.plan import Survey, Unit
 from harness.campaign.run import run_entries
+from harness.campaign.survey import Survey
+from harness.campaign.unit import Unit
 from harness.errors import OutputError
 from tests.harness.campaign.test_run import job_of
 

@@ -12,11 +12,15 @@ import pandas as pd
 import torch
 
 from harness import estimate_spectra, find_blocks
-from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.batches import batch_hash
+from harness.estimator.blocks import Block
 from harness.estimator.cost import forecast
-from harness.estimator.distributed import estimate_together, team
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.distributed import rules_together, team
+from harness.estimator.hessian import opened
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 from harness.estimator.share import Share
+from harness.estimator.spectrum import Row, gathered
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
 
 SETTINGS = {"num_probes": 3, "num_steps": 8, "exact_size": 20, "batch_weights": num_terms}
@@ -47,6 +51,14 @@ def inputs(case: str):
     return model, split(batch, sizes), settings
 
 
+def values(case: str) -> tuple[Objective, list[Block], Settings]:
+    """Return objective, blocks and settings of a case."""
+    model, batches, settings = inputs(case)
+    objective = Objective(model, cross_entropy, batches, settings.pop("batch_weights"))
+    blocks = settings.pop("blocks")
+    return objective, blocks, Settings("custom", **settings)
+
+
 def alone(case: str) -> pd.DataFrame:
     """Return the rows that one process makes."""
     model, batches, settings = inputs(case)
@@ -55,30 +67,22 @@ def alone(case: str) -> pd.DataFrame:
 
 def main(folder: Path) -> None:
     for case, (_, way, _, _) in CASES.items():
-        model, batches, settings = inputs(case)
-        numbers = {name: settings[name] for name in ("num_probes", "num_steps")}
-        blocks: list[pd.DataFrame] = []
-        cost = None
-        if together.leads:
-            cost = forecast(model, cross_entropy, batches, settings["blocks"], **numbers)
+        objective, blocks, settings = values(case)
+        cost = forecast(objective, blocks, settings) if together.leads else None
         together.way = way
-        rows = estimate_together(
-            together, cost, model, cross_entropy, batches,
-            on_block=lambda some, blocks=blocks: blocks.append(some), **settings,
-        )  # fmt: skip
+        parts: list[list[Row]] = []
+        source = {"model": type(objective.model).__name__, "stage": "current", "init_seed": 0}
+        source |= {"train_run": "", "run_id": "", "step": 0, "progress": 0.0, "data_source": ""}
+        source["batch_hash"] = batch_hash(objective.batches)
+        of = (objective, blocks, settings, source)
+        rules_together(together, cost, *of, on_block=parts.append)
         if together.leads:
-            assert sum(map(len, blocks)) == len(rows)
-            rows.to_pickle(folder / f"{case}.pickle")
+            gathered(parts, blocks).to_pickle(folder / f"{case}.pickle")
         else:
-            assert not len(rows)
-            assert not blocks
-    model, batches, settings = inputs("samples of uneven microbatches")
+            assert not parts
+    objective, blocks, settings = values("samples of uneven microbatches")
     share = Share(together.rank, together.size, together.add_up)
-    with fixed_arithmetic(model):
-        hessian = BlockHessian(
-            model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
-            device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30, share=share,
-        )  # fmt: skip
+    with opened(objective, blocks, settings, share=share) as hessian:
         gradient = hessian.gradient()
     if together.leads:
         torch.save(gradient, folder / "gradient.pt")

@@ -4,10 +4,14 @@ import pytest
 import torch
 
 import spectra_db
-from harness import estimate_spectra
+from harness import estimate_spectra, find_blocks
 from harness.errors import UserError
-from harness.estimator.adaptive import estimate_to_tolerance
+from harness.estimator.adaptive import estimate_to_tolerance, limits
+from harness.estimator.batches import batch_hash
+from harness.estimator.hessian import opened
 from harness.estimator.lanczos import Kept, advance, lanczos, start
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 from spectra_db.heterogeneity import SPECTRUM_METRICS, measure
 
 from .models import cross_entropy, num_terms, problem
@@ -15,9 +19,22 @@ from .models import cross_entropy, num_terms, problem
 OPTIONS = {"dtype": torch.float64, "exact_size": 20, "batch_weights": num_terms}
 
 
-def reach(name="mlp", **options):
+def reach(name="mlp", *, metric="js0", tolerance, max_probes=None, max_steps=None, **options):
     model, batch = problem(name, num_samples=12)
-    return estimate_to_tolerance(model, cross_entropy, [batch], **(OPTIONS | options))
+    most = limits(metric, tolerance, max_probes, max_steps)
+    settings = Settings("weights", *most, dtype="float64", exact_size=20)
+    source = {"model": type(model).__name__, "stage": "current", "init_seed": 0, "train_run": ""}
+    source |= {"batch_hash": batch_hash([batch]), "run_id": "", "step": 0, "progress": 0.0}
+    objective = Objective(model, cross_entropy, [batch], num_terms)
+    with opened(objective, find_blocks(model), settings) as hessian:
+        return estimate_to_tolerance(
+            hessian,
+            settings,
+            source | {"data_source": ""},
+            metric=metric,
+            tolerance=tolerance,
+            **options,
+        )
 
 
 def truth_of(name, metric):

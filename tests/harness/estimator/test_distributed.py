@@ -14,14 +14,14 @@ import torch
 
 import spectra_db
 from harness.estimator.blocks import Block
-from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import Forecast
 from harness.estimator.distributed import divide
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.settings import Settings
 from harness.estimator.share import Share
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
 
 from . import job
+from .test_hessian import block_hessian
 
 ROOT = Path(__file__).parents[3]
 TIMINGS = ["seconds", "peak_bytes", "run_id"]
@@ -76,11 +76,9 @@ def test_the_recorded_microbatch_is_the_largest_piece_that_was_computed(made):
 
 def test_the_gradient_is_summed_over_the_processes(made):
     model, batches, settings = job.inputs("samples of uneven microbatches")
-    with fixed_arithmetic(model):
-        whole = BlockHessian(
-            model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms,
-            device=torch.device("cpu"), dtype=torch.float64, memory_budget=1 << 30,
-        )  # fmt: skip
+    whole = block_hessian(
+        model, cross_entropy, batches, settings["blocks"], batch_weights=num_terms
+    )
     summed = torch.load(made / "gradient.pt")
     for name, gradient in whole.gradient().items():
         torch.testing.assert_close(summed[name], gradient)
@@ -112,6 +110,10 @@ def blocks_of(*sizes: int) -> list[Block]:
     return [Block(f"b{i}", "mlp", (), n, (n,)) for i, n in enumerate(sizes)]
 
 
+def how(num_probes: int, num_steps: int) -> Settings:
+    return Settings(num_probes=num_probes, num_steps=num_steps, memory_budget=1)
+
+
 def cost_of(*flops: int, passes: int = 0, product_bytes: int = 0) -> Forecast:
     names = tuple(f"b{i}" for i in range(len(flops)))
     return Forecast(0, 0, passes, 0, flops, names, product_bytes=product_bytes)
@@ -119,7 +121,7 @@ def cost_of(*flops: int, passes: int = 0, product_bytes: int = 0) -> Forecast:
 
 def test_probes_are_divided_by_cost_and_blocks_stay_whole_but_at_the_cuts():
     blocks = blocks_of(2000, 2000, 500, 2000)
-    parts = divide(cost_of(3, 1, 0, 4), blocks, 4, 10, way="probes", size=2, memory_budget=1)
+    parts = divide(cost_of(3, 1, 0, 4), blocks, how(4, 10), way="probes", size=2)
     assert parts == [
         {"b0": [0, 1, 2, 3], "b1": [0, 1, 2, 3]},
         {"b2": [0], "b3": [0, 1, 2, 3]},
@@ -129,7 +131,7 @@ def test_probes_are_divided_by_cost_and_blocks_stay_whole_but_at_the_cuts():
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_every_probe_is_taken_by_one_process(size):
     blocks = blocks_of(5000, 100, 3000)
-    parts = divide(cost_of(7, 2, 1), blocks, 5, 10, way="probes", size=size, memory_budget=1)
+    parts = divide(cost_of(7, 2, 1), blocks, how(5, 10), way="probes", size=size)
     taken = sorted((name, p) for part in parts for name, probes in part.items() for p in probes)
     assert taken == sorted([("b1", 0), *((b, p) for b in ("b0", "b2") for p in range(5))])
 
@@ -147,7 +149,7 @@ def test_the_rule_picks_what_is_forecast_to_be_faster(
     flops, num_probes, product_bytes, shares_samples
 ):
     cost = cost_of(flops, passes=4 * flops, product_bytes=product_bytes)
-    parts = divide(cost, blocks_of(5000), num_probes, 100, way="auto", size=2, memory_budget=1)
+    parts = divide(cost, blocks_of(5000), how(num_probes, 100), way="auto", size=2)
     assert (parts is None) == shares_samples
 
 

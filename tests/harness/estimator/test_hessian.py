@@ -14,6 +14,8 @@ from harness.estimator.blocks import Block, Part, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import forecast
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
 
 from .models import cross_entropy, num_terms, problem, split
 
@@ -45,10 +47,11 @@ def dense_hessian(model, loss_fn, batch, partition):
     return blocks, [H[i][:, i] for i in index]
 
 
-def block_hessian(model, loss_fn, batches, blocks, **options):
+def block_hessian(model, loss_fn, batches, blocks, *, batch_weights=None, **options):
     settings = {"device": CPU, "dtype": torch.float64, "memory_budget": 2**30} | options
+    objective = Objective(model, loss_fn, batches, batch_weights)
     with fixed_arithmetic(model):
-        return BlockHessian(model, loss_fn, batches, blocks, **settings)
+        return BlockHessian(objective, blocks, Settings(**settings))
 
 
 @pytest.mark.parametrize("partition", ["weights", "all", "full"])
@@ -308,8 +311,8 @@ def test_models_that_fail_on_one_sample_are_sized_and_forecast_on_two(norm_mode)
     blocks = find_blocks(model)
     options = {"dtype": torch.float32, "norm_mode": norm_mode}
     hessian = block_hessian(model, cross_entropy, [batch], blocks, **options)
-    settings = {"num_probes": 2, "num_steps": 3, "norm_mode": norm_mode}
-    cost = forecast(model, cross_entropy, [batch], blocks, **settings)
+    settings = Settings(num_probes=2, num_steps=3, norm_mode=norm_mode)
+    cost = forecast(Objective(model, cross_entropy, [batch]), blocks, settings)
     with fixed_arithmetic(model), FlopCounterMode(display=False) as counter:
         hessian.products([(1, torch.ones(12))])
     assert cost.pass_flops + cost.block_flops[1] == counter.get_total_flops()

@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from harness.errors import UserError
 from harness.estimator import estimate_spectra
-from harness.estimator.adaptive import estimate_to_tolerance
+from harness.estimator.adaptive import limits
 from harness.estimator.batches import batch_hash, join, take
 
 X, Y = torch.linspace(-1, 1, 48).reshape(8, 6), torch.arange(8) % 3
@@ -204,12 +204,9 @@ def test_what_can_not_be_is_said_in_one_line_with_its_remedy(model, options, sai
         ({"max_probes": 3.5}, "max_probes is 3.5"),
         ({"max_steps": "9"}, "max_steps is '9'"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"tolerance": "2%"}, "tolerance is '2%'; it must be between 0 and 1"),
-        ({"memory_budget": "1e9"}, "memory_budget is '1e9'"),
+        ({"max_steps": -1}, "max_steps is -1"),
     ],
 )
 def test_limits_of_a_tolerance_are_numbers(options, said):
     with pytest.raises(UserError, match=said):
-        estimate_to_tolerance(
-            nn.Linear(6, 3), cross_entropy, [(X, Y)], **{"tolerance": 0.1} | options
-        )
+        limits("js0", 0.1, options.get("max_probes"), options.get("max_steps"))

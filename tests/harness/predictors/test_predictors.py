@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call, hessian
 
-from harness.campaign.spectrum import Settings, blocks_of
+from harness.estimator.settings import Settings
 from harness.predictors import FAMILIES, PREDICTORS
 from harness.predictors.curvature import (
     _Probes,
@@ -173,7 +173,7 @@ def test_the_largest_eigenvalue_is_found_to_one_per_cent_whatever_its_sign():
 
 
 def test_spreads_are_those_of_the_dense_blocks(problem, dense):
-    blocks = blocks_of(problem, "weights")
+    blocks = problem.blocks("weights")
     _, H = dense
     starts = np.cumsum([0, *(p.numel() for p in problem.model.parameters())])
     names = [n for n, _ in problem.model.named_parameters()]

@@ -10,12 +10,14 @@ from click.testing import CliRunner
 import spectra_db
 from harness.campaign.metric import halves as halves_of
 from harness.campaign.metric import take_batch_error
-from harness.campaign.spectrum import Settings, take_spectrum
+from harness.campaign.spectrum import take_spectrum
 from harness.cli import main
 from harness.errors import UserError
+from harness.estimator.settings import Settings
 from harness.predictors import PREDICTORS
 from harness.predictors import take as module
 from harness.predictors.take import take
+from harness.records.ledger import Ledger
 from harness.registry import get
 from spectra_db.schema import VERSIONS
 
@@ -89,7 +91,7 @@ def test_spectra_are_read_and_those_that_are_missing_are_pending(whole, entry):
     small = replace(entry, hessian_batch_size=32)
     settings = Settings(num_probes=3, num_steps=4, device="cpu")
     problem = module.load(small, 1, None, out)
-    take_spectrum(problem, settings, out, command="")
+    take_spectrum(problem, settings, Ledger(out), command="")
     take_batch_error(halves_of(problem, settings), settings, out, command="")
     take(small, None, out, "cpu")
     rows = rows_of(out)

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from harness import registry, tasks
-from harness.campaign.spectrum import blocks_of
-from harness.estimator.checks import fixed_arithmetic
-from harness.estimator.hessian import BlockHessian
+from harness.estimator.hessian import opened
+from harness.estimator.settings import Settings
 from harness.registry import ModelEntry, Recipe
 from harness.training import load_problem, train
 from harness.training.stages import checkpoint_path
@@ -52,19 +51,8 @@ def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
     problem = load_problem(tiny, "final", 1, data_root=data_root, checkpoint_dir=tmp_path)
     checkpoint_path(tmp_path, tiny.name, 1, "final").unlink()
     assert problem.step == 2
-    block = min(blocks_of(problem, entry.partition), key=lambda block: block.num_params)
-    with fixed_arithmetic(problem.model, "highest"):
-        hessian = BlockHessian(
-            problem.model,
-            problem.loss_fn,
-            problem.batches,
-            [block],
-            batch_weights=problem.batch_weights,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            norm_mode="eval",
-            memory_budget=8 << 30,
-        )
+    block = min(problem.blocks(entry.partition), key=lambda block: block.num_params)
+    with opened(problem.objective, [block], Settings(device="cpu")) as hessian:
         [product] = hessian.products([(0, torch.ones(block.num_params))])
     assert product.isfinite().all()
     assert product.any()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from harness import estimate_spectra, registry, tasks
+from harness import registry
 from harness.cli import main
+from harness.estimator.settings import Settings
+from harness.estimator.spectrum import gathered, rules
 from harness.submission.predict import measure
 from harness.training import load_problem, stages
 from spectra_db import store
@@ -40,17 +42,10 @@ def test_the_cheap_measures_are_those_of_a_whole_spectrum_of_sampled_blocks():
     entry = registry.get("cnn-digits")
     found, cost = measure(entry, with_js0=False)
     problem = load_problem(entry)
-    rows = estimate_spectra(
-        problem.model,
-        problem.loss_fn,
-        problem.batches,
-        num_probes=3,
-        num_steps=6,
-        seed=1,
-        exact_size=0,
-        batch_weights=tasks.get(entry.task).num_terms,
-        identity={"model": entry.name, "stage": "init", "partition": "weights"},
-    )
+    settings = Settings(num_probes=3, num_steps=6, exact_size=0)
+    source = {"model": entry.name, "stage": "init", "init_seed": 1}
+    with problem.hessian(settings) as hessian:
+        rows = gathered(rules(hessian, settings, source), hessian.blocks)
     expected = metrics(rows).set_index("metric")
     cheap = found.set_index("metric")
     for name in ("lambda_rms_spread", "trace_spread"):

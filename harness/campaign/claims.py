@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from harness.campaign.plan import Unit
+from harness.campaign.unit import Unit
 from harness.errors import UserError
 
 

@@ -1,0 +1,151 @@
+"""How a spectrum is taken: one frozen value, checked once; needs no torch."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from harness.errors import UserError
+
+# Blocks up to this size are diagonalised: n products cost no more than 10 probes x 100 steps.
+EXACT_SIZE = 1000
+# What may be chosen; the first is the protocol's.
+CHOICES = {
+    "norm_mode": ("eval", "train"),
+    "dtype": ("float32", "float64"),
+    "probe_distribution": ("gaussian", "rademacher"),
+    "matmul_precision": ("highest", "high", "medium"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a spectrum is taken.
+
+    Attributes:
+        partition: Of the parameters into blocks: weights, paper, all, full, or custom.
+        num_probes: Probes per block; 10 in the paper. Errors of metrics need at least 3.
+        num_steps: Lanczos steps per probe; 100 in the paper.
+        dtype: Arithmetic of the products, float32 or float64 (or the torch.dtype of that name);
+            alphas and betas are float64 always.
+        device: Where to compute; None: where the model is.
+        norm_mode: eval: batch norms use running statistics. train: those of the microbatch.
+        probe_distribution: gaussian (normalised, as in the paper) or rademacher.
+        reorthogonalize: Full reorthogonalisation; keeps num_steps vectors per probe.
+        matmul_precision: highest: float32; high: TF32; medium: bfloat16, where the device can.
+        memory_budget: Bytes for graphs and vectors; None: half of the device's memory, on CPU
+            divided among the processes that torchrun starts. A microbatch that takes more is
+            halved, and so is one for which the device's memory turns out not to be enough. Not
+            counted: the model, the first check of the loss, one pass without a graph over each
+            batch as it is given, and freed memory that an allocator doesn't give back.
+        exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
+
+    Raises:
+        UserError: One of them is out of range.
+    """
+
+    partition: str = "weights"
+    num_probes: int = 10
+    num_steps: int = 100
+    dtype: str = "float32"
+    device: str | None = None
+    norm_mode: str = "eval"
+    probe_distribution: str = "gaussian"
+    reorthogonalize: bool = False
+    matmul_precision: str = "highest"
+    memory_budget: int | None = None
+    exact_size: int = EXACT_SIZE
+
+    def __post_init__(self) -> None:
+        """Check the values, and write them plainly."""
+        plain: dict[str, Any] = {
+            "num_probes": whole_number("num_probes", self.num_probes, 1),
+            "num_steps": whole_number("num_steps", self.num_steps, 1),
+            "exact_size": whole_number("exact_size", self.exact_size, 0),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": None if self.device is None else str(self.device),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        check_bytes(self.memory_budget)
+        for name, allowed in CHOICES.items():
+            given = getattr(self, name)
+            if given not in allowed:
+                raise UserError(f"{name} is {given!r}; choose one of {', '.join(allowed)}")
+
+    @property
+    def is_protocol(self) -> bool:
+        """Whether the arithmetic and the mode are the protocol's, those of published spectra."""
+        return all(getattr(self, name) == allowed[0] for name, allowed in CHOICES.items())
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The columns by which rows of these settings differ from rows of others."""
+        return {
+            "partition": self.partition,
+            "operator": "hessian",
+            "norm_mode": self.norm_mode,
+            "dtype": self.dtype,
+            "probe_distribution": self.probe_distribution,
+        }
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """All columns of table `spectra` that the settings stand for."""
+        return self.key | {
+            "reorthogonalized": self.reorthogonalize,
+            "matmul_precision": self.matmul_precision,
+        }
+
+    def is_exact(self, num_params: int) -> bool:
+        """Tell whether a block of that many parameters is diagonalised."""
+        return num_params <= self.exact_size
+
+    def num_products(self, num_params: int) -> int:
+        """Return the products that a block of that many parameters takes."""
+        return num_params if self.is_exact(num_params) else self.num_probes * self.num_steps
+
+    def complete(self, rows: pd.DataFrame) -> set[str]:
+        """Return the blocks that have all that these settings ask for, or more.
+
+        Args:
+            rows: Rows of table `spectra` of one model, stage and seed.
+        """
+        rows = rows[rows["status"].isin(["ok", "zero"])]
+        for column, value in self.columns.items():
+            rows = rows[rows[column] == value]
+        single = (rows["method"] == "exact") | (rows["status"] == "zero")
+        asked = single | (rows["num_steps"] >= self.num_steps) | rows["breakdown"]
+        counts = asked.groupby(rows["block"]).sum()
+        needed = single.groupby(rows["block"]).any().map({True: 1, False: self.num_probes})
+        return set(counts.index[counts >= needed])
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return a count as an integer.
+
+    Raises:
+        UserError: It is none, or less than the least.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return number
+
+
+def check_bytes(memory_budget: Any) -> None:
+    """Raise unless a memory budget is a number of bytes, or None."""
+    is_number = isinstance(memory_budget, numbers.Real) and not isinstance(memory_budget, bool)
+    if memory_budget is not None and not (is_number and 0 < memory_budget < math.inf):
+        raise UserError(
+            f"memory_budget is {memory_budget!r}; it must be a number of bytes above 0, such as "
+            "4 * 2**30 for 4 GiB, or None for half of the device's memory"
+        )

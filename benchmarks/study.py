@@ -27,9 +27,9 @@ from harness.estimator.adaptive import estimate_to_tolerance
 from harness.estimator.checks import take
 from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.lanczos import Recurrence, lanczos
-from harness.estimator.quadrature import gauss_rule
 from harness.registry import ModelEntry
 from harness.training import load_problem
+from spectra_db.quadrature import gauss_rule
 
 PROBES, STEPS = (3, 5, 10), (10, 20, 40, 80)
 POOL = 180  # probes per block that the repetitions share out

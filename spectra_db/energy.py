@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from spectra_db.density import Array, lattice_densities
+from spectra_db.densities import Array, lattice_densities
 from spectra_db.divergence import js_divergences
 from spectra_db.heterogeneity import _distance, _Divergences, _js_estimate
 from spectra_db.jackknife import Blocks, Estimate

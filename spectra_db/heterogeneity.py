@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from spectra_db.density import SCALES, Array, BlockSpectrum, check_reading, lattice_densities
+from spectra_db.densities import SCALES, Array, BlockSpectrum, check_reading, lattice_densities
 from spectra_db.divergence import js_divergences, w1_distances
 from spectra_db.jackknife import Blocks, Estimate
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from spectra_db.density import (
+from spectra_db.densities import (
     Array,
     BlockSpectrum,
     blocks_of,

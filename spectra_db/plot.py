@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spectra_db.density import density
+from spectra_db.densities import density
 from spectra_db.heterogeneity import pairwise_js
 
 if TYPE_CHECKING:

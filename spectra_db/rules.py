@@ -10,7 +10,7 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import wasserstein_distance
 
-from spectra_db.density import Array, truncated_rule
+from spectra_db.densities import Array, truncated_rule
 from spectra_db.heterogeneity import TRUNCATION
 
 # Rounding of a product, relative to its norm. float32 against float64 differed by up to 200 eps on

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from spectra_db.words import ANSWERS, PARTITIONS, STAGES, listed
+
 PROTOCOL_VERSION = 1
 # Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second.
 VERSIONS = {"trials": 2, "speedups": 2, "predictors": 2}
-
-STATUSES = ("ok", "zero", "pending", "failed")
-# "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
-ANSWERS = ("yes", "no", "unclear")
-STAGES = ("init", "p10", "p25", "p50", "final")
-# Of rules; rows of blocks that a caller chose say `custom`.
-PARTITIONS = ("weights", "paper", "all", "full")
 
 _TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 _LIST = pa.list_(_FLOAT)
@@ -38,10 +33,10 @@ def _column(
 
 
 _MODEL = _column("model", _TEXT, "Name of the registry entry")
-_STAGE = _column("stage", _TEXT, "Stage of training: init, p10, p25, p50 or final")
+_STAGE = _column("stage", _TEXT, f"Stage of training: {listed(STAGES)}")
 _INIT_SEED = _column("init_seed", _INT, "Seed of the model's initialisation")
 _TRAIN_RUN = _column("train_run", _TEXT, "Training run of the stage, empty at initialisation")
-_PARTITION = _column("partition", _TEXT, "How parameters form blocks: weights, paper, all or full")
+_PARTITION = _column("partition", _TEXT, f"How parameters form blocks: {listed(PARTITIONS)}")
 _BLOCK = _column("block", _TEXT, "Name of the block: its parameter's, [q], [k], [v] for a slice")
 _KIND = _column("kind", _TEXT, "Role of the block's parameters: embedding, query, conv, ...")
 _NUM_PARAMS = _column("num_params", _INT, "Number of parameters", "parameters")
@@ -274,7 +269,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("censored", _BOOL, "The slower was not there in 4T steps", optional=True),
             _column("slower", _TEXT, "The optimizer behind: sgd or adamw", optional=True),
             _column("trained", _BOOL, "AdamW gained a tenth of R in each seed", optional=True),
-            _column("adam_needed", _TEXT, "Whether y > 0.5: yes, no, unclear", optional=True),
+            _column("adam_needed", _TEXT, f"Whether y > 0.5: {', '.join(ANSWERS)}", optional=True),
             _float("relative_gap", "y': (min(S, R) - A) / (R - A) at T steps"),
             _float("relative_gap_error", "Standard error of y' over seeds"),
             _float("sgd_loss", "S: mean loss of SGD after T steps", _LOSS),

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from spectra_db.files import whole
-from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES, VERSIONS
+from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, TABLES, VERSIONS
+from spectra_db.words import STATUSES
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # A task of one's own is named as in module:Class.

@@ -15,7 +15,6 @@ import click
 
 from harness.errors import UserError, output_error, reason_of
 
-TIERS = ("demo", "small", "paper", "ranked", "reference")
 STOPPED = 130  # what a shell reports after Ctrl-C
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.base import TIERS, choice, device_of, main, options, processes
+from harness.cli.base import choice, device_of, main, options, processes
 from harness.errors import UserError
+from spectra_db.words import PARTITIONS, STAGES, TIERS, listed
 
 if TYPE_CHECKING:
     from harness.campaign.spectrum import Settings
@@ -23,8 +24,8 @@ METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
 
 @main.command()
 @click.argument("model")
-@click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
-@choice("partition", "weights", "paper", "all", "full")
+@click.option("--stage", default="init", show_default=True, help=f"{listed(STAGES)}.")
+@choice("partition", *PARTITIONS)
 @choice("metric", *METRICS)
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")

@@ -27,8 +27,8 @@ from harness.estimator.cost import EXACT_SIZE
 from harness.estimator.device import choose_device, device_name, memory_share, peak_bytes
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.probes import PROBE_DISTRIBUTIONS, draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule
 from harness.estimator.share import Share
+from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 PRECISIONS = ("highest", "high", "medium")

@@ -15,8 +15,8 @@ from harness.estimator.blocks import Block
 from harness.estimator.checks import LossFn, fixed_arithmetic
 from harness.estimator.device import choose_device, memory_share
 from harness.estimator.hessian import BlockHessian
-from harness.estimator.quadrature import residual_bounds
-from spectra_db.density import blocks_of
+from spectra_db.densities import blocks_of
+from spectra_db.quadrature import residual_bounds
 
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ from harness.leaderboard.statistics import DUMMIES, REFERENCE, TIERS, measuremen
 from harness.leaderboard.tables import Dataset, natural_key
 from harness.training.gap import THRESHOLD
 from spectra_db.files import whole
-from spectra_db.schema import STAGES
+from spectra_db.words import STAGES
 
 _NUM_MOVED = 3  # models that are named
 BEGIN = "<!-- leaderboard: written by `make leaderboard` -->"

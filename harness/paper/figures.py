@@ -17,10 +17,10 @@ from harness.paper.result import Result
 from harness.training import grid
 from harness.training.gap import SEEDS
 from spectra_db import density, plot
-from spectra_db.density import GROUP
+from spectra_db.densities import GROUP
 from spectra_db.heterogeneity import READINGS as JS_READINGS
 from spectra_db.heterogeneity import SPECTRUM_METRICS, pairwise_js
-from spectra_db.load import optional
+from spectra_db.loading import optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,10 +17,10 @@ from harness.estimator.device import choose_device, memory_share
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import advance, start
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule, residual_bounds
 from harness.predictors import Value
 from harness.training import Problem
 from spectra_db.heterogeneity import spread
+from spectra_db.quadrature import gauss_rule, residual_bounds
 
 # Statistic of a block's spectrum, probes and steps that it is taken with.
 _SPREADS = (("lambda_rms", 3, 1), ("lambda_max", 1, 10))

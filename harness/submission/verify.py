@@ -23,7 +23,6 @@ from harness.estimator.device import choose_device, memory_share
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule
 from harness.estimator.spectrum import DTYPES
 from harness.records.derived import derived
 from harness.registry import ModelEntry
@@ -33,7 +32,8 @@ from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import rules, store, verified
 from spectra_db.derived import DERIVED, differences, rows_of, wrong_rules
 from spectra_db.files import sha256_of
-from spectra_db.load import optional
+from spectra_db.loading import optional
+from spectra_db.quadrature import gauss_rule
 from spectra_db.verified import Extent
 
 

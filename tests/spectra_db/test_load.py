@@ -9,7 +9,7 @@ import pytest
 
 import spectra_db
 from spectra_db import store
-from spectra_db.load import NotFound
+from spectra_db.loading import NotFound
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
 from spectra_db.store import InvalidTable

@@ -12,6 +12,7 @@ from harness.campaign.run import Job, run_entries
 from harness.errors import UserError
 from harness.registry import get
 from harness.registry.entry import SpeedupRecipe
+from spectra_db.words import ANSWERS
 from harness.training.speedup import pending
 from spectra_db import store
 
@@ -64,7 +65,7 @@ def test_trials_end_with_a_speedup(whole):
     row = spectra_db.load("speedups", source=whole).iloc[0]
     assert row["status"] == "ok"
     assert row["trained"]
-    assert row["adam_needed"] in spectra_db.schema.ANSWERS
+    assert row["adam_needed"] in ANSWERS
     assert row["num_trials"] == len(trials)
     assert set(trials["protocol_version"]) == {2}
 

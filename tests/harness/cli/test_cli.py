@@ -210,7 +210,7 @@ def test_a_broken_table_is_named(tmp_path):
 def test_the_choices_are_those_of_the_estimator():
     from harness.campaign import metric as measure
     from harness.estimator import blocks, spectrum
-    from spectra_db.schema import PARTITIONS
+    from spectra_db.words import PARTITIONS
 
     choices = {
         p.name: set(p.type.choices)

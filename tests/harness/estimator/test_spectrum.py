@@ -46,7 +46,7 @@ def test_rows_have_the_columns_of_the_table_and_pass_its_validation(tmp_path):
     rows = rows_of()
     assert list(rows.columns) == TABLES["spectra"].names
     rows["model"] = "gpt"
-    spectra_db.store.write(tmp_path, "spectra", rows)
+    store.write(tmp_path, "spectra", rows)
     assert len(spectra_db.load("spectra", source=tmp_path)) == len(rows)
 
 

@@ -10,8 +10,11 @@ import pyarrow as pa
 from spectra_db.words import ANSWERS, PARTITIONS, STAGES, listed
 
 PROTOCOL_VERSION = 1
-# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second.
-VERSIONS = {"trials": 2, "speedups": 2, "predictors": 2}
+# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second, and
+# so are metrics, whose rules are continued where Lanczos stopped.
+VERSIONS = {"heterogeneity": 2, "trials": 2, "speedups": 2, "predictors": 2}
+# Earlier versions that are read, too.
+EARLIER = {"heterogeneity": (1,)}
 
 _TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 _LIST = pa.list_(_FLOAT)
@@ -113,7 +116,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("probe_seed", _INT, "Seed of the probe's CPU generator; 0 if exact"),
             _column("num_steps", _INT32, "Lanczos steps taken, 0 if exact", "steps"),
             _column("reorthogonalized", _BOOL, "Full reorthogonalisation was on"),
-            _column("breakdown", _BOOL, "Lanczos ended early: the rule is exact for this probe"),
+            _column("breakdown", _BOOL, "Lanczos ended early: the residual is rounding"),
             _column("alphas", _LIST, "Diagonal of the tridiagonal matrix T", _CURVATURE),
             _column("betas", _LIST, "Off-diagonal of T, the residual last", _CURVATURE),
             _column("nodes", _LIST, "Ritz values, or eigenvalues if exact, ascending", _CURVATURE),
@@ -168,7 +171,7 @@ TABLES: dict[str, pa.Schema] = {
             _float("value", "Plug-in estimate"),
             _float("corrected", "Estimate after the jackknife's bias correction"),
             _float("standard_error", "Jackknife standard error over probes"),
-            _float("truncation_error", "Change against a rule of three quarters of the steps"),
+            _float("truncation_error", "What more steps may change, from three quarters of them"),
             _float("batch_error", "Difference between two halves of the batch"),
             _column("num_blocks", _INT, "Blocks that entered", "blocks"),
             _column("num_zero_blocks", _INT, "Exactly zero blocks left out", "blocks"),
@@ -368,7 +371,8 @@ KEYS: dict[str, tuple[str, ...]] = {
         "probe",
     ),
     "blocks": ("model", "stage", "init_seed", "train_run", "block", "protocol_version"),
-    "heterogeneity": (*SPECTRUM, "metric", "scale", "sigma", "protocol_version"),
+    # A row of a later protocol takes the place of the earlier one.
+    "heterogeneity": (*SPECTRUM, "metric", "scale", "sigma"),
     "training": ("model", "optimizer", "lr", "seed", "step", "split", "metric", "protocol_version"),
     "stages": ("model", "stage", "optimizer", "seed", "protocol_version"),
     "gaps": ("model", "protocol_version"),

@@ -27,18 +27,17 @@ from harness.errors import UserError
 from harness.estimator.cost import EXACT_SIZE
 from harness.records import version
 from spectra_db import store
-from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, gradient_rms_spread
-from spectra_db.schema import KEYS
+from spectra_db.heterogeneity import EXTREMES, GRADIENT, METRICS, MOMENTS, that_need
+from spectra_db.schema import KEYS, VERSIONS
 
 if TYPE_CHECKING:
     from harness.estimator.adaptive import Reached
     from harness.training import Problem
     from spectra_db.jackknife import Estimate
 
-GRADIENT_METRIC = "gradient_rms_spread"
-METRICS = (*SPECTRUM_METRICS, GRADIENT_METRIC)
+[GRADIENT_METRIC] = that_need(GRADIENT)
 # What says enough for a spectrum too short for other metrics.
-_CHEAP = (*MOMENT_METRICS, "lambda_max_spread")
+_CHEAP = that_need(MOMENTS, EXTREMES)
 
 
 def take_metric(
@@ -65,7 +64,7 @@ def take_metric(
         settings: How products are taken; the numbers of probes and steps are those of a whole
             spectrum: with fewer steps a scale metric is written alone.
         out: Folder of the tables.
-        metric: One of SPECTRUM_METRICS.
+        metric: One that needs products.
         tolerance: As `estimate_to_tolerance`.
         max_probes: As `estimate_to_tolerance`.
         max_steps: As `estimate_to_tolerance`.
@@ -137,7 +136,9 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
         memory_budget=settings.memory_budget,
     )
     try:
-        estimate = gradient_rms_spread(pd.DataFrame(sizes), [block.name for block in blocks])
+        estimate = METRICS[GRADIENT_METRIC].estimate(
+            pd.DataFrame(sizes), [block.name for block in blocks]
+        )
     except ValueError as error:
         raise UserError(
             f"{problem.entry.name!r}, partition {settings.partition}: {error}"
@@ -153,7 +154,8 @@ def take_gradient_metric(problem: Problem, settings: Settings, out: Path) -> Est
     new = [shared | size for size in sizes if size["block"] not in present]
     if new:
         store.write(out, "blocks", new)
-    row = shared | {"partition": settings.partition, "metric": GRADIENT_METRIC, "scale": "none"}
+    row = shared | {"protocol_version": VERSIONS["heterogeneity"], "partition": settings.partition}
+    row |= {"metric": GRADIENT_METRIC, "scale": "none"}
     row |= {"sigma": 0.0, "value": estimate.value, "corrected": estimate.corrected}
     row |= {"standard_error": 0.0, "truncation_error": 0.0, "batch_error": None}
     row |= {"num_blocks": estimate.num_blocks, "num_zero_blocks": 0, "num_products": 0}
@@ -191,7 +193,7 @@ def take_moments(
         problem,
         settings,
         folder,
-        MOMENT_METRICS[0],
+        that_need(MOMENTS)[0],
         tolerance=None,
         max_probes=settings.num_probes,
         exact_size=settings.num_probes,
@@ -199,7 +201,7 @@ def take_moments(
         on_progress=on_progress,
     )
     rows = rows_of(folder, "heterogeneity", problem.entry.name)
-    rows = rows[rows["metric"].isin([*MOMENT_METRICS, GRADIENT_METRIC])]
+    rows = rows[rows["metric"].isin(that_need(MOMENTS, GRADIENT))]
     here = (rows["stage"] == problem.stage) & (rows["init_seed"] == problem.init_seed)
     rows = rows[here & (rows["partition"] == settings.partition)]
     store.write(out, "heterogeneity", rows)

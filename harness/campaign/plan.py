@@ -20,7 +20,7 @@ from harness.registry.entry import SpeedupRecipe
 from harness.training import climb, grid, speedup
 from harness.training.gap import SEEDS
 from harness.training.stages import STAGE_SEED, checkpoint_path
-from spectra_db.heterogeneity import MOMENT_METRICS
+from spectra_db.heterogeneity import MOMENTS, that_need
 
 if TYPE_CHECKING:
     from harness.estimator.cost import Forecast
@@ -330,7 +330,7 @@ def _has_moments(entry: ModelEntry, out: Path) -> bool:
     """Tell whether the metrics that are taken on a larger batch are of that batch."""
     rows = rows_of(out, "heterogeneity", entry.name)
     rows = rows[(rows["stage"] == "init") & (rows["init_seed"] == STAGE_SEED)]
-    rows = rows[rows["metric"] == MOMENT_METRICS[0]]
+    rows = rows[rows["metric"] == that_need(MOMENTS)[0]]
     return bool((rows["batch_size"] == entry.moments_batch_size).any())
 
 

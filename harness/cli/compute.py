@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.base import choice, device_of, main, options, processes
+from harness.cli.base import LateChoice, choice, device_of, main, options, processes
 from harness.errors import UserError
 from spectra_db.words import PARTITIONS, STAGES, TIERS, listed
 
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from harness.campaign.spectrum import Settings
     from harness.training import Problem
 
-# The scale metrics, which need few products, and those of whole spectra.
-CHEAP_METRICS = ("lambda_rms_spread", "trace_spread", "lambda_max_spread", "gradient_rms_spread")
-METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
+
+def _metrics() -> list[str]:
+    from spectra_db.heterogeneity import METRICS
+
+    return list(METRICS)
 
 
 @main.command()
 @click.argument("model")
 @click.option("--stage", default="init", show_default=True, help=f"{listed(STAGES)}.")
 @choice("partition", *PARTITIONS)
-@choice("metric", *METRICS)
+@click.option("--metric", type=LateChoice(_metrics), default="js0", show_default=True)
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
 @click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
@@ -92,6 +94,7 @@ def spectrum(
     from harness.estimator.distributed import team
     from harness.registry import get
     from harness.training import load_problem
+    from spectra_db.heterogeneity import WHOLE, measure, that_need
 
     entry = get(model, registry_dir=registry)
     check_version(entry, out)
@@ -115,7 +118,7 @@ def spectrum(
         sha256=checkpoint_sha256(out, entry.name, stage, seed),
     )
     choose_device(problem.model, chosen.device)
-    cheaply = tol is not None or metric in CHEAP_METRICS
+    cheaply = tol is not None or metric not in that_need(WHOLE)
     if batch_error and (cheaply or processes() > 1):
         raise UserError(
             "--batch-error goes with whole spectra in one process: leave out --tol, scale metrics "
@@ -159,8 +162,6 @@ def spectrum(
         return
     click.echo(f"{len(rows)} rows of {rows['block'].nunique()} blocks in {out}")
     if rows.loc[rows["status"] == "ok", "block"].nunique() > 1:
-        from spectra_db.heterogeneity import measure
-
         click.echo(estimate_line(metric, *measure(rows, metric)))
     if parts is not None:
         with (

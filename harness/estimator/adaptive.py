@@ -19,14 +19,12 @@ from harness.estimator.checks import LossFn, check_bytes, whole_number
 from harness.estimator.device import choose_device, memory_share
 from harness.estimator.lanczos import Kept, Recurrence
 from harness.estimator.spectrum import estimate_spectra
-from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, measure
+from spectra_db.heterogeneity import EXTREMES, METRICS, MOMENTS, WHOLE, measure, that_need
 from spectra_db.jackknife import MIN_PROBES, Estimate
 from spectra_db.schema import TABLES
 
 # Three times the paper's probes and twice its steps; probes of one product may be more.
 MAX_PROBES, MAX_STEPS, MAX_MOMENT_PROBES = 30, 200, 300
-# Where to begin: moments need a step per probe, extremes few, whole spectra more.
-_FIRST_STEPS = {"lambda_max_spread": 4}
 # Part of the memory budget for recurrences that wait to go on.
 _KEPT_SHARE = 0.25
 
@@ -76,11 +74,9 @@ def first_numbers(metric: str) -> tuple[int, int]:
     """Return the probes and steps per block that a metric begins with.
 
     About ten products for the scale metrics: one per probe for moments, four steps for the
-    largest eigenvalue. 3 × 20 for those of whole spectra.
+    largest eigenvalue. 3 × 10 for those of whole spectra.
     """
-    if metric in MOMENT_METRICS:
-        return 10, 1
-    return MIN_PROBES, _FIRST_STEPS.get(metric, 20)
+    return METRICS[metric].needs.num_probes, METRICS[metric].needs.num_steps
 
 
 def estimate_to_tolerance(
@@ -110,7 +106,7 @@ def estimate_to_tolerance(
         model: As `estimate_spectra`.
         loss_fn: As `estimate_spectra`.
         batches: As `estimate_spectra`.
-        metric: js0, js0_paper, w1, lambda_rms_spread, lambda_max_spread or trace_spread.
+        metric: One of `spectra_db.heterogeneity.METRICS` that needs products.
         tolerance: Largest standard error and truncation error, relative to the corrected value.
             None: one round with the numbers that the metric begins with.
         blocks: As `estimate_spectra`.
@@ -130,8 +126,8 @@ def estimate_to_tolerance(
     Raises:
         UserError: As `estimate_spectra`, or the metric is unknown or an argument out of range.
     """
-    if metric not in SPECTRUM_METRICS:
-        raise UserError(f"metric is {metric!r}; choose one of {', '.join(SPECTRUM_METRICS)}")
+    if metric not in (known_metrics := that_need(MOMENTS, EXTREMES, WHOLE)):
+        raise UserError(f"metric is {metric!r}; choose one of {', '.join(known_metrics)}")
     is_number = isinstance(tolerance, numbers.Real)
     if tolerance is not None and not (is_number and 0 < tolerance < 1):
         raise UserError(f"tolerance is {tolerance!r}; it must be between 0 and 1, for example 0.02")
@@ -150,7 +146,7 @@ def estimate_to_tolerance(
     num_probes, num_steps = first_numbers(metric)
     if tolerance is None:
         num_probes, num_steps = max_probes or num_probes, max_steps or num_steps
-    moments = metric in MOMENT_METRICS
+    moments = METRICS[metric].needs is MOMENTS
     max_probes = max_probes or (MAX_MOMENT_PROBES if moments else MAX_PROBES)
     max_steps = max_steps or (1 if moments else MAX_STEPS)
     num_probes, num_steps = min(num_probes, max_probes), min(num_steps, max_steps)

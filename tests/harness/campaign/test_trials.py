@@ -12,9 +12,9 @@ from harness.campaign.run import Job, run_entries
 from harness.errors import UserError
 from harness.registry import get
 from harness.registry.entry import SpeedupRecipe
-from spectra_db.words import ANSWERS
 from harness.training.speedup import pending
 from spectra_db import store
+from spectra_db.words import ANSWERS
 
 RECIPE = SpeedupRecipe(num_steps=40, batch_size=64, sgd_lr=0.3, adamw_lr=1e-2, eval_size=256)
 TINY = replace(

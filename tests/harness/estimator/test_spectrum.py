@@ -21,6 +21,7 @@ from harness.estimator.cost import forecast
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.summary import block_sizes, block_summaries
 from harness.training import load_problem
+from spectra_db import store
 from spectra_db.schema import TABLES
 
 from .models import ViT, cross_entropy, num_terms, problem, split

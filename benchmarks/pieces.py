@@ -13,12 +13,12 @@ from scipy.special import xlogy
 
 import spectra_db
 from harness.estimator.lanczos import advance, lanczos, start
-from harness.estimator.quadrature import gauss_rule
 from spectra_db import store
-from spectra_db.density import Array, density, lattice_densities
+from spectra_db.densities import Array, density, lattice_densities
 from spectra_db.divergence import js_divergences
 from spectra_db.heterogeneity import SIGMA
 from spectra_db.jackknife import Blocks
+from spectra_db.quadrature import gauss_rule
 
 Rule = tuple[Array, Array]  # nodes and weights
 

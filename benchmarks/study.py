@@ -28,10 +28,10 @@ from harness.estimator.checks import take
 from harness.estimator.hessian import opened
 from harness.estimator.lanczos import Recurrence, lanczos
 from harness.estimator.objective import Objective
-from harness.estimator.quadrature import gauss_rule
 from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.registry import ModelEntry
 from harness.training import load_problem
+from spectra_db.quadrature import gauss_rule
 
 PROBES, STEPS = (3, 5, 10), (10, 20, 40, 80)
 POOL = 180  # probes per block that the repetitions share out

@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 from spectra_db import store
-from spectra_db.heterogeneity import MOMENT_METRICS, metrics
-from spectra_db.schema import KEYS, SPECTRUM, TABLES
+from spectra_db.heterogeneity import GRADIENT, MOMENTS, metrics, that_need
+from spectra_db.schema import KEYS, SPECTRUM, TABLES, VERSIONS
 
 # (folder, rows that one file of the table holds) ↦ the rows that follow, with those columns that
 # do. Rows that say themselves that they come from what a release does not hold are handed back.
@@ -32,7 +32,7 @@ STANDARD = {
 _RELATIVE, _OF_ROW = 1e-5, 1e-7
 # A metric has no unit, and the root of a divergence that is rounding is 1e-8.
 _ABSOLUTE = {"heterogeneity": 1e-7}
-_ON_LARGER_BATCHES = (*MOMENT_METRICS, "gradient_rms_spread")
+_ON_LARGER_BATCHES = that_need(MOMENTS, GRADIENT)
 
 
 def differences(
@@ -135,8 +135,30 @@ def standard(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
 
 
+def renew(folder: Path, model: str) -> bool:
+    """Derive a model's table `heterogeneity` anew by the protocol's last version; say if it was not.
+
+    The rows stay, and of each what spectra here do not tell: the batch error, which is that of the
+    earlier version, and what was taken on a larger batch, moments and gradients, which are the same
+    in both.
+
+    Raises:
+        ValueError: It does not follow from the other tables.
+    """
+    now, table = VERSIONS["heterogeneity"], "heterogeneity"
+    stored = rows_of(folder, table, model)
+    if stored.empty or (stored["protocol_version"] == now).all():
+        return False
+    made = _heterogeneity(folder, stored.assign(protocol_version=now))
+    key = list(KEYS[table])
+    kept = stored[[*key, *(c for c in stored if c not in made)]]
+    store.write(folder, table, made.merge(kept, on=key), replace=True)
+    return True
+
+
 def _heterogeneity(folder: Path, stored: pd.DataFrame) -> pd.DataFrame:
     """Return the metrics of each spectrum; those of a larger batch come from no table here."""
+    version = int(stored["protocol_version"].iloc[0])
     model = str(stored["model"].iloc[0])
     spectra, blocks = (rows_of(folder, table, model) for table in ("spectra", "blocks"))
     of_spectrum = dict(list(spectra.groupby(list(SPECTRUM))))
@@ -149,7 +171,7 @@ def _heterogeneity(folder: Path, stored: pd.DataFrame) -> pd.DataFrame:
         larger &= ours["batch_size"] > rows["batch_size"].max()
         names = set(ours.loc[~larger, "metric"])
         gradient = "gradient_rms_spread" in names
-        made = metrics(rows, block_rows=beside if gradient else None, names=names)
+        made = metrics(rows, block_rows=beside if gradient else None, names=names, version=version)
         parts += [made.drop(columns="batch_error"), ours[larger]]
     found = pd.concat(parts, ignore_index=True)
     older = stored["batch_size"].isna().all()  # than the column

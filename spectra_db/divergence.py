@@ -8,7 +8,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from spectra_db.density import POINTS_PER_SIGMA
+from spectra_db.densities import POINTS_PER_SIGMA
 
 Array = NDArray[np.float64]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from spectra_db.density import Array, lattice_densities
+from spectra_db.densities import Array, lattice_densities
 from spectra_db.divergence import js_divergences
-from spectra_db.heterogeneity import _distance, _Divergences, _js_estimate
 from spectra_db.jackknife import Blocks, Estimate
+from spectra_db.pairs import Divergences, js_distance, mean_of_pairs
 
 # Width of the smoothing Gaussian, in decades.
 ENERGY_SIGMA = 0.1
@@ -42,7 +42,7 @@ def energy_js(rows: pd.DataFrame) -> Estimate:
     Raises:
         ValueError: As `js0`.
     """
-    blocks = Blocks.of(rows)
+    blocks = Blocks.of(rows, extend=False)  # as it was fixed in protocol 2
     deletions, count = blocks.deletions, len(blocks)
     rules = [block.average() for block in blocks.blocks]
     rules += [blocks.blocks[k].average(i) for k, i in deletions]
@@ -54,7 +54,7 @@ def energy_js(rows: pd.DataFrame) -> Estimate:
     for k in np.unique(owners[count:]):
         mine = moved[owners[count:] == k]
         bias[k] = (len(mine) - 1) * (mine.mean(axis=0) - full[k])
-    return _js_estimate(blocks, _Divergences(full, moved, bias, dx=1.0), _distance)
+    return mean_of_pairs(blocks, Divergences(full, moved, bias, dx=1.0), js_distance)
 
 
 def _signed_logs(rules: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:

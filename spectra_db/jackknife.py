@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy
 
-from spectra_db.density import (
+from spectra_db.densities import (
     Array,
     BlockSpectrum,
     blocks_of,
@@ -74,15 +75,21 @@ class Blocks:
         blocks: The blocks.
         num_zero_blocks: Blocks that are exactly zero.
         errors_known: Every sampled block has probes enough for the jackknife.
+        extended: Their rules are those of T continued where Lanczos stopped.
     """
 
     blocks: list[BlockSpectrum]
     num_zero_blocks: int
     errors_known: bool
+    extended: bool
 
     @classmethod
-    def of(cls, rows: pd.DataFrame) -> Blocks:
+    def of(cls, rows: pd.DataFrame, *, extend: bool = True) -> Blocks:
         """Gather rows of table `spectra`.
+
+        Args:
+            rows: Rows of one model, stage and partition.
+            extend: Continue each T by the mean of its last coefficients (docs/protocol.md).
 
         Raises:
             ValueError: As `blocks_of`, or fewer than two blocks are not zero.
@@ -95,7 +102,9 @@ class Blocks:
                 "needs at least two"
             )
         enough = all(b.exact or len(b.nodes) >= MIN_PROBES for b in blocks)
-        return cls(blocks, len(every) - len(blocks), errors_known=enough)
+        zero = len(every) - len(blocks)
+        blocks = [b.extended() for b in blocks] if extend else blocks
+        return cls(blocks, zero, errors_known=enough, extended=extend)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -109,6 +118,11 @@ class Blocks:
             (k, i) for k, b in enumerate(self.blocks) if not b.exact for i in range(len(b.nodes))
         ]
 
+    @cached_property
+    def divergences(self) -> dict[tuple[str, float], Any]:
+        """Those that were computed of these blocks, by scale and σ."""
+        return {}
+
     @property
     def num_products(self) -> int:
         """Products spent on all blocks."""
@@ -118,19 +132,13 @@ class Blocks:
         """Return the blocks after that fraction of the Lanczos steps, for plug-in values alone.
 
         As many were asked for as the probes took that did not break down; if all did, every rule
-        is exact and stays.
+        stays.
         """
-        steps = max(
-            (
-                len(alphas)
-                for b in self.blocks
-                for (alphas, _), broke in zip(b.tridiagonals, b.breakdowns, strict=True)
-                if not broke
-            ),
-            default=0,
-        )
-        shorter = [b.truncated(steps, fraction) for b in self.blocks] if steps else self.blocks
-        return Blocks(shorter, self.num_zero_blocks, errors_known=False)
+        took = [len(r.alphas) for b in self.blocks for r in b.recurrences if not r.breakdown]
+        if not took:
+            return replace(self, errors_known=False)
+        shorter = [b.truncated(max(took), fraction, extend=self.extended) for b in self.blocks]
+        return replace(self, blocks=shorter, errors_known=False)
 
     def scales(self, scale: str) -> Array:
         """Return what each block's eigenvalues are divided by, shape (K,)."""

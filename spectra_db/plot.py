@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spectra_db.density import density
+from spectra_db.densities import SCALES, density
 from spectra_db.heterogeneity import pairwise_js
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[
         ax.tick_params(labelbottom=True)
     for ax in axes[len(blocks) :]:
         ax.set_axis_off()
-    unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {_SCALE_NAMES[scale]}"
+    unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {SCALES[scale].meaning}"
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("density", fontsize=9)
     return figure, list(axes), columns
@@ -253,11 +253,3 @@ def _short(names: list[str], length: int = 32) -> list[str]:
         name = ".".join(parts)
         shorter.append(name if len(name) <= length else f"{name[:8]}…{name[9 - length :]}")
     return shorter
-
-
-_SCALE_NAMES = {
-    "lambda10": "10th largest |eigenvalue|",
-    "global_max": "largest |eigenvalue| of all blocks",
-    "own_max": "the block's largest |eigenvalue|",
-    "own_rms": "the block's rms eigenvalue",
-}

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from spectra_db import manifest
-from spectra_db.load import folder_of, load, optional
+from spectra_db.loading import folder_of, load, optional
 from spectra_db.manifest import Manifest
-from spectra_db.schema import STAGES
+from spectra_db.words import STAGES
 
 # The reading that the leaderboard shows first.
 _READING = {"metric": "js0", "scale": "lambda10"}

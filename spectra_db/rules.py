@@ -10,8 +10,9 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import wasserstein_distance
 
-from spectra_db.density import Array, truncated_rule
+from spectra_db.densities import Array
 from spectra_db.heterogeneity import TRUNCATION
+from spectra_db.quadrature import gauss_rule
 
 # Rounding of a product, relative to its norm. float32 against float64 differed by up to 200 eps on
 # perceptrons of 266,000 parameters, and in eigenvalues by up to 300 eps of the largest on those
@@ -73,7 +74,7 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
     settled = _settled(row["alphas"], row["betas"], eps)
     if not row["breakdown"] and settled < len(row["alphas"]):
         steps = max(1, int(TRUNCATION * len(row["alphas"])))
-        shorter = truncated_rule(row["alphas"], row["betas"], steps)
+        shorter = gauss_rule(row["alphas"][:steps], row["betas"])
         allowed += _TRUNCATIONS * float(
             wasserstein_distance(nodes, shorter[0], weights, shorter[1])
         )

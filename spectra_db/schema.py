@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-PROTOCOL_VERSION = 1
-# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second.
-VERSIONS = {"trials": 2, "speedups": 2, "predictors": 2}
+from spectra_db.words import ANSWERS, PARTITIONS, STAGES, listed
 
-STATUSES = ("ok", "zero", "pending", "failed")
-# "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
-ANSWERS = ("yes", "no", "unclear")
-STAGES = ("init", "p10", "p25", "p50", "final")
-# Of rules; rows of blocks that a caller chose say `custom`.
-PARTITIONS = ("weights", "paper", "all", "full")
+PROTOCOL_VERSION = 1
+# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second, and
+# so are metrics, whose rules are continued where Lanczos stopped.
+VERSIONS = {"heterogeneity": 2, "trials": 2, "speedups": 2, "predictors": 2}
+# Earlier versions that are read, too.
+EARLIER = {"heterogeneity": (1,)}
 
 _TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 _LIST = pa.list_(_FLOAT)
@@ -38,10 +36,10 @@ def _column(
 
 
 _MODEL = _column("model", _TEXT, "Name of the registry entry")
-_STAGE = _column("stage", _TEXT, "Stage of training: init, p10, p25, p50 or final")
+_STAGE = _column("stage", _TEXT, f"Stage of training: {listed(STAGES)}")
 _INIT_SEED = _column("init_seed", _INT, "Seed of the model's initialisation")
 _TRAIN_RUN = _column("train_run", _TEXT, "Training run of the stage, empty at initialisation")
-_PARTITION = _column("partition", _TEXT, "How parameters form blocks: weights, paper, all or full")
+_PARTITION = _column("partition", _TEXT, f"How parameters form blocks: {listed(PARTITIONS)}")
 _BLOCK = _column("block", _TEXT, "Name of the block: its parameter's, [q], [k], [v] for a slice")
 _KIND = _column("kind", _TEXT, "Role of the block's parameters: embedding, query, conv, ...")
 _NUM_PARAMS = _column("num_params", _INT, "Number of parameters", "parameters")
@@ -118,7 +116,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("probe_seed", _INT, "Seed of the probe's CPU generator; 0 if exact"),
             _column("num_steps", _INT32, "Lanczos steps taken, 0 if exact", "steps"),
             _column("reorthogonalized", _BOOL, "Full reorthogonalisation was on"),
-            _column("breakdown", _BOOL, "Lanczos ended early: the rule is exact for this probe"),
+            _column("breakdown", _BOOL, "Lanczos ended early: the residual is rounding"),
             _column("alphas", _LIST, "Diagonal of the tridiagonal matrix T", _CURVATURE),
             _column("betas", _LIST, "Off-diagonal of T, the residual last", _CURVATURE),
             _column("nodes", _LIST, "Ritz values, or eigenvalues if exact, ascending", _CURVATURE),
@@ -173,7 +171,7 @@ TABLES: dict[str, pa.Schema] = {
             _float("value", "Plug-in estimate"),
             _float("corrected", "Estimate after the jackknife's bias correction"),
             _float("standard_error", "Jackknife standard error over probes"),
-            _float("truncation_error", "Change against a rule of three quarters of the steps"),
+            _float("truncation_error", "What more steps may change, from three quarters of them"),
             _float("batch_error", "Difference between two halves of the batch"),
             _column("num_blocks", _INT, "Blocks that entered", "blocks"),
             _column("num_zero_blocks", _INT, "Exactly zero blocks left out", "blocks"),
@@ -274,7 +272,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("censored", _BOOL, "The slower was not there in 4T steps", optional=True),
             _column("slower", _TEXT, "The optimizer behind: sgd or adamw", optional=True),
             _column("trained", _BOOL, "AdamW gained a tenth of R in each seed", optional=True),
-            _column("adam_needed", _TEXT, "Whether y > 0.5: yes, no, unclear", optional=True),
+            _column("adam_needed", _TEXT, f"Whether y > 0.5: {', '.join(ANSWERS)}", optional=True),
             _float("relative_gap", "y': (min(S, R) - A) / (R - A) at T steps"),
             _float("relative_gap_error", "Standard error of y' over seeds"),
             _float("sgd_loss", "S: mean loss of SGD after T steps", _LOSS),
@@ -373,7 +371,8 @@ KEYS: dict[str, tuple[str, ...]] = {
         "probe",
     ),
     "blocks": ("model", "stage", "init_seed", "train_run", "block", "protocol_version"),
-    "heterogeneity": (*SPECTRUM, "metric", "scale", "sigma", "protocol_version"),
+    # A row of a later protocol takes the place of the earlier one.
+    "heterogeneity": (*SPECTRUM, "metric", "scale", "sigma"),
     "training": ("model", "optimizer", "lr", "seed", "step", "split", "metric", "protocol_version"),
     "stages": ("model", "stage", "optimizer", "seed", "protocol_version"),
     "gaps": ("model", "protocol_version"),

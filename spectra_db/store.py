@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from spectra_db.files import whole
-from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION, STATUSES, TABLES, VERSIONS
+from spectra_db.schema import EARLIER, KEYS, LISTS, PROTOCOL_VERSION, TABLES, VERSIONS
+from spectra_db.words import STATUSES
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # A task of one's own is named as in module:Class.
@@ -259,8 +260,15 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
                 refuse(f"{name} {word!r} is no slug")
     versions = pc.unique(content["protocol_version"]).to_pylist()
     known = VERSIONS.get(table, PROTOCOL_VERSION)
-    if versions != [known]:
-        refuse(f"protocol versions {sorted(versions)}; this code reads {known} alone")
+    readable = (known, *EARLIER.get(table, ()))
+    if len(versions) > 1 and set(versions) <= set(readable):
+        refuse(
+            f"rows of protocol versions {sorted(versions)} don't go together; "
+            "`harness dataset derive FOLDER` derives those of a folder anew"
+        )
+    if versions[0] not in readable or len(versions) > 1:
+        only = " or ".join(map(str, sorted(readable)))
+        refuse(f"protocol versions {sorted(versions)}; this code reads {only} alone")
     if "status" in names:
         strange = set(pc.unique(content["status"]).to_pylist()) - set(STATUSES)
         if strange:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import spectra_db
 from harness.cli import main
-from spectra_db.load import BUNDLED
+from spectra_db.loading import BUNDLED
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"

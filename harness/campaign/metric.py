@@ -19,14 +19,13 @@ from harness.records import version
 from harness.records.ledger import Ledger
 from harness.records.provenance import describe_run
 from harness.training import Problem
-from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, gradient_rms_spread
+from spectra_db.heterogeneity import EXTREMES, GRADIENT, METRICS, MOMENTS, that_need
 from spectra_db.jackknife import Estimate
-from spectra_db.schema import KEYS
+from spectra_db.schema import KEYS, VERSIONS
 
-GRADIENT_METRIC = "gradient_rms_spread"
-METRICS = (*SPECTRUM_METRICS, GRADIENT_METRIC)
+[GRADIENT_METRIC] = that_need(GRADIENT)
 # What says enough for a spectrum too short for other metrics.
-_CHEAP = (*MOMENT_METRICS, "lambda_max_spread")
+_CHEAP = that_need(MOMENTS, EXTREMES)
 
 
 def take_metric(
@@ -51,7 +50,7 @@ def take_metric(
         settings: How products are taken; the numbers of probes and steps are those of a whole
             spectrum: with fewer steps a scale metric is written alone.
         ledger: Where to.
-        metric: One of SPECTRUM_METRICS.
+        metric: One that needs products.
         tolerance: As `estimate_to_tolerance`.
         most: Most probes and steps, as `adaptive.limits` takes them.
         command: The command line, for table `runs`.
@@ -112,7 +111,8 @@ def take_gradient_metric(problem: Problem, settings: Settings, ledger: Ledger) -
     with problem.hessian(plain) as hessian:
         sizes = block_sizes(hessian)
     try:
-        estimate = gradient_rms_spread(pd.DataFrame(sizes), [size["block"] for size in sizes])
+        gradients = pd.DataFrame(sizes), [size["block"] for size in sizes]
+        estimate = METRICS[GRADIENT_METRIC].estimate(*gradients)
     except ValueError as error:
         raise UserError(f"{name!r}, partition {settings.partition}: {error}") from error
     if settings.partition == "full" or not settings.is_protocol:
@@ -122,7 +122,8 @@ def take_gradient_metric(problem: Problem, settings: Settings, ledger: Ledger) -
     present = set(ledger.rows("blocks", **shared)["block"])
     if new := [shared | size for size in sizes if size["block"] not in present]:
         ledger.write("blocks", new)
-    row = shared | {"partition": settings.partition, "metric": GRADIENT_METRIC, "scale": "none"}
+    row = shared | {"protocol_version": VERSIONS["heterogeneity"], "partition": settings.partition}
+    row |= {"metric": GRADIENT_METRIC, "scale": "none"}
     row |= {"sigma": 0.0, "value": estimate.value, "corrected": estimate.corrected}
     row |= {"standard_error": 0.0, "truncation_error": 0.0, "batch_error": None}
     row |= {"num_blocks": estimate.num_blocks, "num_zero_blocks": 0, "num_products": 0}
@@ -159,7 +160,7 @@ def take_moments(
         problem,
         replace(settings, exact_size=settings.num_probes),
         larger,
-        MOMENT_METRICS[0],
+        that_need(MOMENTS)[0],
         tolerance=None,
         most=(settings.num_probes, None),
         command=command,
@@ -168,7 +169,7 @@ def take_moments(
     here = {"stage": problem.stage, "init_seed": problem.init_seed}
     here |= {"partition": settings.partition}
     rows = larger.rows("heterogeneity", problem.entry.name, **here)
-    rows = rows[rows["metric"].isin([*MOMENT_METRICS, GRADIENT_METRIC])]
+    rows = rows[rows["metric"].isin(that_need(MOMENTS, GRADIENT))]
     ledger.write("heterogeneity", rows)
     return rows
 

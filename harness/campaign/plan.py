@@ -17,7 +17,7 @@ from harness.registry.entry import SpeedupRecipe
 from harness.training import climb, grid, speedup
 from harness.training.gap import SEEDS
 from harness.training.stages import STAGE_SEED
-from spectra_db.heterogeneity import MOMENT_METRICS
+from spectra_db.heterogeneity import MOMENTS, that_need
 
 
 def settings_of(entry: ModelEntry, partition: str = "", device: str | None = None) -> Settings:
@@ -132,7 +132,7 @@ def _is_kept(entry: ModelEntry, ledger: Ledger, stage: str) -> bool:
 
 def _has_moments(entry: ModelEntry, ledger: Ledger) -> bool:
     """Tell whether the metrics that are taken on a larger batch are of that batch."""
-    here = {"stage": "init", "init_seed": STAGE_SEED, "metric": MOMENT_METRICS[0]}
+    here = {"stage": "init", "init_seed": STAGE_SEED, "metric": that_need(MOMENTS)[0]}
     rows = ledger.rows("heterogeneity", entry.name, **here)
     return bool((rows["batch_size"] == entry.moments_batch_size).any())
 

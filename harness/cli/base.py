@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,6 @@ import click
 
 from harness.errors import UserError, output_error, reason_of
 
-TIERS = ("demo", "small", "paper", "ranked", "reference")
 STOPPED = 130  # what a shell reports after Ctrl-C
 
 
@@ -72,6 +71,18 @@ def choice(name: str, *choices: str) -> Callable[[Any], Any]:
     return click.option(
         f"--{name}", type=click.Choice(choices), default=choices[0], show_default=True
     )
+
+
+class LateChoice(click.Choice[str]):
+    """One of some words that stand in a module that takes long to import: read when needed."""
+
+    def __init__(self, read: Callable[[], Sequence[str]]) -> None:
+        self._read, self.case_sensitive = read, True
+
+    @property
+    def choices(self) -> Sequence[str]:  # type: ignore[override]
+        """The words."""
+        return self._read()
 
 
 def writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

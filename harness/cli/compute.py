@@ -11,25 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.base import TIERS, choice, device_of, main, options, processes
+from harness.cli.base import LateChoice, choice, device_of, main, options, processes
 from harness.errors import UserError
 from harness.estimator.settings import CHOICES
+from spectra_db.words import PARTITIONS, STAGES, TIERS, listed
 
 if TYPE_CHECKING:
     from harness.estimator.settings import Settings
     from harness.records.ledger import Ledger
     from harness.training import Problem
 
-# The scale metrics, which need few products, and those of whole spectra.
-CHEAP_METRICS = ("lambda_rms_spread", "trace_spread", "lambda_max_spread", "gradient_rms_spread")
-METRICS = ("js0", "js0_paper", "w1", *CHEAP_METRICS)
+
+def _metrics() -> list[str]:
+    from spectra_db.heterogeneity import METRICS
+
+    return list(METRICS)
 
 
 @main.command()
 @click.argument("model")
-@click.option("--stage", default="init", show_default=True, help="init, p10, p25, p50 or final.")
-@choice("partition", "weights", "paper", "all", "full")
-@choice("metric", *METRICS)
+@click.option("--stage", default="init", show_default=True, help=f"{listed(STAGES)}.")
+@choice("partition", *PARTITIONS)
+@click.option("--metric", type=LateChoice(_metrics), default="js0", show_default=True)
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
 @click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
@@ -87,6 +90,7 @@ def spectrum(
     from harness.records.ledger import Ledger
     from harness.registry import get
     from harness.training import load_problem
+    from spectra_db.heterogeneity import WHOLE, that_need
 
     entry, ledger = get(model, registry_dir=registry), Ledger(out)
     version.check(entry, ledger)
@@ -112,7 +116,7 @@ def spectrum(
         sha256=ledger.checkpoint_sha256(entry.name, stage, seed),
     )
     choose_device(problem.model, chosen.device)
-    cheaply = tol is not None or metric in CHEAP_METRICS
+    cheaply = tol is not None or metric not in that_need(WHOLE)
     if processes() > 1 and (cheaply or batch_error):
         raise UserError("--tol, --batch-error and the scale metrics run without torchrun")
     if cheaply and batch_error:

@@ -72,7 +72,7 @@ def check_(folder: Path | None, previous: Path | None, registry: Path | None) ->
     leaderboard from both. FOLDER is the bundled release if not given.
     """
     from spectra_db import manifest
-    from spectra_db.load import BUNDLED
+    from spectra_db.loading import BUNDLED
 
     folder = folder or BUNDLED
     found = _problems(folder, previous, registry)
@@ -164,7 +164,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
     """
     from harness.submission.publication import derived_of_release
     from spectra_db import publish as publication
-    from spectra_db.load import BUNDLED
+    from spectra_db.loading import BUNDLED
 
     folder = source or BUNDLED
     planned = publication.plan(folder, repo, derived=derived_of_release())

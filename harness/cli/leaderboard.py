@@ -44,7 +44,8 @@ def leaderboard(
     from harness.errors import UserError
     from harness.leaderboard import report, statistics, tables
     from harness.leaderboard.export import export
-    from spectra_db.schema import PROTOCOL_VERSION, STAGES
+    from spectra_db.schema import PROTOCOL_VERSION
+    from spectra_db.words import STAGES
 
     if stage not in STAGES:
         raise UserError(f"--stage is {stage!r}; choose one of {', '.join(STAGES)}")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import TIERS, choice, main, options
+from harness.cli.base import choice, main, options
 from harness.errors import UserError
+from spectra_db.words import PARTITIONS, TIERS
 
 
 @main.command("list")
@@ -29,7 +30,7 @@ def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@choice("partition", "weights", "paper", "all", "full")
+@choice("partition", *PARTITIONS)
 @click.option(
     "--provenance", is_flag=True, help="Where its published numbers come from, row by row."
 )

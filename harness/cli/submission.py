@@ -280,7 +280,7 @@ def verify(
         verify_sample,
         verify_tables,
     )
-    from spectra_db.load import folder_of
+    from spectra_db.loading import folder_of
 
     if not 0 < budget < float("inf"):
         raise UserError(f"--budget is {budget}; it must be positive, in seconds")

@@ -20,7 +20,7 @@ def verdict(source: Path | None, as_json: bool) -> None:
     """
     from harness.cli.display import print_speedups
     from harness.leaderboard.ranking import ranking
-    from spectra_db.load import folder_of
+    from spectra_db.loading import folder_of
 
     found = ranking(folder_of(source))
     if as_json:

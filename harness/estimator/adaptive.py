@@ -18,14 +18,12 @@ from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import Kept, Recurrence
 from harness.estimator.settings import Settings, whole_number
 from harness.estimator.spectrum import OnProgress, gathered, rules
-from spectra_db.heterogeneity import MOMENT_METRICS, SPECTRUM_METRICS, measure
+from spectra_db.heterogeneity import EXTREMES, METRICS, MOMENTS, WHOLE, measure, that_need
 from spectra_db.jackknife import MIN_PROBES, Estimate
 from spectra_db.schema import TABLES
 
 # Three times the paper's probes and twice its steps; probes of one product may be more.
 MAX_PROBES, MAX_STEPS, MAX_MOMENT_PROBES = 30, 200, 300
-# Where to begin: moments need a step per probe, extremes few, whole spectra more.
-_FIRST_STEPS = {"lambda_max_spread": 4}
 # Part of the memory budget for recurrences that wait to go on.
 _KEPT_SHARE = 0.25
 
@@ -75,11 +73,9 @@ def first_numbers(metric: str) -> tuple[int, int]:
     """Return the probes and steps per block that a metric begins with.
 
     About ten products for the scale metrics: one per probe for moments, four steps for the
-    largest eigenvalue. 3 × 20 for those of whole spectra.
+    largest eigenvalue. 3 × 10 for those of whole spectra.
     """
-    if metric in MOMENT_METRICS:
-        return 10, 1
-    return MIN_PROBES, _FIRST_STEPS.get(metric, 20)
+    return METRICS[metric].needs.num_probes, METRICS[metric].needs.num_steps
 
 
 def limits(
@@ -96,13 +92,13 @@ def limits(
     Raises:
         UserError: One is out of range.
     """
-    if metric not in SPECTRUM_METRICS:
-        raise UserError(f"metric is {metric!r}; choose one of {', '.join(SPECTRUM_METRICS)}")
+    if metric not in (known := that_need(MOMENTS, EXTREMES, WHOLE)):
+        raise UserError(f"metric is {metric!r}; choose one of {', '.join(known)}")
     if max_probes is not None:  # an error needs as many
         max_probes = whole_number("max_probes", max_probes, MIN_PROBES)
     if max_steps is not None:
         max_steps = whole_number("max_steps", max_steps, 1)
-    moments = metric in MOMENT_METRICS
+    moments = METRICS[metric].needs is MOMENTS
     most = MAX_MOMENT_PROBES if moments else MAX_PROBES, 1 if moments else MAX_STEPS
     if tolerance is None:
         most = first_numbers(metric)
@@ -138,7 +134,7 @@ def estimate_to_tolerance(
         settings: How rules are taken, with at most so many probes and steps as `limits` says.
             Without a tolerance these are the numbers themselves.
         source: As `spectrum.rules`.
-        metric: js0, js0_paper, w1, lambda_rms_spread, lambda_max_spread or trace_spread.
+        metric: One of `spectra_db.heterogeneity.METRICS` that needs products.
         tolerance: Largest standard error and truncation error, relative to the corrected value.
             None: one round.
         known: Rows of the same spectrum that are there already: their products are not repeated

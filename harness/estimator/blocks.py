@@ -14,9 +14,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from harness.errors import UserError
+from spectra_db.words import PARTITIONS
 
-# Not from spectra_db, whose packages `benchmarks/gpu.py` does without.
-PARTITIONS = ("weights", "paper", "all", "full")
 FULL_BLOCK = "__full__"
 
 # The last words of a module's path that name one projection, as timm, transformers, torch and

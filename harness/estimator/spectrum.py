@@ -21,8 +21,8 @@ from harness.estimator.device import device_name, peak_bytes
 from harness.estimator.hessian import BlockHessian, opened
 from harness.estimator.objective import LossFn, Objective
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule
 from harness.estimator.settings import Settings, whole_number
+from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 Row = dict[str, Any]

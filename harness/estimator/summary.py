@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from harness.estimator.hessian import BlockHessian
-from harness.estimator.quadrature import residual_bounds
-from spectra_db.density import blocks_of
+from spectra_db.densities import blocks_of
+from spectra_db.quadrature import residual_bounds
 
 Row = dict[str, Any]
 

@@ -10,11 +10,11 @@ import pandas as pd
 
 from harness.leaderboard.tables import in_network_order
 from harness.registry.entry import partition_of
-from spectra_db.density import density
+from spectra_db.densities import density
 from spectra_db.derived import standard
 from spectra_db.heterogeneity import pairwise_js
-from spectra_db.load import optional
-from spectra_db.schema import STAGES
+from spectra_db.loading import optional
+from spectra_db.words import STAGES
 
 # Densities below this are not drawn: less than one eigenvalue of any block.
 FLOOR = 1e-5

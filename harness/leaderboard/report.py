@@ -15,7 +15,8 @@ from harness.leaderboard.statistics import DUMMIES, REFERENCE, TIERS, measuremen
 from harness.leaderboard.tables import Dataset, natural_key
 from harness.training.gap import THRESHOLD
 from spectra_db.files import whole
-from spectra_db.schema import STAGES
+from spectra_db.heterogeneity import METRICS
+from spectra_db.words import STAGES
 
 _NUM_MOVED = 3  # models that are named
 BEGIN = "<!-- leaderboard: written by `make leaderboard` -->"
@@ -25,13 +26,7 @@ SCALES = ("lambda10", "none")
 # What the authors' code compares: eigenvalues as they are.
 RAW = (("js0", "raw"), ("js0_paper", "raw"))
 LABELS = {
-    "js0": "JS⁰",
-    "js0_paper": "JS⁰ as in the paper",
-    "w1": "Wasserstein-1",
-    "lambda_rms_spread": "spread of rms eigenvalue",
-    "lambda_max_spread": "spread of largest eigenvalue",
-    "trace_spread": "spread of trace",
-    "gradient_rms_spread": "spread of gradient rms",
+    **{name: metric.meaning for name, metric in METRICS.items()},
     "has_attention": "dummy: has attention",
     "num_params": "dummy: number of parameters",
 }

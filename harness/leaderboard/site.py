@@ -18,8 +18,9 @@ from harness.leaderboard.export import export
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
 from spectra_db import store
-from spectra_db.load import folder_of
-from spectra_db.schema import STAGES, TABLES
+from spectra_db.loading import folder_of
+from spectra_db.schema import TABLES
+from spectra_db.words import STAGES
 
 _STATIC = Path(__file__).parent / "static"
 _DIGITS = 6

@@ -15,7 +15,8 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.training.gap import THRESHOLD
-from spectra_db.schema import PROTOCOL_VERSION, STAGES, TABLES
+from spectra_db.schema import PROTOCOL_VERSION, TABLES
+from spectra_db.words import STAGES
 
 Array = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from harness.registry import entries
 from harness.registry.entry import partition_of
 from spectra_db import heterogeneity as measures
 from spectra_db.derived import standard
-from spectra_db.load import folder_of, optional
+from spectra_db.loading import folder_of, optional
 from spectra_db.schema import SPECTRUM
 from spectra_db.verified import NOTE, verified_models
 

@@ -32,7 +32,7 @@ from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data
 from harness.training import train
 from harness.training.gap import SEEDS, relative_gap
-from spectra_db.load import optional
+from spectra_db.loading import optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

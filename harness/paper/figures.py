@@ -17,10 +17,9 @@ from harness.paper.result import Result
 from harness.training import grid
 from harness.training.gap import SEEDS
 from spectra_db import density, plot
-from spectra_db.density import GROUP
-from spectra_db.heterogeneity import READINGS as JS_READINGS
-from spectra_db.heterogeneity import SPECTRUM_METRICS, pairwise_js
-from spectra_db.load import optional
+from spectra_db.densities import GROUP
+from spectra_db.heterogeneity import METRICS, pairwise_js
+from spectra_db.loading import optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +33,9 @@ _OPTIMIZERS = (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM))
 CURVES_OF = (1, 4, 7, 9, 12, 15)
 # Every metric in each of its readings, the first the metric: Table 1 is set beside all.
 EVERY_READING = [
-    *(f"{metric} {scale}" for metric, scale, _ in JS_READINGS),
-    "w1 lambda10",
-    *(metric for metric in SPECTRUM_METRICS if metric.endswith("_spread")),
-    "gradient_rms_spread",
+    f"{name} {scale}".removesuffix(" none")
+    for name, metric in METRICS.items()
+    for scale in metric.scales
 ]
 # Table 1: the paper's system, its JS⁰, our entry of the same architecture, our small kin.
 TABLE1 = (

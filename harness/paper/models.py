@@ -20,7 +20,7 @@ from harness.paper.quadratic import (
     steps_to,
 )
 from harness.paper.result import Result
-from spectra_db.density import blocks_of
+from spectra_db.densities import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import pandas as pd
 import spectra_db
 from harness.leaderboard.tables import in_network_order
 from spectra_db.derived import STANDARD
-from spectra_db.load import optional
+from spectra_db.loading import optional
 
 # Folder of tables, or None for the bundled release.
 Source = Path | str | None

@@ -13,13 +13,13 @@ from harness.estimator import find_blocks
 from harness.estimator.hessian import opened
 from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule
 from harness.estimator.settings import Settings
 from harness.paper.quadratic import Array
 from harness.registry import get
 from harness.training import load_problem
-from spectra_db.density import lambda10
+from spectra_db.densities import lambda10
 from spectra_db.heterogeneity import RAW_SIGMA, SIGMA
+from spectra_db.quadrature import gauss_rule
 
 NUM_STEPS, NUM_PROBES = 100, 10
 # Real blocks of 1,024 parameters, whose dense Hessian takes seconds on this many samples.

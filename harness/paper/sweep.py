@@ -40,7 +40,7 @@ from harness.training import climb, train
 from harness.training.gap import SEEDS
 from harness.training.grid import GRID_SEED
 from harness.training.loop import OPTIMIZERS
-from spectra_db.load import optional
+from spectra_db.loading import optional
 
 VARIANT_SCALES = (5, 15)
 _FACTORY = "harness.paper.sweep:{}".format

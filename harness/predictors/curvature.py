@@ -14,12 +14,12 @@ from harness.campaign.spectrum import source_of
 from harness.estimator.blocks import FULL_BLOCK
 from harness.estimator.lanczos import advance, start
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule, residual_bounds
 from harness.estimator.settings import Settings
 from harness.estimator.spectrum import gathered, rules
 from harness.predictors import Value
 from harness.training import Problem
 from spectra_db.heterogeneity import spread
+from spectra_db.quadrature import gauss_rule, residual_bounds
 
 # Statistic of a block's spectrum, probes and steps that it is taken with.
 _SPREADS = (("lambda_rms", 3, 1), ("lambda_max", 1, 10))

@@ -13,9 +13,9 @@ from spectra_db.heterogeneity import RAW_SIGMA, SIGMA, js0
 from spectra_db.jackknife import Estimate
 
 _METRICS: dict[str, Callable[[pd.DataFrame], Estimate]] = {
-    "js0_raw": partial(js0, scale="raw", sigma=RAW_SIGMA),
-    "js0_own_rms": partial(js0, scale="own_rms", sigma=SIGMA),
-    "js0_lambda10": partial(js0, scale="lambda10", sigma=SIGMA),
+    "js0_raw": partial(js0, scale="raw", sigma=RAW_SIGMA, extend=False),
+    "js0_own_rms": partial(js0, scale="own_rms", sigma=SIGMA, extend=False),
+    "js0_lambda10": partial(js0, scale="lambda10", sigma=SIGMA, extend=False),
     "energy_js": energy_js,
 }
 

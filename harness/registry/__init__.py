@@ -10,7 +10,8 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.registry import bert, cnn, gpt, mixer, mlp, paper, ranked, recurrent, vit
-from harness.registry.entry import TIERS, ModelEntry, Recipe
+from harness.registry.entry import ModelEntry, Recipe
+from spectra_db.words import TIERS
 
 __all__ = [
     "MAX_BYTES",

@@ -15,13 +15,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.errors import UserError
+from spectra_db.words import STAGES as STAGES  # for entry files, which name it
+from spectra_db.words import TIERS
 
 if TYPE_CHECKING:
     from torch import nn
 
-# ranked and reference: entries of protocol 2, those of the leaderboard and those shown beside it.
-TIERS = ("demo", "small", "paper", "ranked", "reference")
-STAGES = ("init", "p10", "p25", "p50", "final")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.registry.entry import STAGES, Recipe
+from harness.registry.entry import Recipe
+from spectra_db.words import STAGES
 
 # Fields of ModelEntry for networks written here.
 OWN: dict[str, Any] = {"source": "harness.registry.networks", "licence": "Apache-2.0"}

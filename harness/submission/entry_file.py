@@ -12,8 +12,9 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.registry import defines_entries, recipes
-from harness.registry.entry import STAGES, ModelEntry, Recipe
+from harness.registry.entry import ModelEntry, Recipe
 from spectra_db.files import whole
+from spectra_db.words import STAGES
 
 TODO = "TODO"  # begins what the author has to fill in
 _WIDTH = 100

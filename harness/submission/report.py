@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from harness.registry.entry import STAGES, ModelEntry
+from harness.registry.entry import ModelEntry
 from spectra_db.card import plain
-from spectra_db.load import optional
+from spectra_db.loading import optional
+from spectra_db.words import STAGES
 
 _JS0 = {"metric": "js0", "scale": "lambda10"}
 

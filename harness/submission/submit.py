@@ -39,7 +39,7 @@ from harness.training.stages import STAGE_SEED
 from spectra_db import check, store
 from spectra_db.derived import DERIVED, Derive
 from spectra_db.files import sha256_of, swap, whole
-from spectra_db.load import optional
+from spectra_db.loading import optional
 from spectra_db.release import release
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 

@@ -21,7 +21,6 @@ from harness.estimator.checks import batch_hash
 from harness.estimator.hessian import opened
 from harness.estimator.lanczos import lanczos
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.quadrature import gauss_rule
 from harness.estimator.settings import Settings
 from harness.records.derived import derived
 from harness.registry import ModelEntry
@@ -31,7 +30,8 @@ from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import rules, store, verified
 from spectra_db.derived import DERIVED, differences, rows_of, wrong_rules
 from spectra_db.files import sha256_of
-from spectra_db.load import optional
+from spectra_db.loading import optional
+from spectra_db.quadrature import gauss_rule
 from spectra_db.verified import Extent
 
 

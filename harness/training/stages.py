@@ -28,9 +28,8 @@ from harness import registry
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
 from spectra_db.files import sha256_of, swap, whole
+from spectra_db.words import FRACTIONS
 
-# Fractions of the budget of steps at which each stage is taken.
-FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
 # The run whose stages are kept; it also seeds their initialisation and their probes.
 STAGE_SEED = 1
 _FACTS = "harness"  # the key of our facts in the safetensors metadata

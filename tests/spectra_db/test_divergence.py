@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
-from spectra_db.density import lattice_densities
+from spectra_db.densities import lattice_densities
 from spectra_db.divergence import js_divergences, w1_distances
 from spectra_db.heterogeneity import metrics, pairwise_js
 

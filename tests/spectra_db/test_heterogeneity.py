@@ -6,7 +6,8 @@ import pytest
 from scipy.linalg import eigh_tridiagonal
 
 import spectra_db
-from spectra_db.density import lambda10
+from spectra_db import store
+from spectra_db.densities import lambda10
 from spectra_db.heterogeneity import (
     Estimate,
     js0,
@@ -193,7 +194,7 @@ def test_w1_is_the_mean_distance_of_scaled_spectra():
 
 def test_metrics_fill_the_table_of_heterogeneity(sampled, tmp_path):
     rows = metrics(sampled)
-    spectra_db.store.write(tmp_path, "heterogeneity", rows)
+    store.write(tmp_path, "heterogeneity", rows)
     back = spectra_db.load("heterogeneity", source=tmp_path)
     assert list(back.columns) == TABLES["heterogeneity"].names
     assert len(back) == len(rows) == 14

@@ -9,7 +9,7 @@ import pytest
 
 import spectra_db
 from spectra_db import store
-from spectra_db.load import NotFound
+from spectra_db.loading import NotFound
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
 from spectra_db.store import InvalidTable
@@ -104,13 +104,13 @@ def test_a_source_that_is_nothing_is_refused(tmp_path):
 
 
 def test_without_a_bundled_release_the_error_says_what_to_give(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["spectra_db.load"], "BUNDLED", tmp_path)
+    monkeypatch.setattr(sys.modules["spectra_db.loading"], "BUNDLED", tmp_path)
     with pytest.raises(NotFound, match=r"no release is bundled .* give source=DIR"):
         spectra_db.load("spectra")
 
 
 def test_the_bundled_release_is_read_by_default(source, monkeypatch):
-    monkeypatch.setattr(sys.modules["spectra_db.load"], "BUNDLED", source)
+    monkeypatch.setattr(sys.modules["spectra_db.loading"], "BUNDLED", source)
     assert len(spectra_db.load("spectra")) == 8
 
 

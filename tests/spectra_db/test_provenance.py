@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from harness.cli import main
 from spectra_db import manifest, store
-from spectra_db.load import BUNDLED, NotFound, load
+from spectra_db.loading import BUNDLED, NotFound, load
 from spectra_db.provenance import trace
 from spectra_db.release import release
 

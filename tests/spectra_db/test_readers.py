@@ -12,7 +12,7 @@ import pytest
 
 import spectra_db
 from spectra_db import store
-from spectra_db.load import BUNDLED
+from spectra_db.loading import BUNDLED
 from spectra_db.release import release
 from spectra_db.schema import TABLES
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from spectra_db import check, manifest, store, verified
-from spectra_db.load import BUNDLED
+from spectra_db.loading import BUNDLED
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
 from spectra_db.schema import TABLES, VERSIONS

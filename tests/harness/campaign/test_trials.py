@@ -18,6 +18,7 @@ from harness.registry import get
 from harness.registry.entry import SpeedupRecipe
 from harness.training.speedup import pending
 from spectra_db import store
+from spectra_db.words import ANSWERS
 
 RECIPE = SpeedupRecipe(num_steps=40, batch_size=64, sgd_lr=0.3, adamw_lr=1e-2, eval_size=256)
 TINY = replace(
@@ -66,7 +67,7 @@ def test_trials_end_with_a_speedup(whole):
     row = spectra_db.load("speedups", source=whole).iloc[0]
     assert row["status"] == "ok"
     assert row["trained"]
-    assert row["adam_needed"] in spectra_db.schema.ANSWERS
+    assert row["adam_needed"] in ANSWERS
     assert row["num_trials"] == len(trials)
     assert set(trials["protocol_version"]) == {2}
 

@@ -13,7 +13,7 @@ from harness.records.derived import derived
 from harness.registry import get
 from spectra_db import store
 from spectra_db.derived import DERIVED, differences, rows_of
-from spectra_db.load import BUNDLED
+from spectra_db.loading import BUNDLED
 from spectra_db.schema import TABLES
 
 MODEL = "mlp-mnist-c1"

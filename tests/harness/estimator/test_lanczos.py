@@ -6,7 +6,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from harness.estimator.lanczos import advance, lanczos, start
-from harness.estimator.quadrature import gauss_rule, residual_bounds
+from spectra_db.quadrature import gauss_rule, residual_bounds
 
 n = 60
 

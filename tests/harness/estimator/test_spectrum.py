@@ -23,6 +23,7 @@ from harness.estimator.settings import Settings
 from harness.estimator.spectrum import rules
 from harness.estimator.summary import block_sizes, block_summaries
 from harness.training import load_problem
+from spectra_db import store
 from spectra_db.schema import TABLES
 
 from .models import ViT, cross_entropy, num_terms, problem, split
@@ -48,7 +49,7 @@ def test_rows_have_the_columns_of_the_table_and_pass_its_validation(tmp_path):
     rows = rows_of()
     assert list(rows.columns) == TABLES["spectra"].names
     rows["model"] = "gpt"
-    spectra_db.store.write(tmp_path, "spectra", rows)
+    store.write(tmp_path, "spectra", rows)
     assert len(spectra_db.load("spectra", source=tmp_path)) == len(rows)
 
 

@@ -16,7 +16,7 @@ from harness.leaderboard.export import export
 from harness.leaderboard.model_page import charts
 from harness.submission.verify import Check, mark_verified
 from spectra_db import store
-from spectra_db.load import BUNDLED
+from spectra_db.loading import BUNDLED
 from spectra_db.verified import Extent
 from tests.harness.leaderboard.tables import gap_row, made_up, model_row
 from tests.harness.leaderboard.test_site import spectrum_rows

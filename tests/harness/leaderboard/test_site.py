@@ -16,7 +16,7 @@ from harness.leaderboard.site import build
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import read
 from spectra_db import store
-from spectra_db.load import NotFound
+from spectra_db.loading import NotFound
 from spectra_db.schema import TABLES
 from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row
 

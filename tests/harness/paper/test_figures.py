@@ -11,7 +11,7 @@ import spectra_db
 from harness.leaderboard import statistics, tables
 from harness.paper import figures, result
 from harness.paper.sections import SECTIONS
-from spectra_db.load import BUNDLED
+from spectra_db.loading import BUNDLED
 
 SWEEP = [f"mlp-mnist-c{c}" for c in range(1, 6)]
 MODELS = [*SWEEP, "vgg4-mnist", "gpt-2x64-shakespeare"]

@@ -8,7 +8,7 @@ import pytest
 
 from harness import registry, tasks
 from harness.errors import UserError
-from harness.registry.entry import TIERS
+from spectra_db.words import TIERS
 
 ENTRY_FILE = """
 from harness.registry import ModelEntry

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 
 import spectra_db
 from harness.cli import main
-from harness.estimator.quadrature import gauss_rule
 from harness.registry import get
 from harness.submission.retrain import compare_runs, verify_runs
 from harness.submission.verify import sample_rows, verify, verify_sample
 from spectra_db import store
+from spectra_db.quadrature import gauss_rule
 from spectra_db.verified import verified_models
 
 

@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
+# Steps to which T is continued, the fewest that it is continued from, and the part of them whose
+# mean continues it: docs/accuracy.md has what others give.
+LENGTH, MIN_STEPS, WINDOW = 60, 6, 1 / 3
+
 
 def gauss_rule(
     alphas: Sequence[float], betas: Sequence[float]
@@ -29,6 +33,42 @@ def gauss_rule(
     """
     nodes, vectors = _eigh(alphas, betas)
     return nodes, vectors[0] ** 2
+
+
+def extended(
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    *,
+    length: int = LENGTH,
+    window: float = WINDOW,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Continue T by the mean of its last alphas and betas: the recursion method's terminator.
+
+    The coefficients of a measure without gaps settle (Haydock, Heine & Kelly 1972, J. Phys. C 5;
+    Haydock 1980, Solid State Physics 35): the constant chain stands for the steps not taken. The
+    first m rows of T and the residual stay, so that the Gauss rule of the result has the moments
+    vᵀ Aʲ v for j ≤ 2m, and no node beyond the largest row sum of T.
+
+    Args:
+        alphas: Diagonal of T, length m.
+        betas: Off-diagonal with the residual last, length m.
+        length: Rows of the result.
+        window: Part of the last steps to average, at least three.
+
+    Returns:
+        alphas and betas of `length` rows; as they are if m < 6 or m ≥ length.
+
+    Example:
+        >>> extended([3.0, 1.0, 1.0, 2.0, 2.0, 2.0], [2.0, 2.0, 2.0, 1.0, 1.0, 1.0], length=7)[0]
+        array([3., 1., 1., 2., 2., 2., 2.])
+    """
+    T = np.array([alphas, betas], dtype=np.float64)
+    steps = len(alphas)
+    if not MIN_STEPS <= steps < length:
+        return T[0], T[1]
+    tail = T[:, -max(3, int(window * steps)) :].mean(axis=1, keepdims=True)
+    alphas, betas = np.hstack([T, np.repeat(tail, length - steps, axis=1)])
+    return alphas, betas
 
 
 def residual_bounds(alphas: Sequence[float], betas: Sequence[float]) -> NDArray[np.float64]:

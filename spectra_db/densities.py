@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +10,10 @@ import pandas as pd
 import scipy
 from numpy.typing import NDArray
 
+from spectra_db.quadrature import LENGTH, MIN_STEPS, extended, gauss_rule
+
 Array = NDArray[np.float64]
 
-SCALES = ("lambda10", "raw", "global_max", "own_max", "own_rms")
 # Lattice points per width: a sum over a Gaussian at spacing σ/3 is exact to 1e-38, and over the
 # entropy of mixtures of them to about 1e-6 (tests/spectra_db/test_divergence.py).
 POINTS_PER_SIGMA = 3
@@ -44,6 +45,33 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """The Lanczos steps of a probe.
+
+    Attributes:
+        alphas: Diagonal of T.
+        betas: Off-diagonal, the residual last.
+        breakdown: The residual is zero to rounding (docs/protocol.md): no further step would change
+            the rule by more.
+    """
+
+    alphas: Array
+    betas: Array
+    breakdown: bool
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether T is continued by its last coefficients: not where it ended, or tells too little."""
+        return not self.breakdown and MIN_STEPS <= len(self.alphas) < LENGTH
+
+    def rule(self, num_steps: int | None = None, *, extend: bool) -> tuple[Array, Array]:
+        """Return nodes and weights after at most so many steps, T being continued if asked."""
+        T = self.alphas[:num_steps], self.betas[:num_steps]
+        ended = self.breakdown and len(T[0]) == len(self.alphas)
+        return gauss_rule(*(extended(*T) if extend and not ended else T))
+
+
+@dataclass(frozen=True)
 class BlockSpectrum:
     """The rules of one block, one per probe.
 
@@ -54,8 +82,7 @@ class BlockSpectrum:
         weights: Per probe the weights, sum 1.
         exact: The one rule is the spectrum itself: no sampling error.
         zero: The block is exactly zero.
-        tridiagonals: Per probe (alphas, betas); empty if exact or zero.
-        breakdowns: Per probe whether Lanczos ended early; empty if exact or zero.
+        recurrences: Per probe the steps behind its rule; empty if exact or zero.
         num_products: Products spent on the block.
     """
 
@@ -65,8 +92,7 @@ class BlockSpectrum:
     weights: tuple[Array, ...]
     exact: bool
     zero: bool
-    tridiagonals: tuple[tuple[Array, Array], ...]
-    breakdowns: tuple[bool, ...]
+    recurrences: tuple[Recurrence, ...]
     num_products: int
 
     def average(self, leave_out: int | None = None) -> tuple[Array, Array]:
@@ -75,18 +101,27 @@ class BlockSpectrum:
         nodes = np.concatenate([self.nodes[i] for i in kept])
         return nodes, np.concatenate([self.weights[i] for i in kept]) / len(kept)
 
-    def truncated(self, num_steps: int, fraction: float) -> BlockSpectrum:
+    def extended(self) -> BlockSpectrum:
+        """Return the block with the rules of T continued where it is, as metrics take them."""
+        stored = zip(self.nodes, self.weights, strict=True)
+        pairs = zip(self.recurrences, stored, strict=False)
+        return self._with([r.rule(extend=True) if r.can_go_on else rule for r, rule in pairs])
+
+    def truncated(self, num_steps: int, fraction: float, *, extend: bool) -> BlockSpectrum:
         """Return the block as it would be after a fraction of the Lanczos steps.
 
         Args:
             num_steps: Steps that were asked for: a probe that broke down before the fraction of
-                them keeps its rule, which is exact.
+                them keeps its rule, which further steps would not change but for rounding.
             fraction: Share of a probe's steps to keep.
+            extend: Continue what is kept of T.
         """
-        rules = []
-        for (alphas, betas), breakdown in zip(self.tridiagonals, self.breakdowns, strict=True):
-            asked = num_steps if breakdown else len(alphas)
-            rules.append(truncated_rule(alphas, betas, max(1, int(asked * fraction))))
+        asked = [num_steps if r.breakdown else len(r.alphas) for r in self.recurrences]
+        kept = [max(1, int(steps * fraction)) for steps in asked]
+        pairs = zip(self.recurrences, kept, strict=True)
+        return self._with([r.rule(steps, extend=extend) for r, steps in pairs])
+
+    def _with(self, rules: Sequence[tuple[Array, Array]]) -> BlockSpectrum:
         if not rules:
             return self
         nodes, weights = zip(*rules, strict=True)
@@ -98,18 +133,11 @@ class BlockSpectrum:
         The one node α has v·Hv alone; nodes α ± β of equal weight have α² + β² = |Hv|² besides.
         """
         nodes, weights = list(self.nodes), list(self.weights)
-        for i, (alphas, betas) in enumerate(self.tridiagonals):
+        for i, r in enumerate(self.recurrences):
             if len(nodes[i]) == 1:
-                nodes[i] = alphas[0] + np.array([-betas[0], betas[0]])
+                nodes[i] = r.alphas[0] + np.array([-r.betas[0], r.betas[0]])
                 weights[i] = np.array([0.5, 0.5])
         return replace(self, nodes=tuple(nodes), weights=tuple(weights))
-
-
-def truncated_rule(alphas: Array, betas: Array, num_steps: int) -> tuple[Array, Array]:
-    """Return the nodes and weights after at most so many of a probe's Lanczos steps."""
-    m = min(len(alphas), num_steps)
-    nodes, vectors = scipy.linalg.eigh_tridiagonal(alphas[:m], betas[: m - 1])
-    return nodes, vectors[0] ** 2
 
 
 def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
@@ -155,6 +183,7 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
             raise ValueError(
                 f"a rule of block {name!r} is none: its nodes must be finite, its weights sum to 1"
             )
+    recurrences = arrays["alphas"], arrays["betas"], group["breakdown"].astype(bool)
     return BlockSpectrum(
         name=name,
         num_params=int(group["num_params"].iloc[0]),
@@ -162,8 +191,7 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
         weights=arrays["weights"],
         exact=exact,
         zero=zero,
-        tridiagonals=() if exact else tuple(zip(arrays["alphas"], arrays["betas"], strict=True)),
-        breakdowns=() if exact else tuple(group["breakdown"].astype(bool)),
+        recurrences=() if exact else tuple(map(Recurrence, *recurrences)),
         num_products=int(group["num_products"].sum()),
     )
 
@@ -204,20 +232,39 @@ def _from_the_top(nodes: Array, weights: Array, num_params: int) -> tuple[Array,
     return sizes[order], num_params * np.cumsum(weights[order])
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What a block's eigenvalues may be divided by.
+
+    Attributes:
+        meaning: In words.
+        of: (nodes, weights, number of parameters, largest |node| of all blocks) ↦ the divisor.
+    """
+
+    meaning: str
+    of: Callable[[Array, Array, int, float], float]
+
+
+SCALES = {
+    "lambda10": Scale(
+        "10th largest |eigenvalue|", lambda nodes, weights, n, top: lambda10(nodes, weights, n)
+    ),
+    "raw": Scale("1", lambda nodes, weights, n, top: 1.0),
+    "global_max": Scale("largest |eigenvalue| of all blocks", lambda nodes, weights, n, top: top),
+    "own_max": Scale(
+        "the block's largest |eigenvalue|",
+        lambda nodes, weights, n, top: float(np.abs(nodes).max()),
+    ),
+    "own_rms": Scale(
+        "the block's rms eigenvalue",
+        lambda nodes, weights, n, top: float(np.sqrt(weights @ nodes**2)),
+    ),
+}
+
+
 def scale_of(rule: tuple[Array, Array], num_params: int, scale: str, global_max: float) -> float:
     """Return what a block's eigenvalues are divided by, positive."""
-    nodes, weights = rule
-    if scale == "lambda10":
-        value = lambda10(nodes, weights, num_params)
-    elif scale == "own_max":
-        value = float(np.abs(nodes).max())
-    elif scale == "own_rms":
-        value = float(np.sqrt(weights @ nodes**2))
-    elif scale == "global_max":
-        value = global_max
-    else:
-        value = 1.0
-    return value or 1.0
+    return SCALES[scale].of(*rule, num_params, global_max) or 1.0
 
 
 def lattice_densities(
@@ -273,14 +320,28 @@ def _windows(
     return matrix
 
 
+def global_max(blocks: Sequence[BlockSpectrum]) -> float:
+    """Return the largest |node| of all blocks and probes."""
+    return max(float(np.abs(nodes).max()) for block in blocks for nodes in block.nodes)
+
+
+def check_reading(scale: str, sigma: float) -> None:
+    """Raise ValueError unless the scale is known and sigma positive."""
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; choose one of {', '.join(SCALES)}")
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"sigma is {sigma}; it must be a positive number")
+
+
 def density(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> pd.DataFrame:
     """Return the smoothed spectral density of each block, averaged over probes.
 
-    p_l(t) = Σ w̄ N(t; θ/s_l, σ²), with s_l the block's scale (docs/protocol.md, Metrics).
+    p_l(t) = Σ w̄ N(t; θ/s_l, σ²), with s_l the block's scale, of rules that are continued where
+    Lanczos stopped (docs/protocol.md, Metrics).
 
     Args:
         rows: Rows of table `spectra` of one spectrum.
-        scale: lambda10, raw, global_max, own_max or own_rms.
+        scale: One of SCALES.
         sigma: Width of the Gaussian, in units of the scale.
 
     Returns:
@@ -291,7 +352,7 @@ def density(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
         ValueError: Unknown scale, sigma not positive, or rows of several spectra.
     """
     check_reading(scale, sigma)
-    blocks = blocks_of(rows)
+    blocks = [block.extended() for block in blocks_of(rows)]
     top = global_max(blocks)
     rules = []
     for block in blocks:
@@ -304,16 +365,3 @@ def density(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
         index=pd.Index(x, name="eigenvalue"),
         columns=[b.name for b in blocks],
     )
-
-
-def global_max(blocks: Sequence[BlockSpectrum]) -> float:
-    """Return the largest |node| of all blocks and probes."""
-    return max(float(np.abs(nodes).max()) for block in blocks for nodes in block.nodes)
-
-
-def check_reading(scale: str, sigma: float) -> None:
-    """Raise ValueError unless the scale is known and sigma positive."""
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; choose one of {', '.join(SCALES)}")
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"sigma is {sigma}; it must be a positive number")

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spectra_db import manifest, store
-from spectra_db.schema import PARTITIONS, STAGES, STATUSES, TABLES
+from spectra_db.schema import TABLES
+from spectra_db.words import PARTITIONS, STAGES, STATUSES
 
 BUNDLED = Path(__file__).parent / "data"
 # Columns of few words, a misspelt one of which would select nothing.
@@ -66,7 +67,7 @@ def load(
         >>> load("spectrum")
         Traceback (most recent call last):
         ...
-        spectra_db.load.NotFound: unknown table 'spectrum'; did you mean spectra?
+        spectra_db.loading.NotFound: unknown table 'spectrum'; did you mean spectra?
     """
     if table not in TABLES:
         raise NotFound(f"unknown table {table!r}; {hint(table, TABLES)}")

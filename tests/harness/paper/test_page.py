@@ -9,7 +9,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.paper import claims, page, result
 from harness.paper.result import Result
-from harness.paper.sections import SECTIONS, run
+from harness.paper.sections import SECTIONS, TITLES, run
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -23,7 +23,7 @@ def test_every_claim_has_a_section_that_decides_it():
 
 
 def test_without_results_every_claim_is_not_tested_and_names_the_command(tmp_path):
-    rows = table_rows(page.render(tmp_path))
+    rows = table_rows(page.render(tmp_path, TITLES))
     assert len(rows) == len(claims.CLAIMS)
     for cells in rows:
         assert len(cells) == 6
@@ -34,7 +34,7 @@ def test_without_results_every_claim_is_not_tested_and_names_the_command(tmp_pat
 
 def test_what_a_release_lacks_is_said_in_the_cell(tmp_path):
     result.save("fig8", Result({}, missing=("case1 (needs a GPT)",)), tmp_path)
-    [cells] = [c for c in table_rows(page.render(tmp_path)) if c[0] == "Section 3, case 1"]
+    [cells] = [c for c in table_rows(page.render(tmp_path, TITLES)) if c[0] == "Section 3, case 1"]
     assert cells[3] == "not in this release"
     assert cells[5] == "case1 (needs a GPT)"
 
@@ -280,6 +280,6 @@ def test_nan_is_a_dash_in_a_table():
 
 def test_what_is_not_in_the_release_is_explained_only_where_something_is_not(tmp_path):
     needs = "needs the spectra of the named entries"
-    assert needs not in page.render(tmp_path)
+    assert needs not in page.render(tmp_path, TITLES)
     result.save("fig8", Result({}, missing=("case1 (needs a GPT)",)), tmp_path)
-    assert needs in page.render(tmp_path)
+    assert needs in page.render(tmp_path, TITLES)

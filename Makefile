@@ -46,7 +46,7 @@ lint: $(READY)
 # A quick profile; `asv publish` makes the dashboard of what it keeps under .asv/results.
 bench: $(READY)
 	$(BIN)/asv machine --yes
-	$(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
+	ASV_PYTHONPATH=$(CURDIR) $(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
 		--set-commit-hash $$(git rev-parse HEAD) --bench '^(accuracy|pieces|cost.(Step|Memory|Rebuilt))'
 
 # Our products against the paper's algorithm and three libraries, by turns in one run.

@@ -71,9 +71,9 @@ paper: $(READY)
 sweep: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/harness paper sweep
 
-# Which measure predicts the SGD-Adam gap: the table of the release, and the README's part of it.
+# Which measure predicts the SGD-Adam gap: what the pages say of the release.
 leaderboard: $(READY)
-	$(BIN)/harness leaderboard --out spectra_db/data --readme README.md --docs docs/leaderboard.md
+	$(BIN)/harness leaderboard --readme README.md --docs docs/leaderboard.md
 
 # The release as static pages; open build/site/index.html.
 site: $(READY)

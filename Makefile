@@ -46,7 +46,7 @@ lint: $(READY)
 # A quick profile; `asv publish` makes the dashboard of what it keeps under .asv/results.
 bench: $(READY)
 	$(BIN)/asv machine --yes
-	$(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
+	ASV_PYTHONPATH=$(CURDIR) $(BIN)/asv run --environment existing:$(BIN)/python --quick --show-stderr \
 		--set-commit-hash $$(git rev-parse HEAD) --bench '^(accuracy|pieces|cost.(Step|Memory|Rebuilt))'
 
 # Our products against the paper's algorithm and three libraries, by turns in one run.
@@ -71,9 +71,9 @@ paper: $(READY)
 sweep: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/harness paper sweep
 
-# Which measure predicts the SGD-Adam gap: the table of the release, and the README's part of it.
+# Which measure predicts the SGD-Adam gap: what the pages say of the release.
 leaderboard: $(READY)
-	$(BIN)/harness leaderboard --out spectra_db/data --readme README.md --docs docs/leaderboard.md
+	$(BIN)/harness leaderboard --readme README.md --docs docs/leaderboard.md
 
 # The release as static pages; open build/site/index.html.
 site: $(READY)

@@ -1,1 +1,1 @@
-"""The asv suite: cost, memory and accuracy of the estimator. `make bench` runs it."""
+"""What is measured of the code: asv's suite, and beside it the tools with a command each."""

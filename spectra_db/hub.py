@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra_db import manifest, store
-from spectra_db.loading import NotFound, hint
+from spectra_db.errors import NotFound, hint
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import replace_folder
 

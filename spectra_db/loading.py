@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spectra_db import manifest, store
+from spectra_db.errors import NotFound, hint
 from spectra_db.schema import TABLES
 from spectra_db.words import PARTITIONS, STAGES, STATUSES
 
@@ -28,10 +28,6 @@ _NAMES = (
     *("norm_mode", "operator", "optimizer", "probe_distribution", "scale", "split", "statistic"),
     *("task", "tier"),
 )
-
-
-class NotFound(ValueError):  # noqa: N818
-    """A table, column, model or source that is not there; the text names close matches."""
 
 
 def load(
@@ -67,7 +63,7 @@ def load(
         >>> load("spectrum")
         Traceback (most recent call last):
         ...
-        spectra_db.loading.NotFound: unknown table 'spectrum'; did you mean spectra?
+        spectra_db.errors.NotFound: unknown table 'spectrum'; did you mean spectra?
     """
     if table not in TABLES:
         raise NotFound(f"unknown table {table!r}; {hint(table, TABLES)}")
@@ -201,13 +197,6 @@ def _paths(folder: Path, table: str, known: manifest.Manifest | None) -> list[Pa
         return list((folder / table).glob("*.parquet"))
     listed = (folder / path for path in known.files if path.startswith(f"{table}/"))
     return [path for path in listed if path.suffix == ".parquet"]
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """Return close matches of a word, or all that is known."""
-    known = list(known)
-    close = get_close_matches(word, known, n=3)
-    return f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
 def _no_table(

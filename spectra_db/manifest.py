@@ -17,7 +17,7 @@ from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
 NAME = "manifest.json"
 CARD, CHANGELOG = "README.md", "CHANGELOG.md"
-# Beside tables: what `harness verify` and `harness leaderboard` leave, as text.
+# Beside tables: what `harness verify` leaves; and CSV files, which releases before 0.10.1 hold.
 _NOTES = r"README\.md|CHANGELOG\.md|verified\.json|leaderboard/[a-z0-9_-]+\.csv"
 _FILE = re.compile(rf"(?:{_NOTES}|(?:{'|'.join(TABLES)})/[a-z0-9][a-z0-9._-]*\.parquet)")
 _VERSION = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})")

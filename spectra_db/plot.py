@@ -13,6 +13,7 @@ import pandas as pd
 
 from spectra_db.densities import SCALES, density
 from spectra_db.heterogeneity import pairwise_js
+from spectra_db.schema import BEST_RATES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,14 +125,13 @@ def js_heatmap(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.
     return figure
 
 
-def training_curves(rows: pd.DataFrame) -> Figure:
-    """Draw the minibatch loss of a model's runs: SGD and AdamW, the best rates thick.
-
-    The runs are those of the lowest seed, the grid's; the best rate is that of the lowest final
-    loss among those that did not diverge.
+def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Figure:
+    """Draw the minibatch loss of a model's runs of the lowest seed, the grid's: SGD and AdamW.
 
     Args:
         rows: Rows of table `training` of one model.
+        gaps: Rows of table `gaps`: the rates that the model's gap is taken at are drawn thick. None
+            where they are not to be told.
 
     Raises:
         ValueError: The rows are of several models, or of another table.
@@ -146,16 +146,16 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     _check_columns(rows, "training", *used)
     seed = rows["seed"].min()
     losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)].sort_values("step")
-    finals = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]
+    ours = None if gaps is None else gaps[gaps["model"].isin(models)]
     losses = losses[losses["split"] == "batch"]
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, optimizer, colour in zip(axes, ("sgd", "adamw"), _COLOURS, strict=False):
-        ends = finals[finals["optimizer"] == optimizer].groupby("lr")["value"].last()
+        rates = () if ours is None else ours[BEST_RATES[optimizer]].to_numpy()
         ax.set_title({"sgd": "SGD with momentum", "adamw": "AdamW"}[optimizer], fontsize=10)
         ax.set_xlabel("step")
         for lr, run in losses[losses["optimizer"] == optimizer].groupby("lr"):
-            best = len(ends) > 0 and lr == ends.idxmin()
+            best = lr in rates
             style = {"linewidth": 2.2} if best else {"linewidth": 0.9, "alpha": 0.45}
             label = f"learning rate {lr:.3g} (best)" if best else None
             ax.plot(run["step"], run["value"], color=colour, label=label, **style)

@@ -9,19 +9,18 @@ import pandas as pd
 
 from spectra_db import manifest
 from spectra_db.loading import folder_of, load, optional
-from spectra_db.manifest import Manifest
 from spectra_db.words import STAGES
 
 # The reading that the leaderboard shows first.
 _READING = {"metric": "js0", "scale": "lambda10"}
-_MODELS = "leaderboard/models.csv"
 
 
 def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
     """Return where the numbers of a model come from.
 
     A statistic of table `leaderboard` is over models; each enters by a measurement (a row of
-    `heterogeneity` at the stage) and its row of `gaps`. The measurement comes from the rows of
+    `heterogeneity` at the stage; of blocks with biases, anew over the weights alone) and its row of
+    `gaps`. The measurement comes from the rows of
     `spectra` of its stage, those from runs and, after init, a checkpoint; the gap comes from the
     ends of training runs. Every step is a list of rows, and the files that hold them come with
     their sha256, where the source is a release.
@@ -31,8 +30,8 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
         source: As of `load`.
 
     Returns:
-        version (None if no release), model (its row), entered (what the leaderboard took, by
-        stage), measurements, gap, training, spectra, runs, files; of JSON's types.
+        version (None if no release), model (its row), measurements, gap, training, spectra, runs,
+        files; of JSON's types.
 
     Raises:
         NotFound: The source has no such model.
@@ -41,13 +40,11 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
     measured = optional("heterogeneity", source, model=model, **_READING)
     spectra = optional("spectra", source, model=model)
     stages = optional("stages", source, model=model)
-    folder = folder_of(source, paths=[_MODELS])
-    release = manifest.read(folder)
+    release = manifest.read(folder_of(source))
     measured = measured.sort_values("stage", key=lambda stage: stage.map(STAGES.index))
     return {
         "version": None if release is None else release.version,
         "model": _records(row)[0],
-        "entered": _entered(folder, release, model),
         "measurements": _records(
             measured[["stage", "partition", *_READING, "sigma", "corrected", "standard_error"]]
         ),
@@ -61,21 +58,6 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
             if Path(path).stem == model
         },
     }
-
-
-def _entered(folder: Path, release: Manifest | None, model: str) -> list[dict[str, Any]]:
-    """Return what of a model entered the statistics, as `harness leaderboard` left it.
-
-    Of models whose blocks include biases the leaderboard takes the measure over the weights alone.
-    """
-    if release is None or _MODELS not in release.files:
-        return []
-    manifest.check_file(folder, release, _MODELS)
-    rows = pd.read_csv(folder / _MODELS)
-    ours = (rows[["model", *_READING]] == pd.Series({"model": model, **_READING})).all(axis=1)
-    columns = ["stage", "partition", *_READING, "sigma", "estimate", "standard_error", "enters"]
-    rows = rows.loc[ours, columns].sort_values("stage", key=lambda s: s.map(STAGES.index))
-    return _records(rows)
 
 
 def _ends(rows: pd.DataFrame) -> list[dict[str, Any]]:

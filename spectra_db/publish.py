@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from spectra_db import check, manifest
 from spectra_db.derived import DERIVED, Derive
+from spectra_db.errors import NotFound
 from spectra_db.hub import MAIN, TYPE, HubError, explain, fetch, reason_of, redacted, resolve
-from spectra_db.loading import NotFound
 from spectra_db.manifest import InvalidRelease, Manifest
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,13 @@ def _files(folder: str) -> list[Path]:
 
 
 def _imports(path: Path, *, top: bool = False) -> Iterator[str]:
-    """Yield the modules that a file imports; only when it is itself imported if `top`."""
+    """Yield what a file imports, in functions and for types too; `top`: only as it is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if top else ():
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if typing or (top and lazy):
+        if typing or lazy:
             skipped.update(child for part in node.body for child in ast.walk(part))
     for node in ast.walk(tree):
         if node in skipped:
@@ -44,6 +45,22 @@ def _imports(path: Path, *, top: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Return what each module of ours imports: modules of ours by their names, packages else."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in [*_files("harness"), *_files("spectra_db")]
+    }
+
+    def named(module: str) -> str:
+        """Return the module that a name is, or is in."""
+        inside = module.rpartition(".")[0]
+        return next((m for m in (module, inside) if m in paths), _package(module))
+
+    return {name: {named(m) for m in _imports(path)} - {name} for name, path in paths.items()}
 
 
 def _package(module: str) -> str:
@@ -77,6 +94,18 @@ def test_every_folder_has_its_place_in_the_order():
 def test_the_harness_imports_neither_benchmarks_nor_tests():
     for path in _files("harness"):
         assert not {"benchmarks", "tests"} & set(map(_package, _imports(path)))
+
+
+def test_no_module_imports_one_that_imports_it(imports):
+    TopologicalSorter(imports).prepare()  # raises CycleError, with the circle
+
+
+def test_the_pages_reach_torch_by_the_building_of_an_entry_alone(imports):
+    reached = {name for name in imports if name.startswith("harness.leaderboard")}
+    while more := {m for name in reached for m in imports[name] if m in imports} - reached:
+        reached |= more
+    heavy = {"torch", "timm", "transformers", "torchvision"}
+    assert {name for name in reached if heavy & imports[name]} == {"harness.registry.entry"}
 
 
 @pytest.mark.parametrize("path", ["harness/estimator/lanczos.py", "spectra_db/quadrature.py"])

@@ -120,6 +120,8 @@ def _stage_rates(entry: ModelEntry, ledger: Ledger) -> set[float]:
 
 def _diverged(entry: ModelEntry, rows: pd.DataFrame) -> bool:
     """Tell whether the run whose stages are kept diverged."""
+    if entry.recipe is None:
+        return False
     best = grid.best(rows, "adamw", entry.recipe)
     run = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED)]
     return bool(run.loc[run["lr"] == best, "diverged"].any())

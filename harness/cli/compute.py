@@ -257,7 +257,8 @@ def train(
     entry, ledger = get(model, registry_dir=registry), Ledger(out)
     version.check(entry, ledger)
     if lr is None:
-        lr = grid.best(ledger.rows("training", entry.name), optimizer, entry.recipe)
+        rows = ledger.rows("training", entry.name)
+        lr = None if entry.recipe is None else grid.best(rows, optimizer, entry.recipe)
         if lr is None:
             raise UserError(f"{out} has no {optimizer} grid of {model} to choose from: pass --lr")
     if not 0 < lr < float("inf"):

@@ -285,11 +285,6 @@ def print_provenance(found: dict[str, Any]) -> None:
         value = "–" if row["corrected"] is None else f"{row['corrected']:.4f}"
         name = f"{row['metric']} ({row['scale']}, σ {row['sigma']:g})"
         console.print(f"{name} at {row['stage']} {value}{error}, partition {row['partition']}")
-    for row in found["entered"]:
-        value = f"{row['estimate']:.4f} ± {row['standard_error']:.4f}"
-        what = f"over the blocks of partition {row['partition']}"
-        done = "enters the leaderboard" if row["enters"] else "does not enter the leaderboard"
-        console.print(f"{row['metric']} at {row['stage']} {value} {what} {done}")
     for row in found["spectra"]:
         counts = f"{row['blocks']} blocks, {row['probes']} probes, {row['rows']} rows"
         weights = f", checkpoint {row['checkpoint_sha256']}" if row["progress"] > 0 else ""

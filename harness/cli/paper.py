@@ -26,8 +26,8 @@ def paper(
 ) -> None:
     """Regenerate tables and figures of the paper, all or some (fig4, theory, ...).
 
-    Section by section: numbers as JSON, figures as SVG and PNG in OUT/paper, and the page
-    OUT/paper.md that sets the paper's claims beside them.
+    Section by section: numbers as JSON, figures as SVG (PNG where that is large) in OUT/paper, and
+    the page OUT/paper.md that sets the paper's claims beside them.
 
     The long sections (blockdiagonal, causal, sweep) train or differentiate models, in minutes: they
     are measured when they are named, unit by unit, and go on where they were stopped. Otherwise

@@ -14,6 +14,7 @@ from spectra_db.densities import density
 from spectra_db.derived import standard
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.loading import optional
+from spectra_db.schema import BEST_RATES
 from spectra_db.words import STAGES
 
 # Densities below this are not drawn: less than one eigenvalue of any block.
@@ -43,7 +44,9 @@ def charts(
         "heatmaps": {},
         "full": {},
         "failed": {},
-        "curves": _curves(optional("training", source, model=name)),
+        "curves": _curves(
+            optional("training", source, model=name), optional("gaps", source, model=name)
+        ),
     }
     named: dict[str, str] = {}
     for stage in [stage for stage in STAGES if stage in set(rows["stage"])]:
@@ -93,23 +96,24 @@ def _binned(densities: pd.DataFrame) -> dict[str, list[int | None]]:
     return result
 
 
-def _curves(training: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the minibatch losses of the grid's runs, those of the lowest seed, and their ends."""
+def _curves(training: pd.DataFrame, gaps: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the minibatch losses of the grid's runs, those of the lowest seed.
+
+    The best are those at the rates that the model's row of table `gaps` names.
+    """
     if training.empty:
         return []
     losses = training[(training["metric"] == "loss") & (training["seed"] == training["seed"].min())]
-    ends = losses[(losses["split"] == "train") & (losses["step"] > 0) & ~losses["diverged"]]
     curves = []
     batch = losses[losses["split"] == "batch"].dropna(subset="value")
     for (optimizer, lr), run in batch.groupby(["optimizer", "lr"]):
-        of_optimizer = ends[ends["optimizer"] == optimizer].groupby("lr")["value"].last()
         run = run.sort_values("step")
         run = run.iloc[:: max(1, len(run) // _POINTS)]
         curves.append(
             {
                 "optimizer": optimizer,
                 "lr": float(f"{lr:.3g}"),
-                "best": bool(len(of_optimizer) > 0 and lr == of_optimizer.idxmin()),
+                "best": lr in gaps[BEST_RATES[optimizer]].to_numpy(),
                 "diverged": bool(run["diverged"].any()),
                 "steps": run["step"].tolist(),
                 "losses": [float(f"{v:.4g}") for v in run["value"]],

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu, spearmanr
 
+from harness import registry
 from harness.leaderboard import report, statistics, tables
 from harness.paper import release
 from harness.paper.claims import READINGS
@@ -20,6 +21,7 @@ from spectra_db import density, plot
 from spectra_db.densities import GROUP
 from spectra_db.heterogeneity import METRICS, pairwise_js
 from spectra_db.loading import optional
+from spectra_db.schema import BEST_RATES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,7 +186,7 @@ def fig14(source: release.Source) -> Result:
     """Show training curves of SGD and AdamW on some of the scaled perceptrons."""
     from matplotlib.figure import Figure
 
-    found = _sweep(source)
+    found, gaps = _sweep(source), _gaps(source)
     shown = found[found["c"].isin(CURVES_OF)] if len(found) else found
     if len(shown) < 2:
         return Result(missing=(f"training runs of the MLP sweep ({len(found)} of 15 models)",))
@@ -193,7 +195,8 @@ def fig14(source: release.Source) -> Result:
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
     for ax, row in zip(axes, shown.to_dict("records"), strict=False):
-        _draw_curves(ax, optional("training", source, model=f"mlp-mnist-c{row['c']}"))
+        model = f"mlp-mnist-c{row['c']}"
+        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model])
         ax.set_title(
             f"c = {row['c']}: SGD {row['sgd_lr']:g}, AdamW {row['adamw_lr']:g}", fontsize=8
         )
@@ -236,7 +239,7 @@ def fig6(source: release.Source) -> Result:
         for axis in (axes[row, 0].xaxis, axes[row, 0].yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         figure.colorbar(image, ax=axes[row, 0], label="JS distance", shrink=0.8)
-        _draw_curves(axes[row, 1], optional("training", source, model=model))
+        _draw_curves(axes[row, 1], optional("training", source, model=model), gaps.loc[model])
         axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=9)
         axes[row, 1].set(xlabel="step", ylabel="loss of the minibatch")
     axes[0, 1].legend(fontsize=8, frameon=False)
@@ -347,11 +350,11 @@ def _sweep(source: release.Source) -> pd.DataFrame:
         row |= {"error": gaps.loc[model, "standard_error"]}
         row |= {name: table.loc[model, name] for name in READINGS}
         for optimizer, *_ in _OPTIMIZERS:
-            rates = grid.final_losses(runs, optimizer).index
-            best = grid.best(runs, optimizer)
+            rates = grid.grid_losses(registry.get(model).recipe, optimizer, runs).index
+            best = gaps.loc[model, BEST_RATES[optimizer]]
             edge = "least" if best == rates[0] else "largest" if best == rates[-1] else ""
             row |= {f"{optimizer}_lr": best, f"{optimizer}_edge": edge}
-            row[optimizer] = _accuracy(runs, optimizer)
+            row[optimizer] = _accuracy(runs, optimizer, best)
         rows.append(row | {"accuracy_gap": row["adamw"] - row["sgd"]})
     return pd.DataFrame(rows)
 
@@ -385,6 +388,7 @@ def _gaps(source: release.Source) -> pd.DataFrame:
     rows = optional("gaps", source)
     rows = rows[rows["status"] == "ok"].set_index("model")
     columns = ["gap", "standard_error", "gap_from_reference", "gap_from_reference_error"]
+    columns += BEST_RATES.values()
     return rows[columns].assign(answer=[report.answer(row) for _, row in rows.iterrows()])
 
 
@@ -481,7 +485,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     for ax in axes[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes, models, strict=False):
-        _draw_curves(ax, optional("training", source, model=model))
+        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model])
         found = values[model]
         text = found["answer"]
         if "gap" in found:
@@ -493,23 +497,22 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     return Result({"models": values}, {name: figure})
 
 
-def _draw_curves(ax: Axes, runs: pd.DataFrame) -> None:
-    """Draw the minibatch losses at the best rates: the mean over the seeds of the gap."""
+def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: pd.Series) -> None:
+    """Draw the minibatch losses at the rates of the gap: the mean over its seeds."""
     losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
     for optimizer, label, colour in _OPTIMIZERS:
-        lr = grid.best(runs, optimizer)
+        lr = gap[BEST_RATES[optimizer]]
         part = losses[(losses["optimizer"] == optimizer) & (losses["lr"] == lr)]
         curve = part[part["seed"].isin(SEEDS)].groupby("step")["value"].mean()
         ax.plot(curve.index, curve, color=colour, label=label, linewidth=1.2)
     ax.tick_params(labelsize=7)
 
 
-def _accuracy(runs: pd.DataFrame, optimizer: str) -> float:
-    """Return the test accuracy at the best rate, the mean over the seeds of the gap.
+def _accuracy(runs: pd.DataFrame, optimizer: str, lr: float) -> float:
+    """Return the test accuracy at a learning rate, the mean over the seeds of the gap.
 
     A run that diverged has none and counts as chance of ten classes.
     """
-    lr = grid.best(runs, optimizer)
     kept = runs[(runs["optimizer"] == optimizer) & (runs["lr"] == lr) & (runs["split"] == "test")]
     kept = kept[kept["metric"] == "accuracy"]
     found = dict(zip(kept["seed"], kept["value"], strict=True))

@@ -6,6 +6,7 @@ Generated whole, never edited.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from harness.paper import claims, result
 from spectra_db.files import whole
 
 
-def write(out: Path) -> Path:
+def write(out: Path, titles: Mapping[str, str]) -> Path:
     """Write OUT/paper.md from the JSON files in OUT/paper, and the study of the sweep if measured.
+
+    Args:
+        out: The folder.
+        titles: Name of a section ↦ what it shows, in the order of the page.
 
     Raises:
         UserError: A file can't be written.
     """
     path, folder = out / "paper.md", out / "paper"
-    _write(path, render(folder))
+    _write(path, render(folder, titles))
     sweep = result.load("sweep", folder)
     if sweep is not None and sweep["values"]:
         template = _environment().get_template("mlp-sweep.md")
@@ -31,11 +36,9 @@ def write(out: Path) -> Path:
     return path
 
 
-def render(folder: Path) -> str:
+def render(folder: Path, titles: Mapping[str, str]) -> str:
     """Return the page."""
-    from harness.paper.sections import SECTIONS
-
-    records = {name: result.load(name, folder) for name in SECTIONS}
+    records = {name: result.load(name, folder) for name in titles}
     rows = []
     for claim in claims.CLAIMS:
         status, ours, note = claims.verdict(claim, records[claim.section])
@@ -48,8 +51,7 @@ def render(folder: Path) -> str:
             counts=Counter(row["status"] for row in rows),
             statuses=claims.STATUSES,
             sections={
-                name: {"title": section.title, "record": records[name]}
-                for name, section in SECTIONS.items()
+                name: {"title": title, "record": records[name]} for name, title in titles.items()
             },
         )
     )

@@ -1,10 +1,11 @@
-"""What a section of the paper leaves: numbers as JSON, figures as SVG and PNG."""
+"""What a section of the paper leaves: numbers as JSON, figures as SVG or, where large, PNG."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Digits that are kept: more would differ between processors.
 _DIGITS = 4
+_MAX_SVG = 150_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,15 @@ class Result:
 
 
 def save(name: str, result: Result, out: Path) -> None:
-    """Write OUT/NAME.json and each figure as SVG and PNG; the same result gives the same bytes.
+    """Write OUT/NAME.json and each figure; the same result gives the same bytes.
 
     Raises:
         UserError: The folder can't be written to.
     """
-    import matplotlib as mpl
-
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for figure_name, figure in result.figures.items():
-            with mpl.rc_context({"svg.hashsalt": figure_name}):
-                _save_figure(figure, out / f"{figure_name}.svg", metadata={"Date": None})
-            _save_figure(figure, out / f"{figure_name}.png", dpi=110, metadata={"Software": None})
-        record = {"figures": sorted(result.figures), "missing": list(result.missing)}
+        files = [_save_figure(figure, out / stem) for stem, figure in result.figures.items()]
+        record = {"figures": sorted(files), "missing": list(result.missing)}
         write_json(out / f"{name}.json", record | {"values": result.values})
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror}") from error
@@ -77,9 +74,23 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _save_figure(figure: Figure, path: Path, **options: Any) -> None:
+def _save_figure(figure: Figure, stem: Path) -> str:
+    """Write STEM.svg, or STEM.png where many lines make that large; return the file's name."""
+    import matplotlib as mpl
+
+    content = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": stem.name}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    kinds = [".svg", ".png"]
+    if len(content.getvalue()) > _MAX_SVG:
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+        kinds.reverse()
+    path, other = (stem.with_name(stem.name + kind) for kind in kinds)
     with whole(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], **options)
+        temporary.write_bytes(content.getvalue())
+    other.unlink(missing_ok=True)
+    return path.name
 
 
 def rounded(value: Any) -> Any:

@@ -62,6 +62,7 @@ SECTIONS = {
     "causal": Section("causal", "SGD with a learning rate per block", is_long=True),
     "slq": Section("models:slq", "errors of stochastic Lanczos quadrature"),
 }
+TITLES = {name: section.title for name, section in SECTIONS.items()}
 
 # Tells what is about to be measured; and then of each unit.
 OnUnit = Callable[[str], None]
@@ -87,7 +88,7 @@ def run(name: str, source: Source, out: Path) -> Result:
     else:
         result = getattr(code, function)(source)
     save(name, result, out / "paper")
-    page.write(out)
+    page.write(out, TITLES)
     return result
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from harness import registry
@@ -16,6 +14,7 @@ from harness.errors import UserError
 from harness.records.derived import derived
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry
+from spectra_db import store
 from spectra_db.derived import Derive
 
 
@@ -60,14 +59,10 @@ def _explained(unit: Unit, entry: ModelEntry, ledger: Ledger) -> bool:
 
 
 def derive(folder: Path, registry_dir: Path | None = None) -> None:
-    """Write the derived tables of a folder of tables: `leaderboard`, with its CSV files."""
-    from harness.leaderboard import statistics, tables
-    from harness.leaderboard.export import export
-
-    data = tables.read(folder, registry_dir=registry_dir)
-    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+    """Write the table that is derived from all models of a folder together: `leaderboard`."""
+    board = _board(registry_dir, folder)
     if len(board):
-        export(data, board, folder)
+        store.write(folder, "leaderboard", board, replace=True)
 
 
 def derived_of_release(registry_dir: Path | None = None) -> dict[str, Derive]:
@@ -76,27 +71,10 @@ def derived_of_release(registry_dir: Path | None = None) -> dict[str, Derive]:
     return derived(find_entry) | {"leaderboard": partial(_board, registry_dir)}
 
 
-def _board(registry_dir: Path | None, folder: Path, stored: pd.DataFrame) -> pd.DataFrame:
-    """Return table `leaderboard`; raise where its CSV files hold other numbers."""
+def _board(
+    registry_dir: Path | None, folder: Path, stored: pd.DataFrame | None = None
+) -> pd.DataFrame:
     from harness.leaderboard import statistics, tables
-    from harness.leaderboard.export import export
 
     data = tables.read(folder, registry_dir=registry_dir)
-    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
-    with tempfile.TemporaryDirectory() as temporary:
-        export(data, board, Path(temporary))
-        # What is pending depends on the registry, which may have grown since.
-        for name in ("leaderboard.csv", "models.csv"):
-            made, there = Path(temporary, "leaderboard", name), folder / "leaderboard" / name
-            if not there.is_file() or not _alike(pd.read_csv(there), pd.read_csv(made)):
-                raise ValueError(f"{there} is not what the tables give")
-    return board
-
-
-def _alike(rows: pd.DataFrame, other: pd.DataFrame) -> bool:
-    """Tell whether two tables hold the same, to rounding."""
-    if rows.shape != other.shape or list(rows) != list(other):
-        return False
-    numbers = [c for c in rows if pd.api.types.is_float_dtype(other[c])]
-    close = np.allclose(rows[numbers], other[numbers], rtol=1e-5, atol=1e-7, equal_nan=True)
-    return close and rows.drop(columns=numbers).equals(other.drop(columns=numbers))
+    return statistics.leaderboard(data.models, data.heterogeneity, data.gaps)

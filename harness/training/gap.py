@@ -14,7 +14,7 @@ initialisation. With R the loss of having learnt nothing (`reference.reference_l
 
     gap_from_reference = (min(S, R) - A) / (R - A),
 
-only where AdamW learnt something, as protocol 2 asks of its entries (`speedup.LEAST_PROGRESS`).
+only where AdamW learnt something, as protocol 2 asks of its entries (`learnt`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SEEDS = (1, 2, 3)
 CONFIDENCE = 0.95
 QUANTILE = float(student.ppf((1 + CONFIDENCE) / 2, len(SEEDS) - 1))
 THRESHOLD = 0.1  # "Adam needed", fixed beforehand together with the two standard errors
+LEAST_PROGRESS = 0.1  # of R: what AdamW must gain in every seed for an entry to count
 # Columns that need R.
 FROM_REFERENCE = (
     *("reference_loss", "trained", "gap_from_reference", "gap_from_reference_error"),
@@ -128,9 +129,7 @@ def gap(
 
 def _from_reference(sgd: Array, adam: Array, reference: Array) -> dict[str, Any]:
     """Return the columns that measure from R, given the losses of paired seeds."""
-    from harness.training.speedup import LEAST_PROGRESS  # which imports this module
-
-    trained = bool((reference - adam >= LEAST_PROGRESS * reference).all())
+    trained = learnt(adam, reference)
     found: dict[str, Any] = {"reference_loss": reference.mean(), "trained": trained}
     if not trained:
         return found
@@ -144,6 +143,11 @@ def _from_reference(sgd: Array, adam: Array, reference: Array) -> dict[str, Any]
         "gap_from_reference_high": high,
         "adam_needed_now": answer,
     }
+
+
+def learnt(adam: Array, reference: Array) -> bool:
+    """Tell whether AdamW gained enough on R in every seed for a model to count as trained."""
+    return bool((reference - adam >= LEAST_PROGRESS * reference).all())
 
 
 def relative_gap(losses: ArrayLike, adam: ArrayLike, init: ArrayLike) -> tuple[float, float]:

@@ -61,17 +61,17 @@ def grid_losses(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> pd.Series
     return losses[np.isclose(found[:, None], rates, rtol=1e-4).any(1)]
 
 
-def best(rows: pd.DataFrame, optimizer: str, recipe: Recipe | None = None) -> float | None:
-    """Return the learning rate of least final loss on seed 0, the smaller of equals; None if none.
+def best(rows: pd.DataFrame, optimizer: str, recipe: Recipe) -> float | None:
+    """Return the rate of the grid of least final loss on seed 0, the smaller of equals, or None.
+
+    Where a row of table `gaps` is there, it names this rate.
 
     Args:
         rows: table `training` of one model.
         optimizer: "sgd" or "adamw".
-        recipe: choose among the rates of its grid alone; None: among all.
+        recipe: gives the range.
     """
-    losses = final_losses(rows, optimizer)
-    if recipe is not None:
-        losses = grid_losses(recipe, optimizer, rows)
+    losses = grid_losses(recipe, optimizer, rows)
     return None if losses.empty else float(losses.index.to_numpy()[losses.argmin()])
 
 

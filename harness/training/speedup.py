@@ -27,7 +27,7 @@ from scipy.stats import t as student
 
 from harness.registry.entry import SpeedupRecipe
 from harness.training import climb
-from harness.training.gap import CONFIDENCE, relative_gap
+from harness.training.gap import CONFIDENCE, learnt, relative_gap
 from spectra_db.schema import VERSIONS
 
 LENGTHS = (1, 2, 4)  # in T; beyond the last one a speed-up is not measured
@@ -37,7 +37,6 @@ LONG_SEEDS = (1, 2, 3)  # scored at 2T and 4T
 MORE_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # where y is near the threshold
 THRESHOLD = 0.5  # of y: SGD takes 1.4 times the steps
 NEAR = 2.0  # standard errors
-LEAST_PROGRESS = 0.1  # of R: what AdamW must gain in every seed for an entry to count
 _REACH = 3.0  # how far y is searched for the ends of the interval
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -196,7 +195,7 @@ def _trained(trials: Trials) -> bool:
     """Tell whether AdamW gained enough in every seed for the entry to count."""
     ends = trials.losses("adamw", 1, SEEDS).values
     references = trials.column("reference_loss", "adamw", 1, SEEDS)
-    return bool((references - ends >= LEAST_PROGRESS * references).all())
+    return learnt(ends, references)
 
 
 def _slower(trials: Trials) -> str:

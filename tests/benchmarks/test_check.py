@@ -35,10 +35,10 @@ def repository(tmp_path, monkeypatch):
     """Return a repository with a suite like ours, and a function that changes its package."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # asv's file of the machine
     root = tmp_path / "repository"
-    (root / "benchmarks").mkdir(parents=True)
+    (root / "benchmarks" / "suite").mkdir(parents=True)
     (root / "asv.conf.json").write_text(CONFIG)
-    (root / "benchmarks" / "__init__.py").touch()
-    (root / "benchmarks" / "suite.py").write_text(SUITE)
+    (root / "benchmarks" / "suite" / "__init__.py").touch()
+    (root / "benchmarks" / "suite" / "toys.py").write_text(SUITE)
 
     def change(cost: str = "10.0", error: float = 0.02) -> None:
         (root / "toy.py").write_text(PACKAGE.format(cost=cost, error=error))
@@ -67,7 +67,7 @@ def test_a_planted_regression_fails_and_is_named(repository):
     result = check(root)
     assert result.returncode == 1, result.stdout + result.stderr
     [line] = [line for line in result.stdout.splitlines() if "WORSE" in line]
-    assert "suite.Cost.track_gflop('small')" in line
+    assert "toys.Cost.track_gflop('small')" in line
     assert "1.020" in line
     assert "1 of 3 tracked figures are worse" in result.stderr
     trees = subprocess.run(["git", "worktree", "list"], cwd=root, text=True, capture_output=True)

@@ -51,7 +51,7 @@ def test_the_heatmap_labels_the_blocks_that_are_not_zero(rows):
     assert drawn(figure)
 
 
-def test_the_best_rate_that_did_not_diverge_is_labelled():
+def test_the_rates_of_the_gap_are_labelled_and_no_others():
     runs = [
         {"model": "a", "optimizer": o, "lr": lr, "seed": 0, "step": step, "metric": "loss"}
         | {"split": split, "value": value, "diverged": diverged}
@@ -61,11 +61,13 @@ def test_the_best_rate_that_did_not_diverge_is_labelled():
             (10, end, "train"), (5, 9 - end, "train"), (0, 2.0, "batch"), (9, end, "batch")
         )
     ]  # fmt: skip
-    figure = plot.training_curves(pd.DataFrame(runs))
-    assert len(figure.axes) == 2
-    for ax in figure.axes:
-        assert ax.get_legend_handles_labels()[1] == ["learning rate 0.1 (best)"]
+    gaps = pd.DataFrame({"model": ["a", "b"], "sgd_lr": [0.1, 0.01], "adam_lr": [0.01, 0.1]})
+    figure = plot.training_curves(pd.DataFrame(runs), gaps)
+    labels = [ax.get_legend_handles_labels()[1] for ax in figure.axes]
+    assert labels == [["learning rate 0.1 (best)"], ["learning rate 0.01 (best)"]]
     assert drawn(figure)
+    untold = plot.training_curves(pd.DataFrame(runs))
+    assert not any(ax.get_legend_handles_labels()[1] for ax in untold.axes)
 
 
 def test_curves_of_several_models_are_refused():

@@ -9,8 +9,10 @@ from scipy.stats import spearmanr
 
 import spectra_db
 from harness.leaderboard import statistics, tables
+from harness.leaderboard.model_page import charts
 from harness.paper import figures, result
 from harness.paper.sections import SECTIONS
+from spectra_db import plot, store
 from spectra_db.loading import BUNDLED
 
 SWEEP = [f"mlp-mnist-c{c}" for c in range(1, 6)]
@@ -40,7 +42,7 @@ def test_a_section_shows_what_there_is_and_names_what_is_not(source, name, tmp_p
     record = result.load(name, tmp_path)
     assert record is not None
     for figure in record["figures"]:
-        assert (tmp_path / f"{figure}.png").stat().st_size > 2000
+        assert (tmp_path / figure).stat().st_size > 2000
     assert "nan" not in str(record["values"])
 
 
@@ -115,6 +117,24 @@ def test_the_curves_of_the_sweep_are_of_the_best_rates_and_their_edge_is_told(so
     drawn = [ax for ax in found.figures["fig14"].axes if ax.lines]
     assert [ax.get_title()[:5] for ax in drawn] == ["c = 1", "c = 4"]
     assert all([line.get_label() for line in ax.lines] == ["SGD", "AdamW"] for ax in drawn)
+
+
+def test_a_run_at_a_rate_tried_by_hand_is_drawn_nowhere_as_the_best(source, tmp_path):
+    """One run of seed 0 that is no part of the grid ends lower than all of it."""
+    folder, model = shutil.copytree(source, tmp_path / "tables"), "mlp-mnist-c2"
+    runs = spectra_db.load("training", source=folder, model=model)
+    gap = spectra_db.load("gaps", source=folder, model=model)
+    best = gap["sgd_lr"].item()
+    by_hand = runs[(runs["optimizer"] == "sgd") & (runs["lr"] == best) & (runs["seed"] == 0)]
+    by_hand = by_hand.assign(lr=1.7 * best, value=by_hand["value"].where(by_hand["step"] == 0, 0.0))
+    store.write(folder, "training", by_hand)
+    row = figures.fig14(folder).values["rows"][1]
+    assert (row["sgd_lr"], row["sgd"]) == (best, figures.fig14(source).values["rows"][1]["sgd"])
+    curves = charts(model, "paper", folder)["curves"]
+    assert float(f"{1.7 * best:.3g}") in {c["lr"] for c in curves}
+    assert {c["lr"] for c in curves if c["best"] and c["optimizer"] == "sgd"} == {best}
+    labels = plot.training_curves(spectra_db.load("training", source=folder, model=model), gap)
+    assert labels.axes[0].get_legend_handles_labels()[1] == [f"learning rate {best:.3g} (best)"]
 
 
 def test_a_rank_correlation_with_table_1_takes_four_systems(source, monkeypatch):

@@ -9,7 +9,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.paper import claims, page, result
 from harness.paper.result import Result
-from harness.paper.sections import SECTIONS, run
+from harness.paper.sections import SECTIONS, TITLES, run
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -23,7 +23,7 @@ def test_every_claim_has_a_section_that_decides_it():
 
 
 def test_without_results_every_claim_is_not_tested_and_names_the_command(tmp_path):
-    rows = table_rows(page.render(tmp_path))
+    rows = table_rows(page.render(tmp_path, TITLES))
     assert len(rows) == len(claims.CLAIMS)
     for cells in rows:
         assert len(cells) == 6
@@ -34,7 +34,7 @@ def test_without_results_every_claim_is_not_tested_and_names_the_command(tmp_pat
 
 def test_what_a_release_lacks_is_said_in_the_cell(tmp_path):
     result.save("fig8", Result({}, missing=("case1 (needs a GPT)",)), tmp_path)
-    [cells] = [c for c in table_rows(page.render(tmp_path)) if c[0] == "Section 3, case 1"]
+    [cells] = [c for c in table_rows(page.render(tmp_path, TITLES)) if c[0] == "Section 3, case 1"]
     assert cells[3] == "not in this release"
     assert cells[5] == "case1 (needs a GPT)"
 
@@ -47,12 +47,25 @@ def test_results_are_the_same_bytes_each_time_and_read_back(tmp_path):
         figure.subplots().plot([1, 2])
         found = Result({"x": 1 / 3, "inf": float("inf")}, {"fig": figure}, ("m",))
         result.save("s", found, tmp_path / name)
-    for file in ("s.json", "fig.svg", "fig.png"):
+    for file in ("s.json", "fig.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert result.load("s", tmp_path / "a") == {
-        "values": {"x": 0.3333, "inf": "inf"}, "figures": ["fig"], "missing": ["m"],
+        "values": {"x": 0.3333, "inf": "inf"}, "figures": ["fig.svg"], "missing": ["m"],
     }  # fmt: skip
     assert result.load("t", tmp_path / "a") is None
+
+
+def test_a_figure_of_many_lines_is_a_png_in_the_place_of_what_was_an_svg(tmp_path):
+    from matplotlib.figure import Figure
+
+    for count, name in ((1, "fig.svg"), (300, "fig.png")):
+        figure = Figure()
+        ax = figure.subplots()
+        for k in range(count):
+            ax.plot([k * (i % 7) for i in range(100)])
+        result.save("s", Result({}, {"fig": figure}), tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {name, "s.json"}
+        assert json.loads((tmp_path / "s.json").read_text())["figures"] == [name]
 
 
 def test_a_result_that_was_altered_is_refused_by_name(tmp_path):
@@ -64,9 +77,8 @@ def test_a_result_that_was_altered_is_refused_by_name(tmp_path):
 def test_a_section_by_the_command_leaves_numbers_figures_and_page(tmp_path):
     answer = CliRunner().invoke(main, ["paper", "table2", "--out", str(tmp_path)])
     assert answer.exit_code == 0, answer.output
-    assert json.loads((tmp_path / "paper" / "table2.json").read_text())["figures"] == ["table2"]
+    assert json.loads((tmp_path / "paper" / "table2.json").read_text())["figures"] == ["table2.svg"]
     assert (tmp_path / "paper" / "table2.svg").stat().st_size > 1000
-    assert (tmp_path / "paper" / "table2.png").stat().st_size > 1000
     rows = [c for c in table_rows((tmp_path / "paper.md").read_text()) if c[0] == "Table 2"]
     assert [c[4] for c in rows] == [f"**{claims.REPRODUCED}**"] * 2
 
@@ -265,7 +277,7 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
 
     class Broken(Figure):
         def savefig(self, file, **options):
-            file.write_text("half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
 
     (tmp_path / "fig.svg").write_text("old")
@@ -280,6 +292,6 @@ def test_nan_is_a_dash_in_a_table():
 
 def test_what_is_not_in_the_release_is_explained_only_where_something_is_not(tmp_path):
     needs = "needs the spectra of the named entries"
-    assert needs not in page.render(tmp_path)
+    assert needs not in page.render(tmp_path, TITLES)
     result.save("fig8", Result({}, missing=("case1 (needs a GPT)",)), tmp_path)
-    assert needs in page.render(tmp_path)
+    assert needs in page.render(tmp_path, TITLES)

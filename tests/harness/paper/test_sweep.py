@@ -159,4 +159,4 @@ def test_the_study_is_drawn_from_what_was_measured_and_names_the_rest(tmp_path):
     assert "c7" in found.missing
     text = (tmp_path / "mlp-sweep.md").read_text()
     assert "| 15 | 75.0 | 75.0 | 1e-04 | 0.30 | 0.30 (75.0) |" in text
-    assert "[mlp-sweep.md](mlp-sweep.md)" in page.render(tmp_path / "paper")
+    assert "[mlp-sweep.md](mlp-sweep.md)" in page.render(tmp_path / "paper", sections.TITLES)

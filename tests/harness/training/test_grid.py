@@ -41,7 +41,7 @@ def test_rates_are_half_a_decade_apart_from_end_to_end(recipe: Recipe) -> None:
 def test_an_inner_optimum_ends_the_grid_at_its_five_rates(recipe: Recipe) -> None:
     done = run_to_the_end(recipe, lambda lr: abs(math.log10(lr) + 1))
     assert sorted(done) == grid.learning_rates(recipe, "sgd")
-    assert grid.best(rows_of(done), "sgd") == 0.1
+    assert grid.best(rows_of(done), "sgd", recipe) == 0.1
     assert not grid.at_edge(recipe, "sgd", rows_of(done))
 
 
@@ -51,7 +51,7 @@ def test_the_grid_grows_past_the_edge_until_the_best_is_inside(
 ) -> None:
     done = run_to_the_end(recipe, lambda lr: abs(math.log10(lr) - optimum))
     assert len(done) == 5 + num_extra
-    assert math.log10(grid.best(rows_of(done), "sgd")) == pytest.approx(optimum, abs=1e-4)
+    assert math.log10(grid.best(rows_of(done), "sgd", recipe)) == pytest.approx(optimum, abs=1e-4)
     assert not grid.at_edge(recipe, "sgd", rows_of(done))
     assert np.allclose(np.diff(np.log10(sorted(done))), 0.5, atol=1e-5)
 
@@ -95,13 +95,13 @@ def test_pending_resumes_with_what_is_missing(recipe: Recipe) -> None:
 
 def test_other_seeds_choose_nothing(recipe: Recipe) -> None:
     rows = rows_of({0.1: 1.0}, seed=1)
-    assert grid.best(rows, "sgd") is None
+    assert grid.best(rows, "sgd", recipe) is None
     assert len(grid.pending(recipe, "sgd", rows)) == 5
 
 
 def test_where_all_diverge_the_grid_descends(recipe: Recipe) -> None:
     done = run_to_the_end(recipe, lambda lr: 2.3)
-    assert grid.best(rows_of(done), "sgd") == min(done) == 1e-4
+    assert grid.best(rows_of(done), "sgd", recipe) == min(done) == 1e-4
 
 
 def test_another_optimizer_is_an_error(recipe: Recipe) -> None:

@@ -1,0 +1,1 @@
+"""The asv suite: cost, memory and accuracy of the estimator. `make bench` runs it."""

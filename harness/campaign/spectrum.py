@@ -60,7 +60,10 @@ def blocks_of(problem: Problem, partition: str) -> list[Block]:
     """Return the blocks of a problem's model."""
     from harness.estimator import find_blocks
 
-    return find_blocks(problem.model, partition, paper_blocks=problem.entry.paper_blocks)
+    entry = problem.entry
+    return find_blocks(
+        problem.model, partition, paper_blocks=entry.paper_blocks, kinds=entry.blocks
+    )
 
 
 def forecast_of(

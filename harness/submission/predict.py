@@ -108,7 +108,7 @@ def measure(
     problem: Problem = load_problem(
         entry, "init", SEED, data_root=data_root, checkpoint_dir=checkpoint_dir
     )
-    blocks = find_blocks(problem.model, "weights")
+    blocks = find_blocks(problem.model, "weights", kinds=entry.blocks)
     count_terms = tasks.get(entry.task, **entry.task_options).num_terms
     num_probes = max(entry.num_probes, MIN_PROBES)
     num_steps = entry.num_steps if with_js0 else CHEAP_STEPS

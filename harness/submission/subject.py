@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.estimator import find_blocks
+from harness.estimator import Block, find_blocks
 from harness.estimator.checks import Batch
 from harness.estimator.device import memory_share
 from harness.estimator.hessian import BlockHessian
@@ -67,13 +67,19 @@ class Subject:
         """Return until when a check may take that share of the time that is left."""
         return time.monotonic() + share * self.seconds_left
 
+    def blocks(self, partition: str) -> list[Block]:
+        """Return the blocks of the model, of the kinds that the entry gives."""
+        return find_blocks(
+            self.model, partition, paper_blocks=self.entry.paper_blocks, kinds=self.entry.blocks
+        )
+
     def hessian(self, dtype: torch.dtype, batch: Batch | None = None) -> BlockHessian:
         """Return the block Hessian on few samples."""
         return BlockHessian(
             self.model,
             self.task.loss,
             [self.batch if batch is None else batch],
-            find_blocks(self.model, self.entry.partition, paper_blocks=self.entry.paper_blocks),
+            self.blocks(self.entry.partition),
             batch_weights=self.task.num_terms,
             device=CPU,
             dtype=dtype,

@@ -282,7 +282,9 @@ def _recompute(
 ) -> dict[str, Any]:
     """Return alphas, betas, nodes and weights of the row's block and probe."""
     entry = problem.entry
-    found = find_blocks(problem.model, row["partition"], paper_blocks=entry.paper_blocks)
+    found = find_blocks(
+        problem.model, row["partition"], paper_blocks=entry.paper_blocks, kinds=entry.blocks
+    )
     block = next((b for b in found if b.name == row["block"]), None)
     if block is None:
         raise _Wrong(f"{entry.name} has no block {row['block']!r} in {row['partition']}")

@@ -309,18 +309,18 @@ def test_the_gradient_of_summaries_keeps_to_device_and_memory_budget(monkeypatch
         block_sizes(model, cross_entropy, [batch], blocks, device="tpu")
 
 
-def test_weights_that_no_known_module_owns_are_left_out_with_a_warning():
+def test_matrices_are_weights_and_those_called_biases_are_left_out_with_a_warning():
     class Raw(nn.Module):
         def __init__(self):
             super().__init__()
-            self.W = nn.Parameter(torch.eye(6, 4))
+            self.W, self.pair_bias = nn.Parameter(torch.eye(6, 4)), nn.Parameter(torch.eye(4))
 
         def forward(self, x):
-            return torch.tanh(x @ self.W)
+            return torch.tanh(x @ self.W) @ self.pair_bias
 
-    with pytest.warns(UserWarning, match=r"in no block .*: 0.W \(24 parameters\)"):
-        small(Raw())
-    assert "0.W" in set(small(Raw(), blocks="all")["block"])
+    with pytest.warns(UserWarning, match=r"in no block .*: 0.pair_bias \(16 parameters\)"):
+        assert "0.W" in set(small(Raw())["block"])
+    assert "0.pair_bias" in set(small(Raw(), blocks="all")["block"])
 
 
 def test_a_loss_of_another_model_than_the_one_given_is_refused():

@@ -59,7 +59,8 @@ def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
     for i, block in enumerate(blocks):
         shape = " × ".join(map(str, block.shape))
         flops = [f"{cost.block_flops[i] / 1e9:.3g}"] if cost else []
-        table.add_row(block.name, block.kind, shape, f"{block.num_params:,}", *flops)
+        kind = f"{block.kind} ?" if block.is_guessed else block.kind
+        table.add_row(block.name, kind, shape, f"{block.num_params:,}", *flops)
     _console().print(table)
 
 

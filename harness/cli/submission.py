@@ -59,6 +59,8 @@ def add_model(
     as far as it has arguments of these names. The entry is one file NAME.py in the folder that
     --registry names, or in the tree.
     """
+    from dataclasses import replace
+
     from harness import registry as catalogue
     from harness.campaign.plan import settings_of
     from harness.cli.display import cost_line, print_blocks
@@ -87,6 +89,7 @@ def add_model(
     )
     draft.check_size(entry, data)
     findings = draft.inspect_model(draft.build(entry, data))
+    entry = replace(entry, blocks=findings.guessed)
     text = entry_file.render(entry)
     if dry_run:
         click.echo(text)

@@ -88,8 +88,8 @@ def estimate_spectra(
     if partition == "weights" and (odd := unclassified(model)):
         warnings.warn(
             f"in no block of partition weights: {', '.join(b.name for b in odd)} "
-            f"({sum(b.num_params for b in odd):,} parameters), since no nn.Linear, nn.Conv or "
-            "nn.Embedding owns them; blocks='all', or a list of Block, takes them too",
+            f"({sum(b.num_params for b in odd):,} parameters), called biases though they are "
+            "matrices; blocks='all', or a list of Block, takes them too",
             stacklevel=2,
         )
     if strange := [block for block in blocks if not isinstance(block, Block)]:

@@ -103,6 +103,7 @@ def _facts(entry: ModelEntry) -> dict[str, Any]:
         "task_options": dict(entry.task_options),
         "pretrained": entry.pretrained,
         "paper_blocks": entry.paper_blocks,
+        "blocks": dict(entry.blocks),
     }
     if entry.trains and entry.recipe is not None:
         recipe = asdict(entry.recipe)

@@ -150,6 +150,8 @@ class ModelEntry:
         full_stages: Stages at which the full spectrum is taken too.
         num_probes, num_steps: Of the stochastic Lanczos quadrature.
         paper_blocks: Shell patterns over block names that partition `paper` keeps.
+        blocks: Kinds by shell pattern over names of parameters, where names and modules don't tell
+            them; other, norm or bias: it is none of partition `weights`.
         pretrained: Entry whose final AdamW checkpoint, of seed 1, initialises this one.
         source: Where the architecture's code comes from.
         reference: Paper or page that defines the architecture.
@@ -180,6 +182,7 @@ class ModelEntry:
     num_probes: int = 3
     num_steps: int = 40
     paper_blocks: tuple[str, ...] | None = None
+    blocks: Mapping[str, str] = field(default_factory=dict)
     pretrained: str | None = None
     status: str = "ok"
     reason: str | None = None
@@ -216,7 +219,7 @@ class ModelEntry:
                 refuse(attribute, "it must not be empty")
         if (self.status == "ok") != (self.reason is None) or self.status not in ("ok", "pending"):
             refuse("status", "use ok without a reason, or pending with one")
-        for attribute in ("options", "task_options"):  # frozen means frozen
+        for attribute in ("options", "task_options", "blocks"):  # frozen means frozen
             object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
 
     @property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,7 @@ class Findings:
     Attributes:
         num_params: Its parameters, frozen ones included.
         blocks: Its blocks of partition `weights`.
-        unclassified: Parameters of two or more dimensions that belong to none of them, since no
-            module that is known owns them.
+        unclassified: Matrices that belong to none of them, since they are called biases.
         frozen: Names of the parameters that are not trained.
         tied: Other names of parameters that have several.
     """
@@ -57,15 +58,31 @@ class Findings:
     frozen: list[str]
     tied: list[str]
 
+    @property
+    def guessed(self) -> dict[str, str]:
+        """Return the kinds that are guesses, as an entry gives them: by pattern over names."""
+        kinds: dict[str, str] = {}
+        for block in (b for b in self.blocks if b.is_guessed):
+            layers = re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", block.name)  # all layers at once
+            alike = [b for b in self.blocks if fnmatchcase(b.name, layers)]
+            of_one_kind = all(b.is_guessed and b.kind == block.kind for b in alike)
+            kinds[layers if of_one_kind else block.name] = block.kind
+        return kinds
+
     def notes(self) -> list[str]:
         """Say what the table of the blocks doesn't show, a line each."""
         lines = []
+        if self.guessed:
+            lines.append(
+                "kind guessed, neither module nor name tells it; the entry's line `blocks` says "
+                f"what it is: {names(list(self.guessed))}"
+            )
         if self.unclassified:
             count = sum(b.num_params for b in self.unclassified)
             listed = names([b.name for b in self.unclassified])
             lines.append(
-                f"unclassified, in no block: {listed} ({count:,} parameters); only weights "
-                "of nn.Linear, nn.Conv and nn.Embedding modules are blocks"
+                f"called biases, in no block: {listed} ({count:,} parameters); if they are "
+                "weights, the entry's line `blocks` can say so"
             )
         if self.tied:
             lines.append(f"tied, one block under the first name: {names(self.tied)}")
@@ -219,8 +236,12 @@ def _memory_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def inspect_model(model: nn.Module) -> Findings:
+def inspect_model(model: nn.Module, kinds: Mapping[str, str] | None = None) -> Findings:
     """Find the blocks of a model and what is left out of them.
+
+    Args:
+        model: The model.
+        kinds: Those that its entry gives.
 
     Raises:
         UserError: It has no block.
@@ -229,8 +250,8 @@ def inspect_model(model: nn.Module) -> Findings:
     once = dict(model.named_parameters())
     return Findings(
         num_params=sum(p.numel() for p in once.values()),
-        blocks=find_blocks(model),
-        unclassified=unclassified(model),
+        blocks=find_blocks(model, kinds=kinds),
+        unclassified=unclassified(model, kinds),
         frozen=[n for n, p in once.items() if not p.requires_grad],
         tied=[n for n in every if n not in once],
     )

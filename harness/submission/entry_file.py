@@ -66,6 +66,8 @@ def render(entry: ModelEntry) -> str:
             text = "STAGES"
         else:
             text = _literal(value, len(name) + 2)
+        if name == "blocks":
+            lines.append("        # Guessed: look whether they are right.")
         lines.append(f"        {name}={text},")
     names = [*(["STAGES"] if "STAGES" in uses else []), "ModelEntry"]
     head = ["from dataclasses import replace", ""] if "replace" in uses else []
@@ -97,7 +99,7 @@ def write(path: Path, text: str) -> None:
 _ORDER = (
     *("name", "family", "tier", "factory", "options", "task", "task_options"),
     *("hessian_batch_size", "microbatch_size", "moments_batch_size", "num_probes", "num_steps"),
-    "paper_blocks",
+    *("paper_blocks", "blocks"),
     *("recipe", "stages", "full_stages", "pretrained", "status", "reason"),
     *("source", "reference", "licence", "description"),
 )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from harness.errors import UserError
-from harness.estimator import Block, find_blocks
+from harness.estimator import Block
 from harness.estimator.checks import Batch, fixed_arithmetic, take
 from harness.estimator.cost import forecast
 from harness.estimator.device import device_memory
@@ -244,7 +244,7 @@ def cost(s: Subject) -> str:
     stages = {entry.partition: entry.stages, "full": entry.full_stages}
     costs, note = {}, ""
     for partition in (p for p, some in stages.items() if some):
-        blocks = find_blocks(s.model, partition, paper_blocks=entry.paper_blocks)
+        blocks = s.blocks(partition)
         fit = max(8, int(s.seconds_left / 2 / max(s.product_seconds, 1e-9)))
         few = blocks[:: ceil(len(blocks) / fit)]  # evenly over the depth
         settings = Settings(partition, entry.num_probes, entry.num_steps)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.estimator import find_blocks
+from harness.estimator import Block, find_blocks
 from harness.estimator.checks import Batch
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import Objective
@@ -68,9 +68,15 @@ class Subject:
         """Return until when a check may take that share of the time that is left."""
         return time.monotonic() + share * self.seconds_left
 
+    def blocks(self, partition: str) -> list[Block]:
+        """Return the blocks of the model, of the kinds that the entry gives."""
+        return find_blocks(
+            self.model, partition, paper_blocks=self.entry.paper_blocks, kinds=self.entry.blocks
+        )
+
     def hessian(self, dtype: torch.dtype, batch: Batch | None = None) -> BlockHessian:
         """Return the block Hessian on few samples."""
         batches = [self.batch if batch is None else batch]
         objective = Objective(self.model, self.task.loss, batches, self.task.num_terms)
-        blocks = find_blocks(self.model, self.entry.partition, paper_blocks=self.entry.paper_blocks)
+        blocks = self.blocks(self.entry.partition)
         return BlockHessian(objective, blocks, Settings(dtype=str(dtype), device="cpu"))

@@ -208,7 +208,9 @@ def _check_tables(
     problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
     facts = {name: getattr(entry, name) for name in _FACTS}
     facts["num_params"] = sum(p.numel() for p in problem.model.parameters())
-    found = find_blocks(problem.model, entry.partition, paper_blocks=entry.paper_blocks)
+    found = find_blocks(
+        problem.model, entry.partition, paper_blocks=entry.paper_blocks, kinds=entry.blocks
+    )
     facts["num_blocks"] = len(found)
     for name, value in facts.items():
         if row[name] != value:

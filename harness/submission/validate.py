@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +25,6 @@ from harness.submission.subject import Caution, Failed, Subject
 SEED = 1
 _SAMPLES = 4  # of products: what is wrong with an architecture is wrong with few
 _MATES = 16  # of the comparison of halves
-_MOST_LEFT_OUT = 0.1  # of the parameters: more, and the spectrum is not the model's
 
 
 @dataclass(frozen=True)
@@ -160,32 +161,44 @@ def _parameters(s: Subject) -> str:
 
 
 def _blocks(s: Subject) -> str:
-    found = draft.inspect_model(s.model)
+    """Check that the blocks are a partition; say their kinds, and how sure these are."""
     trainable = {n: p.numel() for n, p in s.model.named_parameters() if p.requires_grad}
     covered: dict[str, int] = dict.fromkeys(trainable, 0)
     for block in find_blocks(s.model, "all"):
         for part in block.parts:
             covered[part.parameter] += part.of(s.model.get_parameter(part.parameter)).numel()
-    if covered != trainable:
-        odd = [n for n in trainable if covered[n] != trainable[n]]
+    if odd := [n for n in trainable if covered[n] != trainable[n]]:
         raise Failed(f"the blocks don't cover {names(odd)} once; please report this model")
+    found = draft.inspect_model(s.model, s.entry.blocks)
     if len(found.blocks) < 2:
         raise Failed(
-            f"one block alone, {found.blocks[0].name}: there is nothing to compare it with; the "
-            "weights of nn.Linear, nn.Conv and nn.Embedding modules are blocks"
+            f"one block alone, {found.blocks[0].name}: there is nothing to compare it with; every "
+            "trainable matrix is a block"
         )
-    text = f"{len(found.blocks)} disjoint blocks"
+    counts = Counter(b.kind for b in found.blocks)
+    text = f"{len(found.blocks)} disjoint blocks: "
+    text += ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    if s.entry.blocks:
+        text += f"; kinds by the entry itself: {names([*s.entry.blocks])}"
     if found.tied:
         text += f"; tied: {names(found.tied)}"
-    if found.unclassified:
-        left_out = sum(b.num_params for b in found.unclassified)
-        share = left_out / sum(trainable.values())
-        text += (
-            f"; in none of them: {names([b.name for b in found.unclassified])}, {share:.0%} of the "
-            "parameters; make them weights of nn.Linear, nn.Conv or nn.Embedding modules"
-        )
-        raise (Failed if share > _MOST_LEFT_OUT else Caution)(text)
-    return text
+    if unsure := _unsure(found, sum(trainable.values())):
+        raise Caution(text + unsure)
+    return f"{text}; all kinds known"
+
+
+def _unsure(found: draft.Findings, num_params: int) -> str:
+    """Say which kinds are guesses and what the entry can write, "" if none is."""
+    text, kinds = "", found.guessed
+    if kinds:
+        listed = names([f"{name} ({kind})" for name, kind in kinds.items()])
+        text += f"; guessed, since neither module nor name tells the kind: {listed}"
+    if left_out := [b for b in found.unclassified if b.kind == "bias"]:
+        share = sum(b.num_params for b in left_out) / num_params
+        listed = names([b.name for b in left_out])
+        text += f"; called biases, so in none of them: {listed}, {share:.0%} of the parameters"
+        kinds |= {b.name: "mlp" for b in left_out}
+    return text and f"{text}; the entry says what they are by blocks={json.dumps(kinds)}"
 
 
 def _forward(s: Subject) -> str:

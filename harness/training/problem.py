@@ -62,7 +62,10 @@ class Problem:
 
     def blocks(self, partition: str) -> list[Block]:
         """Return the blocks of the model."""
-        return find_blocks(self.model, partition, paper_blocks=self.entry.paper_blocks)
+        entry = self.entry
+        return find_blocks(
+            self.model, partition, paper_blocks=entry.paper_blocks, kinds=entry.blocks
+        )
 
     def forecast(self, settings: Settings) -> Forecast:
         """Return what a spectrum costs, from one product per block on one sample."""

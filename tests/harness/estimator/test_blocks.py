@@ -5,7 +5,10 @@ import timm
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import spectral_norm as spectral_norm_of_old
+from torch.nn.utils import weight_norm as weight_norm_of_old
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from harness import find_blocks
 from harness.errors import UserError
@@ -179,7 +182,7 @@ def test_fused_weights_that_interleave_heads_are_left_whole(create, name):
     assert f"{name}[q]" not in found
 
 
-def test_fused_weights_of_unequal_parts_are_no_outputs_of_attention_and_no_convolutions():
+def test_fused_weights_of_parts_of_unknown_sizes_are_left_whole():
     class Grouped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -194,10 +197,273 @@ def test_fused_weights_of_unequal_parts_are_no_outputs_of_attention_and_no_convo
         "self_attn.qkv_proj.weight": "attention",
         "self_attn.o_proj.weight": "attention_output",
         "attn.qkv.weight": "attention",
-        "attn.proj.weight": "conv",
+        "attn.proj.weight": "attention_output",
         "mixer.in_proj.weight": "recurrent",
         "head.weight": "head",
     }
+
+
+class Attention(nn.Module):
+    """Attention of 4 heads of 2 dimensions that says how many its keys have, by any names."""
+
+    def __init__(self, fused, outputs, **sizes):
+        super().__init__()
+        self.add_module(fused, nn.Linear(8, outputs))
+        self.o_proj = nn.Linear(8, 8)
+        for name, value in sizes.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("fused", "outputs", "sizes", "expected"),
+    [
+        ("qkv_proj", 16, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 2}, (8, 4, 4)),
+        ("Wqkv", 12, {"n_head": 4, "n_local_heads": 1, "dim": 8}, (8, 2, 2)),
+        ("c_attn", 16, {"n_head": 4, "n_rep": 2, "head_dim": 2}, (8, 4, 4)),
+        ("to_qkv", 36, {"heads": 4, "dim_head": 3}, (12, 12, 12)),
+        ("kv_proj", 8, {"num_heads": 4, "num_key_value_groups": 2, "head_dim": 2}, (4, 4)),
+    ],
+)
+def test_fused_weights_are_split_where_their_module_knows_the_sizes(
+    fused, outputs, sizes, expected
+):
+    blocks = [b for b in find_blocks(Attention(fused, outputs, **sizes)) if "o_proj" not in b.name]
+    assert tuple(b.shape[0] for b in blocks) == expected
+    assert [b.kind for b in blocks] == ["query", "key", "value"][-len(expected) :]
+    assert [b.parts[0].stop for b in blocks[:-1]] == [b.parts[0].start for b in blocks[1:]]
+
+
+def test_phi3_splits_its_grouped_queries_as_it_does_itself():
+    config = transformers.Phi3Config(
+        hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+        intermediate_size=8, vocab_size=9, pad_token_id=0,
+    )  # fmt: skip
+    found = {b.name: b.shape for b in find_blocks(meta(lambda: transformers.Phi3Model(config)))}
+    sizes = {"q": 16, "k": 8, "v": 8}
+    for letter, size in sizes.items():
+        assert found[f"layers.0.self_attn.qkv_proj.weight[{letter}]"] == (size, 16)
+
+
+def linears(*names):
+    return nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in names})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("c_q", "c_k", "c_v", "c_proj"), ("w_q", "w_k", "w_v", "w_o")),
+        *(("W_Q", "W_K", "W_V", "W_O"), ("toQuery", "toKey", "toValue", "unify_out")),
+        *(("proj_q", "proj_k", "proj_v", "proj_o"), ("linear_q", "linear_k", "linear_v", "o")),
+        *(("qproj", "kproj", "vproj", "oproj"), ("q_a_proj", "k_b_proj", "v_b_proj", "o_proj")),
+        *(("w_qs", "w_ks", "w_vs", "fc"), ("to_q", "to_k", "to_v", "to_out")),
+        ("lin_query", "lin_key", "lin_value", "out_lin"),
+        *(("q_linear", "k_linear", "v_linear", "out"), ("wq_b", "wk", "wv", "wo")),
+        *(("query_layer", "key_layer", "value_layer", "dense"), ("fc_q", "fc_k", "fc_v", "fc_o")),
+    ],
+)  # fmt: skip
+def test_projections_are_known_by_the_names_that_people_give_them(names):
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": linears(*names)})])})
+    expected = ["query", "key", "value", "attention_output"]
+    assert [block.kind for block in find_blocks(model)] == expected
+    flat = nn.ModuleDict({"layers": nn.ModuleList([linears(*names, "fc1", "fc2")])})
+    assert [block.kind for block in find_blocks(flat)][-2:] == ["mlp", "mlp"]
+    assert [block.kind for block in find_blocks(flat)][:3] == expected[:3]
+    assert not any(block.is_guessed for block in [*find_blocks(model), *find_blocks(flat)])
+
+
+def test_keys_and_values_of_a_feed_forward_network_are_none_of_attention():
+    named = nn.ModuleDict({"ffn": linears("key", "receptance", "value"), "head": nn.Linear(8, 2)})
+    assert set(kinds(named).values()) == {"mlp", "head"}
+    memory = nn.ModuleDict({"key": nn.Linear(8, 32), "value": nn.Linear(32, 8)})
+    unnamed = nn.ModuleDict({"blocks": nn.ModuleList([memory]), "head": nn.Linear(8, 2)})
+    assert set(kinds(unnamed).values()) == {"mlp", "head"}
+    rwkv = linears("receptance", "key", "value", "output")
+    mixed = nn.ModuleDict({"att": rwkv, "head": nn.Linear(8, 2)})
+    assert list(kinds(mixed).values())[:-1] == ["attention", "key", "value", "attention_output"]
+
+
+def test_what_lies_in_attention_and_is_not_known_is_attention_and_a_guess():
+    model = nn.ModuleDict({"attn": linears("q", "k", "v", "gate", "o"), "head": nn.Linear(8, 2)})
+    guessed = {b.name: b.kind for b in find_blocks(model) if b.is_guessed}
+    assert guessed == {"attn.gate.weight": "attention"}
+
+
+def test_projections_by_convolutions_of_one_pixel_are_projections():
+    names = ("query_conv", "key_conv", "value_conv", "proj")
+    attention = nn.ModuleDict({name: nn.Conv2d(8, 8, 1) for name in names})
+    attention["local"], attention["squeeze"] = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
+    model = nn.ModuleDict({"attention": attention, "conv": nn.Conv2d(8, 8, 1)})
+    model["head"] = nn.Conv2d(8, 2, 1)
+    expected = ["query", "key", "value", "attention_output", "conv", "conv", "conv", "head"]
+    assert list(kinds(model).values()) == expected
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter, bare or of two layers."""
+
+    def __init__(self, inputs, outputs, *, bare):
+        super().__init__()
+        self.base_layer = nn.Linear(inputs, outputs).requires_grad_(False)
+        if bare:
+            self.lora_A = nn.Parameter(torch.randn(2, inputs))
+            self.lora_B = nn.Parameter(torch.zeros(outputs, 2))
+        else:
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(inputs, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, outputs, bias=False)})
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_low_rank_adapters_have_the_kind_of_what_they_adapt(bare):
+    names = {"q_proj": "query", "c_attn": "attention", "o_proj": "attention_output"}
+    attn = nn.ModuleDict({name: Adapted(8, 8, bare=bare) for name in names})
+    mlp = nn.ModuleDict({"up_proj": Adapted(8, 16, bare=bare)})
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"attn": attn, "mlp": mlp})])})
+    expected = [kind for kind in (*names.values(), "mlp") for _ in "AB"]
+    assert [block.kind for block in find_blocks(model)] == expected
+    assert not any(block.is_guessed for block in find_blocks(model))
+
+
+def test_an_adapter_that_parametrizes_a_weight_has_its_kind():
+    class Update(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self.lora_B = (
+                nn.Parameter(torch.ones(2, 8)),
+                nn.Parameter(torch.ones(8, 2)),
+            )
+
+        def forward(self, w):
+            return w + self.lora_B @ self.lora_A
+
+    layer = nn.ModuleDict({"attn": linears("q", "k", "v", "o")}).requires_grad_(False)
+    register_parametrization(layer["attn"]["v"], "weight", Update())
+    assert list(kinds(layer).values()) == ["value", "value"]
+
+
+TINY = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 13,
+}  # fmt: skip
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {
+        "num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+    },
+    "GptOss": {"num_local_experts": 4, "head_dim": 8},
+    "DeepseekV3": {
+        "n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 0, "n_group": 2,
+        "topk_group": 1, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 8, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_stacked_experts_and_their_router_are_blocks_of_a_mixture(family):
+    config = getattr(transformers, f"{family}Config")(**TINY, **EXPERTS[family])
+    model = meta(lambda: getattr(transformers, f"{family}ForCausalLM")(config))
+    found = kinds(model)
+    router = "router" if family == "GptOss" else "gate"
+    layer = "model.layers.0.mlp"
+    for name in (f"{layer}.experts.gate_up_proj", f"{layer}.experts.down_proj"):
+        assert found[name] == "mlp"
+    assert found[f"{layer}.{router}.weight"] == "mlp"
+    assert unclassified(model) == []
+    assert not any(block.is_guessed for block in find_blocks(model))
+
+
+def test_latent_projections_are_queries_where_they_are_queries_alone():
+    config = transformers.DeepseekV3Config(**TINY, **EXPERTS["DeepseekV3"])
+    found = kinds(meta(lambda: transformers.DeepseekV3Model(config)))
+    attention = "layers.0.self_attn"
+    assert found[f"{attention}.q_a_proj.weight"] == found[f"{attention}.q_b_proj.weight"] == "query"
+    assert found[f"{attention}.kv_a_proj_with_mqa.weight"] == "attention"
+    assert found[f"{attention}.kv_b_proj.weight"] == "attention"
+
+
+class GraphAttentionLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.ones(6, 4))
+        self.a = nn.Parameter(torch.ones(8, 1))  # a vector
+
+
+class KANLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base_weight = nn.Parameter(torch.ones(4, 6))
+        self.spline_weight = nn.Parameter(torch.ones(4, 6, 5))
+
+
+class Lookup(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.latents, self.pos_table = (
+            nn.Parameter(torch.ones(3, 6)),
+            nn.Parameter(torch.ones(9, 6)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (GraphAttentionLayer, {"W": "attention?"}),
+        (KANLinear, {"base_weight": "mlp?", "spline_weight": "mlp?"}),
+        (Lookup, {"latents": "embedding", "pos_table": "position"}),
+        (lambda: nn.LSTMCell(6, 4), {"weight_ih": "recurrent", "weight_hh": "recurrent"}),
+        (lambda: nn.Bilinear(6, 3, 4), {"weight": "mlp?"}),
+    ],
+    ids=["graph attention", "kan", "latents", "lstm cell", "bilinear"],
+)
+def test_bare_matrices_are_blocks_and_what_is_guessed_says_so(layer, expected):
+    model = nn.ModuleDict({"layer1": layer(), "head": nn.Linear(4, 2)})
+    blocks = [block for block in find_blocks(model) if block.kind != "head"]
+    found = {b.name.removeprefix("layer1."): b.kind + "?" * b.is_guessed for b in blocks}
+    assert found == expected
+    assert unclassified(model) == []
+
+
+def test_the_bare_projections_of_xlnet_are_those_of_attention():
+    config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=24, vocab_size=13)
+    found = kinds(meta(lambda: transformers.XLNetModel(config)))
+    expected = {"q": "query", "k": "key", "v": "value", "o": "attention_output", "r": "attention"}
+    assert {n: found[f"layer.0.rel_attn.{n}"] for n in expected} == expected
+
+
+@pytest.mark.parametrize("normalize", [weight_norm_of_old, spectral_norm_of_old])
+def test_what_older_parametrizations_compute_a_weight_from_has_its_kind(normalize):
+    attn = nn.ModuleDict({"q": normalize(nn.Linear(8, 8)), "k": nn.Linear(8, 8)})
+    found = kinds(nn.ModuleDict({"attn": attn, "conv": normalize(nn.Conv2d(3, 4, 3))}))
+    assert sorted(found.values()) == ["conv", "key", "query"]
+
+
+def test_an_entry_names_kinds_itself_and_what_is_no_weight():
+    model = nn.ModuleDict({"layer": KANLinear(), "attn": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
+    given = {"layer.base_*": "head", "*spline*": "other", "attn.qkv.weight[q]": "key"}
+    found = find_blocks(model, kinds=given)
+    assert {b.name: b.kind for b in found} == {
+        "layer.base_weight": "head",
+        **{f"attn.qkv.weight[{kind[0]}]": kind for kind in ("key", "value")},
+        "attn.qkv.weight[q]": "key",
+    }
+    assert not any(block.is_guessed for block in found)
+    assert [b.name for b in unclassified(model, given)] == ["layer.spline_weight"]
+    assert find_blocks(model, kinds={"*.qkv.weight": "attention"})[-1].shape == (12, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"*": "brain"}, "the kind of '\\*' is 'brain'; choose one of embedding, "),
+        (
+            {"*.lora": "mlp"},
+            "no block matches '\\*.lora'; the trainable parameters are weight, bias",
+        ),
+    ],
+)
+def test_kinds_that_an_entry_can_not_give_are_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        find_blocks(nn.Linear(2, 2), kinds=given)
 
 
 def test_a_name_alone_makes_no_weight_a_norm_or_a_state():
@@ -211,9 +477,8 @@ def test_a_name_alone_makes_no_weight_a_norm_or_a_state():
             self.scale, self.shift_bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.eye(4))
 
     model = nn.ModuleDict({"fc": NormalizedLinear(4, 4), "low_rank": NormedProduct()})
-    assert kinds(model) == {"fc.weight": "head"}
-    left_out = {block.name for block in unclassified(model)}
-    assert left_out == {"low_rank.A", "low_rank.D", "low_rank.shift_bias"}
+    assert kinds(model) == {"low_rank.A": "mlp", "low_rank.D": "mlp", "fc.weight": "head"}
+    assert {block.name for block in unclassified(model)} == {"low_rank.shift_bias"}
     assert kinds(model, "all")["low_rank.scale"] == "norm"
 
 

@@ -304,18 +304,18 @@ def test_the_sizes_of_gradients_do_not_depend_on_the_memory_budget():
         assert a["gradient_rms"] == pytest.approx(b["gradient_rms"])
 
 
-def test_weights_that_no_known_module_owns_are_left_out_with_a_warning():
+def test_matrices_are_weights_and_those_called_biases_are_left_out_with_a_warning():
     class Raw(nn.Module):
         def __init__(self):
             super().__init__()
-            self.W = nn.Parameter(torch.eye(6, 4))
+            self.W, self.pair_bias = nn.Parameter(torch.eye(6, 4)), nn.Parameter(torch.eye(4))
 
         def forward(self, x):
-            return torch.tanh(x @ self.W)
+            return torch.tanh(x @ self.W) @ self.pair_bias
 
-    with pytest.warns(UserWarning, match=r"in no block .*: 0.W \(24 parameters\)"):
-        small(Raw())
-    assert "0.W" in set(small(Raw(), blocks="all")["block"])
+    with pytest.warns(UserWarning, match=r"in no block .*: 0.pair_bias \(16 parameters\)"):
+        assert "0.W" in set(small(Raw())["block"])
+    assert "0.pair_bias" in set(small(Raw(), blocks="all")["block"])
 
 
 def test_a_loss_of_another_model_than_the_one_given_is_refused():
@@ -346,11 +346,9 @@ def test_batches_may_come_from_a_generator_and_are_none_of_a_tensor():
         small(nn.Linear(6, 4), batches=batch)
 
 
-def test_names_are_no_blocks_and_no_dtypes():
+def test_names_are_no_blocks():
     with pytest.raises(UserError, match=r"blocks holds 'weight'; pass a partition, or some of"):
         small(nn.Linear(6, 4), blocks=["weight"])
-    with pytest.raises(UserError, match=r"dtype is 'float32'; pass a torch.dtype"):
-        small(nn.Linear(6, 4), dtype="float32")
 
 
 def test_weight_norm_has_the_spectrum_of_its_formula():

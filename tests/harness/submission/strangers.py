@@ -265,6 +265,17 @@ class Matrix(nn.Module):
         return x @ self.matrix
 
 
+class PairBias(nn.Module):
+    """A matrix that is called a bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.pair_bias = nn.Parameter(torch.randn(width, width) / width**0.5)
+
+    def forward(self, x):
+        return x @ self.pair_bias
+
+
 class Complex(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -299,6 +310,7 @@ once = with_middle(Rounded)
 nan = with_middle(Logarithm)
 batch_mates = with_middle(BatchMates)
 matrix = with_middle(Matrix)
+pair_bias = with_middle(PairBias)
 complex_filter = with_middle(Complex)
 integer_order = with_middle(Integer)
 

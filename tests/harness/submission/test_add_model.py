@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from harness import registry as catalogue
@@ -197,11 +198,30 @@ def test_a_task_of_one_s_own_may_lie_beside_the_network(registry):
         tasks.get("regression:Line", sizes=[1])
 
 
-def test_frozen_and_tied_and_unclassified_parameters_are_named(registry):
+def test_kinds_that_had_to_be_guessed_are_written_into_the_entry(registry):
+    shown = added("matrix", "strangers:matrix", "digits", registry)
+    assert "kind guessed, neither module nor name tells it; the entry's line" in shown
+    assert "middle.matrix    mlp ?" in shown
+    assert dict(entry_of(registry, "matrix").blocks) == {"middle.matrix": "mlp"}
+    text = (registry / "matrix.py").read_text()
+    assert "# Guessed: look whether they are right." in text
+    added("known", "strangers:Encoder", "digits", registry)
+    assert "blocks" not in (registry / "known.py").read_text()
+
+
+def test_guesses_of_layers_alike_are_one_line():
+    layers = [torch.nn.Bilinear(2, 3, 4) for _ in range(3)]
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
+    assert draft.inspect_model(model).guessed == {"layers.*.weight": "mlp"}
+    model["layers"].append(torch.nn.Linear(2, 2))
+    assert draft.inspect_model(model).guessed == {f"layers.{i}.weight": "mlp" for i in range(3)}
+
+
+def test_frozen_and_tied_parameters_and_matrices_called_biases_are_named(registry):
     shown = added("frozen", "strangers:frozen", "digits", registry)
     assert "frozen, in no block: hidden.weight, hidden.bias" in shown
-    assert "unclassified, in no block: middle.matrix (144 parameters)" in added(
-        "matrix", "strangers:matrix", "digits", registry
+    assert "called biases, in no block: middle.pair_bias (144 parameters)" in added(
+        "matrix", "strangers:pair_bias", "digits", registry
     )
     tied = "transformers:mamba?hidden_size=8&num_hidden_layers=1&state_size=2"
     shown = added("mamba", tied, "pydoc?context=4", registry, "--stages", "init")

@@ -96,7 +96,6 @@ WRONG = [
     ("needs_arguments", "build", r"missing 1 required"),
     ("huge", "size", r"choose a smaller configuration"),
     ("complex_filter", "parameters", r"complex parameters: middle.filter; .*view_as_complex"),
-    ("matrix", "blocks", r"in none of them: middle.matrix, 14% of the parameters"),
 ]
 
 
@@ -121,12 +120,26 @@ def test_what_needs_a_failed_check_is_skipped_and_says_so(entry):
     [
         ("unused", "second derivatives", "remove or freeze them: middle.linear.weight"),
         ("integer_order", "parameters", "in no block: middle.order; register_buffer"),
+        ("matrix", "blocks", 'middle.matrix (mlp); the entry says what they are by blocks={"'),
+        ("pair_bias", "blocks", "so in none of them: middle.pair_bias, 14% of the parameters"),
     ],
 )
 def test_what_a_review_accepts_is_a_warning(entry, factory, check, said):
     found = findings(entry(factory))
     assert said in found[check].text
     assert {f.check: f.outcome for f in found.values() if f.outcome != "ok"} == {check: "warning"}
+
+
+def test_the_kinds_are_told_and_those_that_the_entry_gives_are_no_guesses(entry):
+    found = findings(entry("Encoder"))["blocks"].text
+    assert found == (
+        "8 disjoint blocks: 3 mlp, 1 query, 1 key, 1 value, 1 attention_output, 1 head; all kinds "
+        "known"
+    )
+    given = findings(entry("matrix", blocks={"*.matrix": "mlp"}))["blocks"]
+    assert (given.outcome, given.text[-54:]) == (
+        "ok", "1 head; kinds by the entry itself: *.matrix; all kinds known"[-54:],
+    )  # fmt: skip
 
 
 def test_zero_blocks_are_counted_and_no_failure(entry):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import pkgutil
 import sys
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.registry import bert, cnn, gpt, mixer, mlp, paper, ranked, recurrent, vit
 from harness.registry.entry import ModelEntry, Recipe
 from spectra_db.words import TIERS
 
@@ -27,7 +28,6 @@ __all__ = [
 
 # Entries that were submitted, one file each, as `harness add-model` writes them.
 SUBMITTED = Path(__file__).parent / "submitted"
-_FAMILIES = (cnn, vit, mixer, gpt, mlp, recurrent, bert, paper, ranked)
 MAX_BYTES = 1 << 20  # of a file of code, which someone has to review
 
 
@@ -44,8 +44,7 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
     """
     if tier is not None and tier not in TIERS:
         raise UserError(f"unknown tier {tier!r}; choose one of {', '.join(TIERS)}")
-    found = [entry for family in _FAMILIES for entry in family.ENTRIES]
-    found += _read_folder(SUBMITTED)
+    found = [*_ours(), *_read_folder(SUBMITTED)]
     if registry_dir is not None:
         folder = Path(registry_dir)
         if not folder.is_dir():
@@ -58,6 +57,14 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
         raise UserError(f"two entries are named {doubles[0]!r}; rename one")
     chosen = [entry for entry in found if tier in (None, entry.tier)]
     return sorted(chosen, key=lambda entry: (TIERS.index(entry.tier), entry.name))
+
+
+@cache
+def _ours() -> tuple[ModelEntry, ...]:
+    """Gather the entries of this folder's modules."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return tuple(entry for module in modules for entry in getattr(module, "ENTRIES", ()))
 
 
 def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:

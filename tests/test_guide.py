@@ -1,4 +1,4 @@
-"""The guide docs/add-a-model.md, run as it is written."""
+"""The guide docs/add-a-model.md and the example of docs/architecture.md, run as written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from harness.cli import main
 
-GUIDE = Path(__file__).parents[1] / "docs" / "add-a-model.md"
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDE = DOCS / "add-a-model.md"
 
 
 def _shape(line: str) -> str:
@@ -30,14 +31,17 @@ def _commands(block: str) -> list[tuple[str, list[str]]]:
     return [(part.splitlines()[0], part.splitlines()[1:]) for part in parts]
 
 
-def test_the_guide_does_what_it_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "num_commands"), [("add-a-model.md", 10), ("architecture.md", 2)]
+)
+def test_a_page_does_what_it_says(tmp_path, monkeypatch, page, num_commands):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delenv("HARNESS_DATA_ROOT", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     ran = 0
-    for language, block in _blocks(GUIDE.read_text(encoding="utf-8")):
+    for language, block in _blocks((DOCS / page).read_text(encoding="utf-8")):
         if language == "python":
             path = tmp_path / block.splitlines()[0].removeprefix("# ")
             path.parent.mkdir(exist_ok=True)
@@ -54,7 +58,7 @@ def test_the_guide_does_what_it_says(tmp_path, monkeypatch):
                 if line != "…":
                     assert _shape(line) in printed, f"{command}\n{line}\n{result.output}"
                     printed = printed[printed.index(_shape(line)) + 1 :]
-    assert ran >= 10
+    assert ran >= num_commands
 
 
 @pytest.mark.parametrize("command", ["add-model", "validate", "run", "submit", "verify"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pandas as pd
@@ -81,6 +81,11 @@ def estimate_spectra(
         [['weight', 12, 'exact']]
     """
     partition = blocks if isinstance(blocks, str) else "custom"
+    if strange := settings.keys() - {field.name for field in fields(Settings)}:
+        raise UserError(
+            f"estimate_spectra has no argument {min(strange)!r}; beside its own it takes "
+            f"{', '.join(field.name for field in fields(Settings)[3:])}"
+        )
     how = Settings(partition, num_probes, num_steps, **settings)
     seed = whole_number("seed", seed, 0)
     objective = Objective(model, loss_fn, batches, batch_weights)

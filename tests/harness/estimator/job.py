@@ -1,11 +1,8 @@
-"""What torchrun starts in test_distributed.py: several spectra by all processes together.
-
-Usage: torchrun -m tests.harness.estimator.job FOLDER; process 0 leaves FOLDER/CASE.pickle.
-"""
+"""What the processes of test_distributed.py do: several spectra together."""
 
 from __future__ import annotations
 
-import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +11,7 @@ import torch
 from harness import estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import forecast
-from harness.estimator.distributed import estimate_together, team
+from harness.estimator.distributed import Team, estimate_together, team
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.share import Share
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
@@ -47,13 +44,21 @@ def inputs(case: str):
     return model, split(batch, sizes), settings
 
 
+@cache
 def alone(case: str) -> pd.DataFrame:
     """Return the rows that one process makes."""
     model, batches, settings = inputs(case)
     return estimate_spectra(model, cross_entropy, batches, **settings)
 
 
-def main(folder: Path) -> None:
+def work(folder: Path) -> None:
+    """Do all cases, as process 0 leave FOLDER/CASE.pickle."""
+    torch.set_num_threads(1)
+    with team("cpu") as together:
+        _work(together, folder)
+
+
+def _work(together: Team, folder: Path) -> None:
     for case, (_, way, _, _) in CASES.items():
         model, batches, settings = inputs(case)
         numbers = {name: settings[name] for name in ("num_probes", "num_steps")}
@@ -82,8 +87,3 @@ def main(folder: Path) -> None:
         gradient = hessian.gradient()
     if together.leads:
         torch.save(gradient, folder / "gradient.pt")
-
-
-if __name__ == "__main__":
-    with team("cpu") as together:
-        main(Path(sys.argv[1]))

@@ -16,9 +16,10 @@ demo: $(READY)
 	$(BIN)/harness run --tier demo --out build/demo --jobs 2
 	$(BIN)/harness site --source build/demo --out build/demo
 
-# One thread per worker: the tests' models are too small to share.
+# One thread per worker: the tests' models are too small to share. Each worker takes its tests in
+# their order, so that a module's set-up is made once; who is done first takes over from the other.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # The lowest versions that pyproject allows; what tests/oldest.txt lacks, such as torch, is .venv's.
 $(OLD_READY): tests/oldest.txt $(READY)
@@ -30,7 +31,7 @@ $(OLD_READY): tests/oldest.txt $(READY)
 
 # The suite's core on them: the store, the estimator, training, the command line.
 test-oldest: $(OLD_READY)
-	OMP_NUM_THREADS=1 $(OLDEST) -m pytest --numprocesses 2 tests/spectra_db tests/harness/estimator \
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest --numprocesses 2 --dist worksteal tests/spectra_db tests/harness/estimator \
 		tests/harness/tasks tests/harness/training tests/harness/cli/test_cli.py
 
 # The command line alone on them.

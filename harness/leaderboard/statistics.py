@@ -31,8 +31,8 @@ NUM_DRAWS = 4000  # another seed then moves the ends of intervals by about 0.02
 MIN_MODELS = 4
 # Draws of a metric are kept above this part of its value: logarithms are taken.
 _FLOOR = 0.1
-# Sign matrices of shape (B, n, n) are made for so many entries at a time.
-_CHUNK = 1 << 23
+# Sign matrices of shape (B, n, n) are made for so many entries at a time: a cache holds them.
+_CHUNK = 1 << 19
 
 
 def measurements(
@@ -244,9 +244,8 @@ def _correlations(
     x: Array, y: Array, log_size: Array, needed: Array, weights: Array
 ) -> dict[str, Array]:
     """Return rank statistics, from the signs of all differences, and Pearson's correlation."""
-    sx, sy = _signs(x), _signs(y)
-    sz = _signs(np.broadcast_to(log_size, x.shape))
-    ranks = [_apply(s, weights) for s in (sx, sy, sz)]
+    sx, sy, sz = _signs(x), _signs(y), _signs(log_size[None])
+    ranks = [_apply(s, weights) for s in (sx, sy)] + [weights @ sz[0].T]
     xy, xz, yz = (_pearson(ranks[i], ranks[j], weights) for i, j in ((0, 1), (0, 2), (1, 2)))
     with np.errstate(invalid="ignore", divide="ignore"):
         # Undefined where all models are of one size, or size says all.

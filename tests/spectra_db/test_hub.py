@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 
-from harness import cli
 from spectra_db import check, manifest, store, verified
 from spectra_db import publish as publish_module
 from spectra_db.hub import reason_of
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
+from tests.processes import Process
 
 from . import hub_server
 from .hub_server import TOKEN, commit_folder, create, git
@@ -68,45 +64,6 @@ def published(hub, releases):
     for version in ("0.1.0", "0.2.0"):
         commit_folder(hub.repo, releases / version, tag=f"v{version}")
     return hub
-
-
-class Process:
-    """Python code, or `harness` with arguments, in a process and environment of its own."""
-
-    def __init__(self, arguments, env, folder):
-        number = len(list(folder.glob("*.out")))
-        self.outputs = [folder / f"{number}.{kind}" for kind in ("out", "err")]
-        for path in self.outputs:
-            path.touch()
-        self.process = _PROCESSES.Process(target=_work, args=(arguments, env, self.outputs))
-        self.process.start()
-        self.poll, self.kill = lambda: self.process.exitcode, self.process.kill
-
-    def communicate(self):
-        """Wait, and return the exit code and what was printed."""
-        self.process.join(timeout=300)
-        assert self.poll() is not None
-        return self.poll(), *(path.read_text() for path in self.outputs)
-
-
-# Forked from a process that has imported what is slow to import, and nothing of the Hub's client,
-# which reads its environment when it is imported.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["spectra_db.check", "spectra_db.publish", "harness.cli"])
-
-
-def _work(arguments, env, outputs):
-    assert "huggingface_hub" not in sys.modules
-    for name in [name for name in os.environ if name.startswith("HF_")]:
-        del os.environ[name]
-    os.environ |= env
-    for stream, path in zip((1, 2), outputs, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY), stream)
-    warnings.filterwarnings("always", category=UserWarning, module="spectra_db")
-    if len(arguments) > 1:
-        cli.main([str(argument) for argument in arguments])
-    else:
-        exec(arguments[0], {"__name__": "__main__"})
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from hypothesis import strategies as st
 from spectra_db import store
 from spectra_db.schema import KEYS, PROTOCOL_VERSION, TABLES, VERSIONS
 from spectra_db.store import InvalidTable
+from tests.processes import Process
 
 from .synthetic import exact_row, failed_row, model_row, slq_row, zero_row
 
-ROOT = Path(__file__).parents[2]
 SMALL = np.array([1.0, 2.0, 4.0])
 
 
@@ -180,17 +178,15 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch, moment):
     assert list(read(tmp_path, "training")["value"]) == [3.0]
 
 
-def process(code: str, *arguments: Any) -> subprocess.Popen:
-    """Start a fresh interpreter, as the workers of a run are."""
-    head = "import os, sys; from spectra_db import store; row = dict(eval(sys.argv[2]))\n"
-    command = [sys.executable, "-c", head + code, *map(str, arguments)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def process(code: str, folder: Path, row: dict[str, Any], first: int = 0) -> Process:
+    head = f"import os; from spectra_db import store; folder, row = {str(folder)!r}, {row!r}\n"
+    return Process([f"{head}first = {first}\n{code}"], {}, folder)
 
 
 def test_a_process_killed_before_the_rename_blocks_nobody(tmp_path):
     store.write(tmp_path, "training", [training()])
-    code = "os.replace = lambda *_: os._exit(9); store.write(sys.argv[1], 'training', [row])"
-    assert process(code, tmp_path, training(value=7.0)).wait(60) == 9
+    code = "os.replace = lambda *_: os._exit(9); store.write(folder, 'training', [row])"
+    assert process(code, tmp_path, training(value=7.0)).communicate()[0] == 9
     assert list(read(tmp_path, "training")["value"]) == [2.0]
     store.write(tmp_path, "training", [training(value=3.0)])
     assert list(read(tmp_path, "training")["value"]) == [3.0]
@@ -198,11 +194,11 @@ def test_a_process_killed_before_the_rename_blocks_nobody(tmp_path):
 
 def test_processes_that_write_the_same_file_lose_no_row(tmp_path):
     code = (
-        "for step in range(int(sys.argv[3]), int(sys.argv[3]) + 10):\n"
-        "    store.write(sys.argv[1], 'training', [row | {'seed': step}])"
+        "for step in range(first, first + 10):\n"
+        "    store.write(folder, 'training', [row | {'seed': step}])"
     )
     workers = [process(code, tmp_path, training(), 10 * i) for i in range(3)]
-    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    assert [worker.communicate()[0] for worker in workers] == [0, 0, 0]
     assert list(read(tmp_path, "training")["seed"]) == list(range(30))
 
 

@@ -1,11 +1,8 @@
-"""What torchrun starts in test_distributed.py: several spectra by all processes together.
-
-Usage: torchrun -m tests.harness.estimator.job FOLDER; process 0 leaves FOLDER/CASE.pickle.
-"""
+"""What the processes of test_distributed.py do: several spectra together."""
 
 from __future__ import annotations
 
-import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +12,7 @@ from harness import estimate_spectra, find_blocks
 from harness.estimator.batches import batch_hash
 from harness.estimator.blocks import Block
 from harness.estimator.cost import forecast
-from harness.estimator.distributed import rules_together, team
+from harness.estimator.distributed import Team, rules_together, team
 from harness.estimator.hessian import opened
 from harness.estimator.objective import Objective
 from harness.estimator.settings import Settings
@@ -59,13 +56,21 @@ def values(case: str) -> tuple[Objective, list[Block], Settings]:
     return objective, blocks, Settings("custom", **settings)
 
 
+@cache
 def alone(case: str) -> pd.DataFrame:
     """Return the rows that one process makes."""
     model, batches, settings = inputs(case)
     return estimate_spectra(model, cross_entropy, batches, **settings)
 
 
-def main(folder: Path) -> None:
+def work(folder: Path) -> None:
+    """Do all cases, as process 0 leave FOLDER/CASE.pickle."""
+    torch.set_num_threads(1)
+    with team("cpu") as together:
+        _work(together, folder)
+
+
+def _work(together: Team, folder: Path) -> None:
     for case, (_, way, _, _) in CASES.items():
         objective, blocks, settings = values(case)
         cost = forecast(objective, blocks, settings) if together.leads else None
@@ -86,8 +91,3 @@ def main(folder: Path) -> None:
         gradient = hessian.gradient()
     if together.leads:
         torch.save(gradient, folder / "gradient.pt")
-
-
-if __name__ == "__main__":
-    with team("cpu") as together:
-        main(Path(sys.argv[1]))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from harness.estimator.distributed import divide
 from harness.estimator.settings import Settings
 from harness.estimator.share import Share
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
+from tests.processes import Process
 
 from . import job
 from .test_hessian import block_hessian
@@ -27,23 +30,40 @@ ROOT = Path(__file__).parents[3]
 TIMINGS = ["seconds", "peak_bytes", "run_id"]
 
 
-def torchrun(num_processes: int, *arguments: str, **options: object) -> subprocess.Popen[str]:
+def torchrun(num_processes: int, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_processes), "-m", *arguments]
+    command += ["--nproc-per-node", str(num_processes), "-m", "harness", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=environment, **options,
+        env=environment,
     )  # fmt: skip
+
+
+def started(num_processes: int, folder: Path, *arguments: object) -> list[Process]:
+    """Start what torchrun would, without its agent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(num_processes)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": size}
+    shared |= {"LOCAL_WORLD_SIZE": size}
+    folder.mkdir(exist_ok=True)
+    return [
+        Process(arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder)
+        for rank in range(num_processes)
+    ]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def made(request, tmp_path_factory) -> Path:
     """Return the folder of what the job's processes made."""
     folder = tmp_path_factory.mktemp(f"job{request.param}")
-    process = torchrun(request.param, "tests.harness.estimator.job", str(folder))
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    code = "from pathlib import Path; from tests.harness.estimator import job; "
+    code += f"job.work(Path({str(folder)!r}))"
+    for process in started(request.param, folder / "printed", code):
+        ended, _, errors = process.communicate()
+        assert ended == 0, errors
     return folder
 
 
@@ -162,33 +182,32 @@ ENTRIES = (replace(demo, name="mine", options={"widths": (8, 16, 16, 16)}, recip
 """
 
 
-@pytest.mark.parametrize("way", ["probes", "samples"])
-def test_a_killed_worker_ends_the_job_with_a_clear_message_and_the_same_command_continues(
-    tmp_path, way
-):
+@pytest.fixture
+def spectrum(tmp_path) -> Callable[[str], list[object]]:
+    """Return what gives the arguments of a spectrum that takes a while."""
     (tmp_path / "registry").mkdir()
     (tmp_path / "registry" / "mine.py").write_text(ENTRY)
-    out = tmp_path / "out"
-    arguments = ["harness", "spectrum", "mine", "--num-probes", "3", "--num-steps", "60"]
-    arguments += ["--device", "cpu", "--registry", str(tmp_path / "registry"), "--share", way]
-    process = torchrun(2, *arguments, "--out", str(out))
+    arguments = ["spectrum", "mine", "--num-probes", 3, "--num-steps", 60, "--device", "cpu"]
+    arguments += ["--registry", tmp_path / "registry", "--out", tmp_path / "out", "--share"]
+    return lambda way: [*arguments, way]
+
+
+def wait_for_rows(out: Path, process: Process | subprocess.Popen[str]) -> None:
     path = out / "spectra" / "mine.parquet"
     deadline = time.monotonic() + 100
     while not path.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-    os.kill(worker_of(process.pid, rank=1), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "another process of the job was lost" in errors
-    assert "the same command continues" in errors
-    assert "Signal 9 (SIGKILL)" in errors  # torchrun's, on which process it was
+
+
+def check_that_it_continues(out: Path, arguments: list[object]) -> None:
+    """Run the same command again: what was finished is kept, the rest added."""
     some = spectra_db.load("spectra", source=out)
     assert set(some["status"]) <= {"ok", "zero"}
     assert not list(out.rglob("*.tmp"))
-
-    process = torchrun(2, *arguments, "--out", str(out))
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    leader, other = started(2, out.parent / "again", *arguments)
+    assert other.communicate()[0] == 0
+    code, output, errors = leader.communicate()
+    assert code == 0, errors
     assert output.count("rows of") == 1
     rows = spectra_db.load("spectra", source=out)
     assert 0 < some["block"].nunique() < rows["block"].nunique()
@@ -197,12 +216,39 @@ def test_a_killed_worker_ends_the_job_with_a_clear_message_and_the_same_command_
     assert len(spectra_db.load("heterogeneity", source=out))
 
 
-def test_commands_that_share_nothing_refuse_to_run_several_times():
-    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
-    command = [sys.executable, "-m", "harness", "train", "cnn-digits", "--out", "/nowhere"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "only `spectrum` shares its work" in done.stderr
+LOST = ("another process of the job was lost", "the same command continues")
+
+
+def test_a_killed_worker_of_torchrun_ends_the_job_with_a_clear_message_and_it_continues(
+    tmp_path, spectrum
+):
+    process = torchrun(2, *spectrum("probes"))
+    wait_for_rows(tmp_path / "out", process)
+    os.kill(worker_of(process.pid, rank=1), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert all(said in errors for said in LOST)
+    assert "Signal 9 (SIGKILL)" in errors  # torchrun's, on which process it was
+    check_that_it_continues(tmp_path / "out", spectrum("probes"))
+
+
+def test_a_sum_that_lacks_a_killed_worker_ends_the_job_with_a_clear_message_and_it_continues(
+    tmp_path, spectrum
+):
+    leader, other = started(2, tmp_path / "first", *spectrum("samples"))
+    wait_for_rows(tmp_path / "out", leader)
+    other.kill()
+    code, _, errors = leader.communicate()
+    assert code == 1
+    assert all(said in errors for said in LOST)
+    check_that_it_continues(tmp_path / "out", spectrum("samples"))
+
+
+def test_commands_that_share_nothing_refuse_to_run_several_times(tmp_path):
+    arguments = ("train", "cnn-digits", "--out", "/nowhere")
+    code, _, errors = Process(arguments, {"WORLD_SIZE": "2", "RANK": "0"}, tmp_path).communicate()
+    assert code == 2
+    assert "only `spectrum` shares its work" in errors
 
 
 def worker_of(agent: int, rank: int) -> int:

@@ -131,7 +131,7 @@ def unpruned(model, loss, batch, blocks, vectors):
         yield torch.cat([part.of(every[part.parameter]).flatten() for part in block.parts])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4),
     dim=st.sampled_from(sorted(CONVOLUTIONS)),

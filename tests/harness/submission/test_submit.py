@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,17 @@ def add(registry: Path, name: str = NAME, **options: str) -> Result:
     return call("add-model", name, *source, "--registry", registry, "--force", *more)
 
 
+@contextmanager
+def nothing_imported() -> Iterator[None]:
+    """Leave the modules of a registry, and its folder, as if they had never been imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "dont_write_bytecode", True)
+        sys.modules.pop("strangers", None)
+        yield
+    sys.modules.pop("strangers", None)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """Return a folder with a registry, and the tables of its model in `out`."""
@@ -36,27 +49,30 @@ def finished(tmp_path_factory) -> Path:
     registry = folder / "registry"
     registry.mkdir()
     shutil.copy(Path(__file__).with_name("strangers.py"), registry)
-    path, modules = list(sys.path), set(sys.modules)
-    sys.modules.pop("strangers", None)
-    for result in (
-        add(registry),
-        call("run", NAME, "--registry", registry, "--out", folder / "out", "--device", "cpu"),
-    ):
-        assert result.exit_code == 0, result.output
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if name == "strangers":
-            del sys.modules[name]
+    with nothing_imported():
+        for result in (
+            add(registry),
+            call("run", NAME, "--registry", registry, "--out", folder / "out", "--device", "cpu"),
+        ):
+            assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sealed(finished, tmp_path_factory) -> Path:
+    """Return the submission of that model."""
+    folder = tmp_path_factory.mktemp("sealed") / "submission"
+    with nothing_imported():
+        result = submitted(finished, "--out", folder)
+    assert result.exit_code == 0, result.output
     return folder
 
 
 @pytest.fixture
-def place(finished, tmp_path, monkeypatch) -> Path:
+def place(finished, tmp_path) -> Iterator[Path]:
     """Return a copy of that folder; nothing of it was imported yet."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    sys.modules.pop("strangers", None)
-    return Path(shutil.copytree(finished, tmp_path / "place"))
+    with nothing_imported():
+        yield Path(shutil.copytree(finished, tmp_path / "place"))
 
 
 def submitted(place: Path, *more: object) -> Result:
@@ -71,12 +87,10 @@ def refused(result: Result, code: int = 2) -> str:
 
 
 @pytest.fixture
-def submission(place) -> Path:
-    result = submitted(place)
-    assert result.exit_code == 0, result.output
-    sys.path[:] = [path for path in sys.path if str(place) not in path]
-    sys.modules.pop("strangers", None)
-    return place / "submission"
+def submission(sealed, tmp_path) -> Iterator[Path]:
+    """Return a copy of the submission; nothing of it was imported yet."""
+    with nothing_imported():
+        yield Path(shutil.copytree(sealed, tmp_path / "submission"))
 
 
 def test_a_submission_holds_tables_entry_code_weights_and_a_report(submission):
@@ -307,16 +321,23 @@ def test_what_is_not_ready_is_refused_and_writes_nothing(place):
     assert not (place / "s").exists()
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with hub_server.serve(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(server, monkeypatch):
     """Serve a Hub with one dataset, which the client talks to as to the real one."""
-    (tmp_path / "hub").mkdir()
-    with hub_server.serve(tmp_path / "hub") as server:
-        server.repo = hub_server.create(server.root / "datasets" / "owner" / "name")
-        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        yield server
+    server.reset()
+    repo = server.root / "datasets" / "owner" / "name"
+    shutil.rmtree(repo, ignore_errors=True)
+    server.repo = hub_server.create(repo)
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    return server
 
 
 def test_a_pull_request_sends_the_submission_and_says_where_it_is(place, hub):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from harness import tasks
 from harness.errors import UserError
 from harness.tasks.base import Data, Task, target_entropy
 from harness.tasks.images import Digits
+from tests.processes import Process
 
 SMALL = {  # options under which each task of the data packs loads in a few seconds
     "mnist": {"train_size": 300, "test_size": 100},
@@ -259,17 +258,15 @@ def test_missing_data_name_the_path_and_the_remedy(name, tmp_path: Path, monkeyp
     assert hub.get(name, "") in message
 
 
-def test_an_unreachable_hub_ends_in_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_hub_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A real connection, refused: no handler listens on the discard port of this machine.
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     code = "from harness import tasks; tasks.get('mnist').load()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PATH": "", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
-    message = done.stderr.strip().splitlines()[-1]
+    monkeypatch.delenv("HARNESS_DATA_ROOT", raising=False)
+    _, _, errors = Process([code], environment, tmp_path).communicate()
+    message = errors.strip().splitlines()[-1]
     assert message.startswith("harness.errors.UserError: task 'mnist' needs mnist/train.parquet")
     assert "the Hub data set ylecun/mnist was tried and failed" in message
 

@@ -61,7 +61,7 @@ class Recurrence:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether T is continued by its last coefficients: not where it ended, or tells too little."""
+        """Whether T is continued: not where it ended or tells too little."""
         return not self.breakdown and MIN_STEPS <= len(self.alphas) < LENGTH
 
     def rule(self, num_steps: int | None = None, *, extend: bool) -> tuple[Array, Array]:

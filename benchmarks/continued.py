@@ -153,11 +153,11 @@ def _by_reading(ended: pd.DataFrame, ours: pd.DataFrame) -> str:
 
 
 def _varied(rows: pd.DataFrame) -> str:
-    rms = _rms(rows, ["window", "length", "num_steps", "reading"]).unstack(["num_steps", "reading"])
+    rms = _rms(rows, ["num_steps", "reading", "window", "length"])
     columns = [(m, f"js0 {s}") for m in (10, 20) for s in ("own_rms", "lambda10", "raw")]
     lines = [
-        [f"last {window:.0%} to {length}", *(percent(row[c]) for c in columns)]
-        for (window, length), row in rms.iterrows()
+        [f"last {rule[0]:.0%} to {rule[1]}", *(percent(rms[*c, *rule]) for c in columns)]
+        for rule in sorted({(WINDOW, LENGTH), *VARIED})
     ]
     return table(["mean of", *(f"{m}: {reading} %" for m, reading in columns)], lines)
 
@@ -175,11 +175,11 @@ def _covered(ours: pd.DataFrame) -> str:
 _SECTION = """## Rules that are continued
 
 Metrics take the Gauss rule of T continued to {length} steps by the mean of the last third of its
-alphas and betas (docs/protocol.md, Metrics). Here it is set beside the rule that ends, on the small
-nets above at initialisation and after {updates} steps of AdamW, all blocks sampled: {both}. The
-truth is what the same probes give with all steps: the measure of a probe v is known, (v · u)² at the
-eigenvalue of each eigenvector u. So all that differs is truncation; how probes spread is above.
-Errors are of plug-in values and relative.
+alphas and betas (docs/protocol.md, Metrics). Here it is set beside the rule that ends, on the
+small nets above at initialisation and after {updates} steps of AdamW, all blocks sampled: {both}.
+The truth is what the same probes give with all steps: the measure of a probe v is known, (v · u)²
+at the eigenvalue of each eigenvector u. So all that differs is truncation; how probes spread is
+above. Errors are of plug-in values and relative.
 
 By the block's own rms (`own_rms`), mean error, rule that ends → continued:
 

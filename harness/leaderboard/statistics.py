@@ -60,7 +60,7 @@ def measurements(
             f"the tables are of protocol versions {sorted(versions)}; a statistic is over rows of "
             f"one, and this code reads {PROTOCOL_VERSION} alone"
         )
-    if heterogeneity["protocol_version"].nunique() > 1:
+    if len(set(heterogeneity["protocol_version"])) > 1:
         raise UserError(
             "table heterogeneity is of several protocol versions, and a statistic is over rows of "
             "one; `harness dataset derive FOLDER` derives the earlier ones anew"

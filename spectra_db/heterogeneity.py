@@ -284,7 +284,10 @@ def _spread(statistic: str, blocks: Blocks, scale: str = "none", sigma: float = 
     def log_statistic(nodes: Array, weights: Array) -> float:
         return float(np.log10(max(function(nodes, weights), np.finfo(np.float64).tiny)))
 
-    spectra = [b.with_second_moments() if one_product else b for b in blocks.blocks]
+    # The largest node is T's own: a chain that goes on smears the edge of a spectrum.
+    spectra = [
+        b.with_second_moments() if one_product else b.ruled(extend=False) for b in blocks.blocks
+    ]
     full = np.array([log_statistic(*b.average()) for b in spectra])
     changed = []
     for k, i in blocks.deletions:

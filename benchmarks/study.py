@@ -61,9 +61,14 @@ def reference_entries() -> dict[str, tuple[ModelEntry, int]]:
     }
 
 
-def exact(kind: str) -> pd.DataFrame:
-    """Diagonalise every block of a small net, in float64."""
+def exact(kind: str, num_updates: int = 0) -> pd.DataFrame:
+    """Diagonalise every block of a small net, in float64, after so many steps of AdamW."""
     case = small(kind)
+    optimizer = torch.optim.AdamW(case.model.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(num_updates):
+        optimizer.zero_grad()
+        case.loss_fn(case.model, case.batch).backward()
+        optimizer.step()
     rows = estimate_spectra(
         case.model, case.loss_fn, [case.batch], dtype=torch.float64, exact_size=10**6
     )
@@ -159,7 +164,7 @@ def to_tolerance(kind: str) -> pd.DataFrame:
         with opened(objective, find_blocks(case.model), settings) as hessian:
             reached = estimate_to_tolerance(hessian, settings, source, tolerance=TOLERANCE)
         found.append(
-            estimate(reached.rows)
+            estimate(reached.rows, extend=True)
             | {
                 "num_probes": reached.num_probes,
                 "num_steps": reached.num_steps,
@@ -338,9 +343,11 @@ def rows_of(
     return pd.DataFrame(rows).assign(reason=None)
 
 
-def estimate(rows: pd.DataFrame, scale: str = "lambda10") -> dict[str, float]:
-    """Return js0 of some rows with its errors."""
-    e = spectra_db.js0(rows, scale=scale)
+def estimate(
+    rows: pd.DataFrame, scale: str = "lambda10", *, extend: bool = False
+) -> dict[str, float]:
+    """Return js0 of some rows with its errors; of rules that end, unless they are to go on."""
+    e = spectra_db.js0(rows, scale=scale, extend=extend)
     names = ("value", "corrected", "standard_error", "ci_low", "ci_high")
     return {name: getattr(e, name) for name in names}
 
@@ -350,7 +357,8 @@ def estimate(rows: pd.DataFrame, scale: str = "lambda10") -> dict[str, float]:
 @click.option("--page", type=click.Path(path_type=Path), default=Path("docs/accuracy.md"))
 def main(pieces: Path, page: Path) -> None:
     """Measure the estimator's errors and write the page about them."""
-    from benchmarks.study_page import render
+    from benchmarks.continued import UPDATES, continued, section
+    from benchmarks.study_page import NAMES, render
 
     torch.set_num_threads(1)
     begin = time.process_time()
@@ -369,8 +377,15 @@ def main(pieces: Path, page: Path) -> None:
 
     truths = {k: kept(f"exact-{k}", lambda k=k: exact(k)).assign(reason=None) for k in KINDS}
     entries = reference_entries()
+    trained = {k: kept(f"trained-{k}", lambda k=k: exact(k, UPDATES)) for k in KINDS}
+    cases = {
+        f"{NAMES[k]}, {stage}": kept(f"continued-{k}-{stage}", lambda rows=rows[k]: continued(rows))
+        for k in KINDS
+        for stage, rows in (("init", truths), ("trained", trained))
+    }
     text = render(
         truths={kind: spectra_db.js0(rows).value for kind, rows in truths.items()},
+        continued=section(cases),
         sizes={kind: list(rows["num_params"]) for kind, rows in truths.items()},
         repeated={k: kept(f"repeated-{k}", lambda k=k: repeated(truths[k])) for k in KINDS},
         scaled={k: kept(f"scaled-{k}", lambda k=k: scaled(truths[k])) for k in KINDS},

@@ -14,7 +14,8 @@ _PAGE = """# How far estimates are from the truth
 
 Written by `make accuracy` ({machine}); what was measured is kept in `build/accuracy`, so that the
 command goes on where it was stopped. P is the number of probes, m that of steps, and a block costs
-P × m products. JS⁰ at σ = 0.05, at initialisation.
+P × m products. JS⁰ at σ = 0.05, at initialisation, of rules that end with the steps taken, but for
+[rules that are continued](#rules-that-are-continued), as metrics take them, and `--tol`.
 
 ## Against exact spectra
 
@@ -38,6 +39,7 @@ of at most 1,000 parameters too, which the protocol diagonalises: real spectra a
 
 {scaled}
 
+{continued}
 ## To a tolerance
 
 `harness spectrum --tol 0.02` of JS⁰ on the same nets, with real products and three seeds. Within:
@@ -129,6 +131,7 @@ def render(
     repeated: Mapping[str, pd.DataFrame],
     scaled: Mapping[str, pd.DataFrame],
     exact_heads: Mapping[str, pd.DataFrame],
+    continued: str,
     tolerance: Mapping[str, pd.DataFrame],
     reference: Mapping[str, pd.DataFrame],
     arithmetic: Mapping[str, pd.DataFrame],
@@ -147,6 +150,7 @@ def render(
         repeated="\n\n".join(_repeated(NAMES[k], rows, truths[k]) for k, rows in repeated.items()),
         coverage=_coverage(repeated, truths),
         scaled=_scaled(scaled, exact_heads, truths),
+        continued=continued,
         tolerance=_tolerance(tolerance, truths),
         reference_numbers=", ".join(
             f"{name} {rows['seconds'].iloc[0]:.2g} s of processor a step "

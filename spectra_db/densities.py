@@ -61,14 +61,18 @@ class Recurrence:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether T is continued by its last coefficients: not where it ended, or tells too little."""
+        """Whether T is continued: not where it ended or tells too little."""
         return not self.breakdown and MIN_STEPS <= len(self.alphas) < LENGTH
 
-    def rule(self, num_steps: int | None = None, *, extend: bool) -> tuple[Array, Array]:
-        """Return nodes and weights after at most so many steps, T being continued if asked."""
-        T = self.alphas[:num_steps], self.betas[:num_steps]
-        ended = self.breakdown and len(T[0]) == len(self.alphas)
-        return gauss_rule(*(extended(*T) if extend and not ended else T))
+    def rule(self, *, extend: bool) -> tuple[Array, Array]:
+        """Return nodes and weights, T being continued if asked and it can be."""
+        T = self.alphas, self.betas
+        return gauss_rule(*(extended(*T) if extend and self.can_go_on else T))
+
+    def cut(self, num_steps: int) -> Recurrence:
+        """Return it after at most so many steps."""
+        ended = self.breakdown and num_steps >= len(self.alphas)
+        return Recurrence(self.alphas[:num_steps], self.betas[:num_steps], ended)
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,12 @@ class BlockSpectrum:
         """
         asked = [num_steps if r.breakdown else len(r.alphas) for r in self.recurrences]
         kept = [max(1, int(steps * fraction)) for steps in asked]
-        pairs = zip(self.recurrences, kept, strict=True)
-        return self._with([r.rule(steps, extend=extend) for r, steps in pairs])
+        shorter = [r.cut(steps) for r, steps in zip(self.recurrences, kept, strict=True)]
+        return replace(self, recurrences=tuple(shorter)).ruled(extend=extend)
+
+    def ruled(self, *, extend: bool) -> BlockSpectrum:
+        """Return the block with the rules of its recurrences, T being continued or not."""
+        return self._with([r.rule(extend=extend) for r in self.recurrences])
 
     def _with(self, rules: Sequence[tuple[Array, Array]]) -> BlockSpectrum:
         if not rules:

@@ -135,22 +135,48 @@ def standard(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows[spectrum] == first[spectrum]).all(axis=1)]
 
 
-def renew(folder: Path, model: str) -> bool:
-    """Derive a model's table `heterogeneity` anew by the protocol's last version; say if it was not.
+def renew(
+    folder: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """Derive table `heterogeneity` of a folder anew where it is of an earlier protocol.
 
     The rows stay, and of each what spectra here do not tell: the batch error, which is that of the
-    earlier version, and what was taken on a larger batch, moments and gradients, which are the same
-    in both.
+    earlier protocol, and what was taken on a larger batch, moments and gradients, which are the
+    same in both.
+
+    Args:
+        folder: Folder of tables, each valid.
+        on_progress: Called with (models done, models in all).
+
+    Returns:
+        The models that were of an earlier protocol.
 
     Raises:
-        ValueError: It does not follow from the other tables.
+        ValueError: The rows of a model do not follow from its other tables.
     """
+    models = sorted(path.stem for path in (folder / "heterogeneity").glob("*.parquet"))
+    found = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for model, was_older in zip(
+            models, threads.map(partial(_renew, folder), models), strict=True
+        ):
+            found += [model] if was_older else []
+            on_progress(models.index(model) + 1, len(models))
+    return found
+
+
+def _renew(folder: Path, model: str) -> bool:
+    """Derive a model's rows anew if they are of an earlier protocol, and say whether they were."""
     now, table = VERSIONS["heterogeneity"], "heterogeneity"
     stored = rows_of(folder, table, model)
     if stored.empty or (stored["protocol_version"] == now).all():
         return False
     made = _heterogeneity(folder, stored.assign(protocol_version=now))
     key = list(KEYS[table])
+    if len(made) != len(stored):
+        raise ValueError(
+            f"{store.path_of(folder, table, model)}: rows follow from no spectrum here"
+        )
     kept = stored[[*key, *(c for c in stored if c not in made)]]
     store.write(folder, table, made.merge(kept, on=key), replace=True)
     return True

@@ -23,7 +23,7 @@ SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
 # The truncation error compares with a rule of three quarters of the steps.
 TRUNCATION = 0.75
 # By how much of that change, of continued rules, the value may be off.
-_CHANGES = 1.0
+CHANGES = 1.0
 # Columns of table `heterogeneity` that an estimate has.
 _FROM_ESTIMATE = (
     *("value", "corrected", "standard_error"),
@@ -188,7 +188,7 @@ def measure(rows: pd.DataFrame, metric: str) -> tuple[Estimate, float]:
     full, short = (
         METRICS[metric].estimate(b, *reading) for b in (blocks, blocks.truncated(TRUNCATION))
     )
-    return full, _CHANGES * abs(short.value - full.value)
+    return full, CHANGES * abs(short.value - full.value)
 
 
 def metrics(
@@ -214,7 +214,7 @@ def metrics(
     """
     blocks = Blocks.of(rows, extend=version > 1)
     shorter = blocks.truncated(TRUNCATION)
-    changes = _CHANGES if version > 1 else 1.0
+    changes = CHANGES if version > 1 else 1.0
     columns = ("model", "stage", "init_seed", "train_run", "partition")
     identity = {c: rows.iloc[0][c] for c in columns if c in rows} | {"protocol_version": version}
     batch_size = int(rows["batch_size"].iloc[0]) if "batch_size" in rows else None
@@ -284,7 +284,10 @@ def _spread(statistic: str, blocks: Blocks, scale: str = "none", sigma: float = 
     def log_statistic(nodes: Array, weights: Array) -> float:
         return float(np.log10(max(function(nodes, weights), np.finfo(np.float64).tiny)))
 
-    spectra = [b.with_second_moments() if one_product else b for b in blocks.blocks]
+    # The largest node is T's own: a chain that goes on smears the edge of a spectrum.
+    spectra = [
+        b.with_second_moments() if one_product else b.ruled(extend=False) for b in blocks.blocks
+    ]
     full = np.array([log_statistic(*b.average()) for b in spectra])
     changed = []
     for k, i in blocks.deletions:

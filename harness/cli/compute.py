@@ -72,8 +72,8 @@ def spectrum(
     """Take the spectrum of a model at a stage and write it to the tables.
 
     As many probes and steps as the entry says, unless given; what --out holds already with as many
-    or more is kept. --tol 0.02 takes what it needs for the metric's standard error and its change
-    from the last quarter of the steps to be at most 2 % of it. The scale metrics
+    or more is kept. --tol 0.02 takes what it needs for the metric's standard error and what more
+    steps may change to be at most 2 % of it. The scale metrics
     (lambda_rms_spread, trace_spread, lambda_max_spread) take about ten products a block, or as many
     as it has parameters, which makes it exact, if it has at most 1,000; gradient_rms_spread takes
     one gradient. --batch-error takes each half of the batch as well, at the whole's cost again, and

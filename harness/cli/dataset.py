@@ -39,10 +39,10 @@ def release(
     say why. What lay at --out is replaced as a whole; SOURCE may be --out, to bring a release up
     to date.
     """
-    from harness.submission.publication import derive, unfinished
+    from harness.submission import publication
     from spectra_db.release import release as make
 
-    left_out = unfinished(source, registry)
+    left_out = publication.unfinished(source, registry)
     for model, reason in left_out.items():
         click.echo(f"left out: {model}: {reason}")
     known = {path.stem for path in (source / "models").glob("*.parquet")}
@@ -52,7 +52,7 @@ def release(
         version,
         models=known - set(left_out),
         notes=notes,
-        derive=partial(derive, registry_dir=registry),
+        derive=partial(publication.derive, registry_dir=registry),
     )
     size = sum(file.bytes for file in made.files.values())
     click.echo(
@@ -78,6 +78,22 @@ def check_(folder: Path | None, previous: Path | None, registry: Path | None) ->
     found = _problems(folder, previous, registry)
     known = None if found else manifest.read(folder)
     _report(found, f"{folder} is a sound release, version {known.version}" if known else "")
+
+
+@dataset.command()
+@click.argument("folder", type=_FOLDER)
+def derive(folder: Path) -> None:
+    """Derive table heterogeneity of FOLDER anew where it is of an earlier protocol.
+
+    From the spectra that are there: no product is taken, and rows of the last protocol stay. A
+    release is then brought up to date by `harness dataset release FOLDER --out FOLDER`.
+    """
+    from harness.cli.progress import progress_bar
+    from spectra_db.derived import renew
+
+    with progress_bar("derive") as on_progress:
+        found = renew(folder, on_progress)
+    click.echo(f"{len(found)} models derived anew, the others are of the last protocol")
 
 
 @dataset.command()

@@ -35,7 +35,7 @@ class Reached:
     Attributes:
         rows: Rows of table `spectra`.
         estimate: The metric, with its jackknife standard error.
-        truncation_error: How much the last quarter of the steps changed it.
+        truncation_error: What more steps may change, by what the last quarter of them did.
         num_probes: Probes per block that were needed.
         num_steps: Steps per probe that were needed.
         tolerance: What was asked for, relative to the corrected value; None: nothing.
@@ -124,8 +124,8 @@ def estimate_to_tolerance(
 ) -> Reached:
     """Estimate a metric of a model's block spectra until its errors are below a tolerance.
 
-    Steps are added, half as many again, while the last quarter of them changes the metric by
-    more than the tolerance; then probes, as the standard error's square asks for but at most
+    Steps are added, half as many again, while more of them may change the metric by more than the
+    tolerance; then probes, as the standard error's square asks for but at most
     twice as many at a time, and again. Recurrences go on from where they are, as far as their
     vectors fit the memory that `beside_recurrences` leaves.
 

@@ -54,11 +54,16 @@ def measurements(
     Raises:
         UserError: The tables are of several protocols.
     """
-    versions = {int(v) for t in (models, heterogeneity, gaps) for v in t["protocol_version"]}
+    versions = {int(v) for t in (models, gaps) for v in t["protocol_version"]}
     if versions - {PROTOCOL_VERSION}:
         raise UserError(
             f"the tables are of protocol versions {sorted(versions)}; a statistic is over rows of "
             f"one, and this code reads {PROTOCOL_VERSION} alone"
+        )
+    if len(set(heterogeneity["protocol_version"])) > 1:
+        raise UserError(
+            "table heterogeneity is of several protocol versions, and a statistic is over rows of "
+            "one; `harness dataset derive FOLDER` derives the earlier ones anew"
         )
     of_model = models[["model", "family", "tier", "task", "num_params"]]
     columns = ["gap", "standard_error", "ci_low", "ci_high", "at_edge", "num_seeds", "adam_needed"]

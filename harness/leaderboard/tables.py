@@ -152,7 +152,11 @@ def _of_weights(model: str, ours: pd.DataFrame, source: Path | str | None) -> pd
         at_stage = rows[(rows[_SPECTRUM] == spectrum).all(axis=1) & (rows["block_kind"] != "bias")]
         where = [c for c in _SPECTRUM if c != "partition"]
         beside = blocks[(blocks[where] == spectrum[where]).all(axis=1)]
-        found = measures.metrics(standard(at_stage), block_rows=beside if len(beside) else None)
+        found = measures.metrics(
+            standard(at_stage),
+            block_rows=beside if len(beside) else None,
+            version=int(ours["protocol_version"].iloc[0]),
+        )
         parts.append(found.assign(partition="weights"))
     return pd.concat(parts, ignore_index=True)[ours.columns]
 

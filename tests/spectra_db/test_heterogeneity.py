@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.linalg import eigh_tridiagonal
 
 import spectra_db
 from spectra_db import store
 from spectra_db.densities import lambda10
 from spectra_db.heterogeneity import (
+    CHANGES,
     Estimate,
     js0,
     js0_paper,
@@ -17,6 +17,7 @@ from spectra_db.heterogeneity import (
     spread,
     w1,
 )
+from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import TABLES
 
 from .synthetic import (
@@ -181,9 +182,8 @@ def test_spreads_are_deviations_of_log10():
 def test_moments_are_charged_one_product_a_probe(sampled):
     assert spread(sampled, "trace").num_products == 3 * 4
     assert spread(sampled, "lambda_max").num_products == 3 * 4 * 30
-    one_step = sampled.assign(
-        nodes=[a[:1] for a in sampled["alphas"]], weights=[np.ones(1)] * len(sampled)
-    )
+    first = {name: [x[:1] for x in sampled[name]] for name in ("alphas", "betas")}
+    one_step = sampled.assign(**first, nodes=first["alphas"], weights=[np.ones(1)] * len(sampled))
     assert spread(one_step, "trace").value == pytest.approx(spread(sampled, "trace").value)
 
 
@@ -203,17 +203,19 @@ def test_metrics_fill_the_table_of_heterogeneity(sampled, tmp_path):
     assert back["batch_error"].isna().all()
 
 
-def test_truncation_error_is_the_change_against_three_quarters_of_the_steps(sampled):
-    rules = [
-        eigh_tridiagonal(alphas[:22], betas[:21])
-        for alphas, betas in zip(sampled["alphas"], sampled["betas"], strict=True)
-    ]
-    shorter = sampled.assign(nodes=[x for x, _ in rules], weights=[V[0] ** 2 for _, V in rules])
-    raw = {"scale": "raw", "sigma": 1e-5**0.5}
+@pytest.mark.parametrize(("version", "times"), [(1, 1.0), (2, CHANGES)])
+def test_truncation_error_is_of_the_change_against_three_quarters_of_the_steps(
+    sampled, version, times
+):
+    T = {name: [x[:22] for x in sampled[name]] for name in ("alphas", "betas")}
+    rules = [gauss_rule(a, b) for a, b in zip(*T.values(), strict=True)]
+    nodes, weights = zip(*rules, strict=True)
+    shorter = sampled.assign(**T, nodes=nodes, weights=weights)
+    raw = {"scale": "raw", "sigma": 1e-5**0.5, "extend": version == 2}
     expected = abs(js0(shorter, **raw).value - js0(sampled, **raw).value)
     assert expected > 0
-    table = metrics(sampled).set_index(["metric", "scale"])
-    assert table.loc[("js0", "raw"), "truncation_error"] == pytest.approx(expected)
+    table = metrics(sampled, version=version, names=["js0"]).set_index("scale")
+    assert table.loc["raw", "truncation_error"] == pytest.approx(times * expected)
 
 
 def test_probes_that_broke_down_have_no_truncation_error():

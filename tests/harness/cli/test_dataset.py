@@ -89,6 +89,22 @@ def test_numbers_that_do_not_follow_from_each_other_are_named(source, table, col
     assert "made anew" in problem
 
 
+def test_metrics_of_protocol_1_are_derived_anew_by_command_and_then_follow(source):
+    of_all = {"heterogeneity": DERIVED["heterogeneity"]}
+    rows = rows_of(source, "heterogeneity", MODEL)
+    store.write(source, "heterogeneity", rows.assign(protocol_version=1), replace=True)
+    code, output = run("dataset", "derive", source)
+    assert (code, output.strip()) == (
+        0,
+        "1 models derived anew, the others are of the last protocol",
+    )
+    now = rows_of(source, "heterogeneity", MODEL)
+    assert set(now["protocol_version"]) == {2}
+    assert len(now) == len(rows)
+    assert differences(source, of_all) == []
+    assert run("dataset", "derive", source)[1].startswith("0 models")
+
+
 def test_a_gap_without_its_entry_can_not_be_made_anew(source):
     def unknown(name):
         raise UserError(f"no model {name!r}")

@@ -243,6 +243,13 @@ def test_tables_of_several_protocols_are_refused():
         leaderboard(models, metrics, gaps)
 
 
+def test_metrics_of_several_protocols_are_refused_with_the_command_that_makes_them_one():
+    models, metrics, gaps = made_up({"js0": np.ones(4)}, np.ones(4), list("abcd"))
+    metrics.loc[2, "protocol_version"] = 2
+    with pytest.raises(UserError, match=r"of several protocol versions.*dataset derive"):
+        leaderboard(models, metrics, gaps)
+
+
 def test_a_change_in_training_is_of_the_models_that_have_both_ends():
     x, gap, _ = some_data(0)
     models, metrics, gaps = made_up({"js0": x, "w1": x}, gap, FAMILIES)

@@ -1,0 +1,204 @@
+"""What continuing T is worth: metrics of rules that end, and that go on, against exact measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks.study_page import percent, table
+from harness.estimator.lanczos import Recurrence, lanczos
+from spectra_db.densities import Array, BlockSpectrum
+from spectra_db.heterogeneity import CHANGES, METRICS, TRUNCATION
+from spectra_db.jackknife import Blocks
+from spectra_db.quadrature import LENGTH, WINDOW, extended, gauss_rule
+
+STEPS, PROBES, GROUPS = (8, 10, 15, 20, 40), 3, 4
+UPDATES = 60  # of AdamW, where a net is trained
+# Readings that three probes tell: of js0_paper that of raw eigenvalues alone.
+READINGS = (
+    *(("js0", scale) for scale in ("own_rms", "lambda10", "raw", "own_max", "global_max")),
+    *(("js0_paper", "raw"), ("w1", "lambda10"), ("lambda_max_spread", "none")),
+)
+# Other parts of the steps to average, and other lengths.
+VARIED = ((1 / 4, LENGTH), (1 / 2, LENGTH), (1.0, LENGTH), (WINDOW, 45), (WINDOW, 100))
+# A rule of one probe: (eigenvalues, its measure on them, its recurrence) ↦ nodes and weights.
+Rule = Callable[[Array, Array, Recurrence], tuple[Array, Array]]
+
+
+def continued(truth: pd.DataFrame) -> pd.DataFrame:
+    """Compare rules of known spectra with the probes' own measures, which no step cuts short.
+
+    A probe v has the weights v_i² / |v|² at the eigenvalues: what its rule becomes with all steps.
+    So the difference is truncation alone, and needs no average over probes.
+
+    Returns:
+        Per group of probes, reading, number of steps, window and length (both 0: T ends) the
+        `error` relative to the measures' value, and of the protocol's own rules the `change` from
+        three quarters of the steps.
+    """
+    pools = _pools(truth)
+    found = []
+    for group in range(GROUPS):
+        probes = slice(PROBES * group, PROBES * (group + 1))
+        exact = _values(pools, probes, lambda nodes, weights, run: (nodes, weights))
+        for m, window, length in _settings():
+            values = _values(pools, probes, _rule(m, window, length))
+            fewer = [np.nan] * len(values)
+            if (window, length) == (WINDOW, LENGTH):
+                fewer = _values(pools, probes, _rule(int(TRUNCATION * m), window, length))
+            for reading, true, value, before in zip(READINGS, exact, values, fewer, strict=True):
+                numbers = {"group": group, "num_steps": m, "window": window, "length": length}
+                numbers |= {"reading": " ".join(reading), "error": value / true - 1}
+                found.append(numbers | {"change": abs(value - before) / true})
+    return pd.DataFrame(found)
+
+
+def _settings() -> Iterator[tuple[int, float, int]]:
+    for m in STEPS:
+        yield m, 0.0, 0
+        yield m, WINDOW, LENGTH
+        if m in (10, 20):
+            yield from ((m, window, length) for window, length in VARIED)
+
+
+def _pools(truth: pd.DataFrame) -> dict[str, list[tuple[Array, Array, Recurrence]]]:
+    """Return per block the eigenvalues, and each probe's measure on them and recurrence."""
+    generator = torch.Generator().manual_seed(0)
+    pools = {}
+    for row in truth.itertuples():
+        d = torch.tensor(np.asarray(row.nodes), dtype=torch.float64)
+        starts = torch.randn(PROBES * GROUPS, len(d), generator=generator, dtype=torch.float64)
+        pools[str(row.block)] = [
+            (d.numpy(), (v**2 / (v @ v)).numpy(), lanczos(lambda x, d=d: d * x, v, max(STEPS)))
+            for v in starts
+        ]
+    return pools
+
+
+def _rule(num_steps: int, window: float, length: int) -> Rule:
+    def rule(nodes: Array, weights: Array, run: Recurrence) -> tuple[Array, Array]:
+        T = run.alphas[:num_steps], run.betas[:num_steps]
+        ended = run.breakdown and len(run.alphas) <= num_steps
+        return gauss_rule(*(extended(*T, window=window, length=length) if not ended else T))
+
+    return rule
+
+
+def _values(
+    pools: dict[str, list[tuple[Array, Array, Recurrence]]], probes: slice, rule: Rule
+) -> list[float]:
+    """Return the plug-in value of each reading, of some probes' rules."""
+    spectra = []
+    for name, probes_of in pools.items():
+        nodes, weights = zip(*(rule(*probe) for probe in probes_of[probes]), strict=True)
+        size = len(probes_of[0][0])
+        spectra.append(BlockSpectrum(name, size, nodes, weights, False, False, (), 0))
+    blocks = Blocks(spectra, 0, errors_known=False, extended=False)
+    estimates = (
+        METRICS[metric].estimate(blocks, *_reading(metric, scale)) for metric, scale in READINGS
+    )
+    return [e.value for e in estimates]
+
+
+def _reading(metric: str, scale: str) -> tuple[str, float]:
+    return next(reading for reading in METRICS[metric].readings if reading[0] == scale)
+
+
+def section(found: Mapping[str, pd.DataFrame]) -> str:
+    """Return the page's section; `found` has what `continued` gives, by the name of each case."""
+    every = pd.concat([rows.assign(case=name) for name, rows in found.items()])
+    ended = every[every["length"] == 0]
+    ours = every[(every["length"] == LENGTH) & np.isclose(every["window"], WINDOW)]
+    both = f"{len(found)} cases, {GROUPS} groups of {PROBES} probes each"
+    return _SECTION.format(
+        length=LENGTH,
+        updates=UPDATES,
+        both=both,
+        changes=CHANGES,
+        **{
+            f"of_{scale}": _by_case(ended, ours, f"js0 {scale}")
+            for scale in ("own_rms", "lambda10")
+        },
+        readings=_by_reading(ended, ours),
+        varied=_varied(every[every["num_steps"].isin((10, 20)) & (every["length"] > 0)]),
+        covered=_covered(ours),
+    )
+
+
+def _by_case(ended: pd.DataFrame, ours: pd.DataFrame, reading: str) -> str:
+    names = list(dict.fromkeys(ours["case"]))
+    means = [
+        rows[rows["reading"] == reading].groupby(["num_steps", "case"])["error"].mean()
+        for rows in (ended, ours)
+    ]
+    lines = [
+        [str(m), *(" → ".join(percent(e[m, n], sign=True) for e in means) for n in names)]
+        for m in STEPS
+    ]
+    return table(["steps", *(f"{name} %" for name in names)], lines)
+
+
+def _rms(rows: pd.DataFrame, by: list[str]) -> pd.Series:
+    return (rows["error"] ** 2).groupby([rows[c] for c in by]).mean() ** 0.5
+
+
+def _by_reading(ended: pd.DataFrame, ours: pd.DataFrame) -> str:
+    rms = [_rms(rows, ["reading", "num_steps"]) for rows in (ended, ours)]
+    names = [" ".join(reading) for reading in READINGS]
+    lines = [[n, *(" → ".join(percent(e[n, m]) for e in rms) for m in STEPS)] for n in names]
+    return table(["reading", *(f"{m} steps %" for m in STEPS)], lines)
+
+
+def _varied(rows: pd.DataFrame) -> str:
+    rms = _rms(rows, ["num_steps", "reading", "window", "length"])
+    columns = [(m, f"js0 {s}") for m in (10, 20) for s in ("own_rms", "lambda10", "raw")]
+    lines = [
+        [f"last {rule[0]:.0%} to {rule[1]}", *(percent(rms[*c, *rule]) for c in columns)]
+        for rule in sorted({(WINDOW, LENGTH), *VARIED})
+    ]
+    return table(["mean of", *(f"{m}: {reading} %" for m, reading in columns)], lines)
+
+
+def _covered(ours: pd.DataFrame) -> str:
+    hit = ours["error"].abs() <= CHANGES * ours["change"]
+    by = hit.groupby([ours["reading"], ours["num_steps"]]).mean()
+    names = [" ".join(reading) for reading in READINGS]
+    lines = [[n, *(f"{100 * by[n, m]:.0f}" for m in STEPS)] for n in names]
+    of_all = hit.groupby(ours["num_steps"]).mean()
+    lines.append([f"all: {100 * hit.mean():.0f}", *(f"{100 * of_all[m]:.0f}" for m in STEPS)])
+    return table(["covered %", *(f"{m} steps" for m in STEPS)], lines)
+
+
+_SECTION = """## Rules that are continued
+
+Metrics take the Gauss rule of T continued to {length} steps by the mean of the last third of its
+alphas and betas (docs/protocol.md, Metrics). Here it is set beside the rule that ends, on the
+small nets above at initialisation and after {updates} steps of AdamW, all blocks sampled: {both}.
+The truth is what the same probes give with all steps: the measure of a probe v is known, (v · u)²
+at the eigenvalue of each eigenvector u. So all that differs is truncation; how probes spread is
+above. Errors are of plug-in values and relative.
+
+By the block's own rms (`own_rms`), mean error, rule that ends → continued:
+
+{of_own_rms}
+
+By λ10, the same:
+
+{of_lambda10}
+
+Root mean square error over all cases, by reading:
+
+{readings}
+
+Other means and lengths, root mean square error after 10 and after 20 steps:
+
+{varied}
+
+`truncation_error` is {changes:g} × |value with m steps − value with ¾ m|, both continued. How often
+it is at least the true error of truncation:
+
+{covered}
+"""

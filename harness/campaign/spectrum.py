@@ -244,7 +244,7 @@ def options_of(problem: Problem, settings: Settings) -> dict[str, Any]:
         "seed": problem.init_seed,
         "device": settings.device,
         "dtype": DTYPES[settings.dtype],
-        "batch_weights": tasks.get(entry.task, **entry.task_options).num_terms,
+        "batch_weights": tasks.get(entry.task, **entry.task_options).count_of(problem.batches),
         "probe_distribution": settings.probe_distribution,
         "reorthogonalize": settings.reorthogonalize,
         "norm_mode": settings.norm_mode,

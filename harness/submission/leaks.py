@@ -18,7 +18,7 @@ _SCALE = 0.02  # of what stands in for parameters that are zero, which would hid
 
 def leaks(s: Subject) -> str:
     """Change the targets, and one token of a sequence at a time; see which logits move."""
-    with torch.no_grad(), fixed_arithmetic(s.model):
+    with fixed_arithmetic(s.model), torch.no_grad():
         model = _without_zeros(s.model)
         told = [_of_targets(s, model), _of_tokens(s, model)]
     return "; ".join(text for text in told if text) or "neither classes nor tokens to see"

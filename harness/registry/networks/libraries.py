@@ -90,7 +90,8 @@ def transformers_model(
     dropout = {
         k: 0.0 for k in fields if ("dropout" in k or "pdrop" in k) and getattr(default, k, None)
     }
-    fixed = {"use_cache": False, **_NO_IDS}
+    # BERT's kin see both sides unless they are told to be decoders.
+    fixed = {"use_cache": False, "is_decoder": head == "CausalLM", **_NO_IDS}
     fixed = {k: v for k, v in fixed.items() if k in fields}
     config = transformers.AutoConfig.for_model(model_type, **fixed | dropout | known | options)
     try:

@@ -26,7 +26,7 @@ def subject(registry):
     def make(stranger: str, own: Task | None = None, **values: object) -> Subject:
         fields = {"factory": f"strangers:{stranger}", "options": {}, "name": "stranger"}
         entry = replace(catalogue.get("cnn-digits"), **(fields | values))
-        made = Subject(entry, None, 0.0)
+        made = Subject(entry, None, 1e9)
         made.task = own or tasks.get(entry.task, **entry.task_options)
         made.data = made.task.load(None)
         made.model = draft.build(entry, made.data).eval()

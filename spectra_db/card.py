@@ -29,7 +29,7 @@ _TABLES = {
     "runs": "The runs that made the spectra",
 }
 # Data and terms by task; terms as their distributors or papers state them.
-_TASKS = {
+TASKS = {
     "digits": ("Optical recognition of handwritten digits, from scikit-learn", "CC BY 4.0 (UCI)"),
     "pydoc": ("Python's documentation, from CPython", "PSF licence"),
     "mnist": ("MNIST (LeCun, Cortes, Burges)", "often given as CC BY-SA 3.0"),
@@ -45,6 +45,10 @@ _TASKS = {
     "gaussian-classes": ("Gaussian inputs drawn by the harness", "none needed"),
     "tiny-shakespeare": ("Tiny Shakespeare (Karpathy)", "text in the public domain"),
     "books": (
+        "King James Bible; War and Peace; Pride and Prejudice",
+        "public domain in the United States",
+    ),
+    "masked-books": (
         "King James Bible; War and Peace; Pride and Prejudice",
         "public domain in the United States",
     ),
@@ -147,7 +151,7 @@ def _families(models: pd.DataFrame) -> list[dict[str, Any]]:
 def _tasks(models: pd.DataFrame) -> list[dict[str, str]]:
     rows = []
     for task in sorted(models["task"].unique()):
-        data, terms = _TASKS.get(task, _UNKNOWN)
+        data, terms = TASKS.get(task, _UNKNOWN)
         rows.append({"name": task, "data": data, "terms": terms})
     return rows
 

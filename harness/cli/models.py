@@ -14,12 +14,27 @@ from spectra_db.words import PARTITIONS, TIERS
 
 @main.command("list")
 @click.option("--tier", type=click.Choice(TIERS), help="One tier alone.")
+@click.option("--tasks", "of_tasks", is_flag=True, help="The data and losses, instead of models.")
 @options("registry", "json")
-def list_(tier: str | None, registry: Path | None, as_json: bool) -> None:
-    """List the models of the registry."""
+def list_(tier: str | None, of_tasks: bool, registry: Path | None, as_json: bool) -> None:
+    """List the models of the registry, or the tasks that a model can be trained on."""
+    from types import SimpleNamespace
+
     from harness.cli.display import print_entries
     from harness.registry import entries
 
+    if of_tasks:
+        from harness.tasks import listing
+
+        if tier is not None:
+            raise UserError("--tier is of models: leave it out, or leave --tasks out")
+        tasks = listing()
+        if as_json:
+            click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))
+        else:
+            print_entries([SimpleNamespace(**task) for task in tasks], [*tasks[0]])
+            click.echo("or module:Class of your own: docs/add-a-model.md, Data of your own")
+        return
     found = entries(tier, registry_dir=registry)
     fields = ("name", "family", "tier", "task", "status", "description")
     if as_json:

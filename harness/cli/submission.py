@@ -39,6 +39,18 @@ if TYPE_CHECKING:
 @click.option("--description", help="One sentence.")
 @click.option("--stages", help="Stages with spectra, such as init,final; init alone: no training.")
 @click.option("--train-steps", type=click.IntRange(1), help="Steps of a training run.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples of a training step.")
+@click.option(
+    "--hessian-batch-size", type=click.IntRange(1), help="Samples of the Hessian's batch."
+)
+@click.option("--sgd-lrs", metavar="LOW,HIGH", help="Ends of the grid of SGD's learning rates.")
+@click.option("--adamw-lrs", metavar="LOW,HIGH", help="The same of AdamW's.")
+@click.option(
+    "--recipe",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another field of the recipe, such as clip=1.0, schedule=constant, weight_decay=0.1.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the entry and what it costs, write nothing.")
 @click.option("--force", is_flag=True, help="Replace the entry of this name.")
 @options("registry", "data_root")
@@ -120,7 +132,9 @@ def add_model(
 
 @main.command()
 @click.argument("model")
-@click.option("--budget", default=120.0, show_default=True, help="Seconds, about.")
+@click.option(
+    "--budget", default=120.0, show_default=True, help="Seconds of processor time, about."
+)
 @options("registry", "data_root", "json")
 def validate(
     model: str, budget: float, registry: Path | None, data_root: Path | None, as_json: bool
@@ -154,6 +168,9 @@ def validate(
     else:
         text = f"is ready; warnings: {outcomes['warning']}"
     click.echo(f"{model} {text}", err=True)
+    if not (outcomes["failed"] or outcomes["untried"]):
+        where = "" if registry is None else f" --registry {registry}"
+        click.echo(f"next: harness run {model}{where} --out FOLDER", err=True)
     if outcomes["failed"] or outcomes["untried"]:
         sys.exit(1)
 
@@ -166,12 +183,18 @@ def validate(
     show_default=True,
     help="Send the weights of the stages along, by which these can be verified.",
 )
+@click.option(
+    "--rehearsal",
+    is_flag=True,
+    help="Pack runs of fewer than 100 steps, too, to try the way; the report says so.",
+)
 @click.option("--create-pr", is_flag=True, help="Open a pull request on the Hub.")
 @click.option("--repo", metavar="OWNER/NAME", help="The dataset on the Hub, for --create-pr.")
 @options("source", "registry", "data_root", "out")
 def submit(
     model: str,
     checkpoints: bool,
+    rehearsal: bool,
     create_pr: bool,
     repo: str | None,
     source: Path | None,
@@ -200,8 +223,13 @@ def submit(
         check_can_write(repo)
     entry = get(model, registry_dir=registry)
     version.check(entry, Ledger(source))
-    if reason := unfinished(source, registry).get(model):
-        raise UserError(f"{model} is not finished: {reason}; `harness run {model}` continues")
+    if reason := unfinished(source, registry, rehearsals=rehearsal).get(model):
+        remedy = (
+            "pass --rehearsal to try the way, or train it longer"
+            if "rehearsal" in reason
+            else f"`harness run {model}` continues"
+        )
+        raise UserError(f"{model} is not finished: {reason}; {remedy}")
     found = assemble(
         entry,
         source,
@@ -221,7 +249,8 @@ def submit(
     click.echo((out / "README.md").read_text(encoding="utf-8"))
     click.echo(f"submission: {out}, {len(files)} files, {size / 1e6:.1f} MB, checked")
     if create_pr and repo is not None:
-        page = open_pull_request(out, repo, f"submissions/{model}", f"Submit {model}")
+        title = f"Submit {model}" + " (a rehearsal)" * entry.is_rehearsal
+        page = open_pull_request(out, repo, f"submissions/{model}", title)
         click.echo(f"pull request: {page}")
 
 

@@ -38,7 +38,6 @@ _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|double backwards? |3r
 _DTYPES = re.compile(r"\b(double|float64|float|float32|half|bfloat16|float16)\b", re.I)
 # What has the same values, or like ones, and second derivatives.
 _REMEDIES = {
-    "hardsigmoid": "write F.relu6(x + 3) / 6",
     "roi_align": "take F.grid_sample, which interpolates likewise",
     "attention": "take torch's scaled_dot_product_attention",
     "embedding_bag": "take nn.Embedding, and the sum or mean of its rows",

@@ -1,7 +1,8 @@
 """Torch's operations, replaced in a forward pass where their higher derivatives are not to be had.
 
 Convolutions by ones that compute less; weight norms and, where it matters, layer norms by their
-formulas, since the derivatives of torch's own kernels are wrong.
+formulas, since the derivatives of torch's own kernels are wrong; hardsigmoid and hardswish by
+theirs, since torch's have no second derivative.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class SoundOperations(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._looks:
             self._differentiates |= func in _DERIVATIVES
+        elif func in _PIECEWISE:
+            return _PIECEWISE[func](*args, **kwargs)
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         elif func in _LAYER_NORMS and (self._differentiates or _transforms()):
@@ -55,6 +58,36 @@ class SoundOperations(TorchFunctionMode):
         elif func in OPERATIONS and torch.is_grad_enabled() and not _transforms():
             return convolve(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+class PiecewiseOperations(TorchFunctionMode):
+    """Replaces but the operations that have no second derivative of torch's own."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _PIECEWISE.get(func, func)(*args, **(kwargs or {}))
+
+
+def _hardsigmoid(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """Return min(max(x + 3, 0), 6) / 6 (Howard et al. 2019, arXiv 1905.02244, section 5.2)."""
+    found = F.relu6(input + 3) / 6
+    return input.copy_(found) if inplace else found
+
+
+def _hardswish(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """Return x hardsigmoid(x)."""
+    x = input.clone() if inplace else input
+    found = x * _hardsigmoid(x)
+    return input.copy_(found) if inplace else found
+
+
+_PIECEWISE = {
+    F.hardsigmoid: _hardsigmoid,
+    F.hardswish: _hardswish,
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardswish: _hardswish,
+}
 
 
 def _transforms() -> bool:

@@ -81,9 +81,9 @@ def estimate_spectra(
         [['weight', 12, 'exact']]
     """
     partition = blocks if isinstance(blocks, str) else "custom"
-    if strange := settings.keys() - {field.name for field in fields(Settings)}:
+    if unknown := settings.keys() - {field.name for field in fields(Settings)}:
         raise UserError(
-            f"estimate_spectra has no argument {min(strange)!r}; beside its own it takes "
+            f"estimate_spectra has no argument {min(unknown)!r}; beside its own it takes "
             f"{', '.join(field.name for field in fields(Settings)[3:])}"
         )
     how = Settings(partition, num_probes, num_steps, **settings)

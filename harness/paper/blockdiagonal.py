@@ -228,7 +228,7 @@ def squared_norms(problem: Problem, blocks: Sequence[Block], *, num_probes: int)
     with fixed_arithmetic(model):
         columns: dict[tuple[int, int], list[Tensor]] = {}
         for batch in problem.batches:
-            terms = problem.count(batch)
+            terms = problem.task.num_terms(batch)
             loss = problem.loss_fn(model, batch) * (terms / problem.num_terms)
             grads = torch.autograd.grad(loss, parameters, create_graph=True)
             by_name = dict(zip(names, grads, strict=True))

@@ -21,6 +21,7 @@ from spectra_db.words import TIERS
 if TYPE_CHECKING:
     from torch import nn
 
+MIN_STEPS = 100  # of a training run whose losses are results; fewer are a rehearsal
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -228,6 +229,11 @@ class ModelEntry:
         return self.recipe is not None and self.stages != ("init",)
 
     @property
+    def is_rehearsal(self) -> bool:
+        """Tell whether its runs are too short to be results: they try the way to a submission."""
+        return self.trains and self.recipe is not None and self.recipe.num_steps < MIN_STEPS
+
+    @property
     def partition(self) -> str:
         """Name the partition whose spectra are taken."""
         return partition_of(self.tier)
@@ -261,9 +267,18 @@ class ModelEntry:
             except UserError as error:  # says what to do already
                 raise UserError(f"entry {self.name!r}: {error}") from error
             except Exception as error:
+                side = model_options.get("image_size")
+                hint = (
+                    ""
+                    if side is None
+                    else (
+                        f". If the images, {side} × {side}, are not of its size: option "
+                        "image_size of the task resizes them"
+                    )
+                )
                 raise UserError(
                     f"entry {self.name!r}: {self.factory} failed with {type(error).__name__}: "
-                    f"{error}; its arguments were {options}"
+                    f"{error}; its arguments were {options}{hint}"
                 ) from error
         if not isinstance(model, torch.nn.Module):
             raise UserError(

@@ -6,7 +6,7 @@ import re
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from harness.estimator import Block, find_blocks
 from harness.estimator.blocks import unclassified
 from harness.estimator.device import device_memory
 from harness.registry import recipes
-from harness.registry.entry import ModelEntry
+from harness.registry.entry import ModelEntry, Recipe
 from harness.submission.entry_file import TODO
 from harness.submission.source import check_factory, parse_options, parse_source
 from harness.tasks.base import Data, Task
@@ -109,7 +109,8 @@ def draft(
         folder: Where the entry is to lie; None for the tree.
         data_root: Folder of data sets.
         given: Fields of the entry that win over what suggests itself; None counts as not given.
-            `train_steps` is the recipe's num_steps.
+            `train_steps` is the recipe's num_steps; `batch_size`, `sgd_lrs`, `adamw_lrs` and the
+            FIELD=VALUE of `recipe` are its others.
 
     Raises:
         UserError: Something of it can't be; the data are missing; the factory can't be called.
@@ -136,7 +137,7 @@ def draft(
         )
     check_factory(source, data, folder)
     given = {key: value for key, value in given.items() if value is not None}
-    train_steps = given.pop("train_steps", None)
+    changes = _recipe_changes(given)
     entry = ModelEntry(
         **{
             "name": name,
@@ -155,16 +156,58 @@ def draft(
             **given,
         }
     )
-    if entry.recipe is not None and train_steps is not None:
-        warmup = min(entry.recipe.warmup_steps, train_steps // 10)
-        recipe = replace(entry.recipe, num_steps=train_steps, warmup_steps=warmup)
-        entry = replace(entry, recipe=recipe)
+    if entry.recipe is not None and changes:
+        if "num_steps" in changes:  # warm-up at most a tenth of them
+            warmup = min(entry.recipe.warmup_steps, changes["num_steps"] // 10)
+            changes = {"warmup_steps": warmup, **changes}
+        entry = replace(entry, recipe=replace(entry.recipe, **changes))
     if entry.stages[:1] != ("init",):
         raise UserError(f"--stages is {','.join(entry.stages)}; it must begin with init")
     full = tuple(s for s in recipes.SMALL["full_stages"] if s in entry.stages)
     if entry.stages == ("init",):
         entry = replace(entry, recipe=None)
     return replace(entry, full_stages=full), data
+
+
+def _recipe_changes(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what is of the recipe out of what is given, and return it by the recipe's fields.
+
+    Raises:
+        UserError: A field is unknown, or its value is of another type.
+    """
+    changes: dict[str, Any] = {}
+    for part in given.pop("recipe", ()):
+        name, equals, _ = part.partition("=")
+        known = {field.name: field for field in fields(Recipe)}
+        if name not in known or not equals:
+            raise UserError(f"--recipe {part!r}: write FIELD=VALUE; fields: {', '.join(known)}")
+        changes |= parse_options(f"?{part}")[1]
+        kind, value = known[name].type, changes[name]
+        if not _fits(str(kind), value):
+            raise UserError(f"--recipe {part!r}: {name} must be {kind}, as in the entry's file")
+    for name in ("sgd_lrs", "adamw_lrs"):
+        if (text := given.pop(name, None)) is not None:
+            changes[name] = _rates(f"--{name.replace('_', '-')}", text)
+    names = {"train_steps": "num_steps", "batch_size": "batch_size"}
+    return changes | {new: given.pop(old) for old, new in names.items() if old in given}
+
+
+def _fits(kind: str, value: Any) -> bool:
+    """Tell whether a value is of the type that a field's annotation names."""
+    allowed = {"int": int, "float": int | float, "str": str, "bool": bool, "None": type(None)}
+    if kind.startswith("tuple"):
+        return isinstance(value, tuple)
+    is_bool = isinstance(value, bool) and "bool" not in kind
+    return not is_bool and any(isinstance(value, allowed[k]) for k in kind.split(" | "))
+
+
+def _rates(option: str, text: str) -> tuple[float, float]:
+    """Read "LOW,HIGH"."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; write the lowest and the highest: 0.01,1") from None
+    return low, high
 
 
 def _sizes(task_name: str, task: Task, data: Data) -> dict[str, Any]:

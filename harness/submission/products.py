@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from harness.estimator.cost import forecast
 from harness.estimator.device import device_memory
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import Objective
+from harness.estimator.operations import PiecewiseOperations
 from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.submission import locate
 from harness.submission.draft import names
@@ -59,14 +60,16 @@ def _products(s: Subject, hessian: BlockHessian) -> dict[int, torch.Tensor]:
     """
     products: dict[int, torch.Tensor] = {}
     vectors = _draw(hessian.blocks, torch.float32)
-    until, begin = s.time_for(0.5), time.monotonic()
-    found = False
-    for i in _shuffled(len(vectors)):
-        if found and time.monotonic() > until:
-            break
-        [products[i]] = hessian.products([(i, vectors[i])])
-        found = found or (hessian.blocks[i].kind != "head" and bool(products[i].any()))
-    s.product_seconds = (time.monotonic() - begin) / len(products)
+    until, begin = s.time_for(0.5), time.process_time()
+
+    def lives(i: int) -> bool:
+        return hessian.blocks[i].kind != "head" and bool(products[i].any())
+
+    order = _shuffled(len(vectors))
+    for some in s.in_time(order, lambda: until if any(map(lives, products)) else inf):
+        found = hessian.products([(i, vectors[i]) for i in some])
+        products.update(zip(some, found, strict=True))
+    s.product_seconds = (time.process_time() - begin) / len(products)
     return dict(sorted(products.items()))
 
 
@@ -83,19 +86,51 @@ def _about_zero_blocks(s: Subject, hessian: BlockHessian, products: dict[int, to
     ]
     told = f"{len(products) - len(zero)} of {len(products)} blocks have a Hessian that isn't zero"
     if left := len(blocks) - len(products):
-        told += f"; time for the other {left} was lacking"
+        told += f"; the other {left} take about {left * s.product_seconds:.0f} s more of --budget"
     if unused:
         told += f"; not used by the loss, so remove or freeze them: {names(unused)}"
     if alike := [blocks[i].name for i in zero if blocks[i].parts[0].parameter not in unused]:
         told += f"; exactly zero, so left out of comparisons at initialisation: {names(alike)}"
     if all(i in zero or blocks[i].kind == "head" for i in products):
-        raise Failed(
-            f"{told}; that is all but the head. Does the head, or the last scale of the branches, "
-            "start at zero? Start it elsewhere (timm: zero_init_last=False)"
-        )
+        _take_a_step(s, told)
     if zero or unused:
         raise Caution(told)
     return told
+
+
+def _take_a_step(s: Subject, told: str) -> None:
+    """Let the checks that follow be of the model after a step, at which a zero head has moved.
+
+    Raises:
+        Failed: The entry isn't trained, or all blocks but the head's are zero even then.
+        Caution: There are others.
+    """
+    told = f"{told}; that is all but the head"
+    remedy = "Does the head, or the last scale of the branches, start at zero? Start it elsewhere"
+    if not s.entry.trains or s.entry.recipe is None:
+        raise Failed(f"{told}. {remedy} (timm: zero_init_last=False), or name later stages, too")
+    s.model = copy.deepcopy(s.model)
+    parameters = [p for p in s.model.parameters() if p.requires_grad]
+    rate = s.entry.recipe.adamw_lrs[1]
+    for _ in range(2):  # the second step moves what is behind a branch that starts at zero
+        loss = s.task.loss(s.model, s.mates)
+        for p, g in zip(parameters, _gradient(loss, parameters), strict=True):
+            p.data.sub_(g.sign(), alpha=rate)  # as AdamW's first step
+    hessian = s.hessian(torch.float32)
+    found = _products(s, hessian)
+    alive = [hessian.blocks[i].name for i, p in found.items() if p.any()]
+    if all(hessian.blocks[i].kind == "head" for i, p in found.items() if p.any()):
+        raise Failed(f"{told}, even after two steps. {remedy} (timm: zero_init_last=False)")
+    later = [stage for stage in s.entry.stages if stage != "init"]
+    raise Caution(
+        f"{told}, which starts at zero: there is no heterogeneity at init, that of {later[0]} is "
+        f"the first. After two steps {len(alive)} of {len(found)} blocks have a Hessian that isn't "
+        "zero; the checks that follow are of the model there"
+    )
+
+
+def _gradient(loss: torch.Tensor, parameters: list[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
 
 
 def symmetric(s: Subject) -> str:
@@ -106,19 +141,19 @@ def symmetric(s: Subject) -> str:
         tolerance = _SYMMETRY[s.precision]
         us, vs = _draw(hessian.blocks, s.dtype, 1), _draw(hessian.blocks, s.dtype, 2)
         until = s.time_for(0.3)
-        for i in _shuffled(len(us)):
-            if done and time.monotonic() > until:
-                break
-            Hu, Hv = hessian.products([(i, us[i]), (i, vs[i])])
-            scale = float(Hv.norm() * us[i].norm())
-            error = abs(float(us[i] @ Hv - vs[i] @ Hu)) / scale if scale else 0.0
-            worst, done = max(worst, error), done + 1
-            if error > tolerance:
-                raise Failed(
-                    f"uᵀHv and vᵀHu of {hessian.blocks[i].name} differ by {error:.1e} of "
-                    f"|u||Hv|{_hint(_wrong_gradient(s))}"
-                )
-    return f"uᵀHv = vᵀHu on {done} of {len(us)} blocks, within {worst:.0e} of |u||Hv|"
+        for some in s.in_time(_shuffled(len(us)), lambda: until):
+            found = hessian.products([(i, w[i]) for i in some for w in (us, vs)])
+            for i, Hu, Hv in zip(some, found[::2], found[1::2], strict=True):
+                scale = float(Hv.norm() * us[i].norm())
+                error = abs(float(us[i] @ Hv - vs[i] @ Hu)) / scale if scale else 0.0
+                worst, done = max(worst, error), done + 1
+                if error > tolerance:
+                    raise Failed(
+                        f"uᵀHv and vᵀHu of {hessian.blocks[i].name} differ by {error:.1e} of "
+                        f"|u||Hv|{_hint(_wrong_gradient(s))}"
+                    )
+    on = f"on {done} of {len(us)} blocks"
+    return f"uᵀHv = vᵀHu {on}, within {worst:.0e} of |u||Hv|{_left(s, 'symmetric', done, len(us))}"
 
 
 def differences(s: Subject) -> str:
@@ -129,26 +164,20 @@ def differences(s: Subject) -> str:
         vectors = _draw(hessian.blocks, s.dtype)
         tolerance = locate.TOLERANCES[s.precision]
         until = s.time_for(0.5)
-        for i in _shuffled(len(vectors)):
-            if done and time.monotonic() > until:
-                break
-            error, is_wrong = _deviation(hessian, i, vectors[i], tolerance)
-            done += 1
-            if error <= tolerance:
-                worst = max(worst, error)
-                continue
-            off = f"Hv of {hessian.blocks[i].name} is {error:.1e} of its norm off the differences"
-            if not unclear and (culprit := _wrong_gradient(s)) is not None:
-                raise Failed(f"{off} of the gradient{_hint(culprit)}")
-            if is_wrong:
-                culprit = _of_copy(s, locate.with_wrong_second_derivative)
-                raise Failed(
-                    f"{off} of the gradient, which agree with each other: the second derivative "
-                    f"of {culprit or 'some module'} isn't the slope of its gradient; look for a "
-                    "custom backward that computes with other than what save_for_backward kept"
-                )
-            unclear += 1
+        for some in s.in_time(_shuffled(len(vectors)), lambda: until):
+            for i, product in zip(
+                some, hessian.products([(i, vectors[i]) for i in some]), strict=True
+            ):
+                error, is_wrong = _deviation(hessian, i, vectors[i], product.double(), tolerance)
+                done += 1
+                if error <= tolerance:
+                    worst = max(worst, error)
+                    continue
+                name = hessian.blocks[i].name
+                _blame(s, name, error, is_wrong=is_wrong, is_first=not unclear)
+                unclear += 1
     told = f"Hv equals differences of the gradient on {done - unclear} of {len(vectors)} blocks"
+    told += _left(s, "differences", done, len(vectors))
     if unclear:
         raise Caution(
             f"{told}; on {unclear} the Hessian is too small beside the gradient, or has too many "
@@ -157,8 +186,42 @@ def differences(s: Subject) -> str:
     return f"{told}, within {worst:.0e} of its norm"
 
 
+def _blame(s: Subject, block: str, error: float, *, is_wrong: bool, is_first: bool) -> None:
+    """Raise if a module explains that a product is off the differences of the gradient."""
+    off = f"Hv of {block} is {error:.1e} of its norm off the differences of the gradient"
+    if is_first and (culprit := _wrong_gradient(s)) is not None:
+        raise Failed(f"{off}{_hint(culprit)}")
+    if is_wrong:
+        culprit = _of_copy(s, locate.with_wrong_second_derivative)
+        raise Failed(
+            f"{off}, which agree with each other: the second derivative of "
+            f"{culprit or 'some module'} isn't the slope of its gradient; look for a custom "
+            "backward that computes with other than what save_for_backward kept"
+        )
+
+
+# Products that a check takes with a block, about: those in float64 are twice as slow.
+_PRODUCTS = {"symmetric": 4, "differences": 6}
+
+
+def seconds_of(s: Subject, check: str, num_blocks: int | None = None) -> float:
+    """Forecast the processor time of a check on so many blocks; None: on all."""
+    blocks = s.blocks(s.entry.partition)
+    count = len(blocks) if num_blocks is None else num_blocks
+    if check == "dense":
+        sizes = sorted(b.num_params for b in blocks if b.num_params <= EXACT_SIZE)
+        return 4 * sum(sizes[:_DENSE_BLOCKS]) * s.product_seconds
+    return _PRODUCTS[check] * count * s.product_seconds
+
+
+def _left(s: Subject, check: str, done: int, count: int) -> str:
+    """Say what the blocks that there was no time for would take, "" if there are none."""
+    left = seconds_of(s, check, count - done)
+    return f"; the other {count - done} take about {left:.0f} s more of --budget" if left else ""
+
+
 def _deviation(
-    hessian: BlockHessian, index: int, v: torch.Tensor, tolerance: float
+    hessian: BlockHessian, index: int, v: torch.Tensor, product: torch.Tensor, tolerance: float
 ) -> tuple[float, bool]:
     """Return how far a product is from central differences of the gradient, and if it is wrong.
 
@@ -166,7 +229,6 @@ def _deviation(
     product is wrong if none is and those of two steps agree with each other: rounding and kinks
     make differences that depend on the step.
     """
-    product = hessian.products([(index, v)])[0].double()
     errors, slopes = [], []
     for step in locate.STEPS:
         slopes.append(hessian.differences.slope(index, v, step))
@@ -195,7 +257,7 @@ def dense(s: Subject) -> str:
         told: list[str] = []
         until = s.time_for(0.5)
         for i in small[:_DENSE_BLOCKS]:
-            if told and time.monotonic() > until:
+            if told and time.process_time() > until:
                 break
             block = hessian.blocks[i]
             H, known = hessian.dense(i), _dense_hessian(s.task, model, hessian.batches[0], block)
@@ -223,7 +285,8 @@ def _dense_hessian(task: Task, model: nn.Module, batch: Batch, block: Block) -> 
 
         return functional_call(_Loss(model, task), {f"model.{part.parameter}": changed}, (batch,))
 
-    return torch.autograd.functional.hessian(loss, part.of(whole).flatten())
+    with PiecewiseOperations():
+        return torch.autograd.functional.hessian(loss, part.of(whole).flatten())
 
 
 class _Loss(nn.Module):

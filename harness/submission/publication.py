@@ -14,15 +14,19 @@ from harness.errors import UserError
 from harness.records.derived import derived
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry
+from harness.registry.entry import MIN_STEPS
 from spectra_db import store
 from spectra_db.derived import Derive
 
 
-def unfinished(source: Path, registry_dir: Path | None = None) -> dict[str, str]:
+def unfinished(
+    source: Path, registry_dir: Path | None = None, *, rehearsals: bool = False
+) -> dict[str, str]:
     """Return the models of a folder that stay out of a release, with the reason.
 
     A model is finished when every training run and spectrum of its entry is there, or a row of
-    status failed or pending says why one is not.
+    status failed or pending says why one is not. A rehearsal is no result, unless `rehearsals` are
+    asked for.
     """
     entries = {entry.name: entry for entry in registry.entries(registry_dir=registry_dir)}
     reasons, ledger = {}, Ledger(source)
@@ -44,6 +48,11 @@ def unfinished(source: Path, registry_dir: Path | None = None) -> dict[str, str]
             reasons[model] = f"{len(left)} units are missing, the first {left[0]}"
         elif entry.trains and gaps.empty:
             reasons[model] = "its gap is missing"
+        elif entry.is_rehearsal and not rehearsals and entry.recipe is not None:
+            reasons[model] = (
+                f"its runs of {entry.recipe.num_steps} steps are a rehearsal, from {MIN_STEPS} on "
+                "they are results"
+            )
     return reasons
 
 

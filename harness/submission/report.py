@@ -28,6 +28,7 @@ def render(entry: ModelEntry, data: Path) -> str:
     lines = [
         f"# {entry.name}",
         "",
+        *_rehearsal(entry),
         f"{plain(entry.description)}. Architecture: {plain(entry.reference)}. Code: "
         f"{plain(entry.source)}, licence {plain(entry.licence)}.",
         "",
@@ -59,6 +60,14 @@ def render(entry: ModelEntry, data: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _rehearsal(entry: ModelEntry) -> list[str]:
+    """Say that it is no result, if it is none."""
+    if not entry.is_rehearsal or entry.recipe is None:
+        return []
+    steps = entry.recipe.num_steps
+    return [f"**A rehearsal: runs of {steps} steps. These numbers are no results.**", ""]
 
 
 def _values(rows: pd.DataFrame, column: str) -> str:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 _LIBRARIES = "harness.registry.networks.libraries"
 _WORDS = {"true": True, "false": False, "none": None}
 _FORMS = "write module:factory, timm:NAME or 'transformers:TYPE?hidden_size=64&...'"
+_OF_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def parse_source(text: str, task: Task) -> Source:
     """
     head, options = parse_options(text)
     place, _, name = head.partition(":")
+    if _OF_HUB.fullmatch(name or place):
+        raise UserError(_of_hub(name or place))
     if not (place and name):
         raise UserError(f"{text!r} names no model; {_FORMS}")
     if place == "timm":
@@ -146,6 +149,12 @@ def check_factory(source: Source, data: Data, folder: Path | None) -> None:
             f"{', '.join(usual) or 'none'}"
         )
     supplied = {*source.options, *data.model_options}
+    if source.factory.endswith(":timm_model") and "image_size" not in data.model_options:
+        raise UserError(
+            "timm's models are of images, and the task supplies "
+            f"{', '.join(data.model_options)}: take a task of images (`harness list --tasks`), or "
+            "a model of text, such as 'transformers:llama?…'"
+        )
     required = [n for n, p in usual.items() if p.default is kinds.empty and n not in supplied]
     if required:
         example = "&".join(f"{name}=…" for name in required)
@@ -179,6 +188,28 @@ def _check_place(module: str, folder: Path | None) -> None:
     raise UserError(
         f"{local[0].relative_to(here)} lies here, but not where the entry is to lie, so "
         f"that other commands would not find it; {remedy}"
+    )
+
+
+def _of_hub(name: str) -> str:
+    """Say which type of model an id of the Hub stands for, as far as its name tells."""
+    from transformers import CONFIG_MAPPING
+
+    owner, _, model = name.partition("/")
+    if owner == "timm":
+        remedy = f"write 'timm:{model.partition('.')[0]}'"
+    else:
+        plain = re.sub(r"\W|_", "", model.lower())
+        known = [t for t in CONFIG_MAPPING if re.sub(r"\W|_", "", t) in plain]
+        kind = max(known, key=len, default=None)
+        remedy = (
+            f"write 'transformers:{kind}?hidden_size=…&num_hidden_layers=…'"
+            if kind
+            else "its config.json names its `model_type`: write 'transformers:MODEL_TYPE?…'"
+        )
+    return (
+        f"{name} is a model of the Hub, whose weights are not used here: models are initialised "
+        f"anew, in sizes that can be trained; {remedy}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,13 +37,14 @@ class Subject:
     Attributes:
         entry: The entry.
         data_root: Folder of data sets.
-        deadline: When the checks are to end, in the time of `time.monotonic`.
+        deadline: When the checks are to end, in processor time (`time.process_time`), which a busy
+            machine does not stretch.
         task, data, model: Of the entry.
         batch: Few samples, for products.
         mates: More, for the comparison of halves.
         dtype: Of the products that are compared with others.
         precision: Of the coarsest operation among them.
-        product_seconds: What a product with a block took, on average.
+        product_seconds: What a product with a block took, on average, in processor time.
         precise: The Hessian whose products are compared with others.
     """
 
@@ -62,11 +64,30 @@ class Subject:
     @property
     def seconds_left(self) -> float:
         """Return what is left of the time, 0 if nothing is."""
-        return max(0.0, self.deadline - time.monotonic())
+        return max(0.0, self.deadline - time.process_time())
 
     def time_for(self, share: float) -> float:
         """Return until when a check may take that share of the time that is left."""
-        return time.monotonic() + share * self.seconds_left
+        return time.process_time() + share * self.seconds_left
+
+    def in_time(
+        self, indices: Sequence[int], until: Callable[[], float]
+    ) -> Iterator[Sequence[int]]:
+        """Yield indices of blocks, as many at once as there is time for by what those before took.
+
+        Blocks at once share a graph. The first comes whatever the time.
+
+        Args:
+            indices: Of the blocks, in the order in which they are to come.
+            until: Says when to end.
+        """
+        begin, done = time.process_time(), 0
+        while done < len(indices) and (not done or time.process_time() < until()):
+            took = (time.process_time() - begin) / max(done, 1)
+            fit = int(min((until() - time.process_time()) / took if took else 1, len(indices)))
+            some = indices[done : done + max(1, min(fit, 2 * done))]
+            yield some
+            done += len(some)
 
     def blocks(self, partition: str) -> list[Block]:
         """Return the blocks of the model, of the kinds that the entry gives."""
@@ -77,6 +98,6 @@ class Subject:
     def hessian(self, dtype: torch.dtype, batch: Batch | None = None) -> BlockHessian:
         """Return the block Hessian on few samples."""
         batches = [self.batch if batch is None else batch]
-        objective = Objective(self.model, self.task.loss, batches, self.task.num_terms)
+        objective = Objective(self.model, self.task.loss, batches, self.task.count_of(batches))
         blocks = self.blocks(self.entry.partition)
         return BlockHessian(objective, blocks, Settings(dtype=str(dtype), device="cpu"))

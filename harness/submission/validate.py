@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.estimator import find_blocks
 from harness.estimator.checks import check_deterministic, fixed_arithmetic, leading_size, take
 from harness.registry.entry import ModelEntry
-from harness.submission import draft, entry_file, locate, products
+from harness.submission import draft, entry_file, leaks, locate, products
 from harness.submission.draft import names
 from harness.submission.subject import Caution, Failed, Subject
 
@@ -36,7 +36,7 @@ class Finding:
         outcome: ok, warning, failed, skipped: it needs one that failed, or untried: there was no
             time left.
         text: What was found; if it failed, the cause and the remedy.
-        seconds: How long it took.
+        seconds: What it took, in processor time.
     """
 
     check: str
@@ -53,36 +53,54 @@ def validate(
     Args:
         entry: The entry.
         data_root: Folder of data sets.
-        budget: Seconds, about. Checks that go through the blocks go through as many as fit, and
-            say how many. A check that was begun is finished; once the time is over, those that
-            may take long are not begun.
+        budget: Seconds of processor time, about. Checks that go through the blocks go through as
+            many as fit, and say how many, and what the others would take. A check that was begun
+            is finished; once the time is over, those that may take long are not begun.
 
     Yields:
         A finding per check as it ends.
     """
-    subject = Subject(entry, data_root, time.monotonic() + budget)
+    subject = Subject(entry, data_root, time.process_time() + budget)
     failed: set[str] = set()
     for name, (check, needs) in _CHECKS.items():
-        begin = time.monotonic()
+        begin = time.process_time()
         if lacks := [need for need in needs if need in failed]:
             failed.add(name)
             yield Finding(name, "skipped", f"needs {lacks[0]}")
             continue
         if name in _LONG and not subject.seconds_left:
-            yield Finding(name, "untried", f"{budget:g} s are over; --budget gives it more")
+            lacks_s = products.seconds_of(subject, name)
+            text = f"{budget:g} s are over; it takes about {lacks_s:.0f} s more of --budget"
+            yield Finding(name, "untried", text)
             continue
         try:
             outcome, text = "ok", check(subject)
         except Caution as warning:
             outcome, text = "warning", str(warning)
         except UserError as error:
-            outcome, text = "failed", str(error)
+            outcome, text = "failed", _for_authors(str(error))
         except Exception as error:  # of the author's code
             said = " ".join(f"{type(error).__name__}: {error}".split())
             outcome, text = "failed", said + locate.frame_of(error)
         if outcome == "failed":
             failed.add(name)
-        yield Finding(name, outcome, text, time.monotonic() - begin)
+        yield Finding(name, outcome, text, time.process_time() - begin)
+
+
+# What the estimator says to whoever calls it, and what the author of an entry can do instead.
+_OF_CALLERS = {
+    "pass norm_mode='eval', or ": "",
+    " (batch statistics: pass norm_mode='train')": "",
+    "pass batch_weights as a function that counts them": "let `num_terms` of the task count them",
+    "pass batch_weights as a function": "let `num_terms` of the task",
+}
+
+
+def _for_authors(text: str) -> str:
+    """Speak of what an entry's author can change, not of arguments of the Python API."""
+    for given, instead in _OF_CALLERS.items():
+        text = text.replace(given, instead)
+    return text
 
 
 def _entry(s: Subject) -> str:
@@ -111,10 +129,16 @@ def _data(s: Subject) -> str:
                 f"two {what} of task {s.entry.task} differ; draw whatever is random in `take` with "
                 "the generator that it gets, and nothing in `read` without a seed"
             )
+    if s.task.is_joint and s.entry.microbatch_size is not None:
+        raise Failed(
+            f"microbatch_size is {s.entry.microbatch_size}, and the samples of task {s.entry.task} "
+            "depend on each other: leave it out, so that the batch is one"
+        )
     if not locate.finite(first):
         raise Failed(f"the data of task {s.entry.task} hold a nan or an infinity; clean them")
     s.batch, s.mates = take(first, 0, _SAMPLES), take(first, 0, min(_MATES, size))
-    return f"{s.data.source}; {available:,} training samples, the Hessian's batch {size}"
+    identity = f"{s.data.source} (sha256 {s.data.checksum[:12]})"
+    return f"{identity}; {available:,} training samples, the Hessian's batch {size}"
 
 
 def _size(s: Subject) -> str:
@@ -203,11 +227,17 @@ def _unsure(found: draft.Findings, num_params: int) -> str:
 
 def _forward(s: Subject) -> str:
     with torch.no_grad(), fixed_arithmetic(s.model):
-        logits = s.task.logits(s.model, s.mates)
+        try:
+            logits = s.task.logits(s.model, s.mates)
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            if not (remedy := _remedy_of_size(s, error)):
+                raise
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise Failed(f"forward: {said}{locate.frame_of(error)}; {remedy}") from error
         if not isinstance(logits, torch.Tensor):
             raise Failed(
                 f"forward returns {type(logits).__name__}; it must return the logits, a tensor (or "
-                "an object with `logits`)"
+                "an object with `logits`, or (logits, loss)), or the task override `logits`"
             )
         classes = s.data.model_options.get("num_classes") or s.data.model_options.get("vocab_size")
         if classes is not None and logits.shape[-1] != classes:
@@ -217,6 +247,12 @@ def _forward(s: Subject) -> str:
                 f"{'num_classes' if 'num_classes' in s.data.model_options else 'vocab_size'}"
             )
         loss = s.task.loss(s.model, s.mates)
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise Failed(
+                f"`loss_of` of task {s.entry.task} returns {what}; it must return the mean over "
+                "its terms, a scalar tensor: reduction='mean'"
+            )
         if not torch.isfinite(loss):
             where = locate.not_finite(s.model, s.task.loss, s.mates) or "the loss"
             raise Failed(
@@ -224,6 +260,25 @@ def _forward(s: Subject) -> str:
                 "sqrt or division of what can be zero or negative"
             )
     return f"logits {tuple(logits.shape)}, loss {float(loss):.4f}"
+
+
+def _remedy_of_size(s: Subject, error: Exception) -> str:
+    """Say what an author can do about inputs that a forward pass does not take, "" if unknown."""
+    options = s.data.model_options
+    if "image_size" in options:
+        side = options["image_size"]
+        return (
+            f"if the network takes one size of images alone: those of the task are {side} × {side},"
+            " and the task's option image_size resizes them ('digits?image_size=32')"
+        )
+    if isinstance(error, IndexError) and "vocab_size" in options:
+        return (
+            f"an embedding is too small: tokens are below vocab_size {options['vocab_size']}, "
+            f"positions below context {options.get('context')}; let the factory take both, and of "
+            "RoBERTa's kin leave pad_token_id out, or give max_position_embeddings = context + "
+            "pad_token_id + 1"
+        )
+    return ""
 
 
 def _terms(s: Subject) -> str:
@@ -253,6 +308,8 @@ def _deterministic(s: Subject) -> str:
     with fixed_arithmetic(model):
         args = (model, s.task.loss, [s.mates], s.task.num_terms)
         check_deterministic(*args, batch_mates=False)
+        if s.task.is_joint:
+            return "two passes agree; samples depend on each other, as the task says"
         try:
             check_deterministic(*args, batch_mates=True)
         except UserError as error:
@@ -263,7 +320,8 @@ def _deterministic(s: Subject) -> str:
                 raise Failed(
                     f"{str(error).partition(':')[0]}, weighted by num_terms: let `loss_of` of task "
                     f"{s.entry.task} return the mean over its terms (a sum is none), and "
-                    "`num_terms` count those that it averages, without what it leaves out"
+                    "`num_terms` count those that it averages, without what it leaves out. A loss "
+                    "that compares samples (contrastive) says so: is_joint = True"
                 ) from error
             training = [n for n, m in model.named_modules() if m.training]
             also = f"; eval() leaves {names(training)} in training mode" if training else ""
@@ -305,14 +363,15 @@ _CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
     "parameters": (_parameters, ("build",)),
     "blocks": (_blocks, ("parameters",)),
     "forward": (_forward, ("parameters",)),
+    "leaks": (leaks.leaks, ("forward",)),
     "terms": (_terms, ("forward",)),
     "deterministic": (_deterministic, ("terms",)),
     "second derivatives": (products.second_derivatives, ("deterministic",)),
+    "cost": (products.cost, ("second derivatives",)),
     "symmetric": (products.symmetric, ("second derivatives",)),
     "differences": (products.differences, ("second derivatives",)),
     "dense": (products.dense, ("second derivatives",)),
     "training": (_training, ("forward",)),
-    "cost": (products.cost, ("second derivatives",)),
 }
 # Not begun once the time is over.
-_LONG = ("symmetric", "differences", "dense", "cost")
+_LONG = ("symmetric", "differences", "dense")

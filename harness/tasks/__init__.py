@@ -37,6 +37,24 @@ _TASKS = {
     "sft": "sft:Instructions",
 }
 
+# What the data are and where they are from: with the harness, drawn by it, or in the data root.
+_SIZES = {
+    "digits": "1,437 + 360 of 8 × 8, embedded",
+    "mnist": "60,000 + 10,000 of 28 × 28",
+    "mnist-barcodes": "50,000 of MNIST and 51,200 of 10,240 rare classes, 28 × 28",
+    "cifar10": "50,000 + 10,000 of 3 × 32 × 32",
+    "imagenet": "3 × 224 × 224; 1,000 classes",
+    "gaussian-classes": "2,048 of 128 dimensions, 256 classes, drawn",
+    "pydoc": "about 0.5 MB of text, embedded",
+    "tiny-shakespeare": "1.1 MB of text",
+    "books": "8.1 MB of text",
+    "wikitext": "2.4 MB of text, or the Hub's 13 MB",
+    "openwebtext": "2,000 documents of the Hub",
+    "cornell": "234,628 lines of dialogue",
+    "masked-books": "8.1 MB of text",
+    "sft": "2,000 or 6,400 instructions",
+}
+
 # Plain types of options, as they are written on the command line.
 _KINDS = {
     int: "a whole number",
@@ -58,6 +76,26 @@ def names() -> list[str]:
     ['digits', 'mnist']
     """
     return list(_TASKS)
+
+
+def kind_of(task: type[Task] | Task) -> str:
+    """Say what is predicted of what: the kind of network that a task is for."""
+    kinds = {True: "next token", False: "masked token"}
+    return kinds.get(task.causal, "class" if task.metric == "accuracy" else "own")
+
+
+def listing() -> list[dict[str, str]]:
+    """List the tasks: what each predicts, its data, their size, and the terms of their use."""
+    from spectra_db.card import TASKS
+
+    rows = []
+    for name, place in _TASKS.items():
+        module, attribute = place.split(":")
+        task = getattr(import_module(f"harness.tasks.{module}"), attribute)
+        data, terms = TASKS[name]
+        row = {"name": name, "predicts": kind_of(task), "size": _SIZES[name], "data": data}
+        rows.append(row | {"terms": terms})
+    return rows
 
 
 def get(name: str, **options: Any) -> Task:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,12 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: ClassVar[str]  # "accuracy" where `score` gives one, else "loss"
+    # True: the logits of position t may follow from the inputs up to t alone; False: from those
+    # after it, too; None: the inputs are no sequences of tokens (B, T).
+    causal: ClassVar[bool | None] = None
+    # The loss of a sample depends on the others of its batch, as in contrastive losses: the batch
+    # is never cut.
+    is_joint: ClassVar[bool] = False
 
     def load(self, data_root: Path | str | None = None) -> Data:
         """Load the data, once per process and root.
@@ -80,6 +88,10 @@ class Task(ABC):
     @abstractmethod
     def num_terms(self, batch: Batch) -> int:
         """Count the terms that the mean loss of this batch averages."""
+
+    def count_of(self, batches: Sequence[Batch]) -> Callable[[Batch], int] | list[int]:
+        """Return what counts the terms of a batch; of batches that may not be cut, the numbers."""
+        return [self.num_terms(b) for b in batches] if self.is_joint else self.num_terms
 
     def score_of(self, logits: Tensor, batch: Batch) -> float | None:
         """Score the logits (accuracy in [0, 1]); None where the loss is the only measure."""
@@ -133,9 +145,19 @@ class Task(ABC):
                 yield self.take(data, "train", order[start : start + size], generator)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Run the model on the inputs; a transformers output gives up its `logits`."""
-        out = model(batch[0])
-        return getattr(out, "logits", out)
+        """Run the model on the inputs; transformers' and nanoGPT's outputs give up their logits.
+
+        nanoGPT's forward gives those of the last position alone, unless it gets targets, too: it
+        gets the inputs, and its own loss is not used.
+        """
+        inputs = batch[0]
+        if _wants_targets.get(model):
+            return _logits_of(model(inputs, targets=inputs))
+        logits = _logits_of(model(inputs))
+        if model not in _wants_targets:
+            _wants_targets[model] = _is_last_alone(model, logits, inputs)
+            return self.logits(model, batch) if _wants_targets[model] else logits
+        return logits
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss over exactly `num_terms(batch)` terms, a scalar tensor."""
@@ -152,14 +174,38 @@ class Task(ABC):
         return count
 
 
+# Models whose forward has been seen: whether it gives all logits only if it gets targets.
+_wants_targets: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _logits_of(out: Any) -> Any:
+    """Return the logits of what a model returned: a tensor, {"logits": ...} or (logits, loss)."""
+    if isinstance(out, Mapping) and "logits" in out:
+        return out["logits"]
+    if isinstance(out, tuple) and len(out) == 2:
+        logits, loss = out
+        if loss is None or (isinstance(loss, Tensor) and loss.dim() == 0):
+            return logits
+    return getattr(out, "logits", out)
+
+
+def _is_last_alone(model: nn.Module, logits: Any, inputs: Tensor) -> bool:
+    """Tell whether they are those of the last position, of a forward that takes targets."""
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or inputs.dim() != 2:
+        return False
+    takes_targets = "targets" in inspect.signature(model.forward).parameters
+    return takes_targets and logits.shape[1] == 1 < inputs.shape[1]
+
+
 @lru_cache(maxsize=8)
 def _load_once(task: Task, root: Path | None) -> Data:
     try:
         data = task.read(root)
         # What rows say of their data must follow from these; ours hash the files.
-        ours = type(task).__module__.startswith("harness.tasks.")
-        known = ours or not isinstance(data, Data)  # what is none `validate` explains
-        return data if known else replace(data, checksum=_checksum(data))
+        if type(task).__module__.startswith("harness.tasks."):
+            return data
+        _check_data(task, data)
+        return replace(data, checksum=_checksum(data))
     except (OSError, ValueError, LookupError) as error:
         where = "" if root is None else f" below {root}"
         raise UserError(
@@ -168,9 +214,31 @@ def _load_once(task: Task, root: Path | None) -> Data:
         ) from error
 
 
+def _check_data(task: Task, data: Any) -> None:
+    """Raise unless `read` of someone's own task returned what it must."""
+    form = "Data(train, test, source, checksum, model_options), train and test tuples of tensors"
+    if not isinstance(data, Data):
+        raise UserError(
+            f"`read` of task {task.name!r} returned a {type(data).__name__}; it must return "
+            f"harness.tasks.base.{form}"
+        )
+    for split in ("train", "test"):
+        part = data.part(split)
+        if not (isinstance(part, tuple) and all(isinstance(t, Tensor) for t in part)):
+            raise UserError(
+                f"`read` of task {task.name!r} gives {split} as {type(part).__name__}; it must "
+                f"be a tuple of tensors: return {form}"
+            )
+    if not isinstance(data.model_options, Mapping):
+        raise UserError(
+            f"`read` of task {task.name!r} gives model_options as "
+            f"{type(data.model_options).__name__}; it must be a dict such as {{'num_classes': 10}}"
+        )
+
+
 def _checksum(data: Data) -> str:
     """Return the sha256 of the tensors of both splits, with their types and shapes."""
-    given = [t for t in (*data.train, *data.test) if isinstance(t, Tensor)]
+    given = (*data.train, *data.test)
     # Cloned: of one element, a slice is contiguous with whatever stride, and can't be viewed.
     tensors = [t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in given]
     kinds = [f"{len(data.train)}", *(f"{t.dtype} {tuple(t.shape)};" for t in tensors)]

@@ -37,6 +37,7 @@ class MaskedTask(Task):
     mask_fraction: float = 0.15
 
     metric: ClassVar[str] = "loss"
+    causal: ClassVar[bool | None] = False
 
     def __post_init__(self) -> None:
         check_sizes(self, context=1)

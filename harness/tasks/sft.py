@@ -47,6 +47,7 @@ class Instructions(Task):
 
     name: ClassVar[str] = "sft"
     metric: ClassVar[str] = "loss"
+    causal: ClassVar[bool | None] = True
 
     def __post_init__(self) -> None:
         check_sizes(self, context=1)

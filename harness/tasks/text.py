@@ -58,6 +58,7 @@ class TextTask(Task):
     vocab_size: int | None = None
 
     metric: ClassVar[str] = "loss"
+    causal: ClassVar[bool | None] = True
     alphabet: ClassVar[str] = "ascii"  # "own": the sorted characters of the corpus itself
 
     def __post_init__(self) -> None:

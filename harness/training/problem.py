@@ -17,7 +17,7 @@ from harness.estimator.hessian import BlockHessian, opened
 from harness.estimator.objective import Objective
 from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
-from harness.tasks.base import Batch
+from harness.tasks.base import Batch, Task
 from harness.training import stages
 
 
@@ -30,7 +30,7 @@ class Problem:
         model: in eval mode, on the CPU.
         loss_fn: `(model, batch) -> mean loss`.
         batches: the Hessian batch in microbatches.
-        count: counts the terms that a microbatch's mean averages.
+        task: gives the loss, and counts the terms that its mean averages.
         step: updates made before this stage.
         progress: step / num_steps of the recipe, in [0, 1].
         init_seed: seed of the initialisation.
@@ -45,7 +45,7 @@ class Problem:
     model: nn.Module
     loss_fn: Callable[[nn.Module, Batch], Tensor]
     batches: list[Batch]
-    count: Callable[[Batch], int]
+    task: Task
     step: int
     progress: float
     init_seed: int
@@ -58,7 +58,8 @@ class Problem:
     @property
     def objective(self) -> Objective:
         """What is differentiated."""
-        return Objective(self.model, self.loss_fn, self.batches, self.count)
+        count = self.task.count_of(self.batches)
+        return Objective(self.model, self.loss_fn, self.batches, count)
 
     def blocks(self, partition: str) -> list[Block]:
         """Return the blocks of the model."""
@@ -86,7 +87,7 @@ class Problem:
             batches=batches,
             batch_size=sum(sizes),
             microbatch_size=max(sizes),
-            num_terms=sum(map(self.count, batches)),
+            num_terms=sum(map(self.task.num_terms, batches)),
         )
 
 
@@ -145,7 +146,7 @@ def load_problem(
         model=model,
         loss_fn=task.loss,
         batches=batches,
-        count=task.num_terms,
+        task=task,
         step=step,
         progress=step / entry.recipe.num_steps if entry.recipe else 0.0,
         init_seed=seed,

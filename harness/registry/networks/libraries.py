@@ -56,7 +56,7 @@ def transformers_model(
 
     Without dropout, without a cache, and without ids of special tokens, whose defaults lie outside
     a vocabulary of characters. Of the arguments after `head` the configuration gets those that it
-    has.
+    has. Where positions are counted from the padding's id on, as RoBERTa's are, they begin at 0.
 
     Args:
         model_type: As in `transformers.CONFIG_MAPPING`: llama, mamba, vit, ...
@@ -81,6 +81,7 @@ def transformers_model(
     task = {
         "vocab_size": vocab_size,
         "max_position_embeddings": context,
+        "max_target_positions": context,
         "num_labels": num_classes,
         "image_size": image_size,
         "num_channels": in_channels,
@@ -89,12 +90,13 @@ def transformers_model(
     dropout = {
         k: 0.0 for k in fields if ("dropout" in k or "pdrop" in k) and getattr(default, k, None)
     }
-    fixed = {"use_cache": False, **_NO_IDS}
+    # BERT's kin see both sides unless they are told to be decoders.
+    fixed = {"use_cache": False, "is_decoder": head == "CausalLM", **_NO_IDS}
     fixed = {k: v for k, v in fixed.items() if k in fields}
     config = transformers.AutoConfig.for_model(model_type, **fixed | dropout | known | options)
     try:
         builder = getattr(transformers, f"AutoModelFor{head}")
-        return builder.from_config(config)
+        return _counting_from_0(builder.from_config(config))
     except ValueError as error:
         if "Unrecognized configuration" not in str(error):
             raise
@@ -102,6 +104,17 @@ def transformers_model(
             f"transformers has no {model_type} with the head {head}, which the task needs; "
             "choose another type or task"
         ) from error
+
+
+def _counting_from_0(model: nn.Module) -> nn.Module:
+    """Let positions that follow the padding's id begin at 0, where there is no such id.
+
+    RoBERTa's kin number the tokens that are no padding from `padding_idx + 1` on; −1 is no token.
+    """
+    for module in model.modules():
+        if hasattr(module, "position_embeddings") and getattr(module, "padding_idx", 0) is None:
+            module.padding_idx = -1
+    return model
 
 
 def _unknown(library: str, what: str, name: str, known: Any) -> UserError:

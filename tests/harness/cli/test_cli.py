@@ -72,6 +72,15 @@ def test_list_gives_json_with_name_family_and_tier():
     assert {"name": "cnn-digits", "family": "cnn", "tier": "demo"}.items() <= listed[0].items()
 
 
+def test_list_shows_the_tasks_with_their_terms():
+    shown = call("list", "--tasks").stdout
+    assert "masked token" in shown
+    assert "or module:Class of your own" in shown
+    listed = json.loads(call("list", "--tasks", "--json").stdout)
+    assert [task["name"] for task in listed][:2] == ["digits", "mnist"]
+    assert "--tier is of models" in refused(call("list", "--tasks", "--tier", "demo"))
+
+
 def test_list_knows_the_entries_of_a_folder(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\n"

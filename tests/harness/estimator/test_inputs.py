@@ -183,11 +183,6 @@ class Pooled(nn.Module):
             },
             "weights of classes, keep theirs: put them into one of the two, or cast",
         ),
-        (
-            nn.Sequential(nn.Linear(6, 4), nn.Hardsigmoid(), nn.Linear(4, 3)),
-            {},
-            r"hardsigmoid, used in 1 \(Hardsigmoid\), has no second derivative; write F.relu6",
-        ),
         (Pooled(), {}, r"torchvision.roi_align, used in Pooled, .* take F.grid_sample"),
         (None, {"batches": [SimpleNamespace(x=X)]}, "a batch of type SimpleNamespace holds no"),
     ],

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from harness.errors import UserError
 from harness.estimator.blocks import find_blocks
 from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.operations import SoundOperations
 
 from .models import cross_entropy
 from .test_hessian import block_hessian, dense_hessian
@@ -130,6 +131,30 @@ def test_a_layer_norm_keeps_its_kernel_where_the_second_derivative_is_enough():
             seen.add(node)
             nodes += [following for following, _ in node.next_functions]
     assert any("NativeLayerNorm" in node.name() for node in seen)
+
+
+class HardFormula(nn.Module):
+    """Hardsigmoid or hardswish as they are defined."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.is_swish = isinstance(module, nn.Hardswish)
+
+    def forward(self, x):
+        gate = (x + 3).clamp(0, 6) / 6
+        return x * gate if self.is_swish else gate
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("make", [nn.Hardsigmoid, nn.Hardswish])
+def test_hard_activations_have_the_second_derivative_of_their_formula(make, inplace):
+    model, batch = problem(lambda: normed(make(inplace=inplace)))
+    model[1].weight.data.mul_(4)  # on both sides of the kinks
+    like = nn.Sequential(*model[:2], HardFormula(model[2]), model[3])
+    _, expected = dense_hessian(like, cross_entropy, batch, "all")
+    torch.testing.assert_close(dense(model, cross_entropy, batch), expected)
+    with SoundOperations():
+        torch.testing.assert_close(model(batch[0]), like(batch[0]))
 
 
 class Checkpointed(nn.Module):

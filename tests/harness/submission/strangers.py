@@ -355,3 +355,79 @@ def no_module() -> dict:
 
 def wrong_classes(image_size: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 7))
+
+
+class Reader(nn.Module):
+    """A language model of one attention, with a mask or without."""
+
+    def __init__(self, vocab_size: int, context: int, mask: bool = True, width: int = 8):
+        super().__init__()
+        self.mask = mask
+        self.embed, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, tokens):
+        h = self.embed(tokens) + self.positions.weight[: tokens.shape[1]]
+        scores = self.q(h) @ self.k(h).mT
+        if self.mask:
+            scores = scores + torch.full_like(scores, -torch.inf).triu(1)
+        return self.head(h + self.o(scores.softmax(-1) @ self.v(h)))
+
+
+def unmasked(vocab_size: int, context: int) -> nn.Module:
+    return Reader(vocab_size, context, mask=False)
+
+
+def hidden_leak(vocab_size: int, context: int) -> nn.Module:
+    """No mask, and an output of attention that starts at zero."""
+    network = Reader(vocab_size, context, mask=False)
+    nn.init.zeros_(network.o.weight)
+    nn.init.zeros_(network.o.bias)
+    return network
+
+
+class BothSides(Reader):
+    """A convolution over the token itself and its two neighbours."""
+
+    def __init__(self, vocab_size: int, context: int):
+        super().__init__(vocab_size, context)
+        self.mix = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, tokens):
+        return self.head(self.mix(self.embed(tokens).mT).mT)
+
+
+class NanoGPT(Reader):
+    """Returns (logits, loss): of the last position alone, unless it gets targets."""
+
+    def forward(self, idx, targets=None):
+        logits = super().forward(idx)
+        if targets is None:
+            return logits[:, [-1], :], None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class ZeroStart(Reader):
+    """As today's recipes begin: the head and the output of attention at zero."""
+
+    def __init__(self, vocab_size: int, context: int):
+        super().__init__(vocab_size, context)
+        for layer in (self.head, self.o):
+            nn.init.zeros_(layer.weight)
+
+
+class LookupTooSmall(Reader):
+    def __init__(self, vocab_size: int, context: int):
+        super().__init__(vocab_size // 4, context)
+
+
+class OneSize(nn.Module):
+    """Takes images of 32 × 32 pixels alone."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.first, self.head = nn.Linear(1024, 8), nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.head(torch.tanh(self.first(images.flatten(1))))

@@ -77,7 +77,7 @@ def place(finished, tmp_path) -> Iterator[Path]:
 
 def submitted(place: Path, *more: object) -> Result:
     where = ("--registry", place / "registry", "--source", place / "out")
-    return call("submit", NAME, *where, "--out", place / "submission", *more)
+    return call("submit", NAME, *where, "--out", place / "submission", "--rehearsal", *more)
 
 
 def refused(result: Result, code: int = 2) -> str:
@@ -299,7 +299,7 @@ def test_a_model_that_starts_from_another_s_weights_can_be_submitted(place):
     result = call("run", "tuned", *where)
     assert result.exit_code == 0, result.output
     where = ("--registry", registry, "--source", out, "--out", place / "tuned")
-    result = call("submit", "tuned", *where)
+    result = call("submit", "tuned", *where, "--rehearsal")
     assert result.exit_code == 0, result.output
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 # All tests of a process share one server, so it imports what any of them needs; and nothing of the
 # Hub's client, which reads its environment when it is imported.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([
-    __name__, "harness.cli", "harness.campaign.spectrum", "harness.estimator.distributed",
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    __name__, "harness.cli", "harness.campaign.run", "harness.estimator.distributed",
     "harness.training.loop", "pandas", "spectra_db.check", "spectra_db.publish", "spectra_db.store",
 ])  # fmt: skip
 
@@ -33,7 +33,7 @@ class Process:
         for path in self.outputs:
             path.touch()
         ours = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        self.process = _FORKS.Process(
+        self.process = FORKS.Process(
             target=_work, args=(arguments, ours | dict(env), os.getcwd(), self.outputs)
         )
         self.process.start()

@@ -206,7 +206,7 @@ def take_batch_error(
     ledger: Ledger,
     *,
     command: str,
-    on_progress: OnProgress,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> pd.DataFrame:
     """Take the spectra of both halves of a batch, and write by how much their metrics differ.
 

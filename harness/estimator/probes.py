@@ -6,8 +6,6 @@ import hashlib
 
 import torch
 
-PROBE_DISTRIBUTIONS = ("gaussian", "rademacher")
-
 
 def probe_seed(seed: int, model: str, stage: str, block: str, probe: int) -> int:
     """Return the seed of one probe, a hash of what names it: the same on every machine."""

@@ -6,11 +6,12 @@ import math
 import numbers
 import operator
 from dataclasses import dataclass
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Blocks up to this size are diagonalised: n products cost no more than 10 probes x 100 steps.
 EXACT_SIZE = 1000

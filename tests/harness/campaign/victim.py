@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from harness.campaign.run import run_entries
@@ -13,18 +12,12 @@ from harness.campaign.survey import Survey
 from harness.campaign.unit import Unit
 from harness.errors import OutputError
 from tests.harness.campaign.test_run import job_of
-
-
-def server() -> ForkServerContext:
-    """Return what starts processes that have torch imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+from tests.processes import FORKS
 
 
 def start(out: Path, surveyed: Survey, **options: object) -> ForkServerProcess:
     """Start a run of an entry."""
-    process = server().Process(target=work, args=(out, surveyed), kwargs=options, daemon=True)
+    process = FORKS.Process(target=work, args=(out, surveyed), kwargs=options, daemon=True)
     process.start()
     return process
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call, hessian
 
+from harness import tasks
 from harness.estimator.settings import Settings
 from harness.predictors import FAMILIES, PREDICTORS
 from harness.predictors.curvature import (
@@ -41,7 +42,7 @@ def made_up(num_samples: int = 40) -> Problem:
         model=model,
         loss_fn=models.cross_entropy,
         batches=batches,
-        batch_weights=[len(b[1]) for b in batches],
+        task=tasks.get("digits"),
         step=0,
         progress=0.0,
         init_seed=1,

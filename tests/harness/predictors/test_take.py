@@ -90,9 +90,9 @@ def test_spectra_are_read_and_those_that_are_missing_are_pending(whole, entry):
     assert set(rows_of(out).loc[1].loc[sorted(SPECTRAL), "status"]) == {"pending"}
     small = replace(entry, hessian_batch_size=32)
     settings = Settings(num_probes=3, num_steps=4, device="cpu")
-    problem = module.load(small, 1, None, out)
+    problem = module.load(small, 1, None, Ledger(out))
     take_spectrum(problem, settings, Ledger(out), command="")
-    take_batch_error(halves_of(problem, settings), settings, out, command="")
+    take_batch_error(halves_of(problem, settings), settings, Ledger(out), command="")
     take(small, None, out, "cpu")
     rows = rows_of(out)
     metrics = spectra_db.load("heterogeneity", source=out, metric="js0")

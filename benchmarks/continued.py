@@ -16,6 +16,7 @@ from spectra_db.jackknife import Blocks
 from spectra_db.quadrature import LENGTH, WINDOW, extended, gauss_rule
 
 STEPS, PROBES, GROUPS = (8, 10, 15, 20, 40), 3, 4
+NOTHING = 1e-3  # an error as small counts as none
 UPDATES = 60  # of AdamW, where a net is trained
 # Readings that three probes tell: of js0_paper that of raw eigenvalues alone.
 READINGS = (
@@ -118,6 +119,7 @@ def section(found: Mapping[str, pd.DataFrame]) -> str:
         updates=UPDATES,
         both=both,
         changes=CHANGES,
+        nothing=NOTHING,
         **{
             f"of_{scale}": _by_case(ended, ours, f"js0 {scale}")
             for scale in ("own_rms", "lambda10")
@@ -163,7 +165,7 @@ def _varied(rows: pd.DataFrame) -> str:
 
 
 def _covered(ours: pd.DataFrame) -> str:
-    hit = ours["error"].abs() <= CHANGES * ours["change"]
+    hit = ours["error"].abs() <= np.maximum(CHANGES * ours["change"], NOTHING)
     by = hit.groupby([ours["reading"], ours["num_steps"]]).mean()
     names = [" ".join(reading) for reading in READINGS]
     lines = [[n, *(f"{100 * by[n, m]:.0f}" for m in STEPS)] for n in names]
@@ -198,7 +200,7 @@ Other means and lengths, root mean square error after 10 and after 20 steps:
 {varied}
 
 `truncation_error` is {changes:g} × |value with m steps − value with ¾ m|, both continued. How often
-it is at least the true error of truncation:
+it is at least the true error of truncation, one below {nothing:.1%} counting as none:
 
 {covered}
 """

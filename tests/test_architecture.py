@@ -136,7 +136,7 @@ def test_no_torch_is_imported_from_parquet_to_page(place):
         "from harness.registry import entries; entries()",
         "from harness.tasks import names; names()",
         "import harness.training.grid, harness.training.gap",
-        "import harness.leaderboard.site",
+        "import harness.leaderboard.site, harness.leaderboard.derived",
     ],
 )
 def test_it_takes_no_torch(code):

@@ -39,7 +39,8 @@ def release(
     say why. What lay at --out is replaced as a whole; SOURCE may be --out, to bring a release up
     to date.
     """
-    from harness.submission.publication import derive, unfinished
+    from harness.leaderboard.derived import derive
+    from harness.submission.publication import unfinished
     from spectra_db.release import release as make
 
     left_out = unfinished(source, registry)
@@ -131,7 +132,7 @@ def merge(sources: tuple[Path, ...], out: Path) -> None:
 
 def _problems(folder: Path, previous: Path | None, registry: Path | None) -> list[str]:
     from harness.cli.progress import progress_bar
-    from harness.submission.publication import derived_of_release
+    from harness.leaderboard.derived import derived_of_release
     from spectra_db import check
 
     with progress_bar("check") as on_progress:
@@ -162,7 +163,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from harness.submission.publication import derived_of_release
+    from harness.leaderboard.derived import derived_of_release
     from spectra_db import publish as publication
     from spectra_db.load import BUNDLED
 

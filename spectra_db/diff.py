@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,11 @@ def compare(old: Path, new: Path, table: str) -> pd.DataFrame:
     """
     key = list(KEYS[table])
     parts = []
-    for name in sorted({*_files(old, table), *_files(new, table)}):
-        was, now = (_read(root / table / name, table) for root in (old, new))
-        joined = was[key].merge(now[key], on=key, how="outer", indicator=True)
-        for side, change in (("left_only", "removed"), ("right_only", "added")):
-            alone = joined.loc[joined["_merge"] == side, key]
-            parts.append(alone.assign(change=change))
+    for paths in _unlike(old, new, table):
+        was, now = (_read(path, table).set_index(key) for path in paths)
+        for rows, others, change in ((was, now, "removed"), (now, was, "added")):
+            alone = rows.index[~rows.index.isin(others.index)]
+            parts.append(alone.to_frame(index=False).assign(change=change))
         parts.append(_changes(table, was, now))
     columns = [*key, *COLUMNS]
     parts = [part for part in parts if len(part)]
@@ -67,8 +68,8 @@ def removed(old: Path, new: Path) -> dict[str, pd.DataFrame]:
         if table == "leaderboard":
             continue
         key, parts = list(KEYS[table]), []
-        for name in _files(old, table):
-            was, now = (_read(root / table / name, table, key) for root in (old, new))
+        for paths in _unlike(old, new, table):
+            was, now = (_read(path, table, key) for path in paths)
             there = pd.MultiIndex.from_frame(now[key])
             parts.append(was[~pd.MultiIndex.from_frame(was[key]).isin(there)])
         found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=key)
@@ -77,8 +78,19 @@ def removed(old: Path, new: Path) -> dict[str, pd.DataFrame]:
     return lost
 
 
-def _files(folder: Path, table: str) -> list[str]:
-    return sorted(path.name for path in (folder / table).glob("*.parquet"))
+def _unlike(old: Path, new: Path, table: str) -> Iterator[tuple[Path, Path]]:
+    """Yield the paths of a model's rows in both folders, of which one may have none.
+
+    Raises:
+        InvalidTable: Files that are alike are damaged.
+    """
+    names = {path.name for root in (old, new) for path in (root / table).glob("*.parquet")}
+    for name in sorted(names):
+        was, now = (root / table / name for root in (old, new))
+        if was.exists() and now.exists() and filecmp.cmp(was, now, shallow=False):
+            store.raw(was)
+        else:
+            yield was, now
 
 
 def _read(path: Path, table: str, columns: list[str] | None = None) -> pd.DataFrame:
@@ -105,11 +117,11 @@ def _read(path: Path, table: str, columns: list[str] | None = None) -> pd.DataFr
 
 
 def _changes(table: str, was: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
-    """Return rows of the same key that differ, each with its largest move."""
+    """Return rows of the same key, the index, that differ, each with its largest move."""
     key = list(KEYS[table])
-    was, now = (rows.set_index(key) for rows in (was, now))
-    common = was.index.intersection(now.index)
-    was, now = was.loc[common], now.loc[common]
+    places = now.index.get_indexer(was.index)
+    was, now = was[places >= 0], now.iloc[places[places >= 0]]
+    common = was.index
     names = [c for c in was.columns if c not in _CIRCUMSTANCES and c not in LISTS]
     moves = {name: _move(table, name, was, now) for name in names if table != "runs"}
     if table == "spectra":
@@ -176,18 +188,22 @@ def _allowed(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> n
 
 def _rules(was: pd.DataFrame, now: pd.DataFrame) -> _Move:
     """Compare the rules of probes; before and after are the means of |θ|."""
-    records = (rows.reset_index("dtype").to_dict("records") for rows in (was, now))
+    lists = [rows[name] for name in ("nodes", "weights") for rows in (was, now)]
+    unlike = [
+        not (np.array_equal(a, b) and np.array_equal(u, v))
+        for a, b, u, v in zip(*lists, strict=True)
+    ]
+    records = (rows[unlike].reset_index("dtype").to_dict("records") for rows in (was, now))
+    moves = np.full((len(was), 4), np.nan)
     pairs = zip(*records, strict=True)
-    columns = np.array([_rule(old, new) for old, new in pairs], dtype=float).reshape(-1, 4).T
-    return _Move(*columns)
+    moves[unlike] = np.reshape([_rule(old, new) for old, new in pairs], (-1, 4))
+    return _Move(*moves.T)
 
 
 def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:
     """Return the mean |θ| of both, what is allowed, and the distance over it."""
     a, u, b, v = old["nodes"], old["weights"], new["nodes"], new["weights"]
     sizes = [float(w @ np.abs(nodes)) if len(nodes) else np.nan for nodes, w in ((a, u), (b, v))]
-    if np.array_equal(a, b) and np.array_equal(u, v):
-        return [*sizes, 0.0, np.nan]
     if not len(a) or not len(b) or old["method"] != new["method"]:
         return [*sizes, 0.0, np.inf]
     found = rules.compare(old, new)

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -65,10 +66,15 @@ def release(
             derive(staging)
         for leftover in [*staging.glob("*/.*"), *staging.glob(".*")]:
             leftover.unlink()  # locks
-        text = _changelog(out, staging, before, version, notes)
-        (staging / manifest.CHANGELOG).write_text(text, encoding="utf-8")
-        (staging / manifest.CARD).write_text(card.render(staging, version), encoding="utf-8")
-        written = Manifest(version, PROTOCOL_VERSION, describe_files(staging))
+        tables = Manifest(version, PROTOCOL_VERSION, describe_files(staging))
+        pages = {
+            manifest.CHANGELOG: _changelog(out, tables, before, notes),
+            manifest.CARD: card.render(staging, version),
+        }
+        for name, text in pages.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        described = {name: manifest.describe(staging / name) for name in pages}
+        written = replace(tables, files={**tables.files, **described})
         manifest.write(staging, written)
         replace_folder(staging, out)
     except BaseException:
@@ -138,15 +144,12 @@ def _copy(source: Path, staging: Path, models: Collection[str]) -> None:
     verified.copy(source, staging)
 
 
-def _changelog(
-    out: Path, staging: Path, before: Manifest | None, version: str, notes: Sequence[str]
-) -> str:
+def _changelog(out: Path, now: Manifest, before: Manifest | None, notes: Sequence[str]) -> str:
     """Return the changelog with a section for the version.
 
     Released again under its own version, the section keeps its lines and gets the new counts.
     """
-    files = describe_files(staging)
-    now = Manifest(version, PROTOCOL_VERSION, files)
+    version = now.version
     path = out / manifest.CHANGELOG
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -39,10 +39,11 @@ def release(
     say why. What lay at --out is replaced as a whole; SOURCE may be --out, to bring a release up
     to date.
     """
-    from harness.submission import publication
+    from harness.leaderboard.derived import derive
+    from harness.submission.publication import unfinished
     from spectra_db.release import release as make
 
-    left_out = publication.unfinished(source, registry)
+    left_out = unfinished(source, registry)
     for model, reason in left_out.items():
         click.echo(f"left out: {model}: {reason}")
     known = {path.stem for path in (source / "models").glob("*.parquet")}
@@ -52,7 +53,7 @@ def release(
         version,
         models=known - set(left_out),
         notes=notes,
-        derive=partial(publication.derive, registry_dir=registry),
+        derive=partial(derive, registry_dir=registry),
     )
     size = sum(file.bytes for file in made.files.values())
     click.echo(
@@ -147,7 +148,7 @@ def merge(sources: tuple[Path, ...], out: Path) -> None:
 
 def _problems(folder: Path, previous: Path | None, registry: Path | None) -> list[str]:
     from harness.cli.progress import progress_bar
-    from harness.submission.publication import derived_of_release
+    from harness.leaderboard.derived import derived_of_release
     from spectra_db import check
 
     with progress_bar("check") as on_progress:
@@ -178,7 +179,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from harness.submission.publication import derived_of_release
+    from harness.leaderboard.derived import derived_of_release
     from spectra_db import publish as publication
     from spectra_db.loading import BUNDLED
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom, rankdata
 
-from harness.leaderboard.statistics import Array, _apply, _pearson, _signs
+from harness.leaderboard.ranks import Array, Order, pearson
 
 ALPHA = 0.05
 EXACT_UP_TO = 8  # 40,320 orders
@@ -129,8 +129,8 @@ def weighted_spearman(x: npt.ArrayLike, y: npt.ArrayLike, weights: Array) -> Arr
         y: Likewise.
         weights: Shape (B, n).
     """
-    own = [_apply(_signs(ranks(v)[None]), weights) for v in (x, y)]
-    return _pearson(own[0], own[1], weights)
+    own = [Order(np.broadcast_to(v, weights.shape)).ranks(weights) for v in (x, y)]
+    return pearson(own[0], own[1], weights)
 
 
 def related(y: npt.ArrayLike, rho: float, *, num_samples: int = NUM_SAMPLES) -> Array:

@@ -6,7 +6,6 @@ draws of n models, of which draw b counts model i weights[b, i] times.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +13,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.errors import UserError
+from harness.leaderboard.ranks import Array, Order, concordance, pearson
 from harness.training.gap import THRESHOLD
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 from spectra_db.words import STAGES
-
-Array = npt.NDArray[np.float64]
 
 READING = ["stage", "metric", "scale", "sigma"]
 REFERENCE = ("js0", "lambda10")
@@ -31,7 +29,7 @@ NUM_DRAWS = 4000  # another seed then moves the ends of intervals by about 0.02
 MIN_MODELS = 4
 # Draws of a metric are kept above this part of its value: logarithms are taken.
 _FLOOR = 0.1
-# Sign matrices of shape (B, n, n) are made for so many entries at a time: a cache holds them.
+# Signs of shape (B, n, n) are made for so many entries at a time, which a core's cache holds.
 _CHUNK = 1 << 19
 
 
@@ -188,9 +186,10 @@ class _Sample:
 
         Models that lack it have a weight of 0.
         """
-        found = rows.set_index("model").reindex(self.names)
-        value = found["estimate"].to_numpy(np.float64)
-        error = found["standard_error"].to_numpy(np.float64)
+        numbers = rows[["estimate", "standard_error"]].to_numpy(np.float64)
+        of_model = dict(zip(rows["model"], numbers, strict=True))
+        absent = np.full(2, np.nan)
+        value, error = np.array([of_model.get(name, absent) for name in self.names]).T
         missing = np.isnan(value)
         value, error = np.where(missing, 1.0, value), np.where(missing, 0.0, error)
         drawn = np.maximum(value + error * self.normal, _FLOOR * value)
@@ -248,23 +247,23 @@ def _all_statistics(sample: _Sample, rows: pd.DataFrame) -> dict[str, Array]:
 def _correlations(
     x: Array, y: Array, log_size: Array, needed: Array, weights: Array
 ) -> dict[str, Array]:
-    """Return rank statistics, from the signs of all differences, and Pearson's correlation."""
-    sx, sy, sz = _signs(x), _signs(y), _signs(log_size[None])
-    ranks = [_apply(s, weights) for s in (sx, sy)] + [weights @ sz[0].T]
-    xy, xz, yz = (_pearson(ranks[i], ranks[j], weights) for i, j in ((0, 1), (0, 2), (1, 2)))
+    """Return rank statistics, and Pearson's correlation."""
+    orders = [Order(v) for v in (x, y, np.broadcast_to(log_size, x.shape))]
+    ranks = [order.ranks(weights) for order in orders]
+    xy, xz, yz = (pearson(ranks[i], ranks[j], weights) for i, j in ((0, 1), (0, 2), (1, 2)))
     with np.errstate(invalid="ignore", divide="ignore"):
         # Undefined where all models are of one size, or size says all.
         rest = (1 - xz**2) * (1 - yz**2)
         partial = (xy - xz * yz) / np.sqrt(np.where(rest > 1e-12, rest, np.nan))
-        pairs = np.sqrt(_total(np.abs(sx), weights) * _total(np.abs(sy), weights))
-        kendall = _total(sx * sy, weights) / pairs
+        pairs = np.sqrt(orders[0].unequal(weights) * orders[1].unequal(weights))
+        kendall = concordance(x, y, weights) / pairs
         positive, negative = weights * needed, weights * (1 - needed)
-        wins = (positive * (_apply(sx, negative) + negative.sum(1, keepdims=True))).sum(1) / 2
-        auc = wins / (positive.sum(1) * negative.sum(1))
+        beaten = orders[0].ranks(negative) + negative.sum(1, keepdims=True)
+        auc = (positive * beaten).sum(1) / 2 / (positive.sum(1) * negative.sum(1))
     return {
         "spearman": xy,
         "kendall": kendall,
-        "pearson_log": _pearson(x, y, weights),
+        "pearson_log": pearson(x, y, weights),
         "partial_spearman": partial,
         "auc": auc,
     }
@@ -292,35 +291,48 @@ def left_out_accuracy(
     order = np.argsort(x, axis=1, kind="stable")
     xs, labels, w = (np.take_along_axis(a, order, axis=1) for a in (x, needed, weights))
     family = families[order]
-    one_hot = np.eye(int(families.max()) + 1)[family]  # (B, n, F)
-    below = _cumulative((w * labels)[..., None] * one_hot)  # (B, n + 1, F): missed
-    beneath = _cumulative((w * (1 - labels))[..., None] * one_hot)
-    own = below + beneath[:, -1:] - beneath  # and false alarms at or above
-    errors = own.sum(2, keepdims=True) - own
-    # A threshold lies in the middle between two models that it may know of.
-    known = (one_hot == 0) & (w > 0)[..., None]
-    under = np.maximum.accumulate(np.where(known, xs[..., None], -np.inf), axis=1)
-    above = np.minimum.accumulate(np.where(known, xs[..., None], np.inf)[:, ::-1], axis=1)
-    under = np.pad(under, ((0, 0), (1, 0), (0, 0)), constant_values=-np.inf)
-    above = np.pad(above[:, ::-1], ((0, 0), (0, 1), (0, 0)), constant_values=np.inf)
+    right, of_majority, several = np.zeros((3, len(x)))
+    for f in np.unique(families):
+        drawn = np.flatnonzero(weights[:, families == f].any(axis=1))
+        of_f = family[drawn] == f
+        own, others = np.where(of_f, w[drawn], 0), np.where(of_f, 0, w[drawn])
+        values, truth = xs[drawn], labels[drawn]
+        threshold = _threshold(values, truth, others)
+        right[drawn] += (own * ((values >= threshold[:, None]) == truth)).sum(axis=1)
+        majority = (others * (2 * truth - 1)).sum(axis=1, keepdims=True) > 0
+        of_majority[drawn] += (own * (majority == truth)).sum(axis=1)
+        several[drawn] = others.any(axis=1)
+    total = np.where(several > 0, w.sum(axis=1), np.nan)
+    return right / total, of_majority / total
+
+
+def _threshold(x: Array, needed: Array, weights: Array) -> Array:
+    """Return the threshold of fewest errors of each draw, of equals the one in the widest gap.
+
+    Args:
+        x: Values, ascending, shape (B, n).
+        needed: 1 where Adam is needed.
+        weights: How often each counts; a threshold lies in the middle between two that do.
+    """
+    places = len(x), x.shape[1] + 1
+    # With the threshold before place t: those needed below it, and false alarms at or above.
+    errors, under, above = np.empty((3, *places))
+    errors[:, 0] = (weights * (1 - needed)).sum(axis=1)
+    np.cumsum(weights * (2 * needed - 1), axis=1, out=errors[:, 1:])
+    errors[:, 1:] += errors[:, :1]
+    under[:, 0], above[:, -1] = -np.inf, np.inf
+    np.maximum.accumulate(np.where(weights > 0, x, -np.inf), axis=1, out=under[:, 1:])
+    backwards = np.where(weights > 0, x, np.inf)[:, ::-1]
+    np.minimum.accumulate(backwards, axis=1, out=above[:, -2::-1])
     gap = above - under
     margin = np.where(np.isfinite(gap), gap, 0.0)
     widest = np.maximum(margin.max(axis=1, keepdims=True), 1e-300)
     score = np.where(gap > 0, errors - 0.5 * margin / widest, np.inf)
-    best = score.argmin(axis=1, keepdims=True)  # (B, 1, F)
-    ends = [np.take_along_axis(side, best, axis=1)[:, 0] for side in (under, above)]
-    outside = ~np.isfinite(ends[0]) | ~np.isfinite(ends[1])
-    middle = np.where(outside, 0.0, ends[0]) + np.where(outside, 0.0, ends[1] - ends[0]) / 2
-    threshold = np.where(outside, np.where(np.isfinite(ends[1]), -np.inf, np.inf), middle)
-    total = np.maximum(w.sum(axis=1), 1e-300)
-    predicted = xs >= np.take_along_axis(threshold, family, axis=1)
-    several = ((w[..., None] * one_hot).sum(axis=1) > 0).sum(axis=1) > 1
-    accuracy = (w * (predicted == labels)).sum(axis=1) / total
-    balance = below[:, -1] - beneath[:, -1]  # (B, F): needed less not needed
-    others = balance.sum(axis=1, keepdims=True) - balance
-    majority = np.take_along_axis((others > 0).astype(float), family, axis=1)
-    of_majority = (w * (majority == labels)).sum(axis=1) / total
-    return np.where(several, accuracy, np.nan), np.where(several, of_majority, np.nan)
+    best = score.argmin(axis=1, keepdims=True)
+    low, high = (np.take_along_axis(side, best, axis=1)[:, 0] for side in (under, above))
+    inside = np.isfinite(low) & np.isfinite(high)
+    middle = np.where(inside, low, 0.0) + np.where(inside, high - low, 0.0) / 2
+    return np.where(inside, middle, np.where(np.isfinite(high), -np.inf, np.inf))
 
 
 def _between(
@@ -333,8 +345,8 @@ def _between(
     sizes = (weights > 0).astype(float) @ one_hot  # a family twice drawn counts twice
     times = counts / np.maximum(sizes, 1)
     means = [(weights * v) @ one_hot / size for v in (x, y)]
-    ranks = [_apply(_signs(mean), times) for mean in means]
-    return _pearson(ranks[0], ranks[1], times)
+    ranks = [Order(mean).ranks(times) for mean in means]
+    return pearson(ranks[0], ranks[1], times)
 
 
 def _changes(sample: _Sample, now: pd.DataFrame, before: pd.DataFrame) -> dict[str, Array]:
@@ -376,45 +388,11 @@ def _without_each_family(sample: _Sample, rows: pd.DataFrame) -> list[dict[str, 
     return table
 
 
-def _signs(x: Array) -> npt.NDArray[np.float32]:
-    """Return sign(x_i - x_j), shape (B, n, n)."""
-    return np.sign(x[:, :, None] - x[:, None, :]).astype(np.float32)
-
-
-def _apply(signs: npt.NDArray[np.float32], weights: Array) -> Array:
-    """Return Σ_j w_j sign_ij: twice the rank of i among the weighted models, centred."""
-    return np.matmul(signs, weights.astype(np.float32)[..., None])[..., 0].astype(np.float64)
-
-
-def _total(matrix: npt.NDArray[np.float32], weights: Array) -> Array:
-    return (weights * _apply(matrix, weights)).sum(axis=1)
-
-
-def _pearson(x: Array, y: Array, weights: Array) -> Array:
-    """Return the weighted correlation of each draw; nan where one of both is constant."""
-    total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
-    dx = x - (weights * x).sum(axis=1, keepdims=True) / total
-    dy = y - (weights * y).sum(axis=1, keepdims=True) / total
-    variances = [(weights * a * a).sum(axis=1) for a in (dx, dy)]
-    scale = np.sqrt(variances[0] * variances[1])
-    flat = scale <= 1e-12 * total[:, 0]
-    result: Array = np.where(
-        flat, np.nan, (weights * dx * dy).sum(axis=1) / np.where(flat, 1, scale)
-    )
-    return result
-
-
-def _cumulative(values: Array) -> Array:
-    """Return sums of the first 0, 1, ..., n of axis 1."""
-    return np.pad(values.cumsum(axis=1), ((0, 0), (1, 0), (0, 0)))
-
-
 def _interval(values: Array) -> tuple[float, float]:
     """Return the percentile interval; nan where most draws leave the statistic undefined."""
-    if np.isnan(values).mean() > 0.5:
+    known = values[~np.isnan(values)]
+    if 2 * len(known) < len(values):
         return np.nan, np.nan
     tail = 100 * (1 - LEVEL) / 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        low, high = np.nanpercentile(values, [tail, 100 - tail])
+    low, high = np.percentile(known, [tail, 100 - tail])
     return float(low), float(high)

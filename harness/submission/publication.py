@@ -1,22 +1,16 @@
-"""What goes into a release: the models that are done, and the tables derived from them."""
+"""What goes into a release: the models that are done."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-
-import pandas as pd
 
 from harness import registry
 from harness.campaign.plan import missing
 from harness.campaign.unit import Unit
 from harness.errors import UserError
-from harness.records.derived import derived
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry
 from harness.registry.entry import MIN_STEPS
-from spectra_db import store
-from spectra_db.derived import Derive
 
 
 def unfinished(
@@ -65,25 +59,3 @@ def _explained(unit: Unit, entry: ModelEntry, ledger: Ledger) -> bool:
         partition = unit.partition or entry.partition
         rows = rows[(rows["stage"] == unit.stage) & (rows["partition"] == partition)]
     return bool(rows["status"].isin(["failed", "pending"]).any())
-
-
-def derive(folder: Path, registry_dir: Path | None = None) -> None:
-    """Write the table that is derived from all models of a folder together: `leaderboard`."""
-    board = _board(registry_dir, folder)
-    if len(board):
-        store.write(folder, "leaderboard", board, replace=True)
-
-
-def derived_of_release(registry_dir: Path | None = None) -> dict[str, Derive]:
-    """Return what makes each derived table of a release anew, `leaderboard` too."""
-    find_entry = partial(registry.get, registry_dir=registry_dir)
-    return derived(find_entry) | {"leaderboard": partial(_board, registry_dir)}
-
-
-def _board(
-    registry_dir: Path | None, folder: Path, stored: pd.DataFrame | None = None
-) -> pd.DataFrame:
-    from harness.leaderboard import statistics, tables
-
-    data = tables.read(folder, registry_dir=registry_dir)
-    return statistics.leaderboard(data.models, data.heterogeneity, data.gaps)

@@ -1,0 +1,44 @@
+"""What commands take on the bundled release: its tables are read, checked, compared, ranked."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from spectra_db.load import BUNDLED
+
+from harness.leaderboard.derived import derive, derived_of_release
+from spectra_db import check
+from spectra_db.diff import compare
+from spectra_db.release import release
+from spectra_db.schema import TABLES
+
+
+class Release:
+    """`harness dataset check`, `diff` with itself, `leaderboard` and `dataset release`."""
+
+    timeout = 1800
+    number = 1
+    repeat = 1
+    warmup_time = 0
+
+    def setup(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.copy = Path(shutil.copytree(BUNDLED, Path(self.folder.name, "copy")))
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    def time_check(self) -> None:
+        assert not check.problems(BUNDLED, derived=derived_of_release())
+
+    def time_diff(self) -> None:
+        for table in TABLES:
+            compare(BUNDLED, self.copy, table)
+
+    def time_leaderboard(self) -> None:
+        derive(self.copy)
+
+    def time_release(self) -> None:
+        release(BUNDLED, Path(self.folder.name, "made"), "99.0.0", derive=derive)

@@ -82,9 +82,10 @@ def leaderboard(
 def site(source: Path | None, out: Path) -> None:
     """Build the page that shows the tables of a folder, or those of a submission."""
     from harness.leaderboard.site import build
-    from harness.submission.submit import tables_of
 
-    if source is not None and source.is_dir():
+    if source is not None and (source / "submission.json").is_file():
+        from harness.submission.submit import tables_of
+
         source, _ = tables_of(source)
     click.echo(f"page: {build(source, out)}")
 

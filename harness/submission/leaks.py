@@ -9,6 +9,7 @@ from torch import nn
 
 from harness.estimator.checks import Batch, fixed_arithmetic
 from harness.submission.subject import Caution, Failed, Subject
+from harness.tasks.base import IGNORED
 
 _POSITIONS = 16  # tokens that are changed, one at a time
 # Of the largest logit: what moves less is rounding.
@@ -25,18 +26,26 @@ def leaks(s: Subject) -> str:
 
 
 def _of_targets(s: Subject, model: nn.Module) -> str:
-    if len(s.mates) < 2 or s.task.targets(s.mates) is None:
+    if (place := _place_of_targets(s)) is None:
         return ""
-    inputs, targets, *others = s.mates
-    logits = s.task.logits(model, s.mates)
-    changed = s.task.logits(model, (inputs, targets.flip(0), *others))
-    if _moved(changed, logits).any():
+    batch = tuple(t.flip(0) if i == place else t for i, t in enumerate(s.mates))
+    if _moved(s.task.logits(model, batch), s.task.logits(model, s.mates)).any():
         raise Failed(
             "the logits change with the targets: forward, or `logits` of the task, gets what it is "
-            "to predict; give it the inputs alone (or, if the second tensor of a batch is no "
-            "target, let `targets` of the task return None)"
+            f"to predict; give it the inputs alone (or, if tensor {place} of a batch is no target, "
+            "let `targets` of the task return None)"
         )
     return "the logits don't know the targets"
+
+
+def _place_of_targets(s: Subject) -> int | None:
+    """Return which tensor of a batch, the first left out, the targets are; None if none is."""
+    targets = s.task.targets(s.mates)
+    if targets is None:
+        return None
+    flat = [t.flatten() for t in s.mates]
+    alike = [i for i, t in enumerate(flat) if i and torch.equal(t[t != IGNORED], targets)]
+    return alike[-1] if alike else None
 
 
 def _of_tokens(s: Subject, model: nn.Module) -> str:

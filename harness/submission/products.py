@@ -111,7 +111,7 @@ def _take_a_step(s: Subject, told: str) -> None:
         raise Failed(f"{told}. {remedy} (timm: zero_init_last=False), or name later stages, too")
     s.model = copy.deepcopy(s.model)
     parameters = [p for p in s.model.parameters() if p.requires_grad]
-    rate = s.entry.recipe.adamw_lrs[1]
+    rate = s.entry.recipe.adamw_lrs[0]
     for _ in range(2):  # the second step moves what is behind a branch that starts at zero
         loss = s.task.loss(s.model, s.mates)
         for p, g in zip(parameters, _gradient(loss, parameters), strict=True):
@@ -329,7 +329,9 @@ def cost(s: Subject) -> str:
     pass_flops = costs[entry.partition].pass_flops / entry.hessian_batch_size
     if entry.trains and entry.recipe is not None:
         runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
-        flops += round(runs * entry.recipe.num_steps * entry.recipe.batch_size * pass_flops)
+        # As `harness run` forecasts: the fixed subset is seen forward before and after a run.
+        samples = entry.recipe.num_steps * entry.recipe.batch_size + 2 * entry.recipe.eval_size / 3
+        flops += round(runs * samples * pass_flops)
     speed = _speed(s, pass_flops)
     return (
         f"a spectrum about {_duration(costs[entry.partition].flops / speed)} here, the whole entry "

@@ -259,7 +259,7 @@ def _forward(s: Subject) -> str:
                 f"the loss is {float(loss)}: {where} makes it of finite inputs; look for log, "
                 "sqrt or division of what can be zero or negative"
             )
-    return f"logits {tuple(logits.shape)}, loss {float(loss):.4f}"
+    return f"logits {tuple(logits.shape)}, loss {loss.item():.4f}"
 
 
 def _remedy_of_size(s: Subject, error: Exception) -> str:

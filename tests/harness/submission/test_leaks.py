@@ -95,6 +95,24 @@ def test_a_model_that_gets_its_targets_is_found(subject):
     assert leaks(subject("Encoder")) == "the logits don't know the targets"
 
 
+class Weighed(tasks.get("digits").__class__):
+    """Gives the model a second tensor of the batch, and the targets are the third."""
+
+    def take(self, data, split, indices, generator):
+        images, labels = super().take(data, split, indices, generator)
+        return images, labels.float().sqrt(), labels
+
+    def logits(self, model, batch):
+        return model(batch[0] * batch[1][:, None, None, None])
+
+    def targets(self, batch):
+        return batch[2]
+
+
+def test_what_else_a_batch_holds_may_be_seen(subject):
+    assert leaks(subject("Encoder", Weighed())) == "the logits don't know the targets"
+
+
 def test_nanogpt_s_logits_are_those_of_all_positions(subject):
     made = subject("NanoGPT", **TEXT)
     logits = made.task.logits(made.model, made.batch)

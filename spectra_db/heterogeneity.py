@@ -231,7 +231,9 @@ def metrics(
             else:
                 full, short = (metric.estimate(b, scale, sigma) for b in (blocks, shorter))
             reading = {"metric": name, "scale": scale, "sigma": sigma}
-            errors = {"truncation_error": changes * abs(short.value - full.value)}
+            errors: dict[str, float | None] = {
+                "truncation_error": changes * abs(short.value - full.value)
+            }
             errors |= {"batch_error": None, "batch_size": batch_size}
             numbers = {column: getattr(full, column) for column in _FROM_ESTIMATE}
             table.append(identity | reading | numbers | errors)

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
+Values = Sequence[float] | NDArray[np.float64]
+
 # Steps to which T is continued, the fewest that it is continued from, and the part of them whose
 # mean continues it: docs/accuracy.md has what others give.
 LENGTH, MIN_STEPS, WINDOW = 60, 6, 1 / 3
 
 
-def gauss_rule(
-    alphas: Sequence[float], betas: Sequence[float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def gauss_rule(alphas: Values, betas: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the nodes and weights of the Gauss rule of T (paper Algorithm 5; Golub-Welsch).
 
     Σ_i w_i θ_iʲ = vᵀ Aʲ v for j ≤ 2m − 1, v the unit start vector.
@@ -36,8 +36,8 @@ def gauss_rule(
 
 
 def extended(
-    alphas: Sequence[float],
-    betas: Sequence[float],
+    alphas: Values,
+    betas: Values,
     *,
     length: int = LENGTH,
     window: float = WINDOW,
@@ -67,11 +67,11 @@ def extended(
     if not MIN_STEPS <= steps < length:
         return T[0], T[1]
     tail = T[:, -max(3, int(window * steps)) :].mean(axis=1, keepdims=True)
-    alphas, betas = np.hstack([T, np.repeat(tail, length - steps, axis=1)])
-    return alphas, betas
+    T = np.hstack([T, np.repeat(tail, length - steps, axis=1)])
+    return T[0], T[1]
 
 
-def residual_bounds(alphas: Sequence[float], betas: Sequence[float]) -> NDArray[np.float64]:
+def residual_bounds(alphas: Values, betas: Values) -> NDArray[np.float64]:
     """Return for each node θ_i how far an eigenvalue of A can be: β_m |s_{m,i}|.
 
     Some eigenvalue of A lies within the bound (Parlett 1998, section 13.2), in exact arithmetic.
@@ -89,9 +89,7 @@ def residual_bounds(alphas: Sequence[float], betas: Sequence[float]) -> NDArray[
     return np.abs(betas[-1] * vectors[-1])
 
 
-def _eigh(
-    alphas: Sequence[float], betas: Sequence[float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _eigh(alphas: Values, betas: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Diagonalise T, scaled to 1 against under- and overflow."""
     diagonal = np.asarray(alphas, dtype=np.float64)
     off_diagonal = np.asarray(betas, dtype=np.float64)[: len(diagonal) - 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,7 @@ def fig14(source: release.Source) -> Result:
         ax.set_axis_off()
     for ax, row in zip(axes, shown.to_dict("records"), strict=False):
         model = f"mlp-mnist-c{row['c']}"
-        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model])
+        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model].to_dict())
         ax.set_title(
             f"c = {row['c']}: SGD {row['sgd_lr']:g}, AdamW {row['adamw_lr']:g}", fontsize=8
         )
@@ -239,7 +239,9 @@ def fig6(source: release.Source) -> Result:
         for axis in (axes[row, 0].xaxis, axes[row, 0].yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         figure.colorbar(image, ax=axes[row, 0], label="JS distance", shrink=0.8)
-        _draw_curves(axes[row, 1], optional("training", source, model=model), gaps.loc[model])
+        _draw_curves(
+            axes[row, 1], optional("training", source, model=model), gaps.loc[model].to_dict()
+        )
         axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=9)
         axes[row, 1].set(xlabel="step", ylabel="loss of the minibatch")
     axes[0, 1].legend(fontsize=8, frameon=False)
@@ -350,8 +352,10 @@ def _sweep(source: release.Source) -> pd.DataFrame:
         row |= {"error": gaps.loc[model, "standard_error"]}
         row |= {name: table.loc[model, name] for name in READINGS}
         for optimizer, *_ in _OPTIMIZERS:
-            rates = grid.grid_losses(registry.get(model).recipe, optimizer, runs).index
-            best = gaps.loc[model, BEST_RATES[optimizer]]
+            recipe = registry.get(model).recipe
+            assert recipe is not None
+            rates = grid.grid_losses(recipe, optimizer, runs).index
+            best = float(gaps[BEST_RATES[optimizer]][model])
             edge = "least" if best == rates[0] else "largest" if best == rates[-1] else ""
             row |= {f"{optimizer}_lr": best, f"{optimizer}_edge": edge}
             row[optimizer] = _accuracy(runs, optimizer, best)
@@ -485,7 +489,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     for ax in axes[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes, models, strict=False):
-        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model])
+        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model].to_dict())
         found = values[model]
         text = found["answer"]
         if "gap" in found:
@@ -497,7 +501,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     return Result({"models": values}, {name: figure})
 
 
-def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: pd.Series) -> None:
+def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: Mapping[Hashable, Any]) -> None:
     """Draw the minibatch losses at the rates of the gap: the mean over its seeds."""
     losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
     for optimizer, label, colour in _OPTIMIZERS:

@@ -80,7 +80,7 @@ def names() -> list[str]:
 
 def kind_of(task: type[Task] | Task) -> str:
     """Say what is predicted of what: the kind of network that a task is for."""
-    kinds = {True: "next token", False: "masked token"}
+    kinds: dict[bool | None, str] = {True: "next token", False: "masked token"}
     return kinds.get(task.causal, "class" if task.metric == "accuracy" else "own")
 
 

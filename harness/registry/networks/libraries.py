@@ -113,7 +113,7 @@ def _counting_from_0(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if hasattr(module, "position_embeddings") and getattr(module, "padding_idx", 0) is None:
-            module.padding_idx = -1
+            setattr(module, "padding_idx", -1)  # noqa: B010 (a buffer or a module by its type)
     return model
 
 

@@ -21,7 +21,7 @@ UPDATES = 60  # of AdamW, where a net is trained
 # Readings that three probes tell: of js0_paper that of raw eigenvalues alone.
 READINGS = (
     *(("js0", scale) for scale in ("own_rms", "lambda10", "raw", "own_max", "global_max")),
-    *(("js0_paper", "raw"), ("w1", "lambda10"), ("lambda_max_spread", "none")),
+    *(("js0_paper", "raw"), ("w1", "lambda10")),
 )
 # Other parts of the steps to average, and other lengths.
 VARIED = ((1 / 4, LENGTH), (1 / 2, LENGTH), (1.0, LENGTH), (WINDOW, 45), (WINDOW, 100))

@@ -24,7 +24,7 @@ SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
 TRUNCATION = 0.75
 # How many times that change, of continued rules, the value may be off: it covers the true error in
 # nine cases of ten (docs/accuracy.md, Rules that are continued).
-CHANGES = 2.0
+CHANGES = 3.0
 # Columns of table `heterogeneity` that an estimate has.
 _FROM_ESTIMATE = (
     *("value", "corrected", "standard_error"),

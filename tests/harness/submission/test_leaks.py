@@ -204,7 +204,7 @@ def test_a_network_that_starts_at_zero_is_checked_after_two_steps_with_a_warning
     with pytest.raises(Caution, match=r"no heterogeneity at init, that of p10 .*7 of 7 blocks"):
         validate.products.second_derivatives(made)
     assert made.model.head.weight.any()
-    untrained = subject("ZeroStart", **TEXT, recipe=None, stages=("init",))
+    untrained = subject("ZeroStart", **TEXT, recipe=None, stages=("init",), full_stages=())
     with pytest.raises(Failed, match=r"all but the head.* or name later stages, too"):
         validate.products.second_derivatives(untrained)
 

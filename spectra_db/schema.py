@@ -116,9 +116,7 @@ TABLES: dict[str, pa.Schema] = {
             _column("probe_seed", _INT, "Seed of the probe's CPU generator; 0 if exact"),
             _column("num_steps", _INT32, "Lanczos steps taken, 0 if exact", "steps"),
             _column("reorthogonalized", _BOOL, "Full reorthogonalisation was on"),
-            _column(
-                "breakdown", _BOOL, "Lanczos ended early: the residual can't be told from zero"
-            ),
+            _column("breakdown", _BOOL, "Lanczos ended early: the rule is exact for this probe"),
             _column("alphas", _LIST, "Diagonal of the tridiagonal matrix T", _CURVATURE),
             _column("betas", _LIST, "Off-diagonal of T, the residual last", _CURVATURE),
             _column("nodes", _LIST, "Ritz values, or eigenvalues if exact, ascending", _CURVATURE),

@@ -62,7 +62,9 @@ _BPE: dict[str, Any] = {
     "microbatch_size": 32,
     "speedup": _TEXT,
 }
-_GPT: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "width": 32}
+# GPT-2 starts at 0.02 at a width of 768: at 32 the same part of 1/√width is 0.02 √(768/32).
+_INIT_STD = 0.098
+_GPT: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "width": 32, "init_std": _INIT_STD}
 
 _RESNET8 = ModelEntry(
     name="cifar-resnet8",
@@ -104,6 +106,7 @@ _WIDE = ModelEntry(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "tie_word_embeddings": True,
+        "initializer_range": _INIT_STD,
     },
     reference=_LLAMA,
     description="Two layers of width 32 on BPE of 2,048 tokens, tied",
@@ -238,6 +241,7 @@ _RANKED = (
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 128,
+            "initializer_range": _INIT_STD,
         },
         reference=_BERT,
         description="Two layers of width 32 on BPE of 2,048 tokens, masked, tied",

@@ -74,7 +74,7 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """A decoder-only language model in the shape of GPT-2 (Radford et al. 2019).
 
-    Weights start at N(0, 0.02²), those that end a residual branch at 0.02 / √(2 layers).
+    Weights start at N(0, std²), those that end a residual branch at std / √(2 layers).
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -85,6 +85,7 @@ class GPT(nn.Module):
         tied: Share the weight of embedding and head.
         bias: Biases in linear layers and norms.
         dropout: Probability of dropout after the embeddings, in attention and after each branch.
+        init_std: std; GPT-2's is 0.02, at a width of 768.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class GPT(nn.Module):
         tied: bool = True,
         bias: bool = False,
         dropout: float = 0.0,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.wte = nn.Embedding(vocab_size, width)
@@ -114,7 +116,8 @@ class GPT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 last = name.endswith(("attn.proj", "mlp.2"))
-                nn.init.normal_(module.weight, std=0.02 / (2 * num_layers) ** 0.5 if last else 0.02)
+                std = init_std / (2 * num_layers) ** 0.5 if last else init_std
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 

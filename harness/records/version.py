@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from harness.errors import UserError
 from harness.records.ledger import Ledger
 from harness.registry.entry import ModelEntry
@@ -90,8 +92,11 @@ def note(entry: ModelEntry, ledger: Ledger) -> None:
     if facts == noted:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part:
-        part.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        for torn in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            torn.unlink(missing_ok=True)
+        with whole(path) as part:
+            part.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _facts(entry: ModelEntry) -> dict[str, Any]:

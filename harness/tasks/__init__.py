@@ -7,9 +7,13 @@ imports no torch; `get` imports the one file that holds the task.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import pkgutil
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -19,41 +23,6 @@ if TYPE_CHECKING:
     from harness.tasks.base import Batch, Task
 
 __all__ = ["UnknownTaskError", "get", "names", "split"]
-
-_TASKS = {
-    "digits": "images:Digits",
-    "mnist": "images:Mnist",
-    "mnist-barcodes": "barcodes:MnistBarcodes",
-    "cifar10": "images:Cifar10",
-    "imagenet": "images:ImageNet",
-    "gaussian-classes": "synthetic:GaussianClasses",
-    "pydoc": "text:Pydoc",
-    "tiny-shakespeare": "text:TinyShakespeare",
-    "books": "text:Books",
-    "wikitext": "text:WikiText",
-    "openwebtext": "text:OpenWebText",
-    "cornell": "masked:Cornell",
-    "masked-books": "masked:MaskedBooks",
-    "sft": "sft:Instructions",
-}
-
-# What the data are and where they are from: with the harness, drawn by it, or in the data root.
-_SIZES = {
-    "digits": "1,437 + 360 of 8 × 8, embedded",
-    "mnist": "60,000 + 10,000 of 28 × 28",
-    "mnist-barcodes": "50,000 of MNIST and 51,200 of 10,240 rare classes, 28 × 28",
-    "cifar10": "50,000 + 10,000 of 3 × 32 × 32",
-    "imagenet": "3 × 224 × 224; 1,000 classes",
-    "gaussian-classes": "2,048 of 128 dimensions, 256 classes, drawn",
-    "pydoc": "about 0.5 MB of text, embedded",
-    "tiny-shakespeare": "1.1 MB of text",
-    "books": "8.1 MB of text",
-    "wikitext": "2.4 MB of text, or the Hub's 13 MB",
-    "openwebtext": "2,000 documents of the Hub",
-    "cornell": "234,628 lines of dialogue",
-    "masked-books": "8.1 MB of text",
-    "sft": "2,000 or 6,400 instructions",
-}
 
 # Plain types of options, as they are written on the command line.
 _KINDS = {
@@ -73,9 +42,28 @@ def names() -> list[str]:
     """List the names that `get` accepts.
 
     >>> names()[:2]
-    ['digits', 'mnist']
+    ['books', 'cifar10']
     """
-    return list(_TASKS)
+    return sorted(_places())
+
+
+@cache
+def _places() -> dict[str, tuple[str, str]]:
+    """Find module and class of each task of this folder by its `name`, without importing it."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        tree = ast.parse((Path(__file__).parent / f"{module.name}.py").read_text(encoding="utf-8"))
+        for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            for line in (line for line in node.body if isinstance(line, ast.AnnAssign)):
+                if ast.unparse(line.target) == "name" and isinstance(line.value, ast.Constant):
+                    found[str(line.value.value)] = (module.name, node.name)
+    return found
+
+
+def _ours(name: str) -> type[Task]:
+    module, attribute = _places()[name]
+    task: type[Task] = getattr(import_module(f"harness.tasks.{module}"), attribute)
+    return task
 
 
 def kind_of(task: type[Task] | Task) -> str:
@@ -89,11 +77,9 @@ def listing() -> list[dict[str, str]]:
     from spectra_db.card import TASKS
 
     rows = []
-    for name, place in _TASKS.items():
-        module, attribute = place.split(":")
-        task = getattr(import_module(f"harness.tasks.{module}"), attribute)
-        data, terms = TASKS[name]
-        row = {"name": name, "predicts": kind_of(task), "size": _SIZES[name], "data": data}
+    for name in names():
+        task, (data, terms) = _ours(name), TASKS.get(name, ("", ""))
+        row = {"name": name, "predicts": kind_of(task), "size": task.extent, "data": data}
         rows.append(row | {"terms": terms})
     return rows
 
@@ -115,12 +101,11 @@ def get(name: str, **options: Any) -> Task:
     """
     if ":" in name:
         task = _own(name)
-    elif name in _TASKS:
-        module, attribute = _TASKS[name].split(":")
-        task = getattr(import_module(f"harness.tasks.{module}"), attribute)
+    elif name in _places():
+        task = _ours(name)
     else:
-        close = difflib.get_close_matches(name, _TASKS, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"tasks: {', '.join(_TASKS)}"
+        close = difflib.get_close_matches(name, names(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"tasks: {', '.join(names())}"
         raise UnknownTaskError(f"unknown task {name!r}; {hint}, or module:Class of your own")
     allowed = [field.name for field in fields(task)]
     unknown = sorted(set(options) - set(allowed))

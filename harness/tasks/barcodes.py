@@ -43,6 +43,7 @@ class MnistBarcodes(Mnist):
     rare_images: int = 5
 
     name: ClassVar[str] = "mnist-barcodes"
+    extent: ClassVar[str] = "50,000 of MNIST and 51,200 of 10,240 rare classes, 28 × 28"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class Task(ABC):
     """Draw batches and define the loss; subclasses are frozen dataclasses of their options."""
 
     name: ClassVar[str]
+    extent: ClassVar[str] = ""  # how much data there are, for lists
     metric: ClassVar[str]  # "accuracy" where `score` gives one, else "loss"
     # True: the logits of position t may follow from the inputs up to t alone; False: from those
     # after it, too; None: the inputs are no sequences of tokens (B, T).

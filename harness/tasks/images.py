@@ -84,6 +84,7 @@ class Digits(ImageTask):
     """
 
     name: ClassVar[str] = "digits"
+    extent: ClassVar[str] = "1,437 + 360 of 8 × 8, embedded"
     mean: ClassVar[tuple[float, ...]] = (0.3049,)
     std: ClassVar[tuple[float, ...]] = (0.3758,)
     max_pixel: ClassVar[int] = 16
@@ -171,6 +172,7 @@ class Mnist(ParquetImages):
     """Read MNIST: 60,000 + 10,000 grey images of 28x28, normalised by its known mean and std."""
 
     name: ClassVar[str] = "mnist"
+    extent: ClassVar[str] = "60,000 + 10,000 of 28 × 28"
     folder: ClassVar[str] = "mnist"
     repo: ClassVar[str] = "ylecun/mnist"
     mean: ClassVar[tuple[float, ...]] = (0.1307,)
@@ -194,6 +196,7 @@ class Cifar10(ParquetImages):
     test_size: int | None = 2_000
 
     name: ClassVar[str] = "cifar10"
+    extent: ClassVar[str] = "50,000 + 10,000 of 3 × 32 × 32"
     folder: ClassVar[str] = "cifar10"
     repo: ClassVar[str] = "uoft-cs/cifar10"
     columns: ClassVar[tuple[str, str]] = ("img", "label")
@@ -217,6 +220,7 @@ class ImageNet(ParquetImages):
     train_size: int | None = 1_000
 
     name: ClassVar[str] = "imagenet"
+    extent: ClassVar[str] = "3 × 224 × 224; 1,000 classes"
     folder: ClassVar[str] = "imagenet1k_sample"
     splits: ClassVar[tuple[str, ...]] = ("train",)
     repo: ClassVar[str] = "ILSVRC/imagenet-1k"

@@ -96,6 +96,7 @@ class Cornell(MaskedTask):
     train_lines: int | None = None
 
     name: ClassVar[str] = "cornell"
+    extent: ClassVar[str] = "234,628 lines of dialogue"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +144,7 @@ class MaskedBooks(MaskedTask):
     titles: tuple[str, ...] = BOOKS
 
     name: ClassVar[str] = "masked-books"
+    extent: ClassVar[str] = "8.1 MB of text"
 
     def read(self, root: Path | None) -> Data:
         """Read the books' tokens into sequences (N, context)."""

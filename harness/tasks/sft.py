@@ -46,6 +46,7 @@ class Instructions(Task):
     tokenizer: str = "gpt2"
 
     name: ClassVar[str] = "sft"
+    extent: ClassVar[str] = "2,000 or 6,400 instructions"
     metric: ClassVar[str] = "loss"
     causal: ClassVar[bool | None] = True
 

@@ -46,6 +46,7 @@ class GaussianClasses(Task):
     seed: int = 0
 
     name: ClassVar[str] = "gaussian-classes"
+    extent: ClassVar[str] = "2,048 of 128 dimensions, 256 classes, drawn"
     metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:

@@ -128,6 +128,7 @@ class Pydoc(TextTask):
     """
 
     name: ClassVar[str] = "pydoc"
+    extent: ClassVar[str] = "about 0.5 MB of text, embedded"
 
     def corpus(self, root: Path | None) -> Corpus:
         """Join the topics of the running interpreter; no root is needed."""
@@ -144,6 +145,7 @@ class TinyShakespeare(TextTask):
     """Read tiny Shakespeare with its own 65 characters; split 90 : 10 as in nanoGPT."""
 
     name: ClassVar[str] = "tiny-shakespeare"
+    extent: ClassVar[str] = "1.1 MB of text"
     alphabet: ClassVar[str] = "own"
 
     def corpus(self, root: Path | None) -> Corpus:
@@ -174,6 +176,7 @@ class Books(TextTask):
     titles: tuple[str, ...] = BOOKS
 
     name: ClassVar[str] = "books"
+    extent: ClassVar[str] = "8.1 MB of text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,6 +210,7 @@ class WikiText(TextTask):
     tokenizer: str = "gpt2"
 
     name: ClassVar[str] = "wikitext"
+    extent: ClassVar[str] = "2.4 MB of text, or the Hub's 13 MB"
 
     def corpus(self, root: Path | None) -> Corpus:
         """Read `wikitext2/`, or the real splits from the Hub."""
@@ -248,6 +252,7 @@ class OpenWebText(TextTask):
     documents: int = 2_000
 
     name: ClassVar[str] = "openwebtext"
+    extent: ClassVar[str] = "2,000 documents of the Hub"
 
     def __post_init__(self) -> None:
         super().__post_init__()

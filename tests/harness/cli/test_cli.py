@@ -72,12 +72,13 @@ def test_list_gives_json_with_name_family_and_tier():
     assert {"name": "cnn-digits", "family": "cnn", "tier": "demo"}.items() <= listed[0].items()
 
 
-def test_list_shows_the_tasks_with_their_terms():
+def test_list_shows_the_tasks_with_their_terms(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     shown = call("list", "--tasks").stdout
     assert "masked token" in shown
     assert "or module:Class of your own" in shown
     listed = json.loads(call("list", "--tasks", "--json").stdout)
-    assert [task["name"] for task in listed][:2] == ["digits", "mnist"]
+    assert [task["name"] for task in listed][:2] == ["books", "cifar10"]
     assert "--tier is of models" in refused(call("list", "--tasks", "--tier", "demo"))
 
 

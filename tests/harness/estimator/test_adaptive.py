@@ -64,7 +64,7 @@ def test_both_errors_end_within_the_tolerance_and_the_truth_within_both(metric, 
 def test_rounds_end_with_the_rows_that_one_round_gives():
     model, batch = problem("mlp", num_samples=12)
     rounds = []
-    reached = reach(tolerance=0.05, on_round=rounds.append)
+    reached = reach(tolerance=0.02, on_round=rounds.append)
     assert len({r.num_probes for r in rounds}) > 1
     at_once = estimate_spectra(
         model,

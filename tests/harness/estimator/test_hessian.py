@@ -25,9 +25,9 @@ CPU = torch.device("cpu")
 MODELS = ("cnn", "vit", "gpt", "mlp")
 
 
-def dense_hessian(model, loss_fn, batch, partition):
+def dense_hessian(model, loss_fn, batch, partition, *, vectorize=True):
     """Return blocks and their dense Hessians by autograd on the whole flat parameter vector."""
-    return _blocks_of(model, _whole_hessian(model, loss_fn, batch), partition)
+    return _blocks_of(model, _whole_hessian(model, loss_fn, batch, vectorize), partition)
 
 
 def exact_blocks(name, partition):
@@ -35,7 +35,7 @@ def exact_blocks(name, partition):
     return _blocks_of(problem(name)[0], _hessian_of_problem(name), partition)
 
 
-def _whole_hessian(model, loss_fn, batch):
+def _whole_hessian(model, loss_fn, batch, vectorize=True):
     names = [name for name, _ in model.named_parameters()]
     shapes = [p.shape for p in model.parameters()]
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -48,7 +48,7 @@ def _whole_hessian(model, loss_fn, batch):
 
     model.eval()
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.autograd.functional.hessian(loss, flat, vectorize=True)
+        return torch.autograd.functional.hessian(loss, flat, vectorize=vectorize)
 
 
 @cache  # it takes seconds

@@ -216,7 +216,7 @@ def test_the_heatmap_holds_the_pairwise_distances(page, tables_folder):
 def test_the_best_curve_of_each_optimizer_is_marked(page):
     curves = data_of(page, "models/good")["curves"]
     assert [(c["optimizer"], c["lr"]) for c in curves if c["best"]] == [
-        ("adamw", 0.1),
+        ("adamw", 0.01),
         ("sgd", 0.1),
     ]
     assert len(curves) == 4

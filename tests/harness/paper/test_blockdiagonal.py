@@ -22,10 +22,10 @@ def exact_hessian(problem, blocks) -> np.ndarray:
     def loss(*tensors):
         changed = {**named, **dict(zip(names, tensors, strict=True))}
         total = 0.0
-        for (images, labels), terms in zip(problem.batches, problem.batch_weights, strict=True):
+        for images, labels in problem.batches:
             logits = torch.func.functional_call(model, changed, (images.double(),))
             loss = torch.nn.functional.cross_entropy(logits, labels)
-            total = total + loss * terms / problem.num_terms
+            total = total + loss * len(labels) / problem.num_terms
         return total
 
     tensors = tuple(named[name].detach() for name in names)
@@ -42,13 +42,8 @@ def measured():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 10))
     problem = load_problem(get("cnn-digits"))
     images, labels = problem.batches[0]
-    problem = replace(
-        problem,
-        model=net,
-        batches=[(images[:8], labels[:8]), (images[8:12], labels[8:12])],
-        batch_weights=[8, 4],
-        num_terms=12,
-    )
+    batches = [(images[:8], labels[:8]), (images[8:12], labels[8:12])]
+    problem = replace(problem, model=net).on(batches)
     blocks = find_blocks(net)
     squares = blockdiagonal.squared_norms(problem, blocks, num_probes=100)
     H = exact_hessian(problem, blocks)

@@ -40,17 +40,23 @@ def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
         hessian_batch_size=2,
         microbatch_size=None,
     )
+    if not entry.trains and "context" in entry.task_options:  # as the others, in seconds
+        tiny = replace(tiny, task_options={**entry.task_options, "context": 64})
     task = tasks.get(tiny.task, **tiny.task_options)
     data = task.load(data_root)
     if task.metric == "accuracy":  # images are scored on the whole test split
         data = replace(data, test=tuple(tensor[:2] for tensor in data.test))
     for optimizer, rates in (("sgd", recipe.sgd_lrs), ("adamw", recipe.adamw_lrs)):
-        run = train(tiny, data, optimizer=optimizer, lr=rates[0], seed=1, checkpoint_dir=tmp_path)
-        assert run.final_loss != run.init_loss or run.diverged
+        if entry.trains:  # the paper's systems at their size are not
+            run = train(
+                tiny, data, optimizer=optimizer, lr=rates[0], seed=1, checkpoint_dir=tmp_path
+            )
+            assert run.final_loss != run.init_loss or run.diverged
 
-    problem = load_problem(tiny, "final", 1, data_root=data_root, checkpoint_dir=tmp_path)
-    checkpoint_path(tmp_path, tiny.name, 1, "final").unlink()
-    assert problem.step == 1
+    stage = "final" if entry.trains else "init"
+    problem = load_problem(tiny, stage, 1, data_root=data_root, checkpoint_dir=tmp_path)
+    checkpoint_path(tmp_path, tiny.name, 1, "final").unlink(missing_ok=True)
+    assert problem.step == (1 if entry.trains else 0)
     block = min(problem.blocks(entry.partition), key=lambda block: block.num_params)
     with opened(problem.objective, [block], Settings(device="cpu")) as hessian:
         [product] = hessian.products([(0, torch.ones(block.num_params))])

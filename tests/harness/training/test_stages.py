@@ -188,7 +188,7 @@ def test_saving_stages_does_not_change_the_run(make_entry: MakeEntry, tmp_path: 
 def test_a_problem_is_cut_into_microbatches_weighted_by_terms(make_entry: MakeEntry) -> None:
     problem = load_problem(make_entry())
     assert [len(batch[0]) for batch in problem.batches] == [20, 20, 10]
-    assert problem.batch_weights == [20, 20, 10]
+    assert problem.objective.count == problem.task.num_terms
     assert (problem.batch_size, problem.microbatch_size, problem.num_terms) == (50, 20, 50)
     whole = load_problem(make_entry(microbatch_size=None))
     assert len(whole.batches) == 1

@@ -63,8 +63,9 @@ def take_spectrum(
     parts: list[Any] = [done.to_dict("records")]
 
     def write(rows: list[Row]) -> None:
-        version.note(problem.entry, ledger)
-        ledger.write("runs", [run])
+        if len(parts) == 1:  # the first block of this run
+            version.note(problem.entry, ledger)
+            ledger.write("runs", [run])
         ledger.write("spectra", rows)
         parts.append(rows)
 

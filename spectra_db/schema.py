@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from spectra_db.words import ANSWERS, PARTITIONS, STAGES, listed
+from spectra_db.words import ANSWERS, STAGES, listed
 
 PROTOCOL_VERSION = 1
 # Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second, and
@@ -39,7 +39,8 @@ _MODEL = _column("model", _TEXT, "Name of the registry entry")
 _STAGE = _column("stage", _TEXT, f"Stage of training: {listed(STAGES)}")
 _INIT_SEED = _column("init_seed", _INT, "Seed of the model's initialisation")
 _TRAIN_RUN = _column("train_run", _TEXT, "Training run of the stage, empty at initialisation")
-_PARTITION = _column("partition", _TEXT, f"How parameters form blocks: {listed(PARTITIONS)}")
+# Those that releases have: a description is part of each file, and stays.
+_PARTITION = _column("partition", _TEXT, "How parameters form blocks: weights, paper, all or full")
 _BLOCK = _column("block", _TEXT, "Name of the block: its parameter's, [q], [k], [v] for a slice")
 _KIND = _column("kind", _TEXT, "Role of the block's parameters: embedding, query, conv, ...")
 _NUM_PARAMS = _column("num_params", _INT, "Number of parameters", "parameters")

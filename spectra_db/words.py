@@ -9,7 +9,7 @@ ANSWERS = ("yes", "no", "unclear")
 FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
 STAGES = tuple(FRACTIONS)
 # Of rules; rows of blocks that a caller chose say `custom`.
-PARTITIONS = ("weights", "paper", "all", "full")
+PARTITIONS = ("weights", "paper", "all", "full", "layers", "heads")
 # ranked and reference: entries of protocol 2, those of the leaderboard and those shown beside it.
 TIERS = ("demo", "small", "paper", "ranked", "reference")
 

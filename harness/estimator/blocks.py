@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -14,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from harness.errors import UserError
+from harness.estimator.heads import size_of_head, slices_of
 from harness.estimator.kinds import (
     OTHER_KINDS,
     WEIGHT_KINDS,
@@ -21,29 +23,11 @@ from harness.estimator.kinds import (
     is_matrix,
     is_transposed,
     kind_of,
-    place_of,
 )
 from spectra_db.words import PARTITIONS
 
 FULL_BLOCK = "__full__"
 
-_QKV = ("query", "key", "value")
-# Fused projections whose parts lie one after the other along the output dimension.
-_FUSED = {
-    re.compile(r"^(qkv|to_qkv|w_?qkv|c_attn|qkv_proj|qkv_linear|in_proj)$", re.I): _QKV,
-    re.compile(r"^(kv|to_kv|w_?kv|kv_proj|kv_linear)$", re.I): _QKV[1:],
-}
-# Modules whose fused weights interleave the parts head by head under a name of `_FUSED`, as do
-# those of timm that are made with `head_first=True`.
-_INTERLEAVED = {
-    "QKVAttentionLegacy",
-    "timm.layers.halo_attn.HaloAttn",
-    "timm.models.efficientformer.Attention",
-    "timm.models.tiny_vit.Attention",
-    "transformers.models.codegen.modeling_codegen.CodeGenAttention",
-    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention",
-    "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
-}
 _HEAD = re.compile(r"(^|_)(head|classifier|score|decoder|fc)($|_)", re.I)
 # What `torch.nn.utils.parametrize` computes a parameter from: of weight_norm `original1`, the
 # direction, has the weight's shape, and `original0`, the lengths, has not.
@@ -78,9 +62,10 @@ class Block:
     """The parameters of one diagonal block of the Hessian.
 
     Attributes:
-        name: The parameter's name, with `[q]`, `[k]` or `[v]` appended for a slice.
+        name: The parameter's name, with `[q]`, `[k]` or `[v]`, and the number of a head, appended
+            for a slice; of several weights their module's.
         kind: One of `WEIGHT_KINDS` and `OTHER_KINDS` (attention: a fused weight left whole, or
-            what else lies in attention), or full.
+            what else lies in attention), layer (several weights), or full.
         parts: What the block consists of, in the order in which its vectors are laid out.
         num_params: Number of parameters n; vectors of the block have shape (n,).
         shape: Shape of the parameter or slice; (n,) where the block has several parts.
@@ -114,7 +99,9 @@ def find_blocks(
         partition: `weights` (weight tensors of linear, convolution, embedding and recurrent
             modules, positional embeddings and bare matrices; query, key and value apart), `paper`
             (these and the biases of the same modules, restricted to `paper_blocks`), `all` (every
-            parameter), `full` (one block of all parameters). docs/protocol.md defines them.
+            parameter), `full` (one block of all parameters), `layers` (the weights of a layer
+            together), `heads` (`weights` with query and key cut head by head, as Adam-mini has
+            them: Zhang et al. 2024, arXiv 2406.16793). docs/protocol.md defines them.
         paper_blocks: Shell patterns over block names that `paper` keeps; None keeps all.
         kinds: Kinds by shell pattern over names of parameters, which are then left whole, or of
             slices. The first pattern that fits decides, and whether it is a block of `weights`.
@@ -147,12 +134,16 @@ def find_blocks(
         blocks = list(_parameter_blocks(model, named, kinds or {}))
         weights = {b.name for b in blocks if _is_weight(b)}
         weights |= {b.parts[0].parameter for b in blocks if _is_weight(b)}
-        if partition == "weights":
+        if partition in ("weights", "layers", "heads"):
             blocks = [b for b in blocks if _is_weight(b)]
         elif partition == "paper":
             blocks = [b for b in blocks if _is_weight(b) or weights & _weights_of_bias(b)]
             if paper_blocks is not None:
                 blocks = _matching(blocks, paper_blocks)
+    if partition == "layers":
+        blocks = _by_layer(blocks)
+    elif partition == "heads":
+        blocks = [head for block in blocks for head in _by_head(block, model)]
     if not blocks:
         raise UserError(
             f"the model {type(model).__name__} has no trainable parameter in partition "
@@ -190,7 +181,7 @@ def _parameter_blocks(
         name = _uncompiled(full_name)
         plain = _plain_name(name, parameter, modules)
         shape = tuple(parameter.shape)
-        dim, slices = _slices(plain, modules, parameter)
+        dim, slices = slices_of(plain, modules, parameter)
         if (kind := given.kind(name)) is not None or not slices:
             kind = kind or kind_of(plain, shape, modules, head)
             whole = (Part(full_name),)
@@ -204,6 +195,65 @@ def _parameter_blocks(
             kind = given.kind(part_name) or Kind(slice_kind)
             yield Block(part_name, kind.name, (part,), prod(part_shape), part_shape)
     given.check_all_matched([name for name, _ in named])
+
+
+def _by_layer(blocks: Sequence[Block]) -> list[Block]:
+    """Put together the weights of each layer: the innermost numbered module with several.
+
+    What no such module holds stays with the weights of its own module.
+    """
+    names = {block: _PARAMETRIZED.sub(r"\1\2", block.name) for block in blocks}
+    within = Counter(path for name in names.values() for path in _numbered(name))
+    layers: dict[str, list[Block]] = {}
+    for block, name in names.items():
+        own = name.rpartition(".")[0] or name
+        layer = next((path for path in _numbered(name) if within[path] > 1), own)
+        layers.setdefault(layer, []).append(block)
+    return [_joined(layer, members) for layer, members in layers.items()]
+
+
+def _numbered(name: str) -> list[str]:
+    """Return the paths of the numbered modules around a parameter, the innermost first.
+
+    >>> _numbered("layers.0.blocks.1.mlp.weight")
+    ['layers.0.blocks.1', 'layers.0']
+    """
+    words = name.split(".")[:-1]
+    return [".".join(words[: i + 1]) for i in range(len(words) - 1, -1, -1) if words[i].isdigit()]
+
+
+def _joined(layer: str, members: Sequence[Block]) -> Block:
+    """Return one block of several, under the layer's name."""
+    if len(members) == 1:
+        return replace(members[0], name=layer)
+    size = sum(block.num_params for block in members)
+    parts = tuple(part for block in members for part in block.parts)
+    guessed = any(block.is_guessed for block in members)
+    return Block(layer, "layer", parts, size, (size,), guessed)
+
+
+def _by_head(block: Block, model: nn.Module) -> list[Block]:
+    """Cut a query or key into its heads; other blocks, and those of unknown heads, stay whole."""
+    (part,) = block.parts
+    modules = {_uncompiled(name): module for name, module in model.named_modules()}
+    name = _plain_name(_uncompiled(part.parameter), model.get_parameter(part.parameter), modules)
+    dim = int(is_transposed(modules[name.rpartition(".")[0]])) if part.dim is None else part.dim
+    size = 0
+    if block.kind in ("query", "key"):
+        size = size_of_head(name, modules, block.shape[dim])
+    if not size:
+        return [block]
+    shape = (*block.shape[:dim], size, *block.shape[dim + 1 :])
+    return [
+        replace(
+            block,
+            name=f"{block.name}[{head}]",
+            parts=(Part(part.parameter, dim, start, start + size),),
+            num_params=prod(shape),
+            shape=shape,
+        )
+        for head, start in enumerate(range(part.start, part.start + block.shape[dim], size))
+    ]
 
 
 class _Given:
@@ -245,66 +295,6 @@ def _plain_name(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Mod
     path, attribute = found.groups()
     computed = getattr(modules[path.removesuffix(".")], attribute)
     return f"{path}{attribute}" if computed.shape == parameter.shape else name
-
-
-def _slices(
-    name: str, modules: Mapping[str, nn.Module], parameter: nn.Parameter
-) -> tuple[int, list[tuple[str, int]]]:
-    """Return the dimension of a fused weight's parts, and the kind and size of each.
-
-    There are none where it is no fused weight, or the sizes of its parts are not known.
-    """
-    path, _, attribute = name.rpartition(".")
-    module, parent = modules[path], modules[path.rpartition(".")[0]]
-    if isinstance(module, nn.MultiheadAttention):
-        size = len(parameter) // 3
-        return 0, [(k, size) for k in _QKV] if attribute == "in_proj_weight" else []
-    last = path.rpartition(".")[2]
-    kinds = next((kinds for pattern, kinds in _FUSED.items() if pattern.match(last)), ())
-    if not kinds or attribute != "weight" or parameter.dim() < 2 or _interleaves(parent):
-        return 0, []
-    # Mamba calls its gated input projection `in_proj` too.
-    if last == "in_proj" and place_of(path, modules)[0] != "attention":
-        return 0, []
-    dim = int(is_transposed(module))
-    num_outputs, num_inputs = parameter.shape[dim], parameter.shape[1 - dim]
-    if num_outputs == len(kinds) * num_inputs:
-        return dim, [(k, num_inputs) for k in kinds]
-    sizes = _sizes_of_heads(parent, len(kinds) == len(_QKV))
-    fits = sum(sizes) == num_outputs
-    return dim, list(zip(kinds, sizes, strict=True)) if fits else []
-
-
-def _sizes_of_heads(attention: nn.Module, has_query: bool) -> list[int]:
-    """Return the outputs of the query, if it is there, the key and the value; zeros if unknown.
-
-    Grouped queries have more heads than keys and values; all have one dimension.
-    """
-    config = getattr(attention, "config", None)
-
-    def number(*names: str) -> int:
-        found = [getattr(place, n, None) for place in (attention, config) for n in names]
-        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), 0)
-
-    size = number("head_dim", "dim_head", "d_head", "head_size", "d_k")
-    heads = number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-    groups = number("num_key_value_groups", "n_rep")  # queries of a key
-    grouped = number(
-        *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads"),
-        *("n_local_heads", "n_query_groups", "num_query_groups"),
-    )
-    grouped = grouped or (heads // groups if groups else heads)
-    width = number("embed_dim", "hidden_size", "n_embd", "d_model", "dim")
-    size = size or (width // heads if heads else 0)
-    return [heads * size] * has_query + [grouped * size] * 2
-
-
-def _interleaves(module: nn.Module) -> bool:
-    """Tell whether an attention module is known to lay its fused weight out head by head."""
-    names = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
-    # Diffusion models give the fused outputs to a module that cuts them head by head.
-    names |= {type(child).__name__ for child in module.children()}
-    return bool(names & _INTERLEAVED) or getattr(module, "head_first", None) is True
 
 
 def _head_name(model: nn.Module) -> str | None:

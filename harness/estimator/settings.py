@@ -13,8 +13,9 @@ from harness.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-# Blocks up to this size are diagonalised: n products cost no more than 10 probes x 100 steps.
-EXACT_SIZE = 1000
+# Blocks up to this size are diagonalised: n products cost no more than 10 probes x 100 steps. Where
+# more are asked for, larger blocks are, up to one whose matrix and its eigenvalues take seconds.
+EXACT_SIZE, MOST_EXACT = 1000, 4000
 # What may be chosen; the first is the protocol's.
 CHOICES = {
     "norm_mode": ("eval", "train"),
@@ -29,7 +30,7 @@ class Settings:
     """How a spectrum is taken.
 
     Attributes:
-        partition: Of the parameters into blocks: weights, paper, all, full, or custom.
+        partition: Of the parameters into blocks, as `find_blocks` has them, or custom.
         num_probes: Probes per block; 10 in the paper. Errors of metrics need at least 3.
         num_steps: Lanczos steps per probe; 100 in the paper.
         dtype: Arithmetic of the products, float32 or float64 (or the torch.dtype of that name);
@@ -44,7 +45,8 @@ class Settings:
             halved, and so is one for which the device's memory turns out not to be enough. Not
             counted: the model, the first check of the loss, one pass without a graph over each
             batch as it is given, and freed memory that an allocator doesn't give back.
-        exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
+        exact_size: Blocks of at most this many parameters are diagonalised; None: 1,000, as by the
+            protocol, or as many as the products of a block's probes (4,000 at most).
 
     Raises:
         UserError: One of them is out of range.
@@ -60,17 +62,18 @@ class Settings:
     reorthogonalize: bool = False
     matmul_precision: str = "highest"
     memory_budget: int | None = None
-    exact_size: int = EXACT_SIZE
+    exact_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""
         plain: dict[str, Any] = {
             "num_probes": whole_number("num_probes", self.num_probes, 1),
             "num_steps": whole_number("num_steps", self.num_steps, 1),
-            "exact_size": whole_number("exact_size", self.exact_size, 0),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": None if self.device is None else str(self.device),
         }
+        if self.exact_size is not None:
+            plain["exact_size"] = whole_number("exact_size", self.exact_size, 0)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         check_bytes(self.memory_budget)
@@ -105,7 +108,8 @@ class Settings:
 
     def is_exact(self, num_params: int) -> bool:
         """Tell whether a block of that many parameters is diagonalised."""
-        return num_params <= self.exact_size
+        by_cost = max(EXACT_SIZE, min(self.num_probes * self.num_steps, MOST_EXACT))
+        return num_params <= (by_cost if self.exact_size is None else self.exact_size)
 
     def num_products(self, num_params: int) -> int:
         """Return the products that a block of that many parameters takes."""

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from harness import find_blocks
 from harness.errors import UserError
 from harness.estimator.blocks import unclassified
+from spectra_db.words import PARTITIONS
 
 from .models import GPT
 
@@ -38,7 +39,7 @@ def kinds(model, partition="weights"):
     return {block.name: block.kind for block in find_blocks(model, partition)}
 
 
-@pytest.mark.parametrize("partition", ["weights", "paper", "all", "full"])
+@pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_disjoint_and_all_and_full_cover_every_parameter(name, partition):
     model = MODELS[name]()
@@ -81,6 +82,76 @@ def test_weights_leave_out_norms_biases_and_class_tokens_and_keep_positions():
     assert not any("norm" in name or "bias" in name for name in found)
 
 
+def test_layers_hold_the_weights_of_one_repeated_module_together():
+    layers = {b.name: b for b in find_blocks(gpt2(), "layers")}
+    assert list(layers) == ["transformer.wte", "transformer.wpe", "transformer.h.0"]
+    assert [b.kind for b in layers.values()] == ["embedding", "position", "layer"]
+    assert layers["transformer.h.0"].num_params == 12 * (3 * 12 + 12 + 2 * 48)
+    convs = find_blocks(timm.create_model("resnet10t", num_classes=3), "layers")
+    stem = ["conv1.0", "conv1.3", "conv1.6"]  # one weight each
+    assert [b.name for b in convs] == [*stem, *(f"layer{i}.0" for i in (1, 2, 3, 4)), "fc"]
+    plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), weight_norm(nn.Linear(2, 2)))
+    assert [b.name for b in find_blocks(plain, "layers")] == ["0", "2"]
+    lstm = nn.LSTM(4, 4, num_layers=2)
+    assert [b.name for b in find_blocks(nn.ModuleDict({"lstm": lstm}), "layers")] == ["lstm"]
+
+
+def test_heads_cut_queries_and_keys_alone_and_are_those_that_attention_uses():
+    heads = {b.name: b for b in find_blocks(gpt2(), "heads")}
+    weight = "transformer.h.0.attn.c_attn.weight"
+    cut = [name for name in heads if name.startswith(weight)]
+    assert cut == [f"{weight}[{x}]" for x in ("q][0", "q][1", "k][0", "k][1", "v")]
+    assert heads[f"{weight}[k][1]"].shape == (12, 6)
+    assert heads[f"{weight}[k][1]"].parts[0].start == 12 + 6
+    others = {b.name for b in find_blocks(gpt2()) if b.kind not in ("query", "key")}
+    assert others < set(heads)
+    # A query's head that is zero gives uniform attention in that head alone.
+    attention = nn.MultiheadAttention(8, 2, bias=False)
+    (first, *_) = find_blocks(nn.ModuleDict({"attn": attention}), "heads")
+    with torch.no_grad():
+        first.parts[0].of(attention.in_proj_weight).zero_()
+    x = torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0))
+    _, maps = attention(x, x, x, average_attn_weights=False)
+    assert torch.allclose(maps[0, 0], torch.full((5, 5), 0.2))
+    assert not torch.allclose(maps[0, 1], torch.full((5, 5), 0.2))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "deepseek_v3"])
+def test_heads_are_as_many_as_the_configuration_says(family):
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "vocab_size": 20, "num_hidden_layers": 1}
+    sizes |= {"intermediate_size": 16}
+    given = {
+        "llama": sizes | {"num_key_value_heads": 2},
+        "bert": sizes,
+        "t5": {"d_model": 16, "d_kv": 8, "num_heads": 4, "d_ff": 16, "num_layers": 1,
+               "vocab_size": 20, "num_decoder_layers": 1},
+        "deepseek_v3": sizes | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8,
+                                "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
+                                "first_k_dense_replace": 1},
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, **given[family])
+    kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModel
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    blocks = find_blocks(model, "heads")
+    queries = [b for b in blocks if b.kind == "query" and b.name.endswith("]")]
+    keys = [b for b in blocks if b.kind == "key" and b.name.endswith("]")]
+    layers = 3 if family == "t5" else 1  # encoder, decoder and what it sees of the encoder
+    assert len(queries) == 4 * layers
+    expected = {"llama": 2, "deepseek_v3": 0}  # its keys and values are one latent projection
+    assert len(keys) == expected.get(family, 4) * layers
+
+
+def test_heads_that_nothing_tells_stay_whole():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    names = [b.name for b in find_blocks(nn.ModuleDict({"attn": Bare()}), "heads")]
+    assert names == ["attn.query.weight", "attn.key.weight", "attn.value.weight"]
+
+
 def test_paper_adds_the_biases_of_the_same_modules_and_nothing_else():
     model = MODELS["torch encoder"]()
     added = set(kinds(model, "paper")) - set(kinds(model))
@@ -120,7 +191,7 @@ def test_frozen_parameters_belong_to_no_block_and_a_frozen_model_is_refused():
 
 def test_unknown_partition_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="weights, paper, all, full"):
-        find_blocks(nn.Linear(1, 1), "layers")
+        find_blocks(nn.Linear(1, 1), "layer")
 
 
 def test_parametrized_weights_are_blocks_of_the_kinds_that_they_had():

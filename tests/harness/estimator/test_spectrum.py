@@ -92,6 +92,15 @@ def test_exact_blocks_hold_the_eigenvalues():
         )
 
 
+def test_blocks_that_are_cheaper_exact_are_diagonalised():
+    assert Settings(num_probes=3, num_steps=40).is_exact(1000)
+    assert not Settings(num_probes=10, num_steps=100).is_exact(1001)
+    assert Settings(num_probes=20, num_steps=100).is_exact(2000)
+    assert not Settings(num_probes=20, num_steps=100).is_exact(2001)
+    assert not Settings(num_probes=100, num_steps=100).is_exact(4001)
+    assert not Settings(num_probes=20, num_steps=100, exact_size=0).is_exact(1)
+
+
 def test_rows_do_not_depend_on_the_order_of_blocks_or_on_the_others():
     model, batch = problem("gpt")
     blocks = find_blocks(model)
@@ -263,7 +272,7 @@ def test_attention_and_recurrent_kernels_without_second_derivative_are_avoided()
         ({"dtype": torch.int64}, "float32, float64"),
         ({"dtype": torch.bfloat16}, "float32, float64"),
         ({"norm_mode": "both"}, "eval, train"),
-        ({"blocks": "layers"}, "weights, paper, all, full"),
+        ({"blocks": "layer"}, "weights, paper, all, full"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
     ],
 )

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from spectra_db import manifest, store
 from spectra_db.errors import NotFound, hint
 from spectra_db.schema import TABLES
-from spectra_db.words import PARTITIONS, STAGES, STATUSES
+from spectra_db.words import PARTITIONS, STAGES, STATUSES, is_stage
 
 BUNDLED = Path(__file__).parent / "data"
 # Columns of few words, a misspelt one of which would select nothing.
@@ -132,7 +132,7 @@ def _condition(table: str, filters: dict[str, Any]) -> pc.Expression | None:
         values = _values(value)
         words = _WORDS.get(column, ())
         for word in values if words else ():
-            if word not in words:
+            if word not in words and not (column == "stage" and is_stage(str(word))):
                 raise NotFound(f"no {column} {word!r}; {hint(str(word), words)}")
         try:
             asked = [v for v in values if v is not None]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from spectra_db import manifest
 from spectra_db.loading import folder_of, load, optional
-from spectra_db.words import STAGES
+from spectra_db.words import in_order
 
 # The reading that the leaderboard shows first.
 _READING = {"metric": "js0", "scale": "lambda10"}
@@ -41,7 +41,8 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
     spectra = optional("spectra", source, model=model)
     stages = optional("stages", source, model=model)
     release = manifest.read(folder_of(source))
-    measured = measured.sort_values("stage", key=lambda stage: stage.map(STAGES.index))
+    order = in_order(measured["stage"])
+    measured = measured.sort_values("stage", key=lambda stage: stage.map(order.index))
     return {
         "version": None if release is None else release.version,
         "model": _records(row)[0],

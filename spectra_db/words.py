@@ -1,6 +1,9 @@
-"""The words of columns that hold few: each list stands here alone. Imports nothing."""
+"""The words of columns that hold few: each list stands here alone. Imports nothing of ours."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 STATUSES = ("ok", "zero", "pending", "failed")
 # "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
@@ -12,6 +15,29 @@ STAGES = tuple(FRACTIONS)
 PARTITIONS = ("weights", "paper", "all", "full", "layers", "heads")
 # ranked and reference: entries of protocol 2, those of the leaderboard and those shown beside it.
 TIERS = ("demo", "small", "paper", "ranked", "reference")
+
+
+# Of models outside the registry: as they came, and along a training of one's own.
+_OWN_STAGE = re.compile(r"current|step-(\d+)")
+
+
+def is_stage(name: str) -> bool:
+    """Tell whether rows may be of a stage of that name."""
+    return name in FRACTIONS or _OWN_STAGE.fullmatch(name) is not None
+
+
+def in_order(stages: Iterable[str]) -> list[str]:
+    """Return stages as training passes them, each once.
+
+    >>> in_order(["final", "step-200", "step-30", "init", "init"])
+    ['init', 'step-30', 'step-200', 'final']
+    """
+
+    def place(stage: str) -> tuple[float, int]:
+        own = _OWN_STAGE.fullmatch(stage)
+        return (0.5, int(own[1] or 0)) if own else (FRACTIONS.get(stage, 1.0), 0)
+
+    return sorted(set(stages), key=place)
 
 
 def listed(words: tuple[str, ...]) -> str:

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.trainer_callback import CallbackHandler
+
+import harness
+import spectra_db
+from harness.errors import UserError
+
+BATCH = (
+    torch.randn(12, 4, generator=torch.Generator().manual_seed(0)),
+    torch.arange(12) % 3,
+)
+
+
+def loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Tanh(), nn.Linear(6, 3))
+
+
+def test_a_training_of_one_s_own_leaves_tables_of_its_spectra_and_goes_on_unchanged(tmp_path):
+    def train(record):
+        model = network()
+        update = torch.optim.SGD(model.parameters(), 0.5)
+        for step in range(7):
+            record(model, step)
+            assert model.training
+            update.zero_grad()
+            loss(model, BATCH).backward()
+            update.step()
+        return model
+
+    record = harness.Recorder(tmp_path, "mine", loss, [BATCH], every=3)
+    model = train(record)
+    record.take(model, 7)
+    alone = train(lambda model, step: None)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, alone.get_parameter(name))
+
+    rows = spectra_db.load("spectra", source=tmp_path)
+    assert set(rows["stage"]) == {"step-0", "step-3", "step-6", "step-7"}
+    expected = harness.estimate_spectra(model, loss, [BATCH], num_probes=3, num_steps=10)
+    last = spectra_db.load("spectra", source=tmp_path, stage="step-7")
+    assert [list(x) for x in last["nodes"]] == [list(x) for x in expected["nodes"]]
+    found = spectra_db.load("heterogeneity", source=tmp_path, stage="step-7", metric="js0")
+    by_scale = found.set_index("scale")["corrected"]
+    assert by_scale["lambda10"] == pytest.approx(spectra_db.js0(expected).corrected)
+    assert spectra_db.load("models", source=tmp_path)["num_params"].item() == 51
+
+
+def test_a_trainer_s_callback_takes_the_same(tmp_path):
+    record = harness.Recorder(tmp_path, "mine", loss, [BATCH], every=2)
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    model = network()
+    handler = CallbackHandler([record.for_trainer()], model, None, None, None)
+    for step in range(3):
+        state.global_step = step
+        handler.on_step_begin(None, state, control)
+    state.global_step = 3
+    handler.on_train_end(None, state, control)
+    stages = spectra_db.load("spectra", source=tmp_path)["stage"]
+    assert set(stages) == {"step-0", "step-2", "step-3"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": "No Slug"}, "name is 'No Slug'"),
+        ({"every": 0}, "every is 0"),
+        ({"num_probes": 2}, "num_probes is 2"),
+        ({"probes": 2}, "no argument 'probes'"),
+        ({"partition": "rows"}, "unknown partition 'rows'"),
+    ],
+)
+def test_what_can_not_be_is_refused(tmp_path, given, said):
+    plain = {"name": "mine", "loss_fn": loss, "batches": [BATCH], "every": 1}
+    with pytest.raises(UserError, match=said):
+        harness.Recorder(tmp_path / "out", **plain | given)(network(), 0)
+    assert not (tmp_path / "out").exists()

@@ -18,12 +18,12 @@ from harness.campaign.unit import Unit
 from harness.campaign.work import Job, execute, note_failure
 from harness.errors import output_error
 from harness.records import version
+from harness.records.provenance import describe_model
 from harness.registry import ModelEntry
 from harness.tasks.base import target_entropy
 from harness.training.gap import gap
 from harness.training.reference import reference_loss
 from harness.training.speedup import speedup
-from spectra_db.schema import PROTOCOL_VERSION
 
 
 def run_entries(
@@ -65,7 +65,8 @@ def run_entries(
         for survey in surveys:
             if survey.reason is None:
                 version.note(survey.entry, ledger)
-            ledger.write("models", [_row_of(survey)])
+            counts = survey.num_params, survey.num_blocks
+            ledger.write("models", [describe_model(survey.entry, *counts, survey.reason)])
         if engine is None:
             job = replace(job, sharers=sharers(jobs, job.device))
         drive(agenda, _engine(engine, partial(execute, job=job), agenda, jobs, job.device))
@@ -125,18 +126,3 @@ def _target_entropy(entry: ModelEntry, job: Job) -> float | None:
     data = job.data(entry)
     size = min(entry.recipe.eval_size, task.size(data, "train"))
     return target_entropy(task, task.fixed(data, "train", size))
-
-
-def _row_of(survey: Survey) -> dict[str, object]:
-    """Return the row of table `models`."""
-    entry = survey.entry
-    status = "ok" if survey.reason is None else "pending" if entry.status != "ok" else "failed"
-    same = ("family", "tier", "task", "source", "licence", "reference")
-    return {name: getattr(entry, name) for name in same} | {
-        "model": entry.name,
-        "num_params": survey.num_params,
-        "num_blocks": survey.num_blocks,
-        "status": status,
-        "reason": survey.reason,
-        "protocol_version": PROTOCOL_VERSION,
-    }

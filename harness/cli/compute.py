@@ -30,6 +30,18 @@ def _metrics() -> list[str]:
 
 @main.command()
 @click.argument("model")
+@click.option(
+    "--from",
+    "source",
+    metavar="SOURCE",
+    help="A model without an entry, as `add-model` takes it: timm:NAME, transformers:TYPE, ...",
+)
+@click.option("--task", help="Data and loss of --from, as `add-model` takes them.")
+@click.option(
+    "--weights",
+    metavar="FILE|OWNER/NAME",
+    help="Weights of --from: .safetensors, a saved state_dict, or a model on the Hub.",
+)
 @click.option("--stage", default="init", show_default=True, help=f"{listed(STAGES)}.")
 @choice("partition", *PARTITIONS)
 @click.option("--metric", type=LateChoice(_metrics), default="js0", show_default=True)
@@ -53,6 +65,9 @@ def _metrics() -> list[str]:
 @options("registry", "data_root", "out", "seed", "device", "log")
 def spectrum(
     model: str,
+    source: str | None,
+    task: str | None,
+    weights: str | None,
     stage: str,
     metric: str,
     tol: float | None,
@@ -79,6 +94,9 @@ def spectrum(
     one gradient. --batch-error takes each half of the batch as well, at the whole's cost again, and
     stores how far apart the metrics are.
 
+    With --from SOURCE --task TASK the model needs no entry, and MODEL is what its rows are called:
+    harness spectrum mine --from timm:resnet18 --task cifar10 --weights mine.safetensors --out OUT
+
     Started by torchrun, its processes share the work, one per device:
     torchrun --nproc-per-node=8 -m harness spectrum MODEL --out OUT
     """
@@ -88,16 +106,38 @@ def spectrum(
     from harness.estimator.device import choose_device
     from harness.records import version
     from harness.records.ledger import Ledger
+    from harness.records.provenance import describe_model
     from harness.registry import get
+    from harness.submission.outside import outside_problem
     from harness.training import load_problem
     from spectra_db.heterogeneity import WHOLE, that_need
 
-    entry, ledger = get(model, registry_dir=registry), Ledger(out)
-    version.check(entry, ledger)
+    ledger = Ledger(out)
+    if (source is None) != (task is None) or (weights is not None and source is None):
+        raise UserError("--from SOURCE goes with --task TASK, and --weights with both")
+    if source is not None and stage != "init":
+        raise UserError(f"--stage is {stage}; a model without an entry is taken as it is")
     if tol is not None and not 0 < tol < 1:
         raise UserError(f"--tol is {tol}; it must be between 0 and 1, for example 0.02")
     if memory_budget is not None and not 0 < memory_budget < float("inf"):
         raise UserError(f"--memory-budget is {memory_budget}; it must be positive, in GiB")
+    if source is None or task is None:
+        entry = get(model, registry_dir=registry)
+        version.check(entry, ledger)
+        problem = load_problem(
+            entry,
+            stage,
+            seed,
+            data_root=data_root,
+            checkpoint_dir=ledger.checkpoints,
+            sha256=ledger.checkpoint_sha256(entry.name, stage, seed),
+        )
+    else:
+        problem = outside_problem(
+            model, source, task, weights=weights, seed=seed, folder=registry, data_root=data_root
+        )
+        entry = problem.entry
+        version.check(entry, ledger)
     own = settings_of(entry)
     chosen = replace(
         own,
@@ -107,23 +147,20 @@ def spectrum(
         memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
         **settings,
     )
-    problem = load_problem(
-        entry,
-        stage,
-        seed,
-        data_root=data_root,
-        checkpoint_dir=ledger.checkpoints,
-        sha256=ledger.checkpoint_sha256(entry.name, stage, seed),
-    )
     choose_device(problem.model, chosen.device)
     cheaply = tol is not None or metric not in that_need(WHOLE)
     if processes() > 1 and (cheaply or batch_error):
         raise UserError("--tol, --batch-error and the scale metrics run without torchrun")
     if cheaply and batch_error:
         raise UserError("--batch-error goes with whole spectra: leave out --tol, scale metrics")
-    unit = Unit(entry.name, "spectrum", seed=seed, stage=stage, partition=chosen.partition)
+    of_stage = {"stage": problem.stage, "partition": chosen.partition}
+    unit = Unit(entry.name, "spectrum", seed=seed, **of_stage)
     mine = processes() == 1 or os.environ["RANK"] == "0"  # who does what touches files
     with claim_or_refuse(out, unit) if mine else nullcontext():
+        if mine and source is not None:
+            sizes = [b.num_params for b in problem.blocks("all")]
+            num_blocks = len(problem.blocks(entry.partition))
+            ledger.write("models", [describe_model(entry, sum(sizes), num_blocks)])
         if cheaply:
             _take_metric(problem, chosen, ledger, metric, tol, (num_probes, num_steps), log)
         else:

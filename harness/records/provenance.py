@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.estimator.settings import Settings
+from harness.registry.entry import ModelEntry
 from spectra_db.schema import PROTOCOL_VERSION
 
 
@@ -41,6 +42,28 @@ def describe_run(identity: Mapping[str, Any], settings: Settings, command: str) 
     run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
     row = facts | {"model": identity["model"], "run_id": run_id, "command": command}
     return row | {"started": datetime.now(UTC), "protocol_version": PROTOCOL_VERSION}
+
+
+def describe_model(
+    entry: ModelEntry, num_params: int | None, num_blocks: int, reason: str | None = None
+) -> dict[str, Any]:
+    """Return the row of table `models`.
+
+    Args:
+        entry: Its entry.
+        num_params: Parameters of the model, None where it could not be built.
+        num_blocks: Blocks of the entry's partition.
+        reason: Why nothing of it is computed, if that is so.
+    """
+    same = ("family", "tier", "task", "source", "licence", "reference")
+    return {name: getattr(entry, name) for name in same} | {
+        "model": entry.name,
+        "num_params": num_params,
+        "num_blocks": num_blocks,
+        "status": "ok" if reason is None else "pending" if entry.status != "ok" else "failed",
+        "reason": reason,
+        "protocol_version": PROTOCOL_VERSION,
+    }
 
 
 @cache

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 _LIBRARIES = "harness.registry.networks.libraries"
 _WORDS = {"true": True, "false": False, "none": None}
 _FORMS = "write module:factory, timm:NAME or 'transformers:TYPE?hidden_size=64&...'"
-_OF_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
+OF_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def parse_source(text: str, task: Task) -> Source:
     """
     head, options = parse_options(text)
     place, _, name = head.partition(":")
-    if _OF_HUB.fullmatch(name or place):
+    if OF_HUB.fullmatch(name or place):
         raise UserError(_of_hub(name or place))
     if not (place and name):
         raise UserError(f"{text!r} names no model; {_FORMS}")

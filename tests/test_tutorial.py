@@ -88,3 +88,15 @@ def test_the_code_for_the_hub_calls_what_is_there():
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         arguments = inspect.signature(functions[name]).bind(*call.args, **keywords).arguments
         assert arguments["revision"].startswith("v")
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "your-model.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert (tmp_path / "spectra.png").stat().st_size > 10_000
+    assert list(names["js0"]["step"]) == [0, 20, 40, 60]
+    assert capsys.readouterr().out.count("\n") > 10

@@ -195,14 +195,7 @@ def print_prediction(result: Mapping[str, Any]) -> None:
     console.print(table)
     for reason in result["reasons"]:
         console.print(f"unclear: {reason}")
-    test = result["held_out"]
-    if test["num_models"]:
-        console.print(
-            f"on families left out this is right for {test['accuracy']:.0%} of "
-            f"{test['num_models']} models (the majority's answer for {test['majority']:.0%}); "
-            f"it has a clear answer for {test['num_clear']}, of which {test['clear_correct']} are "
-            "right"
-        )
+    console.print(result["worth"])
     cost = result["cost"]
     console.print(
         f"cost: {cost['num_products']:,} products of {cost['num_blocks']} blocks, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,23 @@ def resolve(
     entry, data = draft("target", target, task, folder=folder, data_root=data_root)
     check_size(entry, data)
     return entry
+
+
+def worth(held_out: Mapping[str, Any]) -> str:
+    """Say in a sentence what answers are worth, by how often they are right on families left out.
+
+    Args:
+        held_out: As `predict` returns it.
+    """
+    right, majority = held_out["accuracy"], held_out["majority"]
+    if not held_out["num_models"]:
+        return "worth of such answers: not known, there are too few families"
+    than = "no more than" if right <= majority else "more than"
+    return (
+        f"worth of such answers today: {than} the majority's (right for {right:.0%} against "
+        f"{majority:.0%} of {held_out['num_models']} models of families left out), by gaps of "
+        "protocol 1, which are taken before much is learnt"
+    )
 
 
 def check_checkpoints(entry: ModelEntry, checkpoint_dir: Path | None) -> None:
@@ -196,7 +213,8 @@ def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, A
     Returns:
         answer, and the `reasons` if it is unclear; probability, low, high, outside; `measures`:
         each with its value, error, and place among the leaderboard's models; num_models,
-        num_families, held_out (what `summary` says), data (how old they are).
+        num_families, held_out (what `summary` says), worth (a sentence of it), data (how old they
+        are).
 
     Raises:
         UserError: A measure is not positive.
@@ -234,6 +252,7 @@ def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, A
         "in_leaderboard": entry.name in every.names,
         "reasons": reasons,
         "held_out": test,
+        "worth": worth(test),
         "data": known.age,
     }
     return result

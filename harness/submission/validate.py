@@ -21,10 +21,15 @@ from harness.registry.entry import ModelEntry
 from harness.submission import draft, entry_file, leaks, locate, products
 from harness.submission.draft import names
 from harness.submission.subject import Caution, Failed, Subject
+from harness.tasks.base import target_entropy
+from harness.training.reference import reference_loss
 
 SEED = 1
 _SAMPLES = 4  # of products: what is wrong with an architecture is wrong with few
 _MATES = 16  # of the comparison of halves
+# Of the fit to few samples: rates that suit most networks, the first most often.
+_FIT_RATES, _FIT_STEPS, _FEWEST_STEPS = (3e-3, 3e-4, 3e-2), 60, 3
+_NOTHING = 0.99  # of R: the loss of less has not moved
 
 
 @dataclass(frozen=True)
@@ -354,6 +359,49 @@ def _training(s: Subject) -> str:
     return f"loss {loss.item():.4f} in training mode, finite gradients"
 
 
+def _learns(s: Subject) -> str:
+    """See whether AdamW gets the loss of few samples a tenth below R, that of nothing learnt."""
+    if not s.entry.trains:
+        return "not trained: initialisation alone"
+    entropy = target_entropy(s.task, s.mates)
+    least = reference = reference_loss(s.entry, float("inf"), entropy)
+    until, taken = s.time_for(0.5), 0
+    for rate in _FIT_RATES:
+        model = copy.deepcopy(s.model)
+        model.train()
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), rate)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)
+            for step in range(_FIT_STEPS + 1):
+                loss = s.task.loss(model, s.mates)
+                value = loss.item()
+                if not step:
+                    least = reference = reference_loss(s.entry, value, entropy)
+                least = min(least, value)
+                if value <= 0.9 * reference:
+                    found = f"loss {value:.3f} in {step} steps of few samples"
+                    return f"{found}, R {reference:.3f}"
+                if time.process_time() > until and taken >= _FEWEST_STEPS:
+                    raise Caution(
+                        f"for want of time {taken} steps alone: loss {least:.3f}, R, that of "
+                        f"having learnt nothing, is {reference:.3f}; raise --budget"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                taken += 1
+    text = (
+        f"in {_FIT_STEPS} steps of AdamW on {leading_size(s.mates)} samples the loss gets to "
+        f"{least:.3f}, and R, that of having learnt nothing, is {reference:.3f}"
+    )
+    if least <= _NOTHING * reference:
+        raise Caution(f"{text}: it learns slowly")
+    raise Caution(
+        f"{text}: it learns nothing; look whether inputs reach the outputs, whether parameters are "
+        "frozen or detached, and how large initial values are"
+    )
+
+
 # In this order; each needs those named to have passed.
 _CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
     "entry": (_entry, ()),
@@ -372,6 +420,7 @@ _CHECKS: dict[str, tuple[Callable[[Subject], str], tuple[str, ...]]] = {
     "differences": (products.differences, ("second derivatives",)),
     "dense": (products.dense, ("second derivatives",)),
     "training": (_training, ("forward",)),
+    "learns": (_learns, ("training",)),
 }
 # Not begun once the time is over.
 _LONG = ("symmetric", "differences", "dense")

@@ -322,6 +322,19 @@ def zero_head(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
+class Blind(nn.Module):
+    """What it says has nothing to do with what it sees."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return 0 * x
+
+
+blind = with_middle(Blind)
+
+
 def deep(num_classes: int, image_size: int) -> nn.Module:
     """Signals fade through thirty layers: the first blocks' Hessians are tiny, and have kinks."""
     network = Perceptron(num_classes, image_size)

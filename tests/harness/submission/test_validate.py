@@ -107,8 +107,15 @@ def test_what_is_wrong_is_found_with_cause_and_remedy_by_module(entry, factory, 
     assert "failed" in earlier or check in HESSIAN
 
 
+def test_a_network_that_learns_nothing_is_found(entry):
+    found = findings(entry("blind"))["learns"]
+    assert found.outcome == "warning"
+    assert re.search(r"R, that of having learnt nothing, is \d\.\d+: it learns nothing", found.text)
+
+
 def test_what_needs_a_failed_check_is_skipped_and_says_so(entry):
     found = findings(entry("dropout_on"))
+    assert re.search(r"loss \d\.\d+ in \d+ steps of few samples, R \d\.", found["learns"].text)
     assert [name for name, f in found.items() if f.outcome == "skipped"] == list(HESSIAN)
     assert found["cost"].text == "needs second derivatives"
     assert found["training"].outcome == "ok"
@@ -336,7 +343,7 @@ def test_the_command_ends_with_0_only_if_no_check_failed(registry):
     assert result.exit_code == 1
     outcomes = {f["check"]: f["outcome"] for f in json.loads(result.stdout)}
     assert outcomes["forward"] == "failed"
-    assert "net is not ready: 1 failed, 9 skipped" in result.stderr
+    assert "net is not ready: 1 failed, 10 skipped" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,12 @@ def verdict(claim: Claim, record: Mapping[str, Any] | None) -> Verdict:
         return NOT_TESTED, "not in this release", gone
 
 
+def _graded(parts: Sequence[bool], *, partly: float = 0.0) -> str:
+    """Return reproduced if all parts hold, partly if more than that share, or half, of them do."""
+    share = sum(parts) / len(parts)
+    return REPRODUCED if share == 1 else PARTLY if 0 < share >= partly else NOT_REPRODUCED
+
+
 def _proposition1_printed(v: Values) -> Verdict:
     p = v["proposition1"]
     ours = f"1 − {p['loss_gap']:.3g}, below 1 − 2/(κ+1) = 1 − {p['printed_gap']:.3g}"
@@ -75,7 +81,7 @@ def _proposition1(v: Values) -> Verdict:
         f"least at η = {p['best_eta_over_2_by_mu_plus_l']:.4g} · 2/(μ+L); with equal loss in both "
         f"modes L(w_t) is at least {p['least_loss_over_bound']:.3g} times ½ρ^2t L(w₀)"
     )
-    return (REPRODUCED if holds else NOT_REPRODUCED), ours, note
+    return _graded([holds]), ours, note
 
 
 def _theorem1(key: str, other: str) -> Callable[[Values], Verdict]:
@@ -85,7 +91,7 @@ def _theorem1(key: str, other: str) -> Callable[[Values], Verdict]:
         draws = sum(c["num_draws"] for c in counts.values())
         each = ", ".join(f"{name} {c[key]} of {c['num_draws']}" for name, c in counts.items())
         return (
-            (NOT_REPRODUCED if broken else REPRODUCED),
+            _graded([not broken]),
             f"violated in {each}",
             (other if broken else f"no violation in {draws:,} draws of 50 steps"),
         )
@@ -119,8 +125,7 @@ def _preconditioned(v: Values) -> Verdict:
         "medians of a heavy-tailed ratio; reproduced: the paper's within 10 to 90 %; "
         f"preconditioning makes κ_l worse in {worse} of {len(paper)} blocks"
     )
-    status = REPRODUCED if all(inside) else PARTLY if any(inside) else NOT_REPRODUCED
-    return status, ours, note
+    return _graded(inside), ours, note
 
 
 def _proposition2(v: Values) -> Verdict:
@@ -132,7 +137,7 @@ def _proposition2(v: Values) -> Verdict:
         f"on the way |w| falls to 10^{deepest['log10_least']:.0f} (β₂ = {deepest['beta2']}), and "
         "what falls below 10^-308 seems to converge in floating point"
     )
-    return (REPRODUCED if holds else NOT_REPRODUCED), ours, note
+    return _graded([holds]), ours, note
 
 
 def _case(name: str, *, adam_wins: bool) -> Callable[[Values], Verdict]:
@@ -155,8 +160,7 @@ def _case(name: str, *, adam_wins: bool) -> Callable[[Values], Verdict]:
             part = PARTLY if max(ratios) > 2 else NOT_REPRODUCED
             return (REPRODUCED if draws["ratio_q10"] > 1 else part), ours, note
         alike = [1 / 5 < ratio < 5 for ratio in ratios]
-        status = REPRODUCED if all(alike) else PARTLY if any(alike) else NOT_REPRODUCED
-        return status, ours, f"{note}; alike: both ratios between 1/5 and 5"
+        return _graded(alike), ours, f"{note}; alike: both ratios between 1/5 and 5"
 
     return rule
 
@@ -170,7 +174,7 @@ def _table2_descent(v: Values) -> Verdict:
     slopes = [v[f]["gradient_descent_slope"] for f in ("heterogeneous", "homogeneous")]
     holds = all(abs(s - 1) < 0.05 for s in slopes)
     ours = f"κ^{slopes[0]:.2f} (blocks apart), κ^{slopes[1]:.2f} (blocks alike)"
-    return (REPRODUCED if holds else NOT_REPRODUCED), ours, ""
+    return _graded([holds]), ours, ""
 
 
 def _table2_adam(v: Values) -> Verdict:
@@ -178,7 +182,7 @@ def _table2_adam(v: Values) -> Verdict:
     holds = abs(apart) < 0.1 and 0.6 < alike < 1.4
     ours = f"κ^{apart:.2f} where κ_l ≤ 3, κ^{alike:.2f} where κ_l = κ"
     note = "slopes of log steps; reproduced: below 0.1 where κ_l ≤ 3, 0.6 to 1.4 where κ_l = κ"
-    return (REPRODUCED if holds else NOT_REPRODUCED), ours, note
+    return _graded([holds]), ours, note
 
 
 def _block_diagonal(v: Values) -> Verdict:
@@ -194,7 +198,7 @@ def _block_diagonal(v: Values) -> Verdict:
         "mean |entry| of diagonal over other blocks, 2, 4 and 8 layers; near: above 10, which "
         f"holds in {sum(near)} of {len(near)} rows of the figure"
     )
-    return (REPRODUCED if all(near) else PARTLY if any(near) else NOT_REPRODUCED), ours, note
+    return _graded(near), ours, note
 
 
 def _coupling(v: Values) -> Verdict:
@@ -209,8 +213,7 @@ def _coupling(v: Values) -> Verdict:
         "share of ‖H‖_F² in the diagonal blocks, and ‖H_kl‖/√(‖H_kk‖‖H_ll‖) of the median pair; "
         "near: above 90 %"
     )
-    partly = PARTLY if 2 * sum(near) >= len(near) else NOT_REPRODUCED
-    return (REPRODUCED if all(near) else partly), ours, note
+    return _graded(near, partly=0.5), ours, note
 
 
 def _slq(v: Values) -> Verdict:
@@ -243,8 +246,7 @@ def _full_spectra(v: Values) -> Verdict:
         f"mean JS distance of full spectra by λ10, {counts} models; alike: between at most 1.25 "
         "times the mean of within"
     )
-    status = REPRODUCED if all(alike) else PARTLY if any(alike) else NOT_REPRODUCED
-    return status, "; ".join(parts), note
+    return _graded(alike), "; ".join(parts), note
 
 
 def _four_blocks(v: Values) -> Verdict:
@@ -353,7 +355,7 @@ def _rising(*names: str) -> Callable[[Values], Verdict]:
         ours = "; ".join(f"{n}: ρ = {f['rho']:.2f}" for n, f in zip(names, found, strict=True))
         rises = [f["rho"] > 0.5 and f["p_value"] < 0.05 for f in found]
         note = f"Spearman over {v['num_models']} models; reproduced: all above 0.5 with p < 0.05"
-        return (REPRODUCED if all(rises) else PARTLY if any(rises) else NOT_REPRODUCED), ours, note
+        return _graded(rises), ours, note
 
     return rule
 
@@ -405,9 +407,7 @@ def _adam_needed(wanted: str) -> Callable[[Values], Verdict]:
             return NOT_TESTED, "not in this release", "no gap from R of a trained model"
         if 2 * unclear >= len(models):
             return UNDECIDED, ours, note
-        half = 2 * said >= len(models)
-        status = REPRODUCED if said == len(models) else PARTLY if half else NOT_REPRODUCED
-        return status, ours, note
+        return _graded([a == wanted for a in answers], partly=0.5), ours, note
 
     return rule
 
@@ -430,12 +430,7 @@ def _causal(v: Values) -> Verdict:
         f"{sum(closed)} of {len(closed)} models; not a claim of the paper but what its "
         "explanation implies"
     )
-    half = sum(closed) * 2 >= len(closed)
-    return (
-        (REPRODUCED if all(closed) else PARTLY if half else NOT_REPRODUCED),
-        "; ".join(texts),
-        note,
-    )
+    return _graded(closed, partly=0.5), "; ".join(texts), note
 
 
 _FULL = "Full Hessian spectra of CNNs and Transformers are alike, early and late"

@@ -1,4 +1,4 @@
-"""What is not there, and which of the known words was meant."""
+"""Errors whose text is for the user, and which of the known words was meant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class NotFound(ValueError):  # noqa: N818
+class DatasetError(ValueError):
+    """What was asked of a dataset, or what it holds, can't be; the text says what to do."""
+
+
+class HubError(RuntimeError):
+    """The Hub can't be reached, or refuses; the text says what to do."""
+
+
+class NotFound(DatasetError):  # noqa: N818
     """A table, column, model or source that is not there; the text names close matches."""
 
 

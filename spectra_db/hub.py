@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectra_db import manifest, store
-from spectra_db.errors import NotFound, hint
+from spectra_db.errors import HubError, NotFound, hint
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import replace_folder
 
@@ -27,10 +27,6 @@ _SECRETS = {
     re.compile(r"(://)[^/\s]+@"): r"\1***@",
     re.compile(r"(://[^\s?]+\?)[^\s'\")>]+"): r"\1***",
 }
-
-
-class HubError(RuntimeError):
-    """The Hub can't be reached, or refuses; the text says what to do."""
 
 
 def fetch(repo: str, revision: str | None = None, paths: list[str] | None = None) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spectra_db.errors import DatasetError
 from spectra_db.files import sha256_of, whole
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
@@ -25,7 +26,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 1 << 24  # a manifest of 100,000 files has as much
 
 
-class InvalidRelease(ValueError):  # noqa: N818
+class InvalidRelease(DatasetError):  # noqa: N818
     """A release that is not what its manifest says; the text names the file and the reason."""
 
 

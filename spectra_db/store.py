@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from spectra_db.errors import DatasetError
 from spectra_db.files import whole
 from spectra_db.schema import EARLIER, KEYS, LISTS, PROTOCOL_VERSION, TABLES, VERSIONS
 from spectra_db.words import STATUSES
@@ -36,7 +37,7 @@ _REMEDY = "put a whole copy there, or delete it: the command that wrote it makes
 _RULE = (*LISTS, "method", "num_params", "status", "reason")
 
 
-class InvalidTable(ValueError):  # noqa: N818
+class InvalidTable(DatasetError):  # noqa: N818
     """A table that breaks the schema or an invariant; the text says where and how."""
 
 

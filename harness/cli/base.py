@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from harness.errors import UserError, output_error, reason_of
+from spectra_db.errors import DatasetError, HubError
 
 STOPPED = 130  # what a shell reports after Ctrl-C
 
@@ -46,12 +47,12 @@ class _Group(click.Group):
         except Exception as error:
             if os.environ.get("HARNESS_TRACEBACK"):
                 raise
-            # What spectra_db refuses is the user's to mend, too; it knows no UserError.
-            of_dataset = type(error).__module__.startswith("spectra_db")
-            ours = isinstance(error, UserError) or (isinstance(error, ValueError) and of_dataset)
+            ours = isinstance(error, UserError | DatasetError)
             if stop := output_error(getattr(error, "filename", None) or "the output", error):
                 error = stop
-            elif isinstance(error, RuntimeError) and not of_dataset:  # such as no memory
+            elif isinstance(error, RuntimeError) and not isinstance(
+                error, HubError
+            ):  # such as no memory
                 _fail(reason_of(error).removeprefix("RuntimeError: "), 1)
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
 

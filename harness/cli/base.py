@@ -50,9 +50,7 @@ class _Group(click.Group):
             ours = isinstance(error, UserError | DatasetError)
             if stop := output_error(getattr(error, "filename", None) or "the output", error):
                 error = stop
-            elif isinstance(error, RuntimeError) and not isinstance(
-                error, HubError
-            ):  # such as no memory
+            elif isinstance(error, RuntimeError) and not isinstance(error, HubError):  # no memory
                 _fail(reason_of(error).removeprefix("RuntimeError: "), 1)
             _fail(str(error) or type(error).__name__, 2 if ours else 1)
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from harness.errors import UserError, output_error, reason_of
+from harness.errors import UserError, extra_missing, output_error, reason_of
 
 STOPPED = 130  # what a shell reports after Ctrl-C
 
@@ -46,6 +46,8 @@ class _Group(click.Group):
         except Exception as error:
             if os.environ.get("HARNESS_TRACEBACK"):
                 raise
+            if said := extra_missing(error, "this command"):
+                _fail(said, 1)
             # What spectra_db refuses is the user's to mend, too; it knows no UserError.
             of_dataset = type(error).__module__.startswith("spectra_db")
             ours = isinstance(error, UserError) or (isinstance(error, ValueError) and of_dataset)

@@ -18,6 +18,34 @@ class OutputError(Exception):
     """Say that results can't be written any more: what would follow is lost, so the run ends."""
 
 
+# The modules of the extra `harness` of pyproject.toml, which the base install lacks.
+EXTRA = frozenset(
+    {
+        "datasets",
+        "safetensors",
+        "sklearn",
+        "timm",
+        "tokenizers",
+        "torch",
+        "torchvision",
+        "transformers",
+    }
+)
+
+
+def extra_missing(error: BaseException | None, what: str) -> str | None:
+    """Say what to install where an error comes of a module that the base install lacks."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in EXTRA:
+            return (
+                f"{what} needs {name}, which is not installed: "
+                "pip install 'hessian-spectra[harness]'"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def output_error(out: Path | str, error: BaseException) -> OutputError | None:
     """Return what to raise if an error comes of a full, read-only or broken disk."""
     broken = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.base_install import BaseInstall, make
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -29,6 +31,12 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"the data packs are not at {root}; set HARNESS_DATA_ROOT")
     return root
+
+
+@pytest.fixture(scope="session")
+def base_install(tmp_path_factory: pytest.TempPathFactory) -> BaseInstall:
+    """An environment with the base install alone."""
+    return make(tmp_path_factory.mktemp("base") / "env")
 
 
 @pytest.fixture(autouse=True)

@@ -35,32 +35,44 @@ for block in json.load(sys.stdin):
 """
 
 
+# What these lines need beyond the base install.
+BEYOND = "## Without spectra_db"
+
+
+def printed(run, blocks, **options):
+    """Return what each block prints, run by `run` in one process."""
+    answer = run(RUN, input=json.dumps(blocks), **options)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.split("--- end of block ---\n")[:-1]
+
+
+def here(code, env, **options):
+    """Run Python code in this environment."""
+    env = os.environ | env | {"PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": env} | options
+    return subprocess.run([sys.executable, "-c", code], **options)
+
+
 def lines(text):
     """Return the lines of a text without the widths of its columns."""
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
 @pytest.mark.skipif(not (BUNDLED / "manifest.json").exists(), reason="no release is bundled")
-def test_the_tutorial_does_what_it_says(tmp_path):
+def test_the_tutorial_reads_by_the_base_install_and_does_what_it_says(tmp_path, base_install):
     parts = FENCE.findall(TUTORIAL.read_text(encoding="utf-8"))
     blocks = [text for language, text in parts if language == "python"]
     assert len(blocks) >= 9
-    answer = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps(blocks),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-    )
-    assert answer.returncode == 0, answer.stderr
-    printed = answer.stdout.split("--- end of block ---\n")
+    reading = FENCE.findall(TUTORIAL.read_text(encoding="utf-8").partition(BEYOND)[0])
+    count = [language for language, _ in reading].count("python")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    output = printed(base_install.run, blocks[:count], cwd=tmp_path, env=offline)
+    output += printed(here, ["import spectra_db", *blocks[count:]], cwd=tmp_path, env=offline)[1:]
     compared = 0
     for i, (language, text) in enumerate(parts):
         if language == "text":
             block = sum(part[0] == "python" for part in parts[:i]) - 1
-            assert lines(printed[block]) == lines(text), "a new release changes what is printed"
+            assert lines(output[block]) == lines(text), "a new release changes what is printed"
             compared += 1
     assert compared >= 6
     for name in ("spectra", "heatmap", "stages", "stages-raw", "training"):

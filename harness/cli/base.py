@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from harness.errors import UserError, output_error, reason_of
+from harness.errors import UserError, extra_missing, output_error, reason_of
 from spectra_db.errors import DatasetError, HubError
 
 STOPPED = 130  # what a shell reports after Ctrl-C
@@ -47,6 +47,8 @@ class _Group(click.Group):
         except Exception as error:
             if os.environ.get("HARNESS_TRACEBACK"):
                 raise
+            if said := extra_missing(error, "this command"):
+                _fail(said, 1)
             ours = isinstance(error, UserError | DatasetError)
             if stop := output_error(getattr(error, "filename", None) or "the output", error):
                 error = stop

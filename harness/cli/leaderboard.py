@@ -120,6 +120,7 @@ def predict(
     from harness.cli.progress import progress_bar
     from harness.submission import predict as prediction
 
+    device = device_of(device)  # what is missing here is said before the tables are read
     entry = prediction.resolve(target, task, registry_dir=registry, data_root=data_root)
     prediction.check_checkpoints(entry, checkpoints)
     known = prediction.read_known(entry, source, with_js0=with_js0)
@@ -129,7 +130,7 @@ def predict(
             with_js0=with_js0,
             data_root=data_root,
             checkpoint_dir=checkpoints,
-            device=device_of(device),
+            device=device,
             on_forecast=lambda *cost: click.echo(cost_line(*cost), err=True),
             on_progress=on_progress,
         )

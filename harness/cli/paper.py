@@ -35,12 +35,15 @@ def paper(
     """
     import time
 
-    from harness.paper.sections import SECTIONS, measure, run
+    from harness.paper.sections import SECTIONS, code_of, measure, run
 
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise UserError(f"no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
-    for name in dict.fromkeys(sections) or SECTIONS:
+    names = list(dict.fromkeys(sections) or SECTIONS)
+    for name in names:
+        code_of(name)  # what is not installed is said before the first is made
+    for name in names:
         started = time.perf_counter()
         if sections and SECTIONS[name].is_long:
             measure(name, source, out, data_root, click.echo)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from harness.errors import UserError
@@ -76,9 +77,7 @@ def run(name: str, source: Source, out: Path) -> Result:
     Raises:
         UserError: There is no such section, or the folder can't be written to.
     """
-    section = _section(name)
-    module, _, function = section.function.partition(":")
-    code = import_module(f"harness.paper.{module}")
+    section, code = _section(name), code_of(name)
     if section.is_long:
         try:
             result: Result = code.summarise(_records(name, out), source)
@@ -86,7 +85,7 @@ def run(name: str, source: Source, out: Path) -> Result:
             folder = out / "paper" / name
             raise UserError(f"{folder} holds what is no measurement; delete it") from error
     else:
-        result = getattr(code, function)(source)
+        result = getattr(code, section.function.partition(":")[2])(source)
     save(name, result, out / "paper")
     page.write(out, TITLES)
     return result
@@ -102,7 +101,7 @@ def measure(name: str, source: Source, out: Path, data_root: Path | None, on_uni
         data_root: See `harness.tasks`.
         on_unit: Called with the forecast, then with each unit's name before it is measured.
     """
-    code = import_module(f"harness.paper.{_section(name).function}")
+    code = code_of(name)
     todo = [unit for unit in code.units(source) if not _path(name, unit, out).is_file()]
     if todo:
         on_unit(f"{name}: {len(todo)} to measure, {code.forecast(todo, data_root)}")
@@ -113,6 +112,11 @@ def measure(name: str, source: Source, out: Path, data_root: Path | None, on_uni
             write_json(_path(name, unit, out), record)
         except OSError as error:
             raise UserError(f"{out} can't be written to: {error.strerror}") from error
+
+
+def code_of(name: str) -> ModuleType:
+    """Import the module of a section."""
+    return import_module(f"harness.paper.{_section(name).function.partition(':')[0]}")
 
 
 def _section(name: str) -> Section:

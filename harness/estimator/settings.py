@@ -21,6 +21,7 @@ CHOICES = {
     "dtype": ("float32", "float64"),
     "probe_distribution": ("gaussian", "rademacher"),
     "matmul_precision": ("highest", "high", "medium"),
+    "operator": ("hessian", "ggn"),
 }
 
 
@@ -45,6 +46,8 @@ class Settings:
             counted: the model, the first check of the loss, one pass without a graph over each
             batch as it is given, and freed memory that an allocator doesn't give back.
         exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
+        operator: What the spectrum is of: hessian, or ggn, the generalised Gauss-Newton matrix
+            Jᵀ (∇²c) J, with J the derivative of the outputs and c the criterion of a `SplitLoss`.
 
     Raises:
         UserError: One of them is out of range.
@@ -61,6 +64,7 @@ class Settings:
     matmul_precision: str = "highest"
     memory_budget: int | None = None
     exact_size: int = EXACT_SIZE
+    operator: str = "hessian"
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""
@@ -89,7 +93,7 @@ class Settings:
         """The columns by which rows of these settings differ from rows of others."""
         return {
             "partition": self.partition,
-            "operator": "hessian",
+            "operator": self.operator,
             "norm_mode": self.norm_mode,
             "dtype": self.dtype,
             "probe_distribution": self.probe_distribution,

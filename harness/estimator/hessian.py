@@ -52,9 +52,9 @@ class BlockHessian:
     For block l with parameters w_l: H_l = ∂²/∂w_l² Σ_b (t_b / Σ t) L_b, where L_b is the mean
     loss of microbatch b and t_b the number of terms that it averages; so H_l does not depend on
     the split. With operator ggn H_l is the Gauss-Newton matrix J_lᵀ (∇²c) J_l instead, of the same
-    loss in two parts, c(z(w)). A product is the derivative of ⟨∂L/∂w_l, v⟩ (Pearlmutter 1994): one forward and
-    one backward pass per microbatch are shared by all blocks and vectors, and each second
-    backward pass walks only the part of the network after its block.
+    loss in two parts, c(z(w)). A product is the derivative of ⟨∂L/∂w_l, v⟩ (Pearlmutter 1994): one
+    forward and one backward pass per microbatch are shared by all blocks and vectors, and each
+    second backward pass walks only the part of the network after its block.
 
     Works on a copy of the model; the caller's stays as it is.
 

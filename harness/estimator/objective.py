@@ -30,7 +30,7 @@ class SplitLoss:
         >>> from torch.nn import functional as F
         >>> loss = SplitLoss(lambda m, b: m(b[0]), lambda z, b: F.mse_loss(z, b[1]))
         >>> model = nn.Linear(2, 1)
-        >>> float(loss(model, (torch.ones(3, 2), model(torch.ones(3, 2)).detach())))
+        >>> loss(model, (torch.ones(3, 2), model(torch.ones(3, 2)).detach())).item()
         0.0
     """
 

@@ -121,8 +121,7 @@ def test_a_split_loss_gives_the_rows_of_the_plain_one():
     model, batch = problem("mlp")
     options = {"num_probes": 1, "num_steps": 2, "exact_size": 0, "batch_weights": num_terms}
     plain, parts = (
-        estimate_spectra(model, loss, [batch], **options)
-        for loss in (cross_entropy, CROSS_ENTROPY)
+        estimate_spectra(model, loss, [batch], **options) for loss in (cross_entropy, CROSS_ENTROPY)
     )
     assert plain["alphas"].tolist() == parts["alphas"].tolist()
     assert set(plain["operator"]) == {"hessian"}

@@ -11,10 +11,11 @@ from harness.errors import extra_missing
 _EXPORTS = {
     "Block": "harness.estimator.blocks",
     "Recorder": "harness.campaign.recorder",
+    "SplitLoss": "harness.estimator.objective",
     "estimate_spectra": "harness.estimator.spectrum",
     "find_blocks": "harness.estimator.blocks",
 }
-__all__ = ["Block", "Recorder", "estimate_spectra", "find_blocks"]
+__all__ = ["Block", "Recorder", "SplitLoss", "estimate_spectra", "find_blocks"]
 
 
 def __getattr__(name: str) -> Any:

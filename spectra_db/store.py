@@ -318,10 +318,11 @@ def _validate_rules(content: pa.Table, refuse: Any) -> None:
     sampled, exact = present & (method == "slq"), present & (method == "exact")
     first(sampled & (size["alphas"] != size["nodes"]), "alphas and nodes differ in length")
     first(exact & (size["alphas"] > 0), "an exact row has no alphas")
-    incomplete = exact & (status == "ok") & (size["nodes"] != num_params)
-    first(incomplete, "an exact row needs as many nodes as parameters")
 
     nodes, weights, rows = flat["nodes"], flat["weights"], row_of["nodes"]
+    few, many = size["nodes"] < num_params, size["nodes"] > num_params
+    incomplete = exact & (status == "ok") & (many | (few & ~marked(rows[nodes == 0])))
+    first(incomplete, "an exact row needs as many nodes as parameters, or one node 0 for the rest")
     zero = present & (status == "zero")
     first(zero & ((size["nodes"] != 1) | marked(rows[nodes != 0])), "a zero row has one node, 0")
     descending = (rows[1:] == rows[:-1]) & (np.diff(nodes) < 0)
@@ -329,8 +330,13 @@ def _validate_rules(content: pa.Table, refuse: Any) -> None:
     first(marked(rows[weights < 0]), "a weight is negative")
     sums = np.bincount(rows, weights, minlength=count)
     first(present & (np.abs(sums - 1) > _TOLERANCE), "the weights do not sum to 1")
-    unequal = np.abs(weights * size["nodes"][rows] - 1) > _TOLERANCE
-    first(exact & marked(rows[unequal]), "the weights of an exact row are 1/n each")
+    # One node 0 may stand for all the eigenvalues that are not there.
+    count_of = 1 + np.where(nodes == 0, (num_params - size["nodes"])[rows], 0)
+    unequal = np.abs(weights * num_params[rows] / count_of - 1) > _TOLERANCE
+    first(
+        exact & marked(rows[unequal]),
+        "the weights of an exact row are 1/n each, and of a 0 for the rest as many times that",
+    )
 
 
 def _arrow(table: str, records: Sequence[Mapping[Any, Any]]) -> pa.Table:

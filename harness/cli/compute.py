@@ -48,6 +48,7 @@ def _metrics() -> list[str]:
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
 @click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
+@choice("operator", *CHOICES["operator"])
 @choice("dtype", *CHOICES["dtype"])
 @choice("norm-mode", *CHOICES["norm_mode"])
 @choice("probe-distribution", *CHOICES["probe_distribution"])

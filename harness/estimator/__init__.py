@@ -13,10 +13,11 @@ from typing import Any
 # Resolved on first use, so that products and Lanczos need no more than torch.
 _EXPORTS = {
     "Block": "harness.estimator.blocks",
+    "SplitLoss": "harness.estimator.objective",
     "estimate_spectra": "harness.estimator.spectrum",
     "find_blocks": "harness.estimator.blocks",
 }
-__all__ = ["Block", "estimate_spectra", "find_blocks"]
+__all__ = ["Block", "SplitLoss", "estimate_spectra", "find_blocks"]
 
 
 def __getattr__(name: str) -> Any:

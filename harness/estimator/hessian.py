@@ -34,6 +34,7 @@ from harness.estimator.checks import (
 )
 from harness.estimator.device import choose_device, memory_share
 from harness.estimator.differences import Differences
+from harness.estimator.graphs import GaussNewtonGraph, Graph, split_or_refuse
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
 from harness.estimator.objective import Objective
 from harness.estimator.operations import SoundOperations
@@ -50,9 +51,10 @@ class BlockHessian:
 
     For block l with parameters w_l: H_l = ∂²/∂w_l² Σ_b (t_b / Σ t) L_b, where L_b is the mean
     loss of microbatch b and t_b the number of terms that it averages; so H_l does not depend on
-    the split. A product is the derivative of ⟨∂L/∂w_l, v⟩ (Pearlmutter 1994): one forward and
-    one backward pass per microbatch are shared by all blocks and vectors, and each second
-    backward pass walks only the part of the network after its block.
+    the split. With operator ggn H_l is the Gauss-Newton matrix J_lᵀ (∇²c) J_l instead, of the same
+    loss in two parts, c(z(w)). A product is the derivative of ⟨∂L/∂w_l, v⟩ (Pearlmutter 1994): one
+    forward and one backward pass per microbatch are shared by all blocks and vectors, and each
+    second backward pass walks only the part of the network after its block.
 
     Works on a copy of the model; the caller's stays as it is.
 
@@ -96,6 +98,8 @@ class BlockHessian:
         self.memory_budget = settings.memory_budget or memory_share(device)
         self._model = _working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
         self._loss_fn = loss_fn
+        is_ggn = settings.operator == "ggn"
+        self._split = split_or_refuse(loss_fn, "operator='ggn'") if is_ggn else None
         self._parameters = dict(self._model.named_parameters())
         self._operations = SoundOperations()
         self._check_blocks()
@@ -135,7 +139,7 @@ class BlockHessian:
         every_graph = (num_batches - 1) * self.graph_bytes + self.product_bytes
         self.keeps_graphs = every_graph <= self.memory_budget
         self.most_bytes = every_graph if self.keeps_graphs else self.product_bytes
-        self._kept: list[Gradients] = []
+        self._kept: list[Graph] = []
 
     def products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         """Return H_l v for each request (index of the block l, v of shape (n_l,)), in order.
@@ -252,7 +256,7 @@ class BlockHessian:
     def _add_product(
         self,
         result: torch.Tensor,
-        gradients: Gradients,
+        gradients: Graph,
         block: Block,
         vector: torch.Tensor,
         weight: float,
@@ -270,15 +274,13 @@ class BlockHessian:
         if not outputs:
             return  # the loss is linear in these parameters, or does not use them
         with explained(self._model, self._loss_fn, self.batches[0]):
-            derivatives = torch.autograd.grad(
-                outputs, inputs, directions, retain_graph=True, allow_unused=True
-            )
+            derivatives = gradients.derivatives(outputs, inputs, directions)
         targets = result.split([s.numel() for s in sizes])
         for part, target, shape, d in zip(block.parts, targets, sizes, derivatives, strict=True):
             if d is not None:
                 target.view(shape).add_(part.of(d), alpha=weight)
 
-    def _graphs(self, names: set[str]) -> Iterator[Gradients]:
+    def _graphs(self, names: set[str]) -> Iterator[Graph]:
         """Yield each microbatch's gradients with their graph, kept ones if there are."""
         if not self.keeps_graphs:
             for batch in self.batches:
@@ -289,29 +291,34 @@ class BlockHessian:
             self._kept = [self._gradients(batch, every) for batch in self.batches]
         yield from self._kept
 
-    def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Gradients:
+    def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Graph:
         """Run one forward and one backward pass, to be differentiated again if asked."""
         ordered = [name for name in self._parameters if name in names]
         with explained(self._model, self._loss_fn, batch):
             with self._operations:
-                loss = self._loss_fn(self._model, batch)
-            if not loss.requires_grad:
+                if self._split is not None and create_graph:
+                    graph: Graph = GaussNewtonGraph(self._split, self._model, batch)
+                else:
+                    graph = Graph(self._loss_fn(self._model, batch).reshape(()))
+            if not graph.value.requires_grad:
                 raise UserError("the loss does not depend on the parameters of the blocks")
             gradients = torch.autograd.grad(
-                loss.reshape(()),
+                graph.value,
                 [self._parameters[name] for name in ordered],
+                graph.cotangent,
                 create_graph=create_graph,
                 retain_graph=True,
                 allow_unused=True,
             )
             if all(g is None for g in gradients):  # such as of an unused module alone
-                self._check_uses_model(loss)
-        return dict(zip(ordered, gradients, strict=True))
+                self._check_uses_model(graph.value)
+        graph.update(zip(ordered, gradients, strict=True))
+        return graph
 
-    def _check_uses_model(self, loss: torch.Tensor) -> None:
+    def _check_uses_model(self, value: torch.Tensor) -> None:
         """Raise unless the loss depends on the copy of the model, whichever its parameter."""
         trained = [p for p in self._parameters.values() if p.requires_grad]
-        found = torch.autograd.grad(loss.reshape(()), trained, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(value.sum(), trained, retain_graph=True, allow_unused=True)
         if all(g is None for g in found):
             raise UserError(
                 "the loss depends on no parameter of the model that loss_fn is given; use that "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,48 @@ from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, leading_size, take, tensors_of
 
 LossFn = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SplitLoss:
+    """A mean loss in two parts: (model, batch) ↦ criterion(outputs(model, batch), batch).
+
+    Taken wherever a loss is. The Gauss-Newton matrix and exact spectra by Gram matrices need to
+    know where the model ends and the criterion begins.
+
+    Attributes:
+        outputs: (model, batch) ↦ what the model says, one tensor of real numbers of any shape.
+        criterion: (outputs, batch) ↦ their mean loss, a scalar tensor.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> loss = SplitLoss(lambda m, b: m(b[0]), lambda z, b: F.mse_loss(z, b[1]))
+        >>> model = nn.Linear(2, 1)
+        >>> loss(model, (torch.ones(3, 2), model(torch.ones(3, 2)).detach())).item()
+        0.0
+    """
+
+    outputs: Callable[[nn.Module, Batch], torch.Tensor]
+    criterion: Callable[[torch.Tensor, Batch], torch.Tensor]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean loss of the batch."""
+        return self.criterion(self.outputs(model, batch), batch)
+
+    def outputs_of(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the outputs.
+
+        Raises:
+            UserError: They are no tensor of real numbers.
+        """
+        found: Any = self.outputs(model, batch)
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            return found
+        what = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+        raise UserError(
+            f"outputs of the SplitLoss returned {what}; it must return one tensor of real numbers, "
+            "such as lambda m, b: m(b[0]).logits"
+        )
 
 
 @dataclass(frozen=True)

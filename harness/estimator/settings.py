@@ -22,6 +22,7 @@ CHOICES = {
     "dtype": ("float32", "float64"),
     "probe_distribution": ("gaussian", "rademacher"),
     "matmul_precision": ("highest", "high", "medium"),
+    "operator": ("hessian", "ggn"),
 }
 
 
@@ -47,6 +48,8 @@ class Settings:
             batch as it is given, and freed memory that an allocator doesn't give back.
         exact_size: Blocks of at most this many parameters are diagonalised; None: 1,000, as by the
             protocol, or as many as the products of a block's probes (4,000 at most).
+        operator: What the spectrum is of: hessian, or ggn, the generalised Gauss-Newton matrix
+            Jᵀ (∇²c) J, with J the derivative of the outputs and c the criterion of a `SplitLoss`.
 
     Raises:
         UserError: One of them is out of range.
@@ -63,6 +66,7 @@ class Settings:
     matmul_precision: str = "highest"
     memory_budget: int | None = None
     exact_size: int | None = None
+    operator: str = "hessian"
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""
@@ -92,7 +96,7 @@ class Settings:
         """The columns by which rows of these settings differ from rows of others."""
         return {
             "partition": self.partition,
-            "operator": "hessian",
+            "operator": self.operator,
             "norm_mode": self.norm_mode,
             "dtype": self.dtype,
             "probe_distribution": self.probe_distribution,

@@ -25,6 +25,7 @@ from harness.estimator.settings import Settings, whole_number
 from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
+_MATRICES = {"hessian": "the block's Hessian", "ggn": "the block's Gauss-Newton matrix"}
 Row = dict[str, Any]
 OnProgress = Callable[[int, int], None]
 
@@ -310,7 +311,7 @@ def _exact_row(plan: _Plan, index: int) -> Row:
         )
     zero = not H.any()
     nodes = [0.0] if zero else torch.linalg.eigvalsh(H).tolist()
-    reason = _reason_of_zero(plan, index, "the block's Hessian") if zero else None
+    reason = _reason_of_zero(plan, index, _MATRICES[plan.settings.operator]) if zero else None
     return (
         plan.shared
         | {
@@ -339,14 +340,16 @@ def _unless_zero(plan: _Plan, index: int, rows: list[Row]) -> list[Row]:
     """Replace the probes of an exactly zero block by its one row of status `zero`."""
     if any(row["alphas"] != [0.0] or row["betas"] != [0.0] for row in rows):
         return rows
-    reason = _reason_of_zero(plan, index, "every product with the block's Hessian")
+    matrix = _MATRICES[plan.settings.operator]
+    reason = _reason_of_zero(plan, index, f"every product with {matrix}")
     products = sum(row["num_products"] for row in rows)
     return [rows[0] | {"status": "zero", "reason": reason, "num_products": products}]
 
 
 def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
     """Return why a block is of status zero; warn if its gradient changes all the same."""
-    if not plan.hessian.differences.is_nonzero(index):
+    is_hessian = plan.settings.operator == "hessian"
+    if not is_hessian or not plan.hessian.differences.is_nonzero(index):
         return f"{what} is exactly zero"
     warnings.warn(
         f"{plan.hessian.blocks[index].name}: {what} is exactly zero, but the gradient changes "

@@ -291,6 +291,7 @@ def _recompute(
         device=device,
         norm_mode=row["norm_mode"],
         matmul_precision=row["matmul_precision"],
+        operator=row["operator"],
     )
     with opened(problem.objective, [block], settings) as hessian:
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:

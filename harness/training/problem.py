@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from harness import tasks
 from harness.errors import UserError
 from harness.estimator.blocks import Block, find_blocks
 from harness.estimator.cost import Forecast, forecast
 from harness.estimator.hessian import BlockHessian, opened
-from harness.estimator.objective import Objective
+from harness.estimator.objective import LossFn, Objective, SplitLoss
 from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch, Task
@@ -28,7 +28,7 @@ class Problem:
     Attributes:
         entry, stage: where it comes from.
         model: in eval mode, on the CPU.
-        loss_fn: `(model, batch) -> mean loss`.
+        loss_fn: `(model, batch) -> mean loss`, in two parts unless the task has its own `loss`.
         batches: the Hessian batch in microbatches.
         task: gives the loss, and counts the terms that its mean averages.
         step: updates made before this stage.
@@ -43,7 +43,7 @@ class Problem:
     entry: ModelEntry
     stage: str
     model: nn.Module
-    loss_fn: Callable[[nn.Module, Batch], Tensor]
+    loss_fn: LossFn
     batches: list[Batch]
     task: Task
     step: int
@@ -144,7 +144,7 @@ def load_problem(
         entry=entry,
         stage=stage,
         model=model,
-        loss_fn=task.loss,
+        loss_fn=_loss_of(task),
         batches=batches,
         task=task,
         step=step,
@@ -156,3 +156,10 @@ def load_problem(
         num_terms=sum(map(task.num_terms, batches)),
         data_source=f"{data.source}, sha256 {data.checksum[:12]}",
     )
+
+
+def _loss_of(task: Task) -> LossFn:
+    """Return the task's loss in two parts; as it is where a task of someone's own defines it."""
+    if type(task).loss is not Task.loss:
+        return task.loss
+    return SplitLoss(task.logits, task.loss_of)

@@ -64,6 +64,16 @@ def exact_row(eigenvalues: np.ndarray, block: str) -> dict[str, Any]:
     }
 
 
+def compact_row(eigenvalues: np.ndarray, block: str) -> dict[str, Any]:
+    """The row of `exact_row` with one node 0 for all zeros."""
+    n, nonzero = len(eigenvalues), np.sort(eigenvalues[eigenvalues != 0])
+    zeros = n - len(nonzero)
+    nodes = np.append(nonzero, 0.0)
+    order = np.argsort(nodes)
+    weights = np.append(np.full(len(nonzero), 1 / n), zeros / n)
+    return exact_row(eigenvalues, block) | {"nodes": nodes[order], "weights": weights[order]}
+
+
 def slq_row(eigenvalues: np.ndarray, block: str, probe: int, start: np.ndarray, m: int) -> dict:
     alphas, betas = lanczos(eigenvalues, start, m)
     nodes, vectors = eigh_tridiagonal(alphas, betas[:-1])

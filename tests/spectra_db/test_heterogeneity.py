@@ -7,6 +7,7 @@ import pytest
 import spectra_db
 from spectra_db import store
 from spectra_db.densities import lambda10
+from spectra_db.energy import energy_js
 from spectra_db.heterogeneity import (
     CHANGES,
     Estimate,
@@ -18,9 +19,12 @@ from spectra_db.heterogeneity import (
     w1,
 )
 from spectra_db.quadrature import gauss_rule
+from spectra_db.rules import compare
 from spectra_db.schema import TABLES
+from spectra_db.gauss_newton import ggn_share
 
 from .synthetic import (
+    compact_row,
     exact_rows,
     failed_row,
     like_a_network,
@@ -129,6 +133,36 @@ def test_exact_blocks_beside_sampled_ones_contribute_no_error(sampled):
     assert mixed.num_blocks == 4
     assert 0 < mixed.standard_error < 1
     assert 3 <= mixed.dof <= 9
+
+
+def test_one_node_for_all_zeros_changes_no_reading(sampled, tmp_path):
+    rng = np.random.default_rng(0)
+    spectra = [np.append(like_a_network(rng, n), np.zeros(3 * n)) for n in (50, 70, 110)]
+    spectra.append(np.append([-2.0, 5.0], np.zeros(90)))  # fewer than ten are not zero
+    whole = exact_rows(spectra)
+    compact = pd.DataFrame([compact_row(s, f"layers.{k}.weight") for k, s in enumerate(spectra)])
+    assert (compact["nodes"].map(len) < whole["nodes"].map(len)).all()
+    store.write(tmp_path, "spectra", compact)
+    beside = sampled.assign(block="sampled." + sampled["block"])
+    for others in (beside[:0], beside):
+        a, b = (metrics(pd.concat([rows, others])) for rows in (compact, whole))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-12)
+        a, b = (spectra_db.density(pd.concat([rows, others])) for rows in (compact, whole))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-9, atol=1e-12)
+    assert energy_js(compact).value == pytest.approx(energy_js(whole).value, rel=1e-12)
+    for a, b in zip(compact.to_dict("records"), whole.to_dict("records"), strict=True):
+        assert compare(a, b).distance < 1e-13
+        assert lambda10(a["nodes"], a["weights"], a["num_params"]) == lambda10(
+            b["nodes"], b["weights"], b["num_params"]
+        )
+
+
+def test_the_share_of_gauss_newton_is_a_ratio_of_squares_by_block(sampled):
+    half = sampled.assign(operator="ggn", nodes=sampled["nodes"] / 2, alphas=sampled["alphas"] / 2)
+    share = ggn_share(pd.concat([sampled, half]))
+    assert share.tolist() == pytest.approx([0.25] * 3)
+    with pytest.raises(ValueError, match="one operator alone"):
+        ggn_share(pd.concat([sampled, half[half["block"] != half["block"].iloc[0]]]))
 
 
 def test_zero_blocks_are_left_out_and_counted(sampled):

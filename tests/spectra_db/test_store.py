@@ -227,6 +227,8 @@ def test_names_that_are_no_slugs_never_become_paths(tmp_path, model):
         ),
         (spectrum(nodes=[1.0, 2.0]), "nodes and weights differ in length"),
         (spectrum(nodes=[1.0], weights=[1.0]), "as many nodes as parameters"),
+        (spectrum(nodes=[0.0] * 4, weights=[0.25] * 4), "as many nodes as parameters"),
+        (spectrum(nodes=[0.0, 1.0], weights=[0.5, 0.5]), "of a 0 for the rest as many times that"),
         (spectrum(nodes=[], weights=[]), "needs nodes"),
         (spectrum(alphas=[1.0], betas=[0.0]), "an exact row has no alphas"),
         (sampled(betas=[1.0]), "alphas and betas differ in length"),

@@ -58,13 +58,20 @@ def _hessian_of_problem(name):
 
 
 def _blocks_of(model, H, partition):
+    blocks, index = columns_of(model, partition)
+    return blocks, [H[i][:, i] for i in index]
+
+
+def columns_of(model, partition):
+    """Return blocks and the places of their parameters in the flat vector of all."""
     numbers, start = {}, 0
     for name, p in model.named_parameters():
         numbers[name] = torch.arange(start, start + p.numel()).view(p.shape)
         start += p.numel()
     blocks = find_blocks(model, partition)
-    index = [torch.cat([p.of(numbers[p.parameter]).flatten() for p in b.parts]) for b in blocks]
-    return blocks, [H[i][:, i] for i in index]
+    return blocks, [
+        torch.cat([p.of(numbers[p.parameter]).flatten() for p in b.parts]) for b in blocks
+    ]
 
 
 def block_hessian(model, loss_fn, batches, blocks, *, batch_weights=None, **options):

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import Case, gpt_10m, resnet18
 from harness import find_blocks
 from harness.estimator.checks import fixed_arithmetic
-from harness.estimator.hessian import opened
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 
 Step = Callable[[], None]

@@ -25,9 +25,9 @@ from benchmarks.cases import KINDS, small
 from harness import estimate_spectra, find_blocks, registry
 from harness.estimator.adaptive import estimate_to_tolerance, limits
 from harness.estimator.checks import take
-from harness.estimator.hessian import opened
 from harness.estimator.lanczos import Recurrence, lanczos
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.registry import ModelEntry
 from harness.training import load_problem

@@ -132,6 +132,15 @@ TABLES: dict[str, pa.Schema] = {
             _column("matmul_precision", _TEXT, "highest (float32), high (TF32), medium (bfloat16)"),
             _column("device", _TEXT, "Device of the products"),
             _float("tolerance", "Tolerance that was asked for"),
+            _column(
+                "product",
+                _TEXT,
+                "autograd, or differences of gradients; null before 0.12.0: autograd",
+                since="0.12.0",
+            ),
+            _column(
+                "product_error", _FLOAT, "Relative error of differences, else null", since="0.12.0"
+            ),
             _STATUS,
             _REASON,
         ]

@@ -21,10 +21,11 @@ from harness.errors import reason_of
 from harness.estimator.blocks import find_blocks
 from harness.estimator.checks import fixed_arithmetic, take
 from harness.estimator.device import device_memory, peak_bytes
-from harness.estimator.hessian import BlockHessian, opened
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import Recurrence, advance, start
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.settings import Settings
 

@@ -10,8 +10,8 @@ from benchmarks.cases import Case, resnet18
 from benchmarks.peers import CASES
 from harness import estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
-from harness.estimator.hessian import opened
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 
 # More operations than these per step are an error, which `make bench-check` reports.

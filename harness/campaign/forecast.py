@@ -115,7 +115,7 @@ def measured(
 
     from harness.estimator.batches import take
     from harness.estimator.device import choose_device, device_memory
-    from harness.estimator.hessian import opened
+    from harness.estimator.operators import opened
     from harness.training import load_problem
     from harness.training.loop import make_optimizer
 

@@ -13,8 +13,8 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import find_blocks
-from harness.estimator.hessian import opened
 from harness.estimator.objective import LossFn, Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings, whole_number
 from harness.estimator.spectrum import gathered, rules
 from harness.estimator.summary import block_summaries

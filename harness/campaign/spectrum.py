@@ -11,7 +11,8 @@ from harness.errors import UserError
 from harness.estimator.batches import batch_hash
 from harness.estimator.cost import Forecast
 from harness.estimator.distributed import Team, rules_together
-from harness.estimator.hessian import BlockHessian, opened
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.estimator.spectrum import OnProgress, Row, gathered, rules
 from harness.estimator.summary import block_summaries
@@ -182,6 +183,7 @@ def write_failed(problem: Problem, settings: Settings, ledger: Ledger, reason: s
         "batch_size": problem.batch_size,
         "num_terms": problem.num_terms,
         "device": settings.device or "cpu",
+        "product": settings.product,
         "status": "failed",
         "reason": reason,
     }

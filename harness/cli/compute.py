@@ -49,6 +49,7 @@ def _metrics() -> list[str]:
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
 @click.option("--num-steps", type=click.IntRange(1), help="Per probe; with --tol at most.")
 @choice("operator", *CHOICES["operator"])
+@choice("product", *CHOICES["product"])
 @choice("dtype", *CHOICES["dtype"])
 @choice("norm-mode", *CHOICES["norm_mode"])
 @choice("probe-distribution", *CHOICES["probe_distribution"])

@@ -14,9 +14,9 @@ from harness.errors import UserError
 from harness.estimator.blocks import Block
 from harness.estimator.checks import fixed_arithmetic, leading_size, take
 from harness.estimator.device import choose_device, device_memory
-from harness.estimator.hessian import BlockHessian
 from harness.estimator.memory import is_out_of_memory
 from harness.estimator.objective import Objective
+from harness.estimator.operators import block_hessian
 from harness.estimator.settings import Settings
 
 
@@ -82,19 +82,21 @@ def forecast(objective: Objective, blocks: Sequence[Block], settings: Settings) 
     here = replace(settings, device=str(device), memory_budget=device_memory(device))
     with fixed_arithmetic(objective.model):
         try:
-            hessian = BlockHessian(objective.first(1), blocks, here)
+            hessian = block_hessian(objective.first(1), blocks, here)
         except UserError:
             raise
         except Exception as error:
             if leading_size(first) < 2 or is_out_of_memory(error):
                 raise
-            hessian = BlockHessian(objective.first(2), blocks, here)
+            hessian = block_hessian(objective.first(2), blocks, here)
         few = hessian.batch_size
         with _counter() as shared:
             hessian.products([])
         block_flops = []
         for index, block in enumerate(blocks):
             vector = torch.ones(block.num_params, dtype=hessian.dtype, device=device)
+            if not hessian.is_autograd:  # the first product with a block looks for its step
+                hessian.products([(index, vector)])
             with _counter() as counter:
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size // few)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +17,13 @@ from harness.estimator.share import Share
 # Relative to the size of what is moved, from steps that cross few kinks to ones whose difference
 # stands out from the rounding of a model that computes in float32 inside.
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-# What of a gradient in float64 is taken for rounding, and how well two slopes must agree.
-_ROUNDING, _AGREEMENT = 1e-12, 0.1
+# What of a gradient is taken for rounding, and how well two slopes must agree.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-7}
+_AGREEMENT = 0.1
 
 
 class Differences:
-    """Central differences of the blocks' gradients, on a copy of the model.
-
-    In float64, whatever the products' dtype, if the model can: small steps cross no kinks.
-    """
+    """Central differences of the blocks' gradients, by moving a model's parameters and back."""
 
     def __init__(
         self,
@@ -35,17 +34,23 @@ class Differences:
         blocks: Sequence[Block],
         share: Share | None,
     ) -> None:
-        """Copy the model; arguments as `BlockHessian` holds them."""
-        self._loss_fn, self._blocks, self._share = loss_fn, blocks, share
+        """Take the model as it is; arguments as `BlockHessian` holds them."""
+        self._model, self._loss_fn, self._blocks, self._share = model, loss_fn, blocks, share
         parameter = model.get_parameter(blocks[0].parts[0].parameter)
-        self._device, self._dtype = parameter.device, torch.float64
-        self._model = copy.deepcopy(model).double()
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._batches, self._weights = batches, weights
+
+    @classmethod
+    def precise(cls, model: nn.Module, loss_fn: LossFn, *parts: Any) -> Differences:
+        """Return those of a copy in float64, if the model can: small steps cross no kinks."""
+        parameter = next(model.parameters())
+        copied = copy.deepcopy(model).double()
         try:
             with torch.no_grad():
-                loss_fn(self._model, place(batches[0], self._device, self._dtype))
+                loss_fn(copied, place(parts[0][0], parameter.device, torch.float64))
         except RuntimeError:  # knows no float64, or differentiates inside and knows no no_grad
-            self._model, self._dtype = copy.deepcopy(model), parameter.dtype
-        self._batches, self._weights = batches, weights
+            copied = copy.deepcopy(model)
+        return cls(copied, loss_fn, *parts)
 
     def slope(self, index: int, vector: torch.Tensor, step: float) -> torch.Tensor:
         """Return (g(w + ε v) − g(w − ε v)) / 2ε ≈ H_l v, g the gradient of the block l.
@@ -65,7 +70,7 @@ class Differences:
         if self._share is not None:
             self._share.add_up(ends)
         change = ends[0] - ends[1]
-        if float(change.norm()) <= _ROUNDING * float(ends[0].norm()):
+        if float(change.norm()) <= _ROUNDING[self._dtype] * float(ends[0].norm()):
             return torch.zeros_like(change)
         return change / (2 * length)
 

@@ -27,8 +27,8 @@ from harness.errors import reason_of
 from harness.estimator.blocks import Block
 from harness.estimator.cost import Forecast, cut
 from harness.estimator.device import choose_device, local_device, memory_share
-from harness.estimator.hessian import opened
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.estimator.share import Share
 from harness.estimator.spectrum import OnProgress, Row, rules

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TypeVar
 
@@ -28,7 +27,6 @@ from harness.estimator.causes import explained
 from harness.estimator.checks import (
     check_deterministic,
     check_twice_differentiable,
-    fixed_arithmetic,
     warn_of_asymmetry,
     warn_of_precision,
 )
@@ -73,7 +71,10 @@ class BlockHessian:
         keeps_graphs: The graphs of all microbatches are kept between products.
         most_bytes: Estimate of what is taken at most beside the model: kept graphs and a product.
             With a share the same in all processes.
+        is_autograd: Products are exact, so that asymmetry tells of a wrong second derivative.
     """
+
+    is_autograd = True
 
     def __init__(
         self,
@@ -157,9 +158,13 @@ class BlockHessian:
         block = self.blocks[index]
         identity = torch.eye(block.num_params, dtype=self.dtype, device=self.device)
         H = torch.stack(self.products([(index, row) for row in identity]))
-        if norm := float(H.norm()):
+        if self.is_autograd and (norm := float(H.norm())):
             warn_of_asymmetry([(block.name, float((H - H.T).norm()) / norm)], self.precision)
         return (H + H.T) / 2
+
+    def product_error(self, index: int) -> float | None:
+        """Return the relative error of the products with a block; None: rounding alone."""
+        return None
 
     def gradient(self) -> Gradients:
         """Return the gradient of the mean loss with respect to every parameter of the blocks."""
@@ -191,7 +196,7 @@ class BlockHessian:
     def differences(self) -> Differences:
         """What the products must equal, within what differences of the gradient can tell."""
         parts = (self.batches, self.weights, self.blocks, self._share)
-        return Differences(self._model, self._loss_fn, *parts)
+        return Differences.precise(self._model, self._loss_fn, *parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -435,29 +440,6 @@ class BlockHessian:
         repeated = [name for name, n in Counter(b.name for b in self.blocks).items() if n > 1]
         if repeated:
             raise UserError(f"two blocks have the name {repeated[0]!r}; each needs its own")
-
-
-@contextmanager
-def opened(
-    objective: Objective,
-    blocks: Sequence[Block],
-    settings: Settings,
-    *,
-    share: Share | None = None,
-) -> Iterator[BlockHessian]:
-    """Yield the block Hessian in its fixed arithmetic.
-
-    Args:
-        objective: What is differentiated.
-        blocks: By which parameters.
-        settings: Device, dtype, norm mode, precision and memory of the products.
-        share: This process's part of the samples, if several make each product together.
-
-    Raises:
-        UserError: As `BlockHessian`.
-    """
-    with fixed_arithmetic(objective.model, settings.matmul_precision):
-        yield BlockHessian(objective, blocks, settings, share=share)
 
 
 def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:

@@ -23,6 +23,7 @@ CHOICES = {
     "probe_distribution": ("gaussian", "rademacher"),
     "matmul_precision": ("highest", "high", "medium"),
     "operator": ("hessian", "ggn"),
+    "product": ("autograd", "differences"),
 }
 
 
@@ -50,9 +51,11 @@ class Settings:
             protocol, or as many as the products of a block's probes (4,000 at most).
         operator: What the spectrum is of: hessian, or ggn, the generalised Gauss-Newton matrix
             Jᵀ (∇²c) J, with J the derivative of the outputs and c the criterion of a `SplitLoss`.
+        product: autograd: exact, by differentiating twice. differences: of two gradients, for what
+            can't be differentiated twice; rows then hold its error.
 
     Raises:
-        UserError: One of them is out of range.
+        UserError: One of them is out of range, or differences are asked for of ggn.
     """
 
     partition: str = "weights"
@@ -67,6 +70,7 @@ class Settings:
     memory_budget: int | None = None
     exact_size: int | None = None
     operator: str = "hessian"
+    product: str = "autograd"
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""
@@ -85,6 +89,8 @@ class Settings:
             given = getattr(self, name)
             if given not in allowed:
                 raise UserError(f"{name} is {given!r}; choose one of {', '.join(allowed)}")
+        if self.operator == "ggn" and self.product == "differences":
+            raise UserError("operator ggn takes first derivatives alone: leave product='autograd'")
 
     @property
     def is_protocol(self) -> bool:
@@ -128,6 +134,7 @@ class Settings:
         rows = rows[rows["status"].isin(["ok", "zero"])]
         for column, value in self.columns.items():
             rows = rows[rows[column] == value]
+        rows = rows[rows["product"].fillna(CHOICES["product"][0]) == self.product]
         single = (rows["method"] == "exact") | (rows["status"] == "zero")
         asked = single | (rows["num_steps"] >= self.num_steps) | rows["breakdown"]
         counts = asked.groupby(rows["block"]).sum()

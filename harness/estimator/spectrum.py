@@ -18,8 +18,9 @@ from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import Block, find_blocks, unclassified
 from harness.estimator.checks import warn_of_asymmetry
 from harness.estimator.device import device_name, peak_bytes
-from harness.estimator.hessian import BlockHessian, opened
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import LossFn, Objective
+from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.settings import Settings, whole_number
 from spectra_db.quadrature import gauss_rule
@@ -159,6 +160,7 @@ def rules(
         "num_terms": round(hessian.num_terms),
         "device": device_name(hessian.device),
         "tolerance": None,
+        "product": settings.product,
         "status": "ok",
         "reason": None,
         **source,
@@ -230,7 +232,8 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
         on_progress(done, total)
         both = zip(pairs, states, strict=True)
         found = [(blocks[index].name, state.asymmetry) for (index, _), state in both]
-        warn_of_asymmetry(found, plan.hessian.precision)
+        if plan.hessian.is_autograd:
+            warn_of_asymmetry(found, plan.hessian.precision)
         seconds = (time.perf_counter() - begin) / len(pairs)
         for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
             rows = finished.setdefault(index, [])
@@ -293,6 +296,7 @@ def _slq_row(
         "num_products": len(state.alphas),
         "seconds": seconds,
         "peak_bytes": peak_bytes(plan.hessian.device),
+        "product_error": plan.hessian.product_error(index),
         # Halved on the way if memory ran out.
         "microbatch_size": plan.hessian.microbatch_size,
     }
@@ -330,6 +334,7 @@ def _exact_row(plan: _Plan, index: int) -> Row:
             "num_products": n,
             "seconds": time.perf_counter() - begin,
             "peak_bytes": peak_bytes(plan.hessian.device),
+            "product_error": plan.hessian.product_error(index),
             "microbatch_size": plan.hessian.microbatch_size,
         }
         | ({"status": "zero", "reason": reason} if zero else {})

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from harness.estimator import find_blocks
-from harness.estimator.hessian import opened
 from harness.estimator.lanczos import lanczos
+from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.settings import Settings
 from harness.paper.quadratic import Array

@@ -18,8 +18,8 @@ import torch
 import spectra_db
 from harness.errors import UserError, reason_of
 from harness.estimator.checks import batch_hash
-from harness.estimator.hessian import opened
 from harness.estimator.lanczos import lanczos
+from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.settings import Settings
 from harness.records.derived import derived

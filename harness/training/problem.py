@@ -13,8 +13,9 @@ from harness import tasks
 from harness.errors import UserError
 from harness.estimator.blocks import Block, find_blocks
 from harness.estimator.cost import Forecast, forecast
-from harness.estimator.hessian import BlockHessian, opened
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import LossFn, Objective, SplitLoss
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch, Task

@@ -13,8 +13,8 @@ from harness.estimator.batches import batch_hash
 from harness.estimator.blocks import Block
 from harness.estimator.cost import forecast
 from harness.estimator.distributed import Team, rules_together, team
-from harness.estimator.hessian import opened
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.estimator.share import Share
 from harness.estimator.spectrum import Row, gathered
@@ -32,6 +32,7 @@ CASES = {
     "samples of even microbatches": ("gpt", "samples", (2, 2, 1, 1), {}),
     "samples without kept graphs": ("cnn", "samples", (3, 3, 1), {"memory_budget": 62_000}),
     "batch statistics": ("cnn", "samples", (3, 2, 3), {"norm_mode": "train"}),
+    "samples by differences": ("mlp", "samples", (4, 3, 1, 2, 1), {"product": "differences"}),
     "full by samples": ("mlp", "samples", (5,), {"blocks": "full"}),
 }
 

@@ -8,9 +8,9 @@ from harness import estimate_spectra, find_blocks
 from harness.errors import UserError
 from harness.estimator.adaptive import estimate_to_tolerance, limits
 from harness.estimator.batches import batch_hash
-from harness.estimator.hessian import opened
 from harness.estimator.lanczos import Kept, advance, lanczos, start
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from spectra_db.heterogeneity import METRICS, measure
 

@@ -17,8 +17,8 @@ import spectra_db
 from harness import estimate_spectra, find_blocks, registry
 from harness.errors import UserError
 from harness.estimator.cost import forecast
-from harness.estimator.hessian import opened
 from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.estimator.spectrum import rules
 from harness.estimator.summary import block_sizes, block_summaries

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import registry, tasks
-from harness.estimator.hessian import opened
+from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.registry import ModelEntry, Recipe
 from harness.training import load_problem, train

@@ -1,0 +1,119 @@
+"""The operator that settings ask for: which matrix, and how its products are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+
+from harness.estimator.batches import Batch, place
+from harness.estimator.blocks import Block
+from harness.estimator.checks import fixed_arithmetic
+from harness.estimator.differences import Differences
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.memory import PeakMemory
+from harness.estimator.objective import Objective
+from harness.estimator.settings import Settings
+from harness.estimator.share import Share
+
+
+def block_hessian(
+    objective: Objective,
+    blocks: Sequence[Block],
+    settings: Settings,
+    *,
+    share: Share | None = None,
+) -> BlockHessian:
+    """Return the operator; to be used inside `checks.fixed_arithmetic`, as `opened` does.
+
+    Raises:
+        UserError: As `BlockHessian`.
+    """
+    kind = DifferenceHessian if settings.product == "differences" else BlockHessian
+    return kind(objective, blocks, settings, share=share)
+
+
+@contextmanager
+def opened(
+    objective: Objective,
+    blocks: Sequence[Block],
+    settings: Settings,
+    *,
+    share: Share | None = None,
+) -> Iterator[BlockHessian]:
+    """Yield the block Hessian in its fixed arithmetic.
+
+    Args:
+        objective: What is differentiated.
+        blocks: By which parameters.
+        settings: Device, dtype, norm mode, precision and memory of the products.
+        share: This process's part of the samples, if several make each product together.
+
+    Raises:
+        UserError: As `BlockHessian`.
+    """
+    with fixed_arithmetic(objective.model, settings.matmul_precision):
+        yield block_hessian(objective, blocks, settings, share=share)
+
+
+class DifferenceHessian(BlockHessian):
+    """The block Hessian by central differences, for what has no second derivative.
+
+    H_l v ≈ (g(w + ε v) − g(w − ε v)) / 2ε, g the gradient by the block's parameters: two gradients
+    a product, whose error is ε²/6 of the third derivative along v and eps |g| / ε of rounding.
+    Around eps^(1/3) |w_l| / |v| both are least (Nocedal & Wright 2006, section 8.1); of five steps
+    there the first product of a block takes the one whose quotient agrees best with the next's,
+    and what is left between these two is the error that rows hold.
+    """
+
+    is_autograd = False
+
+    def __init__(
+        self,
+        objective: Objective,
+        blocks: Sequence[Block],
+        settings: Settings,
+        *,
+        share: Share | None = None,
+    ) -> None:
+        """Prepare as `BlockHessian` does; no graph is kept."""
+        self._chosen: dict[int, tuple[float, float]] = {}
+        super().__init__(objective, blocks, settings, share=share)
+        self.keeps_graphs, self.most_bytes = False, self.product_bytes
+
+    def product_error(self, index: int) -> float | None:
+        """Return the relative error of the products with a block; None before the first."""
+        return self._chosen[index][1] if index in self._chosen else None
+
+    def measure_peak(self, batch: Batch) -> int:
+        """Measure the most memory, in bytes, that a gradient of a batch takes."""
+        names = {part.parameter for block in self.blocks for part in block.parts}
+        with PeakMemory(self.device) as memory:
+            self._gradients(place(batch, self.device, self.dtype), names, create_graph=False)
+        return memory.peak
+
+    def _saved_bytes(self, batch: Batch) -> int:
+        return self.measure_peak(batch)
+
+    def _products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+        """Return this process's part of the products, with steps that all processes share."""
+        parts = (self._model, self._loss_fn, self.batches, self.weights, self.blocks)
+        whole, mine = Differences(*parts, self._share), Differences(*parts, None)
+        found = []
+        for index, vector in requests:
+            if index not in self._chosen:
+                self._chosen[index] = _best_step(whole, index, vector)
+            found.append(mine.slope(index, vector, self._chosen[index][0]).to(vector.dtype))
+        return found
+
+
+def _best_step(quotients: Differences, index: int, vector: torch.Tensor) -> tuple[float, float]:
+    """Return the relative step whose quotient agrees best with the next smaller's, and how well."""
+    middle = torch.finfo(vector.dtype).eps ** (1 / 3)
+    steps = [middle * 10**power for power in (1.0, 0.5, 0.0, -0.5, -1.0)]
+    slopes = [quotients.slope(index, vector, step) for step in steps]
+    apart = [float((a - b).norm()) / (float(b.norm()) or 1.0) for a, b in pairwise(slopes)]
+    best = min(range(len(apart)), key=apart.__getitem__)
+    return steps[best + 1], apart[best]

@@ -72,9 +72,10 @@ paper: $(READY)
 sweep: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/harness paper sweep
 
-# Which measure predicts the SGD-Adam gap: what the pages say of the release.
+# What the pages say of the release, and README of protocol 2.
 leaderboard: $(READY)
-	$(BIN)/harness leaderboard --readme README.md --docs docs/leaderboard.md
+	$(BIN)/harness leaderboard --docs docs/leaderboard.md
+	$(BIN)/harness verdict --source spectra_db/campaign --readme README.md
 
 # The release as static pages; open build/site/index.html.
 site: $(READY)
@@ -97,6 +98,7 @@ gate: $(READY)
 campaign: gate
 	$(TRIALS) --tier ranked
 	$(TRIALS) --tier reference
+	$(BIN)/harness verdict --source spectra_db/campaign --readme README.md
 
 clean:
 	rm -rf .venv .venv-oldest build

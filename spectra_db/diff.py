@@ -108,6 +108,9 @@ def _read(path: Path, table: str, columns: list[str] | None = None) -> pd.DataFr
     except (pa.ArrowException, ValueError) as error:
         raise InvalidTable(f"{path}: {error}") from error
     rows = content.to_pandas()
+    for field in content.schema:  # arrays of several elements compare element by element
+        if pa.types.is_list(field.type) and field.name not in LISTS:
+            rows[field.name] = rows[field.name].map(tuple, na_action="ignore")
     repeated = rows.duplicated([key for key in KEYS[table] if key in names])
     if repeated.any():
         raise InvalidTable(

@@ -19,20 +19,14 @@ from harness.cli.base import device_of, main, options, writable
     help="Folder to write leaderboard/all.parquet, leaderboard.csv and models.csv to.",
 )
 @click.option(
-    "--readme",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File whose part between the markers is written anew.",
-)
-@click.option(
     "--docs",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The same of docs/leaderboard.md: cheap measures, and how well they predict.",
+    help="Page, docs/leaderboard.md, whose part between the markers is written anew.",
 )
 @click.option("--stage", default="init", show_default=True, help="Stage of the printed table.")
 @options("source", "registry", "json")
 def leaderboard(
     out: Path | None,
-    readme: Path | None,
     docs: Path | None,
     stage: str,
     source: Path | None,
@@ -54,10 +48,9 @@ def leaderboard(
     if out is not None:
         for path in export(data, board, out):
             click.echo(f"written: {path}", err=True)
-    for page, block in ((readme, report.readme_block), (docs, report.docs_block)):
-        if page is not None:
-            report.write_part(page, block(board, data))
-            click.echo(f"written: {page}", err=True)
+    if docs is not None:
+        report.write_part(docs, report.docs_block(board, data))
+        click.echo(f"written: {docs}", err=True)
     measured = statistics.measurements(data.models, data.heterogeneity, data.gaps)
     said = report.sentences(board, measured)
     if as_json:

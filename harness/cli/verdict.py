@@ -11,8 +11,13 @@ from harness.cli.base import main, options
 
 
 @main.command()
+@click.option(
+    "--readme",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Page whose part between the markers becomes the verdict's sentence.",
+)
 @options("source", "json")
-def verdict(source: Path | None, as_json: bool) -> None:
+def verdict(readme: Path | None, source: Path | None, as_json: bool) -> None:
     """Tell whether JS⁰ at initialisation ranks models by what AdamW gains over SGD.
 
     By the rules of docs/verdict.md, from tables speedups and predictors; what is not measured yet
@@ -20,9 +25,13 @@ def verdict(source: Path | None, as_json: bool) -> None:
     """
     from harness.cli.display import print_speedups
     from harness.leaderboard.ranking import ranking
+    from harness.leaderboard.report import write_part
     from spectra_db.loading import folder_of
 
     found = ranking(folder_of(source))
+    if readme is not None:
+        write_part(readme, found.verdict.sentence)
+        click.echo(f"written: {readme}", err=True)
     if as_json:
         facts = {
             "answer": found.verdict.answer,

@@ -1,4 +1,4 @@
-"""The leaderboard in words: what README, terminal and site say of table `leaderboard`."""
+"""The leaderboard in words: what docs, terminal and site say of table `leaderboard`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from spectra_db.heterogeneity import METRICS
 from spectra_db.words import STAGES
 
 _NUM_MOVED = 3  # models that are named
-BEGIN = "<!-- leaderboard: written by `make leaderboard` -->"
-END = "<!-- end of leaderboard -->"
+BEGIN = "<!-- written by `make leaderboard` -->"
+END = "<!-- end of what is written -->"
 # The scale that a metric is judged at; the others are further readings.
 SCALES = ("lambda10", "none")
 # What the authors' code compares: eigenvalues as they are.
@@ -136,34 +136,36 @@ def answer(gap: pd.Series) -> str:
     return str(gap["adam_needed_now"]) if gap["trained"] else "not trained"
 
 
-def readme_block(board: pd.DataFrame, data: Dataset) -> str:
-    """Return the README's part between the markers: the sentences and the table, as Markdown."""
+def docs_block(board: pd.DataFrame, data: Dataset) -> str:
+    """Return what docs/leaderboard.md says of the tables, as Markdown.
+
+    The sentences, the table of correlations, cheap measures, and how well they predict.
+    """
     rows = ranking(board)
     head = ["measure at initialisation", "products per block", *COLUMNS.values()]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [row["label"], f"{row['num_products']:.0f}", *(str(row[c]) for c in COLUMNS)]
         lines.append("| " + " | ".join(cells) + " |")
-    if not rows:
-        lines = []
-    day = "unknown date" if data.updated is None else f"{data.updated:%Y-%m-%d}"
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
     caption = (
-        f"Correlations with the gap of protocol 1, 95 % intervals in brackets; data of {day}. "
-        "What each column means is in [docs/leaderboard.md](docs/leaderboard.md)."
+        f"Correlations with the gap of protocol 1, 95 % intervals in brackets; data of {_day(data)}."
     )
-    return "\n\n".join([BEGIN, said, *(["\n".join(lines)] if lines else []), caption, END])
+    table = ["\n".join(lines), caption] if rows else []
+    return "\n\n".join([said, *table, *_predictions(rows, measured, _day(data))])
 
 
-def docs_block(board: pd.DataFrame, data: Dataset) -> str:
-    """Return the part of docs/leaderboard.md between the markers: cheap measures, predictions."""
-    rows = {(row["metric"], row["scale"]): row for row in ranking(board)}
-    day = "unknown date" if data.updated is None else f"{data.updated:%Y-%m-%d}"
-    paragraphs = [BEGIN]
-    if REFERENCE in rows:
-        paragraphs.append(_cheap(rows, rows[REFERENCE]["num_products"]))
-    measured = measurements(data.models, data.heterogeneity, data.gaps)
+def _day(data: Dataset) -> str:
+    return "unknown date" if data.updated is None else f"{data.updated:%Y-%m-%d}"
+
+
+def _predictions(rows: list[dict[str, Any]], measured: pd.DataFrame, day: str) -> list[str]:
+    """Say how cheap measures compare with JS⁰, and how well they predict other families."""
+    named = {(row["metric"], row["scale"]): row for row in rows}
+    paragraphs = []
+    if REFERENCE in named:
+        paragraphs.append(_cheap(named, named[REFERENCE]["num_products"]))
     lines = [
         "| measures | accuracy | the majority's answer | clear intervals | of them right |",
         "|---|---:|---:|---:|---:|",
@@ -190,33 +192,34 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
             "useful is the place among the models."
         )
     if not most:
-        return "\n\n".join([*paragraphs, "No model can be predicted from other families yet.", END])
-    paragraphs += [
+        return [*paragraphs, "No model can be predicted from other families yet."]
+    return [
+        *paragraphs,
         f"Each of {most} models of {families} families predicted from the other families, data of "
         f"{day}:",
         "\n".join(lines),
         verdict,
     ]
-    return "\n\n".join([*paragraphs, END])
 
 
-def write_part(path: Path, block: str) -> None:
-    """Put the block between the markers of a file.
+def write_part(path: Path, text: str) -> None:
+    """Put a text between the markers of a file.
 
     Raises:
         UserError: The file can't be read or has no markers.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        page = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} can't be read: it is no UTF-8 text") from error
-    if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
+    if not (page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)):
         raise UserError(f"{path} needs a line '{BEGIN}' and after it a line '{END}'")
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     with whole(path) as part:
-        part.write_text(re.sub(pattern, lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
+        written = f"{BEGIN}\n\n{text}\n\n{END}"
+        part.write_text(re.sub(pattern, lambda _: written, page, flags=re.DOTALL), encoding="utf-8")
 
 
 def _from_reference(models: pd.DataFrame) -> list[str]:

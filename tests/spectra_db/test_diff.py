@@ -63,6 +63,13 @@ def test_texts_and_counts_may_not_move_at_all(tmp_path, changes):
     assert row["column"] in changes
 
 
+def test_lists_are_compared_as_wholes(tmp_path):
+    old, new = gap_row("a", seeds=[1, 2, 3], gap=0.2), gap_row("a", seeds=[1, 2, 4], gap=0.2)
+    row = differ(tmp_path, "gaps", old, new)
+    assert (row["change"], row["column"], row["after"]) == ("changed", "seeds", (1, 2, 4))
+    assert differ(tmp_path / "same", "gaps", old, gap_row("a", seeds=[1, 2, 3], gap=0.2)) is None
+
+
 def test_a_number_that_came_or_went_is_a_change(tmp_path):
     row = differ(tmp_path, "gaps", gap_row("a"), gap_row("a", ci_low=0.1))
     assert (row["change"], row["column"], row["after"]) == ("changed", "ci_low", 0.1)

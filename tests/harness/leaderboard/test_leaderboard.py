@@ -14,6 +14,7 @@ from harness.cli import main
 from harness.leaderboard import report, statistics, tables
 from harness.leaderboard.export import export
 from harness.leaderboard.model_page import charts
+from harness.leaderboard.ranking import ranking
 from harness.submission.verify import Check, mark_verified
 from spectra_db import store
 from spectra_db.loading import BUNDLED
@@ -114,27 +115,27 @@ def test_js0_is_set_against_attention_and_size(folder):
     assert re.search(r"has attention −\d.*; number of parameters \S+ \[.*, not apart\.$", sentence)
 
 
-def test_the_readme_gets_the_table_between_its_markers_and_keeps_the_rest(folder, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(
+def test_a_page_gets_the_table_between_its_markers_and_keeps_the_rest(folder, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
         f"before\n\n{report.BEGIN}\noutdated\n{report.END}\n\nafter\n", encoding="utf-8"
     )
     for _ in range(2):
-        assert call("--source", folder, "--readme", readme).exit_code == 0
-    text = readme.read_text(encoding="utf-8")
+        assert call("--source", folder, "--docs", page).exit_code == 0
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n\n<!--")
     assert text.endswith("-->\n\nafter\n")
     assert "outdated" not in text
     assert text.count("| JS⁰ | 120 | 1.00 [") == 1
 
 
-def test_a_readme_without_markers_is_left_as_it_is(folder, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing", encoding="utf-8")
-    result = call("--source", folder, "--readme", readme)
+def test_a_page_without_markers_is_left_as_it_is(folder, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing", encoding="utf-8")
+    result = call("--source", folder, "--docs", page)
     assert result.exit_code == 2
     assert "needs a line" in result.stderr
-    assert readme.read_text(encoding="utf-8") == "nothing"
+    assert page.read_text(encoding="utf-8") == "nothing"
 
 
 def test_an_unknown_stage_is_refused_with_those_there_are(folder):
@@ -236,15 +237,14 @@ def release():
     return data, statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
 
 
-@released
-def test_the_readme_shows_the_release(release):
-    data, board = release
+def test_the_readme_has_the_verdict_on_the_campaign():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.readme_block(board, data) in text, "run: make leaderboard"
+    said = ranking(ROOT / "spectra_db" / "campaign").verdict.sentence
+    assert f"{report.BEGIN}\n\n{said}\n\n{report.END}" in text, "run: make leaderboard"
 
 
 @released
-def test_the_docs_show_how_well_the_release_predicts(release):
+def test_the_docs_show_the_release_and_how_well_it_predicts(release):
     data, board = release
     text = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
     assert report.docs_block(board, data) in text, "run: make leaderboard"
@@ -330,7 +330,7 @@ def test_docs_of_tables_that_predict_nothing_say_so(tmp_path):
 def test_a_page_that_has_no_part_to_write_is_refused(folder, tmp_path, content, message):
     page = tmp_path / "README.md"
     page.write_bytes(content)
-    result = call("--source", folder, "--readme", page)
+    result = call("--source", folder, "--docs", page)
     assert result.exit_code == 2
     assert message in result.stderr
     assert page.read_bytes() == content

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.errors import UserError
 
+# The way without a second derivative.
+BY_DIFFERENCES = ", or take products by differences (product='differences')"
 _FUNC = "write torch.autograd.grad(..., create_graph=True) in its place"
 # What torch says, and what to do about it.
 _CAUSES = {
@@ -153,6 +155,7 @@ def _without_derivative(
     found = operations(model, loss_fn, batch, is_meant)
     remedy = next((r for word, r in _REMEDIES.items() if word in text), "write it in others")
     which = "third" if "3rd" in text else "second"
+    remedy += BY_DIFFERENCES if which == "second" else ""
     if not found:
         return f"an operation of the model has no {which} derivative; {remedy}"
     where = ", ".join(dict.fromkeys(_described(model, path) for path, _ in found))

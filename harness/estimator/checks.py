@@ -19,7 +19,7 @@ from harness.estimator.batches import batch_hash as batch_hash
 from harness.estimator.batches import join, tensors_of
 from harness.estimator.batches import leading_size as leading_size
 from harness.estimator.batches import take as take
-from harness.estimator.causes import explained, operations
+from harness.estimator.causes import BY_DIFFERENCES, explained, operations
 from harness.estimator.objective import LossFn as LossFn
 
 
@@ -206,6 +206,7 @@ def check_twice_differentiable(gradients: Iterable[torch.Tensor | None]) -> torc
             raise UserError(
                 "a custom autograd function of the model is marked once_differentiable and has "
                 "no second derivative; write its backward in differentiable operations"
+                f"{BY_DIFFERENCES}"
             )
         outputs = node._input_metadata
         for output in outputs:

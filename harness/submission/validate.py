@@ -16,6 +16,7 @@ import torch
 from harness import tasks
 from harness.errors import UserError
 from harness.estimator import find_blocks
+from harness.estimator.causes import BY_DIFFERENCES
 from harness.estimator.checks import check_deterministic, fixed_arithmetic, leading_size, take
 from harness.registry.entry import ModelEntry
 from harness.submission import draft, entry_file, leaks, locate, products
@@ -98,6 +99,7 @@ _OF_CALLERS = {
     " (batch statistics: pass norm_mode='train')": "",
     "pass batch_weights as a function that counts them": "let `num_terms` of the task count them",
     "pass batch_weights as a function": "let `num_terms` of the task",
+    BY_DIFFERENCES: "",
 }
 
 

@@ -48,6 +48,11 @@ class Settings:
         exact_size: Blocks of at most this many parameters are diagonalised; 1,000 by the protocol.
         operator: What the spectrum is of: hessian, or ggn, the generalised Gauss-Newton matrix
             Jᵀ (∇²c) J, with J the derivative of the outputs and c the criterion of a `SplitLoss`.
+        gram: Diagonalise blocks of whatever size through the Gram matrix of the derivatives of the
+            outputs of a `SplitLoss`: with operator hessian those in which the outputs are locally
+            linear, with ggn all, where there are at most 4,096 outputs, or parameters, and the
+            matrices fit the memory budget. The others are taken as without it. What is forecast
+            is their cost.
 
     Raises:
         UserError: One of them is out of range.
@@ -65,6 +70,7 @@ class Settings:
     memory_budget: int | None = None
     exact_size: int = EXACT_SIZE
     operator: str = "hessian"
+    gram: bool = False
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""

@@ -8,6 +8,7 @@ import spectra_db
 from spectra_db import store
 from spectra_db.densities import lambda10
 from spectra_db.energy import energy_js
+from spectra_db.gauss_newton import ggn_share
 from spectra_db.heterogeneity import (
     CHANGES,
     Estimate,
@@ -21,7 +22,6 @@ from spectra_db.heterogeneity import (
 from spectra_db.quadrature import gauss_rule
 from spectra_db.rules import compare
 from spectra_db.schema import TABLES
-from spectra_db.gauss_newton import ggn_share
 
 from .synthetic import (
     compact_row,

@@ -34,7 +34,7 @@ from harness.estimator.device import choose_device, memory_share
 from harness.estimator.differences import Differences
 from harness.estimator.graphs import GaussNewtonGraph, Graph, split_or_refuse
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
-from harness.estimator.objective import Objective
+from harness.estimator.objective import LossFn, Objective
 from harness.estimator.operations import SoundOperations
 from harness.estimator.settings import Settings
 from harness.estimator.share import Share
@@ -58,6 +58,7 @@ class BlockHessian:
 
     Attributes:
         blocks: As given.
+        loss_fn: As given.
         batches: The microbatches on the device, halved if they would not fit; with a share, this
             process's.
         weights: t_b / Σ t per microbatch.
@@ -98,7 +99,7 @@ class BlockHessian:
         self.blocks = list(blocks)
         self.memory_budget = settings.memory_budget or memory_share(device)
         self._model = _working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
-        self._loss_fn = loss_fn
+        self.loss_fn = loss_fn
         is_ggn = settings.operator == "ggn"
         self._split = split_or_refuse(loss_fn, "operator='ggn'") if is_ggn else None
         self._parameters = dict(self._model.named_parameters())
@@ -177,6 +178,55 @@ class BlockHessian:
             total = dict(zip(total, sums, strict=True))
         return total
 
+    def of(self, loss_fn: LossFn) -> BlockHessian:
+        """Return the Hessian of another loss of the same model over the same batch."""
+        other = copy.copy(self)
+        other.loss_fn, other._split, other._kept = loss_fn, None, []
+        other.keeps_graphs = False
+        return other
+
+    def pieces(self) -> Iterator[tuple[Batch, float]]:
+        """Yield as few samples at a time as the model takes, with their weights in the mean.
+
+        Whole microbatches where they can't be cut.
+        """
+        if self._count is None:
+            yield from zip(self.batches, self.weights, strict=True)
+            return
+        for batch in self.batches:
+            size = leading_size(batch)
+            for places in torch.arange(size).tensor_split(max(size // self._fewest, 1)):
+                piece = take(batch, int(places[0]), int(places[-1]) + 1)
+                if terms := self._count(piece):
+                    yield piece, terms / self.num_terms
+
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """Return the outputs of a loss that is in two parts."""
+        split = split_or_refuse(self.loss_fn, "outputs")
+        with explained(self._model, self.loss_fn, batch), self._operations:
+            return split.outputs_of(self._model, batch)
+
+    def pulled_back(
+        self, batch: Batch, cotangents: torch.Tensor, blocks: Sequence[Block]
+    ) -> list[torch.Tensor]:
+        """Return J_lᵀ u for each block and each u, shapes (k, n_l), by a backward pass for each.
+
+        Args:
+            batch: Samples of which J is the derivative of the outputs.
+            cotangents: The u, shape (k, *outputs).
+            blocks: Some of the blocks.
+        """
+        names = list(dict.fromkeys(part.parameter for b in blocks for part in b.parts))
+        parameters = [self._parameters[name] for name in names]
+        z = self.outputs(batch)
+        rows: list[list[torch.Tensor]] = [[] for _ in blocks]
+        for u in cotangents:
+            found = torch.autograd.grad(z, parameters, u, retain_graph=True, materialize_grads=True)
+            slopes = dict(zip(names, found, strict=True))
+            for row, block in zip(rows, blocks, strict=True):
+                row.append(torch.cat([p.of(slopes[p.parameter]).flatten() for p in block.parts]))
+        return [torch.stack(row) for row in rows]
+
     def measure_peak(self, batch: Batch) -> int:
         """Measure the most memory, in bytes, that a graph of a batch and a product with it take."""
         names = {part.parameter for block in self.blocks for part in block.parts}
@@ -196,7 +246,7 @@ class BlockHessian:
     def differences(self) -> Differences:
         """What the products must equal, within what differences of the gradient can tell."""
         parts = (self.batches, self.weights, self.blocks, self._share)
-        return Differences.precise(self._model, self._loss_fn, *parts)
+        return Differences.precise(self._model, self.loss_fn, *parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,7 +328,7 @@ class BlockHessian:
                 directions.append(piece.view(shape))
         if not outputs:
             return  # the loss is linear in these parameters, or does not use them
-        with explained(self._model, self._loss_fn, self.batches[0]):
+        with explained(self._model, self.loss_fn, self.batches[0]):
             derivatives = gradients.derivatives(outputs, inputs, directions)
         targets = result.split([s.numel() for s in sizes])
         for part, target, shape, d in zip(block.parts, targets, sizes, derivatives, strict=True):
@@ -299,12 +349,12 @@ class BlockHessian:
     def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Graph:
         """Run one forward and one backward pass, to be differentiated again if asked."""
         ordered = [name for name in self._parameters if name in names]
-        with explained(self._model, self._loss_fn, batch):
+        with explained(self._model, self.loss_fn, batch):
             with self._operations:
                 if self._split is not None and create_graph:
                     graph: Graph = GaussNewtonGraph(self._split, self._model, batch)
                 else:
-                    graph = Graph(self._loss_fn(self._model, batch).reshape(()))
+                    graph = Graph(self.loss_fn(self._model, batch).reshape(()))
             if not graph.value.requires_grad:
                 raise UserError("the loss does not depend on the parameters of the blocks")
             gradients = torch.autograd.grad(

@@ -53,9 +53,14 @@ class Settings:
             Jᵀ (∇²c) J, with J the derivative of the outputs and c the criterion of a `SplitLoss`.
         product: autograd: exact, by differentiating twice. differences: of two gradients, for what
             can't be differentiated twice; rows then hold its error.
+        gram: Diagonalise blocks of whatever size through the Gram matrix of the derivatives of the
+            outputs of a `SplitLoss`: with operator hessian those in which the outputs are locally
+            linear, with ggn all, where there are at most 4,096 outputs, or parameters, and the
+            matrices fit the memory budget. The others are taken as without it. What is forecast
+            is their cost.
 
     Raises:
-        UserError: One of them is out of range, or differences are asked for of ggn.
+        UserError: One of them is out of range, or differences are asked for with ggn or gram.
     """
 
     partition: str = "weights"
@@ -71,6 +76,7 @@ class Settings:
     exact_size: int | None = None
     operator: str = "hessian"
     product: str = "autograd"
+    gram: bool = False
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""
@@ -91,6 +97,8 @@ class Settings:
                 raise UserError(f"{name} is {given!r}; choose one of {', '.join(allowed)}")
         if self.operator == "ggn" and self.product == "differences":
             raise UserError("operator ggn takes first derivatives alone: leave product='autograd'")
+        if self.gram and self.product == "differences":
+            raise UserError("gram takes derivatives of the outputs: leave product='autograd'")
 
     @property
     def is_protocol(self) -> bool:

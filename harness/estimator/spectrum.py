@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.estimator import lanczos
+from harness.estimator import gram, lanczos
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import Block, find_blocks, unclassified
 from harness.estimator.checks import warn_of_asymmetry
@@ -64,7 +64,8 @@ def estimate_spectra(
             a function of the batch. None: its leading dimension.
         on_progress: Called with (products done, products in all).
         **settings: device, dtype, norm_mode, probe_distribution, reorthogonalize,
-            matmul_precision, memory_budget and exact_size, as `Settings` has them.
+            matmul_precision, memory_budget, exact_size, operator and gram, as `Settings` has them;
+            the last two need a `SplitLoss`.
 
     Returns:
         One row per block and probe with the columns of table `spectra`. `spectra_db.js0` takes it.
@@ -191,6 +192,10 @@ class _Plan:
 
 def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
+    if plan.settings.gram:
+        done = yield from _gram_rows(plan)
+        others = {name: some for name, some in plan.probes.items() if name not in done}
+        plan = replace(plan, probes=others)
     blocks, settings, shared = plan.hessian.blocks, plan.settings, plan.shared
     num_steps = settings.num_steps
     # Before the first product: processes of which one runs out of memory keep to one plan.
@@ -203,7 +208,7 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     finished: dict[int, list[Row]] = {}
     for index, block in plan.todo:
         if plan.is_exact(block):
-            yield [_exact_row(plan, index)]
+            yield [_diagonalised(plan, index)]
             done += block.num_params
             on_progress(done, total)
     for pairs in groups:
@@ -302,7 +307,22 @@ def _slq_row(
     }
 
 
-def _exact_row(plan: _Plan, index: int) -> Row:
+def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
+    """Yield the rows of blocks whose spectra are those of Gram matrices; return their names."""
+    begin = time.perf_counter()
+    done, hessian = set(), plan.hessian
+    for found in gram.spectra(hessian, plan.settings.operator, [i for i, _ in plan.todo]):
+        n, nodes = hessian.blocks[found.index].num_params, found.nonzero.tolist()
+        weights = [1.0 / n] * len(nodes)
+        if len(nodes) < n:
+            nodes, weights = [0.0, *nodes], [(n - len(nodes)) / n, *weights]
+        yield [_exact_row(plan, found.index, (nodes, weights), found.num_passes, begin)]
+        done.add(hessian.blocks[found.index].name)
+        begin = time.perf_counter()
+    return done
+
+
+def _diagonalised(plan: _Plan, index: int) -> Row:
     """Diagonalise a small block."""
     begin = time.perf_counter()
     block = plan.hessian.blocks[index]
@@ -313,8 +333,20 @@ def _exact_row(plan: _Plan, index: int) -> Row:
             f"the Hessian of block {block.name!r} is not finite; use a wider dtype or look for inf "
             "or nan in the second derivative"
         )
-    zero = not H.any()
-    nodes = [0.0] if zero else torch.linalg.eigvalsh(H).tolist()
+    nodes = torch.linalg.eigvalsh(H).tolist() if H.any() else [0.0]
+    return _exact_row(plan, index, (nodes, [1.0 / len(nodes)] * len(nodes)), n, begin)
+
+
+def _exact_row(
+    plan: _Plan,
+    index: int,
+    rule: tuple[list[float], list[float]],
+    num_products: int,
+    begin: float,
+) -> Row:
+    """Make the row of a block whose eigenvalues are known."""
+    block, (nodes, weights) = plan.hessian.blocks[index], rule
+    zero = nodes == [0.0]
     reason = _reason_of_zero(plan, index, _MATRICES[plan.settings.operator]) if zero else None
     return (
         plan.shared
@@ -322,7 +354,7 @@ def _exact_row(plan: _Plan, index: int) -> Row:
             "block": block.name,
             "probe": 0,
             "block_kind": block.kind,
-            "num_params": n,
+            "num_params": block.num_params,
             "method": "exact",
             "probe_seed": 0,
             "num_steps": 0,
@@ -330,8 +362,8 @@ def _exact_row(plan: _Plan, index: int) -> Row:
             "alphas": [],
             "betas": [],
             "nodes": nodes,
-            "weights": [1.0 / len(nodes)] * len(nodes),
-            "num_products": n,
+            "weights": weights,
+            "num_products": num_products,
             "seconds": time.perf_counter() - begin,
             "peak_bytes": peak_bytes(plan.hessian.device),
             "product_error": plan.hessian.product_error(index),

@@ -149,7 +149,8 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
-    caption = f"Correlations with the gap of protocol 1, 95 % intervals in brackets; data of {_day(data)}."
+    caption = "Correlations with the gap of protocol 1, 95 % intervals in brackets; data of "
+    caption += f"{_day(data)}."
     table = ["\n".join(lines), caption] if rows else []
     return "\n\n".join([said, *table, *_predictions(rows, measured, _day(data))])
 

@@ -1,0 +1,213 @@
+"""Exact spectra from Gram matrices: of blocks in which the outputs are locally linear, and of GGN.
+
+With z the outputs, J_l their derivative by block l and ∇²c = S Sᵀ that of the criterion, the
+Gauss-Newton matrix J_lᵀ S Sᵀ J_l has the nonzero eigenvalues of the Gram matrix A_l A_lᵀ, where
+A_l = Sᵀ J_l has no more rows than there are outputs. Where z is linear in w_l the Hessian is that
+matrix: in networks of ReLU, max-pooling and norms in eval mode at each weight by itself (Botev,
+Ritter & Barber 2017, arXiv 1706.03662, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.estimator.batches import Batch, place
+from harness.estimator.blocks import Block
+from harness.estimator.graphs import slope_of, split_or_refuse
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.objective import SplitLoss
+from harness.estimator.probes import draw_probe
+
+# The eigenvalues of so many rows take half a minute of one core.
+MOST_ROWS = 4096
+# Entries of A that are taken to float64 at a time: 64 MiB.
+_CHUNK = 1 << 23
+# What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
+_ROUNDING = 64
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The spectrum of a block.
+
+    Attributes:
+        index: Of the block.
+        nonzero: The eigenvalues that are not zero, ascending, float64; as many as the rank.
+        num_passes: Backward passes over the whole batch that its rows took.
+    """
+
+    index: int
+    nonzero: torch.Tensor
+    num_passes: int
+
+
+def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Iterator[Eigenvalues]:
+    """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
+
+    The matrix is A Aᵀ, or Aᵀ A where the block has fewer parameters than there are rows, of at most
+    4,096 rows; it is summed up in float64, whatever the dtype of A. So its small eigenvalues are
+    those of A, and have lost no digits to the largest: with A in float32 those below 6e-11 of the
+    largest are rounding, and counted as zeros, in float64 those below 2e-16 times their number.
+
+    Args:
+        hessian: The products; it holds the whole batch.
+        operator: hessian or ggn, as it was opened with.
+        indices: The blocks to look at.
+
+    Raises:
+        UserError: The loss is not in two parts.
+        FloatingPointError: A derivative is not finite.
+    """
+    split = split_or_refuse(hessian.loss_fn, "gram=True")
+    roots = _roots(hessian, split)
+    if roots is None:
+        return
+    num_rows = sum(len(root) for _, root in roots)
+    free = hessian.memory_budget - hessian.product_bytes
+    sizes = {i: _matrix(hessian.blocks[i].num_params, num_rows) for i in indices}
+    taken = {
+        i: _nbytes(hessian.blocks[i].num_params, num_rows, hessian.dtype)
+        for i, size in sizes.items()
+        if size <= MOST_ROWS
+    }
+    fitting = [i for i, nbytes in taken.items() if nbytes <= free]
+    if operator == "hessian":
+        fitting = _linear(hessian, split, fitting)
+    passes = -(-num_rows // hessian.batch_size) + (operator == "hessian")
+    while fitting:
+        used, group = 0, []
+        while fitting and used + taken[fitting[0]] <= free:
+            used += taken[fitting[0]]
+            group.append(fitting.pop(0))
+        for i, matrix in zip(group, _matrices(hessian, group, roots, num_rows), strict=True):
+            yield Eigenvalues(i, _nonzero(matrix, hessian.blocks[i], hessian.dtype), passes)
+
+
+def _matrix(num_params: int, num_rows: int) -> int:
+    """Return the rows of a block's matrix."""
+    return min(num_params, num_rows)
+
+
+def _nbytes(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
+    """Return the memory of a block's matrix, its eigenvalues' workspace and, if it is kept, A."""
+    kept = num_rows * num_params * dtype.itemsize if num_params > num_rows else 0
+    return kept + 3 * 8 * _matrix(num_params, num_rows) ** 2 + 8 * _CHUNK
+
+
+def _roots(hessian: BlockHessian, split: SplitLoss) -> list[tuple[Batch, torch.Tensor]] | None:
+    """Return pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
+
+    None where a piece has too many outputs, or the criterion is not convex in them.
+    """
+    found = []
+    for piece, weight in hessian.pieces():
+        with torch.no_grad():
+            z = hessian.outputs(piece)
+        root = _root(split, z, piece) if z.numel() <= MOST_ROWS else None
+        if root is None:
+            return None
+        if len(root):
+            found.append((piece, (weight**0.5 * root).to(z.dtype).view(-1, *z.shape)))
+    return found
+
+
+def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Return Sᵀ, shape (rank, outputs), of ∇²c = S Sᵀ; None where that has a negative eigenvalue.
+
+    In float64, but for a criterion with tensors of its own in another dtype.
+    """
+    try:
+        at, slope = slope_of(split, z.double(), place(batch, z.device, torch.float64))
+    except RuntimeError:
+        at, slope = slope_of(split, z, batch)
+    H = torch.zeros(z.numel(), z.numel(), dtype=at.dtype, device=at.device)
+    for row, unit in zip(H, torch.eye(len(H), dtype=at.dtype, device=at.device), strict=True):
+        if slope.requires_grad:  # else the criterion is linear
+            options = {"retain_graph": True, "materialize_grads": True}
+            (d,) = torch.autograd.grad(slope, at, unit.view_as(slope), **options)
+            row.copy_(d.flatten())
+    values, vectors = torch.linalg.eigh((H + H.T).double() / 2)
+    rounding = len(H) * torch.finfo(at.dtype).eps * values.abs().max()
+    if (values < -rounding).any():
+        return None
+    kept = values > rounding
+    return (vectors[:, kept] * values[kept].sqrt()).T
+
+
+def _linear(hessian: BlockHessian, split: SplitLoss, indices: Sequence[int]) -> list[int]:
+    """Return the blocks in which the outputs are locally linear.
+
+    The Hessian of ⟨z, u⟩, u drawn at random, is then zero, and so is each entry of its product with
+    a random vector: at kinks torch's derivatives are of one side. Of others none is, to rounding,
+    but with probability zero.
+    """
+
+    def functional(model: nn.Module, batch: Batch) -> torch.Tensor:
+        z = split.outputs(model, batch)
+        u = draw_probe(z.numel(), 0, "gaussian").to(z)
+        return (z * u.view_as(z)).sum()
+
+    curvature = hessian.of(functional)
+    linear = []
+    for i in indices:
+        v = draw_probe(hessian.blocks[i].num_params, 0, "gaussian")
+        (product,) = curvature.products([(i, v.to(hessian.device, hessian.dtype))])
+        if not product.any():
+            linear.append(i)
+    return linear
+
+
+def _matrices(
+    hessian: BlockHessian,
+    group: Sequence[int],
+    roots: Sequence[tuple[Batch, torch.Tensor]],
+    num_rows: int,
+) -> list[torch.Tensor]:
+    """Return A Aᵀ, or Aᵀ A if that is smaller, of each block, from one backward pass per row."""
+    blocks = [hessian.blocks[i] for i in group]
+    like = {"dtype": hessian.dtype, "device": hessian.device}
+    short = [b.num_params <= num_rows for b in blocks]
+    kept = [
+        torch.zeros(b.num_params, b.num_params, **like | {"dtype": torch.float64})
+        if is_short
+        else torch.zeros(num_rows, b.num_params, **like)
+        for b, is_short in zip(blocks, short, strict=True)
+    ]
+    start = 0
+    for piece, root in roots:
+        for target, is_short, rows in zip(
+            kept, short, hessian.pulled_back(piece, root, blocks), strict=True
+        ):
+            if is_short:
+                target += rows.T.double() @ rows.double()
+            else:
+                target[start : start + len(root)] = rows
+        start += len(root)
+    return [a if is_short else _gram(a) for a, is_short in zip(kept, short, strict=True)]
+
+
+def _gram(A: torch.Tensor) -> torch.Tensor:
+    """Return A Aᵀ, summed in float64."""
+    total = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
+    for columns in A.split(max(1, _CHUNK // max(1, len(A))), dim=1):
+        wide = columns.double()
+        total.addmm_(wide, wide.T)
+    return total
+
+
+def _nonzero(matrix: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:
+    """Return the eigenvalues of a Gram matrix that are not zero to rounding."""
+    if not torch.isfinite(matrix).all():
+        raise FloatingPointError(
+            f"the derivative of the outputs by block {block.name!r} is not finite; use a wider "
+            "dtype or look for inf or nan in it"
+        )
+    values = torch.linalg.eigvalsh(matrix).cpu()
+    if not len(values):  # the criterion is linear
+        return values
+    rounding = max(len(values) * 2.0**-52, (_ROUNDING * torch.finfo(dtype).eps) ** 2)
+    return values[values > rounding * values[-1]]

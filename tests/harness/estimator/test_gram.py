@@ -1,0 +1,177 @@
+"""Exact spectra from Gram matrices, against dense block Hessians by autograd."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from harness import SplitLoss, estimate_spectra
+from harness.errors import UserError
+from harness.estimator.blocks import find_blocks
+from harness.estimator.checks import fixed_arithmetic
+from spectra_db import store
+
+from .models import cross_entropy, num_terms, problem, split
+from .test_gauss_newton import CROSS_ENTROPY, SQUARES, gauss_newton
+from .test_hessian import block_hessian
+
+OPTIONS = {"gram": True, "num_probes": 1, "num_steps": 2, "exact_size": 0, "dtype": "float64"}
+
+
+class Twice(nn.Module):
+    """A ReLU net in which one weight is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(36, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        return self.head(self.again(self.again(x).relu()).relu())
+
+
+def relu_cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 2, stride=1),
+        nn.LeakyReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+
+
+def gelu_mlp():
+    middle = nn.Linear(6, 5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 6), nn.GELU(), middle, nn.Linear(5, 4))
+
+
+@cache
+def net(name, num_samples=6):
+    """Return a net with statistics of batch norm that are not those of the start, and a batch."""
+    _, batch = problem("mlp", num_samples)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = {"cnn": relu_cnn, "gelu": gelu_mlp, "twice": Twice}[name]().double()
+        model(torch.randn(9, 1, 6, 6).double())
+    return model, batch
+
+
+def dense(hessian, index, model):
+    with fixed_arithmetic(model):
+        return torch.linalg.eigvalsh(hessian.dense(index))
+
+
+def whole(row):
+    """Return all eigenvalues of an exact row, the zeros too."""
+    times = (torch.tensor(row["weights"]) * row["num_params"]).round().long()
+    return torch.tensor(row["nodes"], dtype=torch.float64).repeat_interleave(times)
+
+
+@pytest.mark.parametrize(("partition", "sizes"), [("weights", [6]), ("all", [4, 2])])
+def test_a_relu_net_has_the_eigenvalues_of_its_dense_blocks(partition, sizes, tmp_path):
+    model, batch = net("cnn")
+    rows = estimate_spectra(model, CROSS_ENTROPY, split(batch, sizes), blocks=partition, **OPTIONS)
+    assert set(rows["method"]) == {"exact"}
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model, partition))
+    for index, row in enumerate(rows.to_dict("records")):
+        expected = dense(hessian, index, model)
+        size = expected.abs().max()
+        torch.testing.assert_close(whole(row), expected, rtol=0, atol=float(1e-14 * size))
+        zeros = int((expected < 1e-13 * size).sum())
+        assert len(row["nodes"]) == min(row["num_params"], row["num_params"] - zeros + 1)
+    store.write(tmp_path, "spectra", rows.assign(model="net"))
+
+
+def test_one_block_of_all_weights_is_not_linear_and_falls_back():
+    model, batch = net("cnn")
+    [row] = estimate_spectra(model, CROSS_ENTROPY, [batch], blocks="full", **OPTIONS).to_dict(
+        "records"
+    )
+    assert row["method"] == "slq"
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"),
+    [
+        ("gelu", ["3.weight", "4.weight"]),  # those after the last bend
+        ("twice", ["first.weight", "head.weight"]),
+    ],
+)
+def test_blocks_in_which_the_outputs_bend_are_sampled(name, linear):
+    model, batch = net(name)
+    rows = estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS)
+    assert rows.loc[rows["method"] == "exact", "block"].tolist() == linear
+    assert (rows["method"] == "slq").sum() == 1
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model))
+    for row in rows[rows["method"] == "exact"].to_dict("records"):
+        index = [b.name for b in hessian.blocks].index(row["block"])
+        torch.testing.assert_close(whole(row), dense(hessian, index, model), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [("gpt", CROSS_ENTROPY), ("mlp", SQUARES)], ids=["gpt", "mlp"]
+)
+def test_gauss_newton_is_exact_in_any_net(name, loss):
+    model, batch = problem(name, 2)
+    blocks = find_blocks(model)[-3:]
+    counted = {"batch_weights": num_terms}
+    rows = estimate_spectra(
+        model, loss, [batch], blocks=blocks, operator="ggn", **OPTIONS, **counted
+    )
+    assert set(rows["method"]) == {"exact"}
+    matrix = gauss_newton(model, loss, [batch], blocks, **counted)
+    for index, row in enumerate(rows.to_dict("records")):
+        torch.testing.assert_close(whole(row), dense(matrix, index, model), rtol=0, atol=1e-12)
+
+
+def test_float32_derivatives_keep_small_eigenvalues():
+    model, batch = net("cnn", 4)
+    rows = {}
+    for dtype in ("float32", "float64"):
+        options = OPTIONS | {"dtype": dtype}
+        rows[dtype] = estimate_spectra(model, CROSS_ENTROPY, [batch], **options).to_dict("records")
+    for narrow, wide in zip(rows["float32"], rows["float64"], strict=True):
+        a, b = whole(narrow), whole(wide)
+        # To the root of what products in float32 tell: a singular value is off by one rounding.
+        torch.testing.assert_close(a.sqrt(), b.sqrt(), rtol=0, atol=float(1e-5 * b.max().sqrt()))
+        assert len(narrow["nodes"]) == len(wide["nodes"])
+
+
+def test_what_does_not_fit_falls_back_and_a_zero_block_says_so():
+    model, batch = net("cnn")
+    options = OPTIONS | {"memory_budget": 10**6}
+    rows = estimate_spectra(model, CROSS_ENTROPY, [batch], **options)
+    assert set(rows["method"]) == {"slq"}
+    still = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z.mean())
+    rows = estimate_spectra(model, still, [batch], **OPTIONS)
+    assert set(rows["status"]) == {"zero"}
+
+
+def test_a_criterion_that_is_not_convex_falls_back():
+    model, batch = net("cnn")
+    odd = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z.sin().mean())
+    assert set(estimate_spectra(model, odd, [batch], **OPTIONS)["method"]) == {"slq"}
+
+
+def test_class_weights_in_another_dtype_are_taken():
+    model, batch = net("cnn", 4)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    loss = SplitLoss(
+        lambda m, b: m(b[0]),
+        lambda z, b: F.cross_entropy(z, b[1], weights, reduction="none").mean(),
+    )
+    rows = estimate_spectra(model, loss, [batch], **OPTIONS | {"dtype": "float32"})
+    assert set(rows["method"]) == {"exact"}
+
+
+def test_a_plain_loss_is_refused():
+    model, batch = net("cnn")
+    with pytest.raises(UserError, match=r"gram=True needs the loss in two parts: pass harness.Sp"):
+        estimate_spectra(model, cross_entropy, [batch], **OPTIONS)

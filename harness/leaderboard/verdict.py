@@ -42,10 +42,17 @@ _NAME = "JS⁰ of raw eigenvalues at initialisation"
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether the protocol's gate holds; the reasons where it doesn't."""
+    """Whether the protocol's gate holds.
+
+    Attributes:
+        passed: It does.
+        reasons: Why it does not.
+        unknown: Entries of it whose speed-up is not known yet.
+    """
 
     passed: bool
     reasons: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,10 +184,10 @@ def verdict(
 def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
     """Return why nothing may be ranked; empty where it may."""
     reasons = []
-    if not gate.passed:
-        reasons.append(
-            f"the gate does not hold ({'; '.join(gate.reasons) or 'no reason is given'})"
-        )
+    if gate.reasons:
+        reasons.append(f"the gate does not hold ({'; '.join(gate.reasons)})")
+    if gate.unknown:
+        reasons.append(f"the gate waits for the runs of {' and '.join(gate.unknown)}")
     used = rows[rows["trained"] & rows[PRIMARY].notna()]
     if len(used) < MIN_ENTRIES:
         reasons.append(

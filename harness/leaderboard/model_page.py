@@ -34,9 +34,9 @@ def charts(
     `kinds` gives kinds of blocks their colours; `blocks` names the blocks, in the network's order,
     and their kinds; `scales` has per stage their rms eigenvalues, in that order, null where not
     known; `spectra` per stage and block the density as [first bin, log10 in hundredths, ...] over
-    bins of arsinh of the scaled eigenvalue, null where it is below the floor; `heatmaps` per stage the distances in
-    thousandths, without biases if `weights_alone`; `full` the spectra of all parameters as one
-    block; `training` the training runs, None where there are none.
+    bins of arsinh of the scaled eigenvalue, null where it is below the floor; `heatmaps` per
+    stage the distances in thousandths, without biases if `weights_alone`; `full` the spectra
+    of all parameters as one block; `training` the training runs, None where there are none.
     """
     rows = optional("spectra", source, model=name)
     partition = partition_of(tier)

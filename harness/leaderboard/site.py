@@ -26,7 +26,7 @@ from spectra_db import store
 from spectra_db.heterogeneity import METRICS
 from spectra_db.loading import folder_of
 from spectra_db.schema import TABLES
-from spectra_db.words import STAGES
+from spectra_db.words import ANSWERS, STAGES
 
 _STATIC = Path(__file__).parent / "static"
 _DIGITS = 6
@@ -103,12 +103,19 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
         "entries": standings,
-        "example": next((m["model"] for m in archive if m["js0"] is not None), None),
+        "example": _example(archive),
         "claims": _claims(pages),
     })  # fmt: skip
     _write_js(out / "data" / "index.js", index_data(archive, main.joined, board, standings))
     _write(out / "compare.html", environment, "compare.html", {"models": models})
     return out / "index.html"
+
+
+def _example(models: list[dict[str, Any]]) -> str | None:
+    """Return a model to look at first: of those that lack nothing the one of most blocks."""
+    measured = [m for m in models if m["js0"] is not None]
+    whole = [m for m in measured if not m["missing"] and m["needed"] in ANSWERS]
+    return max(whole or measured, key=lambda m: m["num_blocks"], default={}).get("model")
 
 
 def index_data(

@@ -115,8 +115,8 @@ function pictureOfSpeedups(known, width) {
     marginBottom: 44,
     style: { fontSize: "13px", background: "transparent" },
     color: COLOURS,
-    x: { domain: [-2.1, 2.1], ticks: [-2, -1, 0, 1, 2], tickFormat: (t) => (t < 0 ? `AdamW ${2 ** -t}×` : t > 0 ? `SGD ${2 ** t}×` : "alike"),
-      label: "which takes how many times the steps →", grid: true },
+    x: { domain: [-2.1, 2.1], ticks: [-2, -1, 0, 1, 2], tickFormat: (t) => (t === 0 ? "as many" : `${2 ** Math.abs(t)}×`),
+      label: "← steps AdamW needs for SGD's loss · steps SGD needs for AdamW's →", labelAnchor: "center", labelArrow: "none", grid: true },
     y: { domain: data.map((e) => e.model), label: null, tickSize: 0 },
     ariaLabel: `Speed-ups: ${data.map((e) => e.said).join("; ")}`,
     marks: [
@@ -159,7 +159,7 @@ function gapChart(data, { width, height, stage, name }) {
   const cut = data.map((p) => ({ ...p, yLow: clamp(p.low), yHigh: clamp(p.high) }));
   const wide = d3.extent(cut.flatMap((p) => [p.xLow, p.xHigh]));
   return pointChart(cut, { width, height,
-    x: { type: "log", domain: [0.9 * wide[0], 1.1 * wide[1]], label: `${name} at ${stage} →`, ticks: width < 500 ? 3 : 8, tickFormat: (v) => `${+v.toPrecision(3)}` },
+    x: { type: "log", domain: [0.9 * wide[0], 1.1 * wide[1]], label: `${name} at ${stage} →`, ticks: width < 700 ? 3 : 8, tickFormat: (v) => `${+v.toPrecision(3)}` },
     y: { domain: bounds, label: "↑ SGD-Adam gap" },
     marks: [Plot.ruleY([0.1], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
     ariaLabel: `Scatter of the SGD-Adam gap against ${name} at ${stage}, ${data.length} models` });

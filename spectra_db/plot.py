@@ -1,10 +1,14 @@
 """Figures of spectra, of distances between blocks, and of training runs.
 
-Every function returns a matplotlib Figure and touches no global state of matplotlib.
+Every function returns a matplotlib Figure in one style, made for a paper of two columns (7 inches)
+and for 300 dpi, and leaves matplotlib's global state as it was. Vector files come of
+`figure.savefig("name.pdf")` or `.svg`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -19,13 +23,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, told apart by the colour-blind.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_KINDS = ("embedding", "query", "key", "value", "mlp", "conv")
+# Of Okabe & Ito's palette, told apart by the colour-blind; in grey by the dashes.
+_OPTIMIZERS = {
+    "sgd": ("SGD with momentum", "#0072B2", "--"),
+    "adamw": ("AdamW", "#D55E00", "-"),
+}
+WIDTH = 7.0  # inches, of a page of two columns
+_STYLE = {
+    "figure.dpi": 300, "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
+    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
+    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4, "ytick.minor.width": 0.4, "lines.linewidth": 1.0,
+    "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+# A colour for each kind of block, of middle tones that show on white and on black.
+KINDS = {
+    "embedding": "#0072B2", "position": "#56B4E9", "query": "#D55E00", "key": "#E69F00",
+    "value": "#CC79A7", "attention": "#B8860B", "attention_output": "#8C564B", "mlp": "#009E73",
+    "conv": "#7B5EC6", "recurrent": "#C0392B", "head": "#6E7B8B", "state": "#008B8B",
+    "norm": "#7F9F2F", "bias": "#A9A9A9", "other": "#8A8A8A",
+}  # fmt: skip
 # Densities below this are drawn at the floor: less than one eigenvalue of any block.
 _FLOOR = 1e-5
 
 
+@contextmanager
+def style() -> Iterator[None]:
+    """Set what all figures share while it is entered: small type, thin lines, 300 dpi."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+@style()
 def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
     """Draw the smoothed spectral density of each block, on a logarithmic axis.
 
@@ -42,22 +73,17 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
     figure, axes, columns = _panels(blocks, 1.5 * float(densities.to_numpy().max()), scale)
     for ax, (name, block) in zip(axes, blocks.iterrows(), strict=False):
         if block["status"] == "zero":
-            ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center", fontsize=8)
+            ax.text(0.5, 0.5, "exactly zero", transform=ax.transAxes, ha="center")
         else:
             _draw_density(ax, densities[name], _colour(str(block["block_kind"])))
-    kinds = [k for k in _KINDS if k in set(blocks["block_kind"])]
-    others = sorted(set(blocks["block_kind"]) - set(_KINDS))
-    patches = [Patch(color=_colour(k), alpha=0.6, label=k) for k in kinds]
-    if others:
-        patches.append(Patch(color=_COLOURS[-1], alpha=0.6, label=", ".join(others)))
+    present = sorted(set(blocks["block_kind"]), key=[*KINDS, *blocks["block_kind"]].index)
+    patches = [Patch(color=_colour(k), alpha=0.6, label=k.replace("_", " ")) for k in present]
     if len(blocks) > 1:
-        ncols = 7 if columns > 2 else 3
-        figure.legend(
-            handles=patches, loc="outside upper left", ncols=ncols, fontsize=8, frameon=False
-        )
+        figure.legend(handles=patches, loc="outside upper left", ncols=8 if columns > 2 else 3)
     return figure
 
 
+@style()
 def stages(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
     """Draw each block's spectral density at every stage of training, from dark to light.
 
@@ -93,14 +119,15 @@ def stages(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) 
         for ax, name in zip(axes, blocks.index, strict=False):
             if name in values.columns and name not in zero:
                 x, y = _broken(values[name])
-                lines += ax.plot(x, y, color=shade, linewidth=1.0)
+                lines += ax.plot(x, y, color=shade)
         if lines:
             share = "" if stage in ("init", "final") else f" ({progress:.0%} of the steps)"
             lines[0].set_label(f"{stage}{share}")
-    figure.legend(loc="outside upper left", ncols=min(5, len(axes)), fontsize=8, frameon=False)
+    figure.legend(loc="outside upper left", ncols=min(5, len(axes)))
     return figure
 
 
+@style()
 def js_heatmap(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
     """Draw the matrix of Jensen-Shannon distances between the blocks' spectra.
 
@@ -125,8 +152,12 @@ def js_heatmap(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.
     return figure
 
 
+@style()
 def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Figure:
-    """Draw the minibatch loss of a model's runs of the lowest seed, the grid's: SGD and AdamW.
+    """Draw the minibatch loss of a model's runs: SGD and AdamW, at every learning rate.
+
+    Thin lines are runs of the lowest seed, the grid's. At the best rates a thick line is the mean
+    over the other seeds, which are drawn beside it. Titles say which rates diverged.
 
     Args:
         rows: Rows of table `training` of one model.
@@ -144,23 +175,33 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
         raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
     used = ("model", "seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
     _check_columns(rows, "training", *used)
-    seed = rows["seed"].min()
-    losses = rows[(rows["metric"] == "loss") & (rows["seed"] == seed)].sort_values("step")
+    losses = rows[(rows["metric"] == "loss") & (rows["split"] == "batch")].sort_values("step")
+    first = losses["seed"] == losses["seed"].min()
     ours = None if gaps is None else gaps[gaps["model"].isin(models)]
-    losses = losses[losses["split"] == "batch"]
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, optimizer, colour in zip(axes, ("sgd", "adamw"), _COLOURS, strict=False):
+    for ax, (optimizer, (title, colour, dashes)) in zip(axes, _OPTIMIZERS.items(), strict=True):
         rates = () if ours is None else ours[BEST_RATES[optimizer]].to_numpy()
-        ax.set_title({"sgd": "SGD with momentum", "adamw": "AdamW"}[optimizer], fontsize=10)
+        of_it = losses["optimizer"] == optimizer
+        diverged = losses.loc[of_it & losses["diverged"].eq(True), "lr"].unique()
+        said = ", ".join(f"{lr:.3g}" for lr in sorted(diverged))
+        ax.set_title(title + (f" (diverged at {said})" if said else ""))
         ax.set_xlabel("step")
-        for lr, run in losses[losses["optimizer"] == optimizer].groupby("lr"):
-            best = lr in rates
-            style = {"linewidth": 2.2} if best else {"linewidth": 0.9, "alpha": 0.45}
-            label = f"learning rate {lr:.3g} (best)" if best else None
-            ax.plot(run["step"], run["value"], color=colour, label=label, **style)
+        for lr, run in losses[of_it].groupby("lr"):
+            grid = run[first.loc[run.index]]
+            further = run[~first.loc[run.index]] if lr in rates else run.iloc[:0]
+            for _, one in [*grid.groupby("seed"), *further.groupby("seed")]:
+                ax.plot(one["step"], one["value"], color=colour, linewidth=0.6, alpha=0.45)
+            if lr in rates:
+                seeds = further if len(further) else grid
+                mean = seeds.groupby("step")["value"].mean()
+                count = f", {seeds['seed'].nunique()} seeds" if len(further) else ""
+                ax.plot(
+                    mean.index, mean, dashes, color=colour, linewidth=1.8,
+                    label=f"learning rate {lr:.3g} (best{count})",
+                )  # fmt: skip
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(fontsize=8, frameon=False)
+            ax.legend()
     if len(losses) and losses["value"].min() > 0:
         ceiling = 1.3 * float(losses.loc[losses["step"] == losses["step"].min(), "value"].max())
         axes[0].set(yscale="log", ylim=(0.8 * float(losses["value"].min()), ceiling))
@@ -184,7 +225,8 @@ def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[
     columns = min(4 if len(blocks) <= 24 else 8, len(blocks))
     shape = (ceil(len(blocks) / columns), columns)
     # A single panel is drawn larger; it stands alone.
-    size = (5.2, 3.4) if len(blocks) == 1 else (2.6 * columns, 1.9 * shape[0] + 0.8)
+    width = WIDTH if columns >= 4 else WIDTH / 4 * columns + 0.2
+    size = (3.4, 2.3) if len(blocks) == 1 else (width, 1.2 * shape[0] + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
     axes[0].set(yscale="log", ylim=(_FLOOR, top))
@@ -192,15 +234,16 @@ def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[
     axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
     kinds = blocks["block_kind"].astype(str)
     for ax, title, kind in zip(axes, _short(list(blocks.index)), kinds, strict=False):
-        ax.set_title(_title(title, kind), fontsize=8)
-        ax.tick_params(labelsize=7)
+        ax.set_title(_title(title, kind), fontsize=7 if columns <= 4 else 4.5)
+        if columns > 4:
+            ax.tick_params(labelsize=5)
     for ax in axes[len(blocks) - columns : len(blocks)]:
         ax.tick_params(labelbottom=True)
     for ax in axes[len(blocks) :]:
         ax.set_axis_off()
     unit = "eigenvalue" if scale == "raw" else f"eigenvalue / {SCALES[scale].meaning}"
-    figure.supxlabel(unit, fontsize=9)
-    figure.supylabel("density", fontsize=9)
+    figure.supxlabel(unit, fontsize=8)
+    figure.supylabel("density", fontsize=8)
     return figure, list(axes), columns
 
 
@@ -222,7 +265,7 @@ def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
 
 
 def _colour(kind: str) -> str:
-    return _COLOURS[_KINDS.index(kind)] if kind in _KINDS else _COLOURS[-1]
+    return KINDS.get(kind, KINDS["other"])
 
 
 def _title(name: str, kind: str) -> str:

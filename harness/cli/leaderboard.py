@@ -74,13 +74,14 @@ def leaderboard(
 @options("source", "out")
 def site(source: Path | None, out: Path) -> None:
     """Build the page that shows the tables of a folder, or those of a submission."""
+    from harness.leaderboard.docs import DOCS
     from harness.leaderboard.site import build
 
     if source is not None and (source / "submission.json").is_file():
         from harness.submission.submit import tables_of
 
         source, _ = tables_of(source)
-    click.echo(f"page: {build(source, out)}")
+    click.echo(f"page: {build(source, out, DOCS if DOCS.is_dir() else None)}")
 
 
 @main.command()

@@ -30,6 +30,8 @@ def export(data: Dataset, board: pd.DataFrame, out: Path) -> list[Path]:
         store.write(out, "leaderboard", board, replace=True)
     else:
         table.unlink(missing_ok=True)
+    # A folder that is published ships no lock; nothing but this function writes the table.
+    table.with_name(f".{table.name}.lock").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     joined = measurements(data.models, data.heterogeneity, data.gaps)
     of_model = data.models.set_index("model")["provenance"]

@@ -1,4 +1,4 @@
-"""What a model's page draws: densities per block and stage, distances, training curves."""
+"""What a model's page draws: its blocks' scales and densities, distances, training runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from spectra_db.densities import density
 from spectra_db.derived import standard
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.loading import optional
+from spectra_db.plot import KINDS
 from spectra_db.schema import BEST_RATES
 from spectra_db.words import STAGES
 
@@ -21,6 +22,8 @@ from spectra_db.words import STAGES
 FLOOR = 1e-5
 _BINS_PER_UNIT = 20  # of the axis, which is arsinh of the eigenvalue: σ = 0.05 near zero
 _POINTS = 250  # of a training curve
+# Of both protocols' runs.
+_RUN = ["optimizer", "lr", "seed", "step", "value", "diverged"]
 
 
 def charts(
@@ -28,11 +31,12 @@ def charts(
 ) -> dict[str, Any]:
     """Return the data of a model's figures.
 
-    `blocks` names the blocks, in the network's order, and their kinds; `spectra` has per stage and
-    block the density as [first bin, log10 in hundredths, ...] over bins of arsinh of the scaled
-    eigenvalue, null where it is below the floor; `heatmaps` per stage the distances in
-    thousandths, without biases if `weights_alone`; `full` the spectra of all parameters as one
-    block; `curves` the training runs.
+    `kinds` gives kinds of blocks their colours; `blocks` names the blocks, in the network's order,
+    and their kinds; `scales` has per stage their rms eigenvalues, in that order, null where not
+    known; `spectra` per stage and block the density as [first bin, log10 in hundredths, ...] over
+    bins of arsinh of the scaled eigenvalue, null where it is below the floor; `heatmaps` per
+    stage the distances in thousandths, without biases if `weights_alone`; `full` the spectra
+    of all parameters as one block; `training` the training runs, None where there are none.
     """
     rows = optional("spectra", source, model=name)
     partition = partition_of(tier)
@@ -44,9 +48,9 @@ def charts(
         "heatmaps": {},
         "full": {},
         "failed": {},
-        "curves": _curves(
-            optional("training", source, model=name), optional("gaps", source, model=name)
-        ),
+        "kinds": KINDS,
+        "scales": {},
+        "training": _training(name, source),
     }
     named: dict[str, str] = {}
     for stage in [stage for stage in STAGES if stage in set(rows["stage"])]:
@@ -74,6 +78,19 @@ def charts(
                 "values": (1000 * distances.to_numpy()).round().astype(int).tolist(),
             }
     found["blocks"] = [{"name": block, "kind": kind} for block, kind in named.items()]
+    found["scales"] = _scales(optional("blocks", source, model=name), list(named))
+    return found
+
+
+def _scales(blocks: pd.DataFrame, names: list[str]) -> dict[str, list[float | None]]:
+    """Return each block's rms eigenvalue ‖H‖_F / √n at each stage, of the lowest seed."""
+    found = {}
+    for stage in [stage for stage in STAGES if stage in set(blocks["stage"])]:
+        rows = blocks[blocks["stage"] == stage].sort_values(["init_seed", "train_run"])
+        first = rows.drop_duplicates("block").set_index("block").reindex(names)
+        sizes = first["frobenius"].astype(float) / np.sqrt(first["num_params"].astype(float))
+        if (sizes > 0).any():
+            found[stage] = [float(f"{v:.4g}") if v > 0 else None for v in sizes]
     return found
 
 
@@ -96,27 +113,98 @@ def _binned(densities: pd.DataFrame) -> dict[str, list[int | None]]:
     return result
 
 
-def _curves(training: pd.DataFrame, gaps: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the minibatch losses of the grid's runs, those of the lowest seed.
+def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
+    """Return a model's training runs: those of protocol 2 where there are some, else protocol 1's.
 
-    The best are those at the rates that the model's row of table `gaps` names.
+    `loss` says what they are of; `grid` are those of the lowest seed at every rate, `tuned` those
+    at each optimizer's best rate on the other seeds (the lowest where there are no others);
+    `ends` their last losses on the fixed subset, where `loss` is not of it; `diverged` the rates
+    at which a run of an optimizer did.
     """
-    if training.empty:
-        return []
-    losses = training[(training["metric"] == "loss") & (training["seed"] == training["seed"].min())]
+    trials = optional("trials", source, model=name)
+    ends = pd.DataFrame(columns=["optimizer", "seed", "value"])
+    if len(trials):
+        runs, best = _of_trials(trials)
+        loss = f"loss on a fixed training subset, in runs of {trials['num_steps'].min():,} steps"
+    else:
+        rows = optional("training", source, model=name)
+        gaps = optional("gaps", source, model=name)
+        best = {o: float(gaps[c].iloc[0]) for o, c in BEST_RATES.items() if len(gaps)}
+        rows = rows[rows["metric"] == "loss"]
+        runs, loss = rows[rows["split"] == "batch"], "loss of the minibatch"
+        ends = rows[rows["split"] == "train"].sort_values("step")
+        ends = ends[ends["lr"] == ends["optimizer"].map(best)]
+        ends = ends.drop_duplicates(["optimizer", "seed"], keep="last")
+    if runs.empty:
+        return None
+    diverged = runs.loc[runs["diverged"].eq(True), ["optimizer", "lr"]].drop_duplicates()
+    runs = runs[_RUN].dropna(subset="value")
+    lowest = runs["seed"].min()
+    at_best = runs[runs["lr"] == runs["optimizer"].map(best)]
+    further = at_best[at_best["seed"] > lowest]
+    tuned = further if len(further) else at_best
+    ends = ends[ends["seed"].isin(set(tuned["seed"]))]
+    return {
+        "loss": loss,
+        "grid": _curves(runs[runs["seed"] == lowest], best),
+        "tuned": _curves(tuned, best),
+        "ends": [
+            {"optimizer": row.optimizer, "seed": int(row.seed), "loss": float(f"{row.value:.4g}")}
+            for row in ends.dropna(subset="value").itertuples()
+        ],
+        "diverged": {
+            str(optimizer): sorted(float(f"{lr:.3g}") for lr in rows["lr"])
+            for optimizer, rows in diverged.groupby("optimizer")
+        },
+    }
+
+
+def _of_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, dict[Any, float]]:
+    """Return the losses of the runs of T steps, a row each, and each optimizer's best rate yet."""
+    runs = trials[trials["num_steps"] == trials["num_steps"].min()]
+    first = runs[(runs["seed"] == runs["seed"].min()) & runs["final_loss"].notna()]
+    lowest = first.sort_values("final_loss").drop_duplicates("optimizer")
+    best = dict(zip(lowest["optimizer"], lowest["lr"], strict=True))
+    long = runs.explode(["eval_steps", "eval_losses"])
+    long = long.rename(columns={"eval_steps": "step", "eval_losses": "value"})
+    return long.astype({"step": "float", "value": "float"}), best
+
+
+def _curves(runs: pd.DataFrame, best: dict[Any, float]) -> list[dict[str, Any]]:
+    """Return the runs' losses, those at the best rates marked."""
     curves = []
-    batch = losses[losses["split"] == "batch"].dropna(subset="value")
-    for (optimizer, lr), run in batch.groupby(["optimizer", "lr"]):
+    for (optimizer, lr, seed), run in runs.groupby(["optimizer", "lr", "seed"]):
         run = run.sort_values("step")
         run = run.iloc[:: max(1, len(run) // _POINTS)]
         curves.append(
             {
                 "optimizer": optimizer,
                 "lr": float(f"{lr:.3g}"),
-                "best": lr in gaps[BEST_RATES[optimizer]].to_numpy(),
+                "seed": int(seed),
+                "best": lr == best.get(optimizer),
                 "diverged": bool(run["diverged"].any()),
-                "steps": run["step"].tolist(),
+                "steps": run["step"].astype(int).tolist(),
                 "losses": [float(f"{v:.4g}") for v in run["value"]],
             }
         )
     return curves
+
+
+def standing(model: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return where a model stands among the others, for each number that it has.
+
+    Each has a label, the model's value, those of the others, and how many of them are smaller.
+    """
+    found = []
+    for key, label in (
+        ("speedup", "log₂ of the steps SGD needs over AdamW's"),
+        ("js0", "JS⁰ at initialisation"),
+        ("gap", "SGD-Adam gap (protocol 1)"),
+    ):
+        others = [m[key] for m in models if m[key] is not None and m["model"] != model["model"]]
+        if model[key] is not None and others:
+            smaller = sum(value < model[key] for value in others)
+            found.append(
+                {"label": label, "value": model[key], "others": others, "smaller": smaller}
+            )
+    return found

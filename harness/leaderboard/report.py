@@ -23,6 +23,15 @@ BEGIN = "<!-- written by `make leaderboard` -->"
 END = "<!-- end of what is written -->"
 # The scale that a metric is judged at; the others are further readings.
 SCALES = ("lambda10", "none")
+# What eigenvalues are divided by, where people read it.
+SCALE_WORDS = {
+    "none": "–",
+    "raw": "raw eigenvalues",
+    "lambda10": "by the 10th largest",
+    "global_max": "by the largest of all blocks",
+    "own_max": "by the block's largest",
+    "own_rms": "by the block's rms",
+}
 # What the authors' code compares: eigenvalues as they are.
 RAW = (("js0", "raw"), ("js0_paper", "raw"))
 LABELS = {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +15,48 @@ import numpy as np
 import pandas as pd
 
 import spectra_db
+from harness import registry
 from harness.errors import UserError
-from harness.leaderboard import model_page, report
+from harness.leaderboard import docs, entries, model_page, report
 from harness.leaderboard.export import export
+from harness.leaderboard.ranking import ranking
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
 from spectra_db import store
+from spectra_db.heterogeneity import METRICS
 from spectra_db.loading import folder_of
 from spectra_db.schema import TABLES
-from spectra_db.words import STAGES
+from spectra_db.words import ANSWERS, STAGES
 
 _STATIC = Path(__file__).parent / "static"
 _DIGITS = 6
 
 
-def build(source: Path | str | None, out: Path) -> Path:
+@dataclass(frozen=True)
+class _Part:
+    """Tables of one folder with what is derived of them."""
+
+    source: Path | str | None
+    data: Dataset
+    joined: pd.DataFrame
+    models: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, source: Path | str | None) -> _Part:
+        data = read(source)
+        joined = measurements(data.models, data.heterogeneity, data.gaps)
+        return cls(source, data, joined, _models(data, joined, folder_of(source)))
+
+
+def build(source: Path | str | None, out: Path, docs_folder: Path | None = None) -> Path:
     """Write `index.html`, a page per model, and what they need, into a folder.
 
     Args:
-        source: Folder of tables, id of a dataset on the Hub, or None for the bundled release.
+        source: Folder of tables, id of a dataset on the Hub, or None for the bundled release,
+            beside which the campaign of protocol 2 is shown.
         out: Folder to write to. The tables are copied there for download, unless it is the source
             itself.
+        docs_folder: Folder of Markdown files that become pages, such as `docs.DOCS`; None for none.
 
     Returns:
         The path of the first page.
@@ -41,71 +65,75 @@ def build(source: Path | str | None, out: Path) -> Path:
         NotFound: The source has no table `models`.
         UserError: The folder can't be written to.
     """
-    data = read(source)
-    board = leaderboard(data.models, data.heterogeneity, data.gaps)
+    main = _Part.of(source)
+    board = leaderboard(main.data.models, main.data.heterogeneity, main.data.gaps)
+    campaign = entries.folder_of_entries(source)
+    parts = [main] + ([_Part.of(campaign)] if campaign == entries.CAMPAIGN else [])
+    models = [model for part in parts for model in part.models]
+    found = ranking(campaign)
+    _add_speedups(models, found.entries, found.references)
     for folder in (out, out / "models", out / "data" / "models"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder} can't be made: {error.strerror}") from error
     shutil.copytree(_STATIC, out / "static", dirs_exist_ok=True)
-    export(data, board, out)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("harness.leaderboard"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = lambda x: f"{x:,}" if x else "–"
-    environment.filters["signed"] = lambda x: f"{x:.3f}".replace("-", "−")
-    joined = measurements(data.models, data.heterogeneity, data.gaps)
-    models = _models(data, joined)
-    shared = {"updated": data.updated, "protocol_version": spectra_db.PROTOCOL_VERSION}
-    page = environment.get_template("index.html").render(
-        models=models,
-        sentences=report.sentences(board, joined),
-        num_pending=len(data.pending),
-        has_board=len(board) > 0,
-        stages=[s for s in STAGES if s in set(joined["stage"])],
-        **shared,
-    )
-    _write_js(out / "data" / "index.js", index_data(models, joined, board))
-    for model in models:
-        if not model["has_page"]:
-            continue
-        name = model["model"]
-        ours = joined[joined["model"] == name]
-        weights_alone = set(ours["partition"]) == {"weights"}
-        charts = model_page.charts(name, model["tier"], source, weights_alone=weights_alone)
-        _write_js(out / "data" / "models" / f"{name}.js", charts)
-        runs = data.runs[data.runs["model"] == name].sort_values("started")
-        html = environment.get_template("model.html").render(
-            m=model,
-            charts=charts,
-            metrics=_metric_table(ours),
-            without_biases=weights_alone and any(b["kind"] == "bias" for b in charts["blocks"]),
-            runs=runs.to_dict("records"),
-            downloads=_downloads(name, source, out),
-            stages=STAGES,
-            **shared,
-        )
-        (out / "models" / f"{name}.html").write_text(html, encoding="utf-8")
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    export(main.data, board, out)
+    pages = docs.pages(docs_folder) if docs_folder else []
+    environment = _environment(main.data, pages)
+    if docs_folder:
+        _write_docs(docs_folder, pages, environment, out)
+    for part in parts:
+        for model in part.models:
+            if model["has_page"]:
+                _write_model(model, models, part, environment, out)
+    standings = entries.standings(found)
+    archive = [model for model in models if model["tier"] not in entries.TIERS]
+    with_page = {model["model"] for model in models if model["has_page"]}
+    for row in standings:
+        row["has_page"] = row["model"] in with_page
+    verified = [model["model"] for model in archive if model["provenance"] == "verified"]
+    _write(out / "index.html", environment, "index.html", {
+        "models": archive,
+        "verified": verified,
+        "sentences": report.sentences(board, main.joined),
+        "num_pending": len(main.data.pending),
+        "has_board": len(board) > 0,
+        "stages": [s for s in STAGES if s in set(main.joined["stage"])],
+        "verdict": found.verdict,
+        "measures": entries.measure_table(found.verdict.measures),
+        "entries": standings,
+        "example": _example(archive),
+        "claims": _claims(pages),
+    })  # fmt: skip
+    _write_js(out / "data" / "index.js", index_data(archive, main.joined, board, standings))
+    _write(out / "compare.html", environment, "compare.html", {"models": models})
+    return out / "index.html"
+
+
+def _example(models: list[dict[str, Any]]) -> str | None:
+    """Return a model to look at first: of those that lack nothing the one of most blocks."""
+    measured = [m for m in models if m["js0"] is not None]
+    whole = [m for m in measured if not m["missing"] and m["needed"] in ANSWERS]
+    return max(whole or measured, key=lambda m: m["num_blocks"], default={}).get("model")
 
 
 def index_data(
-    models: list[dict[str, Any]], joined: pd.DataFrame, board: pd.DataFrame
+    models: list[dict[str, Any]],
+    joined: pd.DataFrame,
+    board: pd.DataFrame,
+    standings: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return what the first page's script needs.
 
     `points` has, per stage and reading, rows of [index of the model, estimate, standard error];
-    `board` has table `leaderboard` without the rows of families left out, as rows of `columns`.
+    `board` has table `leaderboard` without the rows of families left out, as rows of `columns`;
+    `entries` are the standings of protocol 2.
     """
     order = {model["model"]: i for i, model in enumerate(models)}
     points: dict[str, dict[str, list[list[float | None]]]] = {}
-    for (stage, metric, scale), rows in joined.groupby(["stage", "metric", "scale"]):
+    known = joined[joined["model"].isin(set(order))]
+    for (stage, metric, scale), rows in known.groupby(["stage", "metric", "scale"]):
         measured = zip(rows["model"], rows["estimate"], rows["standard_error"], strict=True)
         found = [[order[m], _short(x), _short(e)] for m, x, e in measured]
         points.setdefault(str(stage), {})[f"{metric}:{scale}"] = found
@@ -116,21 +144,104 @@ def index_data(
     keys = ("model", "family", "tier", "task", "gap", "low", "high", "needed", "enters")
     return {
         "models": [{key: model[key] for key in keys} for model in models],
+        "entries": standings,
         "points": points,
         "columns": columns,
         "board": rows,
         "labels": report.LABELS,
+        "scales": report.SCALE_WORDS,
         "statistics": report.COLUMNS,
     }
 
 
-def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
+def _environment(data: Dataset, pages: list[docs.Page]) -> jinja2.Environment:
+    """Return the templates with what every page shows."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness.leaderboard"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = lambda x: f"{x:,}" if x else "–"
+    environment.filters["signed"] = lambda x: f"{x:.3f}".replace("-", "−")
+    environment.filters["p_value"] = lambda p: "–" if pd.isna(p) else f"{p:.2g}"
+    environment.filters["value"] = lambda x: "–" if pd.isna(x) else f"{x:.2f}".replace("-", "−")
+    environment.globals |= {
+        "updated": data.updated,
+        "protocol_version": spectra_db.PROTOCOL_VERSION,
+        "pages": {page.name: page for page in pages},
+        "project_links": _project_links(),
+    }
+    return environment
+
+
+def _project_links() -> dict[str, str]:
+    """Return the project's addresses as its package names them; none where it isn't installed."""
+    try:
+        found = metadata.metadata("hessian-spectra").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    return dict(line.split(", ", 1) for line in found)
+
+
+def _write(path: Path, environment: jinja2.Environment, name: str, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(environment.get_template(name).render(**facts), encoding="utf-8")
+
+
+def _write_docs(
+    folder: Path, pages: list[docs.Page], environment: jinja2.Environment, out: Path
+) -> None:
+    docs.copy_figures(folder, out / "docs")
+    for page in pages:
+        _write(out / "docs" / f"{page.name}.html", environment, "doc.html", {"page": page})
+    citation = folder.with_name("CITATION.cff")
+    if citation.is_file():
+        shutil.copyfile(citation, out / "docs" / citation.name)
+
+
+def _claims(pages: list[docs.Page]) -> str:
+    """Return how many of the paper's claims came to what, as its page counts them."""
+    body = next((page.body for page in pages if page.name == "paper"), "")
+    found = re.search(r"<p>(\d+ reproduced, .*?)</p>", body)
+    return found[1] if found else ""
+
+
+def _write_model(
+    model: dict[str, Any],
+    models: list[dict[str, Any]],
+    part: _Part,
+    environment: jinja2.Environment,
+    out: Path,
+) -> None:
+    """Write a model's page and its data."""
+    name = model["model"]
+    ours = part.joined[part.joined["model"] == name]
+    weights_alone = set(ours["partition"]) == {"weights"}
+    charts = model_page.charts(name, model["tier"], part.source, weights_alone=weights_alone)
+    charts["standing"] = model_page.standing(model, models)
+    _write_js(out / "data" / "models" / f"{name}.js", {"model": name, **charts})
+    runs = part.data.runs[part.data.runs["model"] == name].sort_values("started")
+    _write(out / "models" / f"{name}.html", environment, "model.html", {
+        "m": model,
+        "charts": charts,
+        "metrics": _metric_table(ours),
+        "without_biases": weights_alone and any(b["kind"] == "bias" for b in charts["blocks"]),
+        "runs": runs.to_dict("records"),
+        "downloads": _downloads(name, part.source, out),
+        "stages": STAGES,
+    })  # fmt: skip
+
+
+def _models(data: Dataset, joined: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
     """Return what the pages say of each model."""
     js0 = joined[(joined["metric"] == "js0") & (joined["scale"] == "lambda10")]
     js0 = js0[js0["stage"] == "init"].set_index("model")
     gaps = data.gaps[data.gaps["status"] == "ok"].set_index("model")
     measured = set(joined["model"]) | set(data.runs["model"]) | set(data.gaps["model"])
+    measured |= {path.stem for path in (folder / "trials").glob("*.parquet")}
     entering = set(joined.loc[joined["enters"], "model"])
+    said = {entry.name: entry.description for entry in registry.entries()}
     models = []
     for row in sorted(data.models.to_dict("records"), key=lambda row: natural_key(row["model"])):
         name = row["model"]
@@ -138,8 +249,9 @@ def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
             "gap": "gap", "low": "ci_low", "high": "ci_high", "from_r": "gap_from_reference",
             "from_r_low": "gap_from_reference_low", "from_r_high": "gap_from_reference_high",
         }  # fmt: skip
-        facts: dict[str, Any] = dict.fromkeys((*columns, "needed", "js0"))
+        facts: dict[str, Any] = dict.fromkeys((*columns, "needed", "js0", "speedup"))
         facts |= {"enters": name in entering, "has_page": name in measured}
+        facts["description"] = said.get(name, "")
         if name in gaps.index:
             gap = gaps.loc[name]
             facts |= {key: _short(float(gap[column])) for key, column in columns.items()}
@@ -149,6 +261,20 @@ def _models(data: Dataset, joined: pd.DataFrame) -> list[dict[str, Any]]:
             facts["js0_error"] = _short(js0.loc[name, "standard_error"])
         models.append({str(key): value for key, value in row.items()} | facts)
     return models
+
+
+def _add_speedups(models: list[dict[str, Any]], *tables: pd.DataFrame) -> None:
+    """Give each entry that is complete its speed-up, with its interval."""
+    complete = {row["model"]: row for table in tables for row in table.to_dict("records")}
+    for model in models:
+        row = complete.get(model["model"])
+        if row is not None and row["trained"]:
+            model["speedup"] = _short(row["y"])
+            model["speedup_low"], model["speedup_high"] = (
+                _short(row["y_low"]),
+                _short(row["y_high"]),
+            )
+            model["needed"] = row["adam_needed"]
 
 
 def _metric_table(joined: pd.DataFrame) -> list[dict[str, Any]]:
@@ -162,8 +288,10 @@ def _metric_table(joined: pd.DataFrame) -> list[dict[str, Any]]:
         }
         products = int(rows["num_products"].iloc[0])
         label = report.LABELS.get(str(metric), str(metric))
-        table.append({"label": label, "scale": scale, "num_products": products, **cells})
-    return table
+        words = report.SCALE_WORDS.get(str(scale), str(scale))
+        table.append({"label": label, "scale": words, "num_products": products, **cells})
+    order = [metric.meaning for metric in METRICS.values()]
+    return sorted(table, key=lambda row: order.index(row["label"]))
 
 
 def _with_error(value: float, error: float) -> str:

@@ -31,6 +31,7 @@ CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
 _SGD, _ADAM = "#D55E00", "#0072B2"
 _OPTIMIZERS = (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM))
+_DASHES = {"sgd": "--", "adamw": "-"}  # told apart in grey
 # Scales of the sweep whose training curves are drawn.
 CURVES_OF = (1, 4, 7, 9, 12, 15)
 # Every metric in each of its readings, the first the metric: Table 1 is set beside all.
@@ -132,7 +133,7 @@ def fig4(source: release.Source) -> Result:
               for model in table.index[table["class"] == kind][:3]]  # fmt: skip
     if not chosen:
         return Result(missing=("initial spectra of CNNs and Transformers",))
-    figure = Figure(figsize=(9.6, 6.0), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 4.6), layout="constrained")
     axes = figure.subplots(2, 3, squeeze=False).ravel()
     for ax in axes[len(chosen) :]:
         ax.set_axis_off()
@@ -142,11 +143,10 @@ def fig4(source: release.Source) -> Result:
         facts = table.loc[model].to_dict()
         title = f"{model}\n{facts['class']}, JS⁰ {facts['js0 lambda10']:.3f}"
         ax.set_title(title, fontsize=8)
-        ax.tick_params(labelsize=7)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
     figure.colorbar(image, ax=list(axes), label="Jensen-Shannon distance", shrink=0.6)
-    figure.supxlabel("block, in the order of the network", fontsize=9)
+    figure.supxlabel("block, in the order of the network", fontsize=8)
     missing = () if len(values) else ("two CNNs and two Transformers",)
     return Result(values, {"fig4": figure}, missing)
 
@@ -163,19 +163,19 @@ def fig5(source: release.Source) -> Result:
         values[f"c against {name}"] = _spearman(found["c"], found[name])
     for name in READINGS:
         values[f"{name} against accuracy_gap"] = _spearman(found[name], found["accuracy_gap"])
-    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 2.3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.plot(found["c"], found["js0 lambda10"], "o-", color="black", label="JS⁰ (by λ10)")
     left.plot(found["c"], found["js0 raw"], "s--", color="gray", label="JS⁰ (raw)")
     left.set(xlabel="c", ylabel="JS⁰", ylim=(0, 1.05))
-    left.legend(fontsize=8, frameon=False)
+    left.legend()
     for optimizer, label, colour in _OPTIMIZERS:
         middle.plot(found["c"], found[optimizer], "o-", color=colour, label=label)
         edge = found[found[f"{optimizer}_edge"] != ""]
         middle.plot(edge["c"], edge[optimizer], "o", color=colour, markerfacecolor="white")
     middle.set(xlabel="c (open: best rate at the grid's edge)")
     middle.set(ylabel="test accuracy after one epoch")
-    middle.legend(fontsize=8, frameon=False)
+    middle.legend()
     right.errorbar(found["c"], found["gap"], 2 * found["error"], fmt="o-", color="black", capsize=2)
     right.set(xlabel="c", ylabel="gap of the loss (protocol 1)")
     right.axhline(0, color="gray", linewidth=0.8)
@@ -190,7 +190,7 @@ def fig14(source: release.Source) -> Result:
     shown = found[found["c"].isin(CURVES_OF)] if len(found) else found
     if len(shown) < 2:
         return Result(missing=(f"training runs of the MLP sweep ({len(found)} of 15 models)",))
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 3.6), layout="constrained")
     axes = figure.subplots(2, 3, squeeze=False).ravel()
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
@@ -201,9 +201,9 @@ def fig14(source: release.Source) -> Result:
             f"c = {row['c']}: SGD {row['sgd_lr']:g}, AdamW {row['adamw_lr']:g}", fontsize=8
         )
         ax.set_yscale("log")
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.supxlabel("step", fontsize=9)
-    figure.supylabel("loss of the minibatch at the best rates", fontsize=9)
+    axes[0].legend()
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("loss of the minibatch at the best rates", fontsize=8)
     columns = ["c", *(f"{o}{end}" for o in ("sgd", "adamw") for end in ("", "_lr", "_edge"))]
     values: dict[str, Any] = {"rows": found[columns].to_dict("records")}
     values["c against sgd"] = _spearman(found["c"], found["sgd"])
@@ -228,13 +228,13 @@ def fig6(source: release.Source) -> Result:
         }
         for model in (PRETRAINED, SCRATCH)
     }
-    figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 4.4), layout="constrained")
     axes = figure.subplots(2, 2)
     for row, model in enumerate((PRETRAINED, SCRATCH)):
         image = axes[row, 0].imshow(
             pairwise_js(release.spectrum(source, model)), cmap="cividis", vmin=0, vmax=1
         )
-        axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=9)
+        axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=8)
         axes[row, 0].set(xlabel="block", ylabel="block")
         for axis in (axes[row, 0].xaxis, axes[row, 0].yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
@@ -242,9 +242,9 @@ def fig6(source: release.Source) -> Result:
         _draw_curves(
             axes[row, 1], optional("training", source, model=model), gaps.loc[model].to_dict()
         )
-        axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=9)
+        axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=8)
         axes[row, 1].set(xlabel="step", ylabel="loss of the minibatch")
-    axes[0, 1].legend(fontsize=8, frameon=False)
+    axes[0, 1].legend()
     return Result(values, {"fig6": figure})
 
 
@@ -258,7 +258,7 @@ def fig7(source: release.Source) -> Result:
         return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
     values: dict[str, Any] = {"num_models": len(both), "num_families": both["family"].nunique()}
     values |= _with_intervals(source)
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 4.6), layout="constrained")
     ax = figure.subplots()
     markers = {"CNN": ("o", _SGD), "Transformer": ("s", _ADAM), "other": ("^", "gray")}
     for kind, (marker, colour) in markers.items():
@@ -266,11 +266,19 @@ def fig7(source: release.Source) -> Result:
         if len(part):
             ax.errorbar(
                 part["js0 lambda10"], part["gap"], 2 * part["standard_error"], 2 * part["error"],
-                fmt=marker, color=colour, label=kind, capsize=2, markersize=5,
+                fmt=marker, color=colour, label=kind, elinewidth=0.5, alpha=0.8,
             )  # fmt: skip
+    for i, (model, x, y) in enumerate(
+        both[["js0 lambda10", "gap"]].sort_values("gap").itertuples()
+    ):
+        # By turns above and below: neighbours in the gap are labelled apart.
+        ax.annotate(
+            str(model), (x, y), xytext=(3, 3 if i % 2 else -6), textcoords="offset points",
+            fontsize=5,
+        )  # fmt: skip
     ax.set(xlabel="JS⁰ at initialisation", ylabel="gap of protocol 1 (± 2 standard errors)")
     ax.axhline(0, color="black", linewidth=0.6)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend()
     return Result(values, {"fig7": figure})
 
 
@@ -441,7 +449,7 @@ def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]
 
     columns = min(6, len(models))
     rows = ceil(len(models) / columns)
-    figure = Figure(figsize=(2.3 * columns + 0.6, 2.0 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 1.5 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax in axes[len(models) :]:
         ax.set_axis_off()
@@ -453,16 +461,15 @@ def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]
                 # Broken where the lattice has gaps.
                 apart = np.diff(x, prepend=x[0]) > 1.5 * np.diff(x).min()
                 ax.plot(x, np.where(apart, np.nan, y), color=colour, label=stage, linewidth=1)
-        ax.set_title(model, fontsize=8)
-        ax.tick_params(labelsize=7)
+        ax.set_title(model, fontsize=7)
     axes[0].set(yscale="log", ylim=(1e-6, 20))
     axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
     axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
     handles = {line.get_label(): line for ax in axes for line in ax.lines}
-    figure.legend(handles.values(), handles, loc="outside upper left", ncols=2, fontsize=8,
-                  frameon=False, markerscale=6)  # fmt: skip
-    figure.supxlabel("eigenvalue / 10th largest |eigenvalue|", fontsize=9)
-    figure.supylabel("density", fontsize=9)
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=2,
+                  markerscale=6)  # fmt: skip
+    figure.supxlabel("eigenvalue / 10th largest |eigenvalue|", fontsize=8)
+    figure.supylabel("density", fontsize=8)
     return figure
 
 
@@ -484,7 +491,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
             values[model] |= {"error": facts["gap_from_reference_error"]}
     columns = min(4, len(models))
     rows = ceil(len(models) / columns)
-    figure = Figure(figsize=(2.6 * columns + 0.4, 2.2 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 1.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(models) :]:
         ax.set_axis_off()
@@ -494,22 +501,34 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
         text = found["answer"]
         if "gap" in found:
             text = f"gap from R {found['gap']:.2f} ± {found['error']:.2f}"
-        ax.set_title(f"{model}\n{text}", fontsize=8)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.supxlabel("step", fontsize=9)
-    figure.supylabel("loss of the minibatch", fontsize=9)
+        ax.set_title(f"{model}\n{text}", fontsize=7)
+    axes[0].legend()
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("loss of the minibatch", fontsize=8)
     return Result({"models": values}, {name: figure})
 
 
 def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: Mapping[Hashable, Any]) -> None:
-    """Draw the minibatch losses at the rates of the gap: the mean over its seeds."""
+    """Draw the minibatch losses at the rates of the gap: its seeds thin, their mean thick.
+
+    Rates of the grid that diverged are named in the panel.
+    """
     losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
+    lost = []
     for optimizer, label, colour in _OPTIMIZERS:
-        lr = gap[BEST_RATES[optimizer]]
-        part = losses[(losses["optimizer"] == optimizer) & (losses["lr"] == lr)]
-        curve = part[part["seed"].isin(SEEDS)].groupby("step")["value"].mean()
-        ax.plot(curve.index, curve, color=colour, label=label, linewidth=1.2)
-    ax.tick_params(labelsize=7)
+        of_it = losses[losses["optimizer"] == optimizer]
+        part = of_it[(of_it["lr"] == gap[BEST_RATES[optimizer]]) & of_it["seed"].isin(SEEDS)]
+        for _, one in part.sort_values("step").groupby("seed"):
+            ax.plot(one["step"], one["value"], color=colour, linewidth=0.4, alpha=0.5)
+        curve = part.groupby("step")["value"].mean()
+        ax.plot(curve.index, curve, _DASHES[optimizer], color=colour, label=label, linewidth=1.2)
+        rates = sorted(of_it.loc[of_it["diverged"].eq(True), "lr"].unique())
+        if rates:
+            lost.append(f"{label} {', '.join(f'{lr:.2g}' for lr in rates)}")
+    if lost:
+        said = "diverged at\n" + "\n".join(lost)
+        place = {"transform": ax.transAxes, "ha": "right", "va": "top"}
+        ax.text(0.98, 0.98, said, fontsize=5.5, color="#444444", **place)
 
 
 def _accuracy(runs: pd.DataFrame, optimizer: str, lr: float) -> float:

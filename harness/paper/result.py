@@ -84,7 +84,7 @@ def _save_figure(figure: Figure, stem: Path) -> str:
     kinds = [".svg", ".png"]
     if len(content.getvalue()) > _MAX_SVG:
         content = BytesIO()
-        figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
         kinds.reverse()
     path, other = (stem.with_name(stem.name + kind) for kind in kinds)
     with whole(path) as temporary:

@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.paper import page
 from harness.paper.release import Source
 from harness.paper.result import Result, save, write_json
+from spectra_db import plot
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,16 @@ def run(name: str, source: Source, out: Path) -> Result:
         UserError: There is no such section, or the folder can't be written to.
     """
     section, code = _section(name), code_of(name)
-    if section.is_long:
-        try:
-            result: Result = code.summarise(_records(name, out), source)
-        except (KeyError, TypeError) as error:
-            folder = out / "paper" / name
-            raise UserError(f"{folder} holds what is no measurement; delete it") from error
-    else:
-        result = getattr(code, section.function.partition(":")[2])(source)
-    save(name, result, out / "paper")
+    with plot.style():
+        if section.is_long:
+            try:
+                result: Result = code.summarise(_records(name, out), source)
+            except (KeyError, TypeError) as error:
+                folder = out / "paper" / name
+                raise UserError(f"{folder} holds what is no measurement; delete it") from error
+        else:
+            result = getattr(code, section.function.partition(":")[2])(source)
+        save(name, result, out / "paper")
     page.write(out, TITLES)
     return result
 

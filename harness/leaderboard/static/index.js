@@ -1,19 +1,25 @@
-// The first page: the scatter, the ranking of the measures, and the table of the models.
+// The first page: the picture, the archive of protocol 1, and the table of the models.
 "use strict";
 
-const { models, points, board, columns, labels, statistics } = window.DATA;
-const byId = (id) => document.getElementById(id);
+const { models, entries, points, board, columns, labels, scales: scaleWords, statistics } = window.DATA;
 const rows = board.map((row) => Object.fromEntries(row.map((value, i) => [columns[i], value])));
-const families = [...new Set(models.map((m) => m.family))].sort();
+const families = [...new Set([...models, ...entries].map((m) => m.family))].sort();
+// No two families share a colour until the palette ends, and then they differ in shape.
 const SYMBOLS = ["circle", "square", "triangle", "diamond", "star", "cross", "wye"];
+const PALETTE = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e",
+  "#9498a0", "#008b8b", "#b8860b", "#c71585", "#7f9f2f", "#d2691e", "#5f5fa0"];
+const COLOURS = { domain: families, range: families.map((_, i) => PALETTE[i % PALETTE.length]) };
+const SHAPES = { domain: families, range: families.map((_, i) => SYMBOLS[i % SYMBOLS.length]) };
 
 function label(metric, scale) {
   const name = labels[metric] ?? metric;
-  return ["lambda10", "none"].includes(scale) ? name : `${name}, ${scale}`;
+  return ["lambda10", "none"].includes(scale) ? name : `${name}, ${scaleWords[scale] ?? scale}`;
 }
 
-function fill(select, entries) {
-  select.append(...entries.map(([value, text]) => new Option(text, value)));
+const labelOf = (reading) => label(...reading.split(":"));
+
+function fill(select, options) {
+  select.append(...options.map(([value, text]) => new Option(text, value)));
 }
 
 function fixed(value) {
@@ -31,60 +37,147 @@ function find(stage, reading, statistic) {
     r.statistic === statistic);
 }
 
-// -- the scatter
+// -- points with names
 
-function selectedPoints() {
-  const found = (points[byId("stage").value] ?? {})[byId("reading").value] ?? [];
-  const family = byId("scatter-family").value;
-  return found
-    .map(([i, x, error]) => ({ ...models[i], x, error }))
-    .filter((p) => p.gap !== null && p.x > 0 && (!family || p.family === family));
+// Of each family the point that lies most apart from the others, in units of the plot.
+function namesAt(data, x, y) {
+  const away = (p) => d3.min(data, (q) => (q === p ? Infinity : Math.hypot(x(p) - x(q), y(p) - y(q))));
+  return [...d3.group(data, (p) => p.family).values()].map((ps) => d3.greatest(ps, away));
 }
 
-function drawScatter() {
-  const data = selectedPoints();
-  const stage = byId("stage").value;
-  const reading = byId("reading").value;
-  const name = label(...reading.split(":"));
-  const target = byId("scatter");
-  if (!data.length) {
-    target.replaceChildren(Object.assign(document.createElement("p"), {
-      textContent: "No model has both this measure at this stage and a gap.",
-    }));
-    byId("statistics").textContent = "";
+function placeOf(values, log, pixels) {
+  const f = log ? Math.log : Number;
+  const [low, high] = d3.extent(values, f);
+  return (v) => pixels * (f(v) - low) / (high - low || 1);
+}
+
+// Points of {x, y, xLow, xHigh, yLow, yHigh, family, full, href, said}.
+function pointChart(data, { width, height, x, y, marks = [], ariaLabel, names }) {
+  const [px, py] = [placeOf(data.map((p) => p.x), x.type === "log", width), placeOf(data.map((p) => p.y), false, height)];
+  const named = names === "all" ? data : namesAt(data, (p) => px(p.x), (p) => py(p.y));
+  const shared = { x: "x", y: "y", stroke: "family", symbol: "family", r: 5, strokeWidth: 1.5, href: "href", ariaLabel: "said" };
+  return Plot.plot({
+    width, height, marginLeft: 52, marginBottom: 44, marginRight: 28,
+    style: { fontSize: "13px", background: "transparent" },
+    x: { grid: true, ...x },
+    y: { grid: true, ...y },
+    color: COLOURS,
+    symbol: SHAPES,
+    ariaLabel,
+    marks: [
+      ...marks,
+      Plot.ruleX(data, { x: "x", y1: "yLow", y2: "yHigh", stroke: "family", strokeOpacity: 0.6 }),
+      Plot.ruleY(data, { y: "y", x1: "xLow", x2: "xHigh", stroke: "family", strokeOpacity: 0.6 }),
+      Plot.dot(data.filter((p) => p.full), { ...shared, fill: "family" }),
+      Plot.dot(data.filter((p) => !p.full), { ...shared, fill: "none" }),
+      Plot.text(named, { x: "x", y: "y", text: names === "all" ? "model" : "family", dy: -11, fontSize: 11,
+        fill: "currentColor", stroke: "var(--back)", strokeWidth: 3, paintOrder: "stroke", ariaHidden: "true" }),
+      Plot.tip(data, Plot.pointer({ x: "x", y: "y", title: "said", maxRadius: 30, pointerEvents: "none" })),
+    ],
+  });
+}
+
+const signed = (value, digits = 3) => (value === null ? "–" : minus(value.toFixed(digits)));
+const widthOf = (target) => Math.max(300, Math.min(target.clientWidth || 900, 1000));
+
+// -- the picture
+
+function drawPicture() {
+  const known = entries.filter((e) => e.y !== null);
+  const both = known.filter((e) => e.J !== null);
+  const target = byId("picture");
+  const waiting = entries.length - known.length;
+  const rest = waiting ? ` ${waiting} of ${entries.length} entries are not measured yet.` : "";
+  if (both.length > 2) {
+    target.replaceChildren(pictureOfBoth(both, widthOf(target)));
+    byId("picture-note").textContent = "A point leads to its entry; open points are references. Bars are 95 % intervals of the " +
+      `speed-up and standard errors of J; the line is 0.5, above which Adam is needed.${rest}`;
     return;
   }
-  const width = Math.max(300, Math.min(target.clientWidth || 900, 1000));
-  const wide = data.map((p) => p.x + p.error).concat(data.map((p) => Math.max(p.x - p.error, p.x / 2)));
+  const js0 = points.init?.["js0:lambda10"] ? gapPoints("init", "js0:lambda10", "") : [];
+  target.replaceChildren(...(known.length ? [pictureOfSpeedups(known, widthOf(target))] : []));
+  byId("picture-note").textContent = (known.length ? "Open points are references, which are not ranked; the dashed line is 0.5, above which Adam is needed." : "") + rest;
+  if (js0.length) {
+    const chart = gapChart(js0, { width: widthOf(target), height: 250, stage: "init", name: "JS⁰" });
+    target.append(element("p", { className: "caption", textContent: "Earlier runs (protocol 1, which ranks nothing): measure against gap" }), chart);
+  }
+}
+
+function pictureOfSpeedups(known, width) {
+  const said = (e) => `${e.model}: ${signed(e.y, 2)} [${signed(e.low, 2)}, ${signed(e.high, 2)}], Adam needed: ${e.needed}`;
+  const data = known.map((e) => ({ ...e, said: said(e), href: e.has_page ? `models/${e.model}.html` : null }));
+  const shared = { x: "y", y: "model", r: 6, stroke: "family", strokeWidth: 2, href: "href", ariaLabel: "said" };
+  return Plot.plot({
+    width,
+    height: 34 * data.length + 60,
+    marginLeft: 7.2 * d3.max(data, (e) => e.model.length) + 12,
+    marginRight: 20,
+    marginBottom: 44,
+    style: { fontSize: "13px", background: "transparent" },
+    color: COLOURS,
+    x: { domain: [-2.1, 2.1], ticks: [-2, -1, 0, 1, 2], tickFormat: (t) => (t === 0 ? "as many" : `${2 ** Math.abs(t)}×`),
+      label: "← steps AdamW needs for SGD's loss · steps SGD needs for AdamW's →", labelAnchor: "center", labelArrow: "none", grid: true },
+    y: { domain: data.map((e) => e.model), label: null, tickSize: 0 },
+    ariaLabel: `Speed-ups: ${data.map((e) => e.said).join("; ")}`,
+    marks: [
+      Plot.ruleX([0], { strokeOpacity: 0.6 }),
+      Plot.ruleX([0.5], { strokeDasharray: "4 4", strokeOpacity: 0.7 }),
+      Plot.ruleY(data, { y: "model", x1: (e) => e.low ?? e.y, x2: (e) => e.high ?? e.y, stroke: "family", strokeWidth: 2 }),
+      Plot.dot(data.filter((e) => e.ranked), { ...shared, fill: "family" }),
+      Plot.dot(data.filter((e) => !e.ranked), { ...shared, fill: "var(--back)" }),
+      Plot.text(data, { x: "y", y: "model", dy: -13, text: (e) => signed(e.y, 2), fontSize: 12, fill: "currentColor", ariaHidden: "true" }),
+    ],
+  });
+}
+
+function pictureOfBoth(both, width) {
+  const data = both.map((e) => ({ ...e, x: e.J, xLow: e.J - (e.J_error ?? 0), xHigh: e.J + (e.J_error ?? 0), yLow: e.low ?? e.y, yHigh: e.high ?? e.y,
+    full: e.ranked, href: e.has_page ? `models/${e.model}.html` : null,
+    said: `${e.model}: J ${e.J.toPrecision(3)}, speed-up ${signed(e.y, 2)} [${signed(e.low, 2)}, ${signed(e.high, 2)}]` }));
+  return pointChart(data, { width, height: Math.max(340, width * 0.62), names: width > 500 ? "all" : "families",
+    x: { label: "JS⁰ of raw eigenvalues at initialisation (J) →" }, y: { label: "↑ log₂ of SGD's steps over AdamW's" },
+    marks: [Plot.ruleY([0.5], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
+    ariaLabel: `Scatter of the speed-up against J, ${data.length} entries` });
+}
+
+// -- the scatter of protocol 1
+
+function gapPoints(stage, reading, family) {
+  const found = (points[stage] ?? {})[reading] ?? [];
+  const name = labelOf(reading);
+  return found
+    .map(([i, x, error]) => ({ ...models[i], x, error }))
+    .filter((p) => p.gap !== null && p.x > 0 && (!family || p.family === family))
+    .map((p) => ({ ...p, y: p.gap, xLow: Math.max(p.x - p.error, p.x / 2), xHigh: p.x + p.error, full: p.enters, href: `models/${p.model}.html`,
+      said: `${p.model}: ${name} ${p.x.toPrecision(3)} ± ${p.error.toPrecision(1)}, gap ${signed(p.gap)} [${signed(p.low)}, ${signed(p.high)}]` }));
+}
+
+function gapChart(data, { width, height, stage, name }) {
   const gaps = data.map((p) => p.gap);
   const bounds = [Math.min(...gaps, 0) - 0.05, Math.max(...gaps, 0.1) + 0.1];
   const clamp = (y) => Math.max(bounds[0], Math.min(bounds[1], y));
-  const signed = (value) => value.toFixed(3).replace("-", "−");
-  const named = (p) => `${p.model}: ${name} ${p.x.toPrecision(3)} ± ${p.error.toPrecision(1)}, ` +
-    `gap ${signed(p.gap)} [${signed(p.low)}, ${signed(p.high)}]`;
+  const cut = data.map((p) => ({ ...p, yLow: clamp(p.low), yHigh: clamp(p.high) }));
+  const wide = d3.extent(cut.flatMap((p) => [p.xLow, p.xHigh]));
+  return pointChart(cut, { width, height,
+    x: { type: "log", domain: [0.9 * wide[0], 1.1 * wide[1]], label: `${name} at ${stage} →`, ticks: width < 700 ? 3 : 8, tickFormat: (v) => `${+v.toPrecision(3)}` },
+    y: { domain: bounds, label: "↑ SGD-Adam gap" },
+    marks: [Plot.ruleY([0.1], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
+    ariaLabel: `Scatter of the SGD-Adam gap against ${name} at ${stage}, ${data.length} models` });
+}
+
+function drawScatter() {
+  const stage = byId("stage").value;
+  const reading = byId("reading").value;
+  const data = gapPoints(stage, reading, byId("scatter-family").value);
+  const target = byId("scatter");
+  if (!data.length) {
+    target.replaceChildren(element("p", { textContent: "No model has both this measure at this stage and a gap." }));
+    byId("statistics").textContent = "";
+    return;
+  }
+  const width = widthOf(target);
   const legend = families.filter((f) => data.some((p) => p.family === f));
-  const chart = Plot.plot({
-    width,
-    height: Math.round(Math.min(520, Math.max(320, width * 0.55))),
-    marginLeft: 52,
-    marginBottom: 44,
-    style: { fontSize: "13px", background: "transparent" },
-    x: { type: "log", domain: d3.extent(wide).map((v, i) => v * [0.9, 1.1][i]), label: `${name} at ${stage} →`,
-      ticks: width < 500 ? 3 : 8, tickFormat: (v) => `${+v.toPrecision(3)}`, grid: true },
-    y: { domain: bounds, label: "↑ SGD-Adam gap", grid: true },
-    color: { domain: families, scheme: "Observable10", legend: false },
-    symbol: { domain: families, range: families.map((_, i) => SYMBOLS[i % SYMBOLS.length]) },
-    ariaLabel: `Scatter of the SGD-Adam gap against ${name} at ${stage}, ${data.length} models`,
-    marks: [
-      Plot.ruleY([0.1], { strokeDasharray: "4 4", strokeOpacity: 0.7 }),
-      Plot.ruleX(data, { x: "x", y1: (p) => clamp(p.low), y2: (p) => clamp(p.high), stroke: "family", strokeOpacity: 0.7 }),
-      Plot.ruleY(data, { y: "gap", x1: (p) => Math.max(p.x - p.error, p.x / 2), x2: (p) => p.x + p.error,
-        stroke: "family", strokeOpacity: 0.7 }),
-      Plot.dot(data, { x: "x", y: "gap", stroke: "family", fill: (p) => (p.enters ? p.family : "none"), symbol: "family", r: 5,
-        strokeWidth: 1.5, href: (p) => `models/${p.model}.html`, ariaLabel: named }),
-      Plot.tip(data, Plot.pointer({ x: "x", y: "gap", title: named, maxRadius: 30, pointerEvents: "none" })),
-    ],
-  });
+  const chart = gapChart(data, { width, height: Math.round(Math.min(520, Math.max(320, width * 0.55))), stage, name: labelOf(reading) });
   const key = Plot.legend({ color: { domain: legend, range: legend.map((f) => chart.scale("color").apply(f)) },
     symbol: { domain: legend, range: legend.map((f) => chart.scale("symbol").apply(f)) }, fill: "color", style: { fontSize: "13px", background: "transparent" } });
   target.replaceChildren(key, chart);
@@ -96,7 +189,7 @@ function drawScatter() {
     : `${data.length} models; none enters the statistics at this stage.`;
 }
 
-// -- the ranking
+// -- the correlations
 
 function drawRanking() {
   const stage = byId("stage").value;
@@ -104,10 +197,11 @@ function drawRanking() {
   const table = byId("ranking");
   const at = rows.filter((r) => r.stage === stage && (all || ["lambda10", "none"].includes(r.scale)));
   const readings = [...new Set(at.map((r) => `${r.metric}:${r.scale}`))];
-  const size = (reading) => Math.abs(find(stage, reading, "spearman")?.value ?? 0);
-  readings.sort((a, b) => size(b) - size(a));
+  // By name, dummies last: their correlations rank nothing.
+  const last = (reading) => labelOf(reading).startsWith("dummy");
+  readings.sort((a, b) => last(a) - last(b) || labelOf(a).localeCompare(labelOf(b)));
   const head = [`measure at ${stage}`, "products per block", ...Object.values(statistics)];
-  table.closest("section").hidden = readings.length === 0;
+  byId("ranking-part").hidden = readings.length === 0;
   table.tHead.rows[0].replaceChildren(...head.map((text, i) => {
     const cell = document.createElement("th");
     cell.scope = "col";
@@ -119,7 +213,7 @@ function drawRanking() {
     const row = document.createElement("tr");
     const name = document.createElement("th");
     name.scope = "row";
-    name.textContent = label(...reading.split(":"));
+    name.textContent = labelOf(reading);
     row.append(name);
     const products = find(stage, reading, "spearman")?.num_products ?? null;
     const cells = [[products, products === null ? "–" : products.toFixed(0)]];
@@ -175,23 +269,32 @@ function onSelect() {
   drawRanking();
 }
 
-const readings = [...new Set(Object.values(points).flatMap(Object.keys))];
-const rank = (reading) => (reading === "js0:lambda10" ? 0 : /:(lambda10|none)$/.test(reading) ? 1 : 2);
-readings.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
-fill(byId("reading"), readings.map((r) => [r, label(...r.split(":"))]));
-for (const id of ["family", "scatter-family"]) fill(byId(id), families.map((f) => [f, f]));
-readHash();
-drawScatter();
-drawRanking();
-makeSortable(byId("models"));
-filterModels();
-for (const id of ["reading", "stage"]) byId(id).addEventListener("change", onSelect);
-byId("scatter-family").addEventListener("change", drawScatter);
-byId("all-readings").addEventListener("change", drawRanking);
-byId("search").addEventListener("input", filterModels);
-for (const id of ["family", "show"]) byId(id).addEventListener("change", filterModels);
 let resizing;
+drawPicture();
+makeSortable(byId("entries"));
+if (byId("measures")) makeSortable(byId("measures"));
+if (byId("models")) {
+  const readings = [...new Set(Object.values(points).flatMap(Object.keys))];
+  const rank = (reading) => (reading === "js0:lambda10" ? 0 : /:(lambda10|none)$/.test(reading) ? 1 : 2);
+  readings.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
+  fill(byId("reading"), readings.map((r) => [r, labelOf(r)]));
+  const there = [...new Set(models.map((m) => m.family))].sort();
+  for (const id of ["family", "scatter-family"]) fill(byId(id), there.map((f) => [f, f]));
+  readHash();
+  drawScatter();
+  drawRanking();
+  makeSortable(byId("models"));
+  filterModels();
+  for (const id of ["reading", "stage"]) byId(id).addEventListener("change", onSelect);
+  byId("scatter-family").addEventListener("change", drawScatter);
+  byId("all-readings").addEventListener("change", drawRanking);
+  byId("search").addEventListener("input", filterModels);
+  for (const id of ["family", "show"]) byId(id).addEventListener("change", filterModels);
+}
 addEventListener("resize", () => {
   clearTimeout(resizing);
-  resizing = setTimeout(drawScatter, 150);
+  resizing = setTimeout(() => {
+    drawPicture();
+    if (byId("models")) drawScatter();
+  }, 150);
 });

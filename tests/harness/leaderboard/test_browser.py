@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 
+from harness import registry
 from harness.leaderboard.report import ranking
 from harness.leaderboard.site import build
 from harness.leaderboard.statistics import leaderboard
 from harness.leaderboard.tables import read
 from spectra_db import store
-from tests.harness.leaderboard.tables import made_up
-from tests.harness.leaderboard.test_site import page, tables_folder  # noqa: F401
+from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row
+from tests.harness.leaderboard.test_ranking import folder  # noqa: F401
+from tests.harness.leaderboard.test_site import (  # noqa: F401
+    page,
+    spectrum_rows,
+    tables_folder,
+)
 
 
 def column(tab_page, table: str, number: int) -> list[str]:
@@ -104,6 +111,8 @@ def test_an_address_with_a_fragment_opens_that_view(tab, page):  # noqa: F811
 def test_the_browser_shows_the_numbers_of_the_command(tab, page, tables_folder):  # noqa: F811
     data = read(tables_folder)
     rows = ranking(leaderboard(data.models, data.heterogeneity, data.gaps))
+    # Nothing is established that would rank them: by name, what needs no spectrum last.
+    rows.sort(key=lambda row: (row["label"].startswith("dummy"), row["label"].lower()))
     shown = tab.open(page)
     assert column(shown, "ranking", 0) == [row["label"] for row in rows]
     for number, statistic in enumerate(
@@ -123,8 +132,8 @@ def test_a_point_leads_to_its_model_and_back(tab, page):  # noqa: F811
     shown.get_by_role("link", name=re.compile(r"^good: JS⁰ 0\.600 ± 0\.01, gap 0\.250")).click()
     shown.wait_for_url("**/models/good.html")
     assert shown.inner_text("h1") == "good"
-    shown.locator("nav a").click()
-    shown.wait_for_url("**/index.html")
+    shown.get_by_role("link", name="Models", exact=True).click()
+    shown.wait_for_url("**/index.html#models-title")
 
 
 def test_a_models_page_draws_spectra_distances_and_curves(tab, page):  # noqa: F811
@@ -146,6 +155,104 @@ def test_a_models_page_draws_spectra_distances_and_curves(tab, page):  # noqa: F
     assert "At final their mean" in shown.inner_text("#heatmap-note")
     assert shown.locator("#curves svg").count() == 2
     assert "best at learning rate 0.1" in shown.inner_text("#curves")
+    assert "at its best learning rate, 0.1, ends at 1.0" in shown.inner_text("#tuned-note")
+    assert "JS⁰ at initialisation: 0.6, larger than in 0 of 8 others" in shown.inner_text(
+        "#standing"
+    )
+
+
+LONG = [f"transformer.h.{i}.attention.attn.query_key_value.weight" for i in range(12)]
+
+
+def test_labels_are_whole_and_no_tick_is_cut_off(tab, page, tmp_path):  # noqa: F811
+    [row] = [row for row in spectrum_rows("long") if row["method"] == "exact"]
+    rules = [{"nodes": [0.0, 1.0 + i], "weights": [0.5, 0.5]} for i in range(len(LONG))]
+    store.write(tmp_path, "models", [model_row("long")])
+    store.write(tmp_path, "gaps", [gap_row("long", 0.1)])
+    blocks = zip(LONG, rules, strict=True)
+    store.write(tmp_path, "spectra", [row | rule | {"block": name} for name, rule in blocks])
+    build(tmp_path, tmp_path)
+    tab.page.set_viewport_size({"width": 390, "height": 800})
+    shown = tab.open(tmp_path / "models" / "long.html")
+    # Of a heat map with its legend: what would be painted left of the drawing or right of it.
+    cut = shown.eval_on_selector_all(
+        "#heatmap svg",
+        """charts => charts.flatMap(svg => {
+          const frame = svg.getBoundingClientRect();
+          return [...svg.querySelectorAll("text")].filter(text => {
+            const box = text.getBoundingClientRect();
+            return box.left < frame.left - 1 || box.right > frame.right + 1;
+          }).map(text => text.textContent);
+        })""",
+    )
+    assert cut == []
+    labels = shown.locator("#heatmap svg >> nth=-1").inner_text()
+    assert "3.attention.attn.query_key_value" in labels
+
+
+@pytest.fixture(scope="module")
+def two_pages(tmp_path_factory):
+    """Return the site of two models, one of them at two stages."""
+    out = tmp_path_factory.mktemp("two")
+    for name in ("first", "second"):
+        store.write(out, "models", [model_row(name)])
+        store.write(out, "gaps", [gap_row(name, 0.1)])
+        store.write(out, "heterogeneity", [metric_row(name, "js0", 0.5)])
+        stages = {"init": "", "final": "adamw-seed1"} if name == "first" else {"init": ""}
+        for stage, run in stages.items():
+            changes = {"stage": stage, "train_run": run}
+            store.write(out, "spectra", [row | changes for row in spectrum_rows(name)])
+    return build(out, out)
+
+
+def test_two_models_and_two_stages_stand_side_by_side(tab, two_pages):
+    shown = tab.open(two_pages.parent / "compare.html")
+    shown.wait_for_selector("#heatmaps svg")
+    assert shown.inner_text("#said") == "first at init beside second at init."
+    panels = shown.locator("#spectra figcaption").all_inner_texts()
+    assert panels == ["embedding", "conv"]
+    shown.select_option("#model-b", "first")
+    shown.wait_for_function("document.getElementById('stage-b').options.length == 2")
+    shown.select_option("#stage-b", "final")
+    shown.wait_for_function("document.getElementById('said').textContent.includes('final')")
+    assert shown.locator("#spectra figcaption").all_inner_texts()[1] == "layers.2.w"
+    assert shown.url.endswith("#a=first:init&b=first:final")
+    assert shown.locator("#numbers tbody tr").count() >= 4
+
+
+def test_an_address_opens_a_comparison(tab, two_pages):
+    shown = tab.open(two_pages.parent / "compare.html", "#a=second:init&b=first:final")
+    shown.wait_for_selector("#heatmaps svg")
+    assert shown.inner_text("#said") == "second at init beside first at final."
+
+
+def test_the_first_screen_says_the_verdict_and_draws_measure_against_speed_up(
+    tab,
+    folder,  # noqa: F811
+    tmp_path,
+):
+    names = [entry.name for entry in registry.entries("ranked")]
+    shutil.copytree(folder, tmp_path / "in")
+    store.write(tmp_path / "in", "models", [model_row(n, tier="ranked") for n in names])
+    shown = tab.open(build(tmp_path / "in", tmp_path / "out"))
+    assert shown.inner_text(".verdict").startswith("Supported: JS⁰ of raw eigenvalues")
+    assert "against J, 18 entries" in shown.get_attribute("#picture svg", "aria-label")
+    assert "cifar-vit" in shown.inner_text("#picture")
+    assert column(shown, "measures", 0)[0] == "JS⁰ of raw eigenvalues (J)"
+
+
+def test_no_two_families_look_alike(tab, tmp_path):
+    families = [f"family-{i}" for i in range(20)]
+    x = np.linspace(0.1, 1, 20)
+    tables = made_up({"js0": x}, x / 10, families)
+    for table, rows in zip(("models", "heterogeneity", "gaps"), tables, strict=True):
+        store.write(tmp_path, table, rows)
+    shown = tab.open(build(tmp_path, tmp_path / "site"))
+    looks = shown.eval_on_selector_all(
+        "#scatter [aria-label=dot] path",
+        "paths => paths.map(p => `${p.getAttribute('stroke')} ${p.getAttribute('d')}`)",
+    )
+    assert len(set(looks)) == len(looks) == 20
 
 
 def test_every_model_page_of_numbers_alone_or_failures_opens(tab, page):  # noqa: F811
@@ -154,11 +261,35 @@ def test_every_model_page_of_numbers_alone_or_failures_opens(tab, page):  # noqa
         assert shown.inner_text("h1") == name
 
 
-@pytest.mark.parametrize("where", ["index.html", "models/good.html"])
+@pytest.mark.parametrize("where", ["index.html", "models/good.html", "compare.html"])
 def test_a_phone_scrolls_downwards_alone(tab, page, where):  # noqa: F811
     tab.page.set_viewport_size({"width": 360, "height": 740})
     shown = tab.open(page.parent / where)
     assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_on_a_phone_the_first_column_stays_and_three_others_are_seen(tab, page):  # noqa: F811
+    tab.page.set_viewport_size({"width": 390, "height": 800})
+    shown = tab.open(page)
+    table = shown.locator("#models")
+    first = table.locator("tbody th").first
+    before = first.bounding_box()
+    shown.evaluate("document.querySelector('#models').parentElement.scrollLeft = 200")
+    assert first.bounding_box()["x"] == pytest.approx(before["x"], abs=1)
+    shown.evaluate("document.querySelector('#models').parentElement.scrollLeft = 0")
+    ends = table.locator("thead th").evaluate_all(
+        "cells => cells.map(c => c.getBoundingClientRect().right)"
+    )
+    assert ends[3] <= 390
+
+
+def test_at_1280_the_page_stands_in_the_middle(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    box = shown.locator("main").bounding_box()
+    assert box["x"] == pytest.approx(
+        shown.evaluate("document.body.clientWidth") - box["x"] - box["width"], abs=1
+    )
+    assert box["x"] > 40
 
 
 def test_dark_mode_is_light_on_dark_and_the_charts_follow(tab, page):  # noqa: F811
@@ -189,6 +320,7 @@ def test_those_who_do_not_see_are_told(tab, page):  # noqa: F811
     assert unnamed == 0
     assert shown.evaluate("[...document.querySelectorAll('table th')].every(t => t.scope)")
     assert shown.locator("[aria-live=polite]").count() == 2
+    assert shown.locator("nav[aria-label=Site] a").count() >= 3
 
 
 def test_two_hundred_models_are_all_there(tab, tmp_path):

@@ -1,0 +1,77 @@
+"""Protocol 2 on the pages: where its tables lie, and what they say of each entry."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness import registry
+from harness.leaderboard.ranking import Ranking
+from harness.predictors import PREDICTORS
+from spectra_db.loading import BUNDLED, folder_of
+
+# The tables of protocol 2 while its runs go on: beside the release, until it holds them itself.
+CAMPAIGN = BUNDLED.with_name("campaign")
+TIERS = ("ranked", "reference")
+_TABLES = ("models", "speedups", "predictors", "trials")
+_WORDS = {p.name: p.what for p in PREDICTORS} | {"J": "JS⁰ of raw eigenvalues (J)"}
+
+
+def folder_of_entries(source: Path | str | None) -> Path:
+    """Return the folder of protocol 2's tables: the source's own, where it has speed-ups.
+
+    Args:
+        source: As of `spectra_db.load`; the bundled release has the campaign beside it.
+    """
+    folder = folder_of(source, paths=[f"{table}/*.parquet" for table in _TABLES])
+    has_own = any((folder / "speedups").glob("*.parquet"))
+    return CAMPAIGN if source is None and not has_own and CAMPAIGN.is_dir() else folder
+
+
+def standings(found: Ranking) -> list[dict[str, Any]]:
+    """Return what the first page shows of each entry, the largest speed-up first.
+
+    Entries that are not complete have no y and say why as `reason`.
+    """
+    tables = [found.entries.assign(ranked=True), found.references.assign(ranked=False)]
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        rows += [_standing(row) for row in table.to_dict("records")]
+    rows.sort(key=lambda row: -math.inf if row["y"] is None else row["y"], reverse=True)
+    empty = dict.fromkeys(("y", "low", "high", "J", "J_error"))
+    waiting = [
+        {"model": name, "family": registry.get(name).family, "ranked": True, "reason": reason}
+        | {"needed": "", "censored": False, **empty}
+        for name, reason in found.pending.items()
+    ]
+    return rows + waiting
+
+
+def measure_table(measures: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the verdict's numbers of each measure, for a table; in the order fixed beforehand."""
+    shown = ["kind", "n", "rho", "p", "p_holm", "right_pairs", "decided_pairs"]
+    return [
+        {"label": _WORDS.get(str(row["measure"]), str(row["measure"]))}
+        | {key: row[key] for key in shown}
+        for row in measures.to_dict("records")
+    ]
+
+
+def _standing(row: dict[Any, Any]) -> dict[str, Any]:
+    trained = bool(row["trained"])
+    numbers = {"y": "y", "low": "y_low", "high": "y_high", "J": "J", "J_error": "J_error"}
+    return {
+        "model": row["model"],
+        "family": row["family"],
+        "ranked": row["ranked"],
+        "needed": str(row["adam_needed"]) if trained else "not trained",
+        "censored": bool(row["censored"]),
+        "reason": "",
+    } | {key: _number(row[column]) if trained else None for key, column in numbers.items()}
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(f"{value:.6g}")

@@ -253,21 +253,24 @@ class Scale:
     of: Callable[[Array, Array, int, float], float]
 
 
+# The first is what metrics lead with: the number of a block's parameters does not enter it, as it
+# does λ10, the quantile 10 / n, and three probes tell it within a few per cent (docs/accuracy.md).
 SCALES = {
+    "own_rms": Scale(
+        "the block's rms eigenvalue",
+        lambda nodes, weights, n, top: float(np.sqrt(weights @ nodes**2)),
+    ),
+    "raw": Scale("1", lambda nodes, weights, n, top: 1.0),
     "lambda10": Scale(
         "10th largest |eigenvalue|", lambda nodes, weights, n, top: lambda10(nodes, weights, n)
     ),
-    "raw": Scale("1", lambda nodes, weights, n, top: 1.0),
     "global_max": Scale("largest |eigenvalue| of all blocks", lambda nodes, weights, n, top: top),
     "own_max": Scale(
         "the block's largest |eigenvalue|",
         lambda nodes, weights, n, top: float(np.abs(nodes).max()),
     ),
-    "own_rms": Scale(
-        "the block's rms eigenvalue",
-        lambda nodes, weights, n, top: float(np.sqrt(weights @ nodes**2)),
-    ),
 }
+SCALE = next(iter(SCALES))
 
 
 def scale_of(rule: tuple[Array, Array], num_params: int, scale: str, global_max: float) -> float:
@@ -341,7 +344,7 @@ def check_reading(scale: str, sigma: float) -> None:
         raise ValueError(f"sigma is {sigma}; it must be a positive number")
 
 
-def density(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> pd.DataFrame:
+def density(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> pd.DataFrame:
     """Return the smoothed spectral density of each block, averaged over probes.
 
     p_l(t) = Σ w̄ N(t; θ/s_l, σ²), with s_l the block's scale, of rules that are continued where

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from spectra_db.densities import SCALES, Array, check_reading
+from spectra_db.densities import SCALE, SCALES, Array, check_reading
 from spectra_db.divergence import w1_distances
 from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
 from spectra_db.pairs import Divergences, js_distance, mean_of_pairs
@@ -82,7 +82,7 @@ class Metric:
 
 
 def js0(
-    rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = SIGMA, extend: bool = True
+    rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA, extend: bool = True
 ) -> Estimate:
     """Return the mean Jensen-Shannon distance between the spectra of the blocks, in [0, 1].
 
@@ -104,9 +104,7 @@ def js0(
     return _js0(Blocks.of(rows, extend=extend), scale, sigma)
 
 
-def js0_paper(
-    rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = PAPER_SIGMA
-) -> Estimate:
+def js0_paper(rows: pd.DataFrame, *, scale: str = "raw", sigma: float = PAPER_SIGMA) -> Estimate:
     """Return our reading of the paper's unnormalised JS⁰: the mean of JSD / dx over pairs.
 
     dx = (max − min + 2) / 50,000 over the scaled nodes of all blocks (docs/protocol.md, Metrics).
@@ -122,9 +120,7 @@ def js0_paper(
     return _js0_paper(Blocks.of(rows), scale, sigma)
 
 
-def pairwise_js(
-    rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = SIGMA
-) -> pd.DataFrame:
+def pairwise_js(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> pd.DataFrame:
     """Return the matrix of corrected Jensen-Shannon distances √(JSD̂ / ln 2) between blocks.
 
     Square, with the names of the blocks that are not zero as index and columns; the plug-in
@@ -330,9 +326,11 @@ _STATISTICS: dict[str, Callable[[Array, Array], float]] = {
     "lambda_max": lambda nodes, weights: float(np.abs(nodes).max()),
     "trace": lambda nodes, weights: float(abs(weights @ nodes)),
 }
+# The authors' code compares eigenvalues as they are.
+_PAPER_SCALES = ("raw", *(scale for scale in SCALES if scale != "raw"))
 METRICS = {
     "js0": Metric("JS⁰", WHOLE, _js0, tuple(SCALES), SIGMA),
-    "js0_paper": Metric("JS⁰ as in the paper", WHOLE, _js0_paper, tuple(SCALES), PAPER_SIGMA),
+    "js0_paper": Metric("JS⁰ as in the paper", WHOLE, _js0_paper, _PAPER_SCALES, PAPER_SIGMA),
     "w1": Metric("Wasserstein-1", WHOLE, _w1, ("lambda10",)),
     "lambda_rms_spread": Metric(
         "spread of rms eigenvalue", MOMENTS, partial(_spread, "lambda_rms")
@@ -343,6 +341,19 @@ METRICS = {
     "trace_spread": Metric("spread of trace", MOMENTS, partial(_spread, "trace")),
     "gradient_rms_spread": Metric("spread of gradient rms", GRADIENT, gradient_rms_spread),
 }
+
+
+# The scale that each metric is judged at; the others are further readings.
+LEADING = {name: metric.scales[0] for name, metric in METRICS.items()}
+
+
+def leads(rows: pd.DataFrame) -> pd.Series:
+    """Tell which rows are of a metric at the scale that it is judged at.
+
+    Args:
+        rows: With columns metric and scale; what is no metric of METRICS has no scale.
+    """
+    return rows["scale"] == rows["metric"].map(LEADING).fillna("none")
 
 
 def that_need(*needs: Need) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spectra_db.densities import SCALES, density
+from spectra_db.densities import SCALE, SCALES, density
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.schema import BEST_RATES
 
@@ -57,7 +57,7 @@ def style() -> Iterator[None]:
 
 
 @style()
-def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
+def spectra(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Figure:
     """Draw the smoothed spectral density of each block, on a logarithmic axis.
 
     Args:
@@ -84,7 +84,7 @@ def spectra(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05)
 
 
 @style()
-def stages(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
+def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Figure:
     """Draw each block's spectral density at every stage of training, from dark to light.
 
     Args:
@@ -128,7 +128,7 @@ def stages(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) 
 
 
 @style()
-def js_heatmap(rows: pd.DataFrame, *, scale: str = "lambda10", sigma: float = 0.05) -> Figure:
+def js_heatmap(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Figure:
     """Draw the matrix of Jensen-Shannon distances between the blocks' spectra.
 
     Args:

@@ -380,12 +380,15 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
 
 
 def rewrite(source: Path, target: Path, table: str) -> None:
-    """Copy a file as this version writes it.
+    """Copy a file as this version writes it; columns that it is older than stay out.
+
+    So a release changes no file that has the same numbers.
 
     Raises:
         InvalidTable: The file is not valid; nothing is written.
     """
-    content = read(source, table)
+    there = set(pq.read_schema(source).names)
+    content = read(source, table, columns=[n for n in TABLES[table].names if n in there])
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, _upsert(table, None, content))
 

@@ -115,6 +115,7 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
     from harness.records.ledger import Ledger
     from harness.training.stages import STAGE_SEED
+    from spectra_db.heterogeneity import LEADING
 
     table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("JS⁰", "SGD-Adam gap", "Adam needed"):
@@ -122,7 +123,7 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     ledger = Ledger(out)
     for entry in entries:
         js0 = gap = needed = "–"
-        asked = ("js0", "lambda10", "init", entry.partition, STAGE_SEED)
+        asked = ("js0", LEADING["js0"], "init", entry.partition, STAGE_SEED)
         for row in ledger.rows("heterogeneity", entry.name).itertuples():
             if (row.metric, row.scale, row.stage, row.partition, row.init_seed) == asked:
                 js0 = f"{row.corrected:.3f} ± {row.standard_error:.3f}"

@@ -15,14 +15,12 @@ from harness.leaderboard.statistics import DUMMIES, REFERENCE, TIERS, measuremen
 from harness.leaderboard.tables import Dataset, natural_key
 from harness.training.gap import THRESHOLD
 from spectra_db.files import whole
-from spectra_db.heterogeneity import METRICS
+from spectra_db.heterogeneity import LEADING, METRICS, leads
 from spectra_db.words import STAGES
 
 _NUM_MOVED = 3  # models that are named
 BEGIN = "<!-- written by `make leaderboard` -->"
 END = "<!-- end of what is written -->"
-# The scale that a metric is judged at; the others are further readings.
-SCALES = ("lambda10", "none")
 # What eigenvalues are divided by, where people read it.
 SCALE_WORDS = {
     "none": "–",
@@ -83,7 +81,7 @@ def ranking(
     rows = board[(board["stage"] == stage) & (board["left_out"] == "")]
     if not all_readings:
         raw = pd.MultiIndex.from_frame(rows[["metric", "scale"]]).isin(RAW)
-        rows = rows[rows["scale"].isin(SCALES) | raw]
+        rows = rows[leads(rows) | raw]
     table = []
     for (metric, scale, sigma), group in rows.groupby(["metric", "scale", "sigma"]):
         first = group.iloc[0]
@@ -95,7 +93,7 @@ def ranking(
                 "metric": metric,
                 "scale": scale,
                 "sigma": sigma,
-                "label": label if scale in SCALES else f"{label}, {scale}",
+                "label": label if scale == LEADING.get(metric, "none") else f"{label}, {scale}",
                 "num_products": float(first["num_products"]),
                 "num_models": int(first["num_models"]),
                 "num_families": int(first["num_families"]),

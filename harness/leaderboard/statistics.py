@@ -15,11 +15,12 @@ import pandas as pd
 from harness.errors import UserError
 from harness.leaderboard.ranks import Array, Order, concordance, pearson
 from harness.training.gap import THRESHOLD
+from spectra_db.heterogeneity import LEADING
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 from spectra_db.words import STAGES
 
 READING = ["stage", "metric", "scale", "sigma"]
-REFERENCE = ("js0", "lambda10")
+REFERENCE = ("js0", LEADING["js0"])
 # What needs no spectrum, and what every measure must beat; at initialisation alone.
 DUMMIES = ("has_attention", "num_params")
 # Demo models are there to try the tools: 8×8 images, some seconds of training.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
+_SCALE = "lambda10"  # what blocks are compared by in the claims
 _SGD, _ADAM = "#D55E00", "#0072B2"
 _OPTIMIZERS = (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM))
 _DASHES = {"sgd": "--", "adamw": "-"}  # told apart in grey
@@ -102,13 +103,13 @@ def fig3(source: release.Source) -> Result:
         blocks = list(rows["block"].drop_duplicates())
         four = [blocks[i] for i in np.linspace(0, len(blocks) - 1, 4).round().astype(int)]
         rows = rows[rows["block"].isin(four)]
-        distances = pairwise_js(rows).to_numpy()
+        distances = pairwise_js(rows, scale=_SCALE).to_numpy()
         values[kind] = {
             "model": model,
             "blocks": four,
             "mean_distance": distances[np.triu_indices(len(distances), 1)].mean(),
         }
-        figures[f"fig3-{kind}"] = plot.spectra(rows)
+        figures[f"fig3-{kind}"] = plot.spectra(rows, scale=_SCALE)
     return Result(values, figures, tuple(missing))
 
 
@@ -138,7 +139,7 @@ def fig4(source: release.Source) -> Result:
     for ax in axes[len(chosen) :]:
         ax.set_axis_off()
     for ax, model in zip(axes, chosen, strict=False):
-        distances = pairwise_js(release.spectrum(source, str(model)))
+        distances = pairwise_js(release.spectrum(source, str(model)), scale=_SCALE)
         image = ax.imshow(distances, cmap="cividis", vmin=0, vmax=1)
         facts = table.loc[model].to_dict()
         title = f"{model}\n{facts['class']}, JS⁰ {facts['js0 lambda10']:.3f}"
@@ -232,7 +233,7 @@ def fig6(source: release.Source) -> Result:
     axes = figure.subplots(2, 2)
     for row, model in enumerate((PRETRAINED, SCRATCH)):
         image = axes[row, 0].imshow(
-            pairwise_js(release.spectrum(source, model)), cmap="cividis", vmin=0, vmax=1
+            pairwise_js(release.spectrum(source, model), scale=_SCALE), cmap="cividis", vmin=0, vmax=1
         )
         axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=8)
         axes[row, 0].set(xlabel="block", ylabel="block")
@@ -428,7 +429,7 @@ def _between(
     if len(parts) < 4:
         return {}
     shared = {c: parts[0][c].iloc[0] for c in GROUP}
-    distances = pairwise_js(pd.concat([part.assign(**shared) for part in parts]))
+    distances = pairwise_js(pd.concat([part.assign(**shared) for part in parts]), scale=_SCALE)
     kinds = np.array([classes[str(model)] for model in distances.columns])
     found: dict[str, Any] = {"num_models": len(kinds)}
     for name, first, second in (
@@ -456,7 +457,7 @@ def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]
     for ax, model in zip(axes, models, strict=False):
         for stage, colour in (("init", "#0072B2"), ("final", "#E69F00")):
             if (model, stage) in spectra:
-                curve = density(spectra[model, stage])["__full__"]
+                curve = density(spectra[model, stage], scale=_SCALE)["__full__"]
                 x, y = curve.index.to_numpy(), curve.to_numpy()
                 # Broken where the lattice has gaps.
                 apart = np.diff(x, prepend=x[0]) > 1.5 * np.diff(x).min()

@@ -9,10 +9,11 @@ import pandas as pd
 
 from harness.registry.entry import ModelEntry
 from spectra_db.card import plain
+from spectra_db.densities import SCALE
 from spectra_db.loading import optional
 from spectra_db.words import STAGES
 
-_JS0 = {"metric": "js0", "scale": "lambda10"}
+_JS0 = {"metric": "js0", "scale": SCALE}
 
 
 def render(entry: ModelEntry, data: Path) -> str:

@@ -232,7 +232,7 @@ def test_metrics_fill_the_table_of_heterogeneity(sampled, tmp_path):
     back = spectra_db.load("heterogeneity", source=tmp_path)
     assert list(back.columns) == TABLES["heterogeneity"].names
     assert len(back) == len(rows) == 14
-    first = back[(back["metric"] == "js0") & (back["scale"] == "lambda10")].iloc[0]
+    first = back[(back["metric"] == "js0") & (back["scale"] == "own_rms")].iloc[0]
     assert first["corrected"] == js0(sampled).corrected
     assert back["batch_error"].isna().all()
 

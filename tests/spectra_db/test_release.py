@@ -102,7 +102,7 @@ def test_models_that_are_not_asked_for_stay_out(source, tmp_path):
 def test_derived_tables_are_made_of_what_is_released(source, tmp_path):
     def derive(tables):
         [path] = (tables / "models").glob("*.parquet")
-        keys = {"stage": "init", "metric": "js0", "scale": "lambda10", "sigma": 0.05}
+        keys = {"stage": "init", "metric": "js0", "scale": "own_rms", "sigma": 0.05}
         row = keys | {"statistic": "spearman", "protocol_version": 1, "value": 0.5}
         more = {name: "" for name in TABLES["leaderboard"].names if name == "left_out"}
         counts = {"num_models": 1, "num_families": 1}

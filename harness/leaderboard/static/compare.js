@@ -48,7 +48,7 @@ function drawOverlays(sides) {
   const keys = [...new Set(ours.flatMap(({ data }) => data.blocks.map(keyOf)))];
   const extent = extentOf(ours.flatMap(({ table }) => Object.values(table)), a.data);
   byId("spectra-note").textContent = (same ? "A panel for each block." : "A panel for each kind of block, with all blocks of that kind.") +
-    " Density (logarithmic) of the eigenvalues, each block's divided by its own 10th largest; the first solid, the second dashed.";
+    " Density (logarithmic) of the eigenvalues, each block's divided by their rms; the first solid, the second dashed.";
   drawPanels(byId("spectra"), keys.map((key) => () => spectrumFigure(key, ours.flatMap(({ data, table, colour, dashed }) =>
     data.blocks.filter((block) => keyOf(block) === key).map((block) => ({ packed: table[block.name], colour, dashed }))),
   extent, a.data, `of ${sides.map((s) => `${s.model} at ${s.stage}`).join(" and ")}`)));

@@ -1,7 +1,10 @@
 // The first page: the picture, the archive of protocol 1, and the table of the models.
 "use strict";
 
-const { models, entries, points, board, columns, labels, scales: scaleWords, statistics } = window.DATA;
+const { models, entries, points, board, columns, labels, leading, scales: scaleWords, statistics } = window.DATA;
+// The scale that each metric is judged at; dummies have none.
+const leads = (metric, scale) => scale === (leading[metric] ?? "none");
+const JS0 = `js0:${leading.js0}`;
 const rows = board.map((row) => Object.fromEntries(row.map((value, i) => [columns[i], value])));
 const families = [...new Set([...models, ...entries].map((m) => m.family))].sort();
 // No two families share a colour until the palette ends, and then they differ in shape.
@@ -13,7 +16,7 @@ const SHAPES = { domain: families, range: families.map((_, i) => SYMBOLS[i % SYM
 
 function label(metric, scale) {
   const name = labels[metric] ?? metric;
-  return ["lambda10", "none"].includes(scale) ? name : `${name}, ${scaleWords[scale] ?? scale}`;
+  return leads(metric, scale) ? name : `${name}, ${scaleWords[scale] ?? scale}`;
 }
 
 const labelOf = (reading) => label(...reading.split(":"));
@@ -94,7 +97,7 @@ function drawPicture() {
       `speed-up and standard errors of J; the line is 0.5, above which Adam is needed.${rest}`;
     return;
   }
-  const js0 = points.init?.["js0:lambda10"] ? gapPoints("init", "js0:lambda10", "") : [];
+  const js0 = points.init?.[JS0] ? gapPoints("init", JS0, "") : [];
   target.replaceChildren(...(known.length ? [pictureOfSpeedups(known, widthOf(target))] : []));
   byId("picture-note").textContent = (known.length ? "Open points are references, which are not ranked; the dashed line is 0.5, above which Adam is needed." : "") + rest;
   if (js0.length) {
@@ -195,7 +198,7 @@ function drawRanking() {
   const stage = byId("stage").value;
   const all = byId("all-readings").checked;
   const table = byId("ranking");
-  const at = rows.filter((r) => r.stage === stage && (all || ["lambda10", "none"].includes(r.scale)));
+  const at = rows.filter((r) => r.stage === stage && (all || leads(r.metric, r.scale)));
   const readings = [...new Set(at.map((r) => `${r.metric}:${r.scale}`))];
   // By name, dummies last: their correlations rank nothing.
   const last = (reading) => labelOf(reading).startsWith("dummy");
@@ -275,7 +278,7 @@ makeSortable(byId("entries"));
 if (byId("measures")) makeSortable(byId("measures"));
 if (byId("models")) {
   const readings = [...new Set(Object.values(points).flatMap(Object.keys))];
-  const rank = (reading) => (reading === "js0:lambda10" ? 0 : /:(lambda10|none)$/.test(reading) ? 1 : 2);
+  const rank = (reading) => (reading === JS0 ? 0 : leads(...reading.split(":")) ? 1 : 2);
   readings.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
   fill(byId("reading"), readings.map((r) => [r, labelOf(r)]));
   const there = [...new Set(models.map((m) => m.family))].sort();

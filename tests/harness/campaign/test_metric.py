@@ -56,7 +56,7 @@ def test_a_tolerance_is_met_stored_and_builds_on_what_is_there(tmp_path):
     assert "js0 0." in shown
     rows, metrics, _ = tables(tmp_path)
     assert set(rows["tolerance"].dropna()) == {0.2}
-    [js0] = metrics[(metrics["metric"] == "js0") & (metrics["scale"] == "lambda10")].to_dict(
+    [js0] = metrics[(metrics["metric"] == "js0") & (metrics["scale"] == "own_rms")].to_dict(
         "records"
     )
     assert max(js0["standard_error"], js0["truncation_error"]) <= 0.2 * js0["corrected"]
@@ -82,7 +82,7 @@ def test_the_batch_error_is_the_difference_of_the_metrics_on_two_halves(tmp_path
     arguments = ["--num-probes", "3", "--num-steps", "8"]
     shown = call(tmp_path, *arguments, "--batch-error")
     rows = spectra_db.load("heterogeneity", source=tmp_path)
-    [js0] = rows.loc[(rows["metric"] == "js0") & (rows["scale"] == "lambda10"), "batch_error"]
+    [js0] = rows.loc[(rows["metric"] == "js0") & (rows["scale"] == "own_rms"), "batch_error"]
     assert f"js0 of the batch's halves: {js0:.4f} apart" in shown
     assert (rows["batch_error"] >= 0).all()
     from harness.estimator.settings import Settings

@@ -52,7 +52,7 @@ def test_a_training_of_one_s_own_leaves_tables_of_its_spectra_and_goes_on_unchan
     assert [list(x) for x in last["nodes"]] == [list(x) for x in expected["nodes"]]
     found = spectra_db.load("heterogeneity", source=tmp_path, stage="step-7", metric="js0")
     by_scale = found.set_index("scale")["corrected"]
-    assert by_scale["lambda10"] == pytest.approx(spectra_db.js0(expected).corrected)
+    assert by_scale["own_rms"] == pytest.approx(spectra_db.js0(expected).corrected)
     assert spectra_db.load("models", source=tmp_path)["num_params"].item() == 51
 
 

@@ -409,7 +409,7 @@ def test_fewer_probes_and_steps_than_are_there_take_none_away(tmp_path):
     for num_probes, num_steps in ((4, 3), (3, 3), (1, 1)):
         settings = Settings(num_probes=num_probes, num_steps=num_steps, device="cpu")
         rows = take_spectrum(problem, settings, Ledger(tmp_path), command="")
-        stored = spectra_db.load("heterogeneity", source=tmp_path, metric="js0", scale="lambda10")
+        stored = spectra_db.load("heterogeneity", source=tmp_path, metric="js0", scale="own_rms")
         assert stored["corrected"].item() == pytest.approx(spectra_db.js0(rows).corrected)
         assert rows["probe"].max() == 3
 

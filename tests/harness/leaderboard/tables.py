@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from spectra_db.heterogeneity import LEADING
 from spectra_db.schema import TABLES
 
 
@@ -38,7 +39,7 @@ def _answer(low: float, high: float) -> str:
 def metric_row(model: str, metric: str, value: float, **changes: object) -> dict[str, object]:
     return {
         "model": model, "stage": "init", "init_seed": 1, "train_run": "", "partition": "weights",
-        "metric": metric, "scale": "lambda10" if metric in ("js0", "w1") else "none",
+        "metric": metric, "scale": LEADING.get(metric, "none"),
         "sigma": 0.05 if metric == "js0" else 0.0, "protocol_version": 1, "value": value,
         "corrected": value, "standard_error": 0.0, "truncation_error": 0.0, "batch_error": None,
         "num_blocks": 4, "num_zero_blocks": 0, "num_products": 480 if metric == "js0" else 12,

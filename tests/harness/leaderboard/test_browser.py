@@ -94,7 +94,7 @@ def test_measure_stage_and_family_choose_what_the_scatter_shows(tab, page):  # n
     shown.select_option("#scatter-family", "a")
     assert shown.locator("#scatter svg a").count() == 2
     shown.select_option("#scatter-family", "")
-    shown.select_option("#reading", "js0:lambda10")
+    shown.select_option("#reading", "js0:own_rms")
     shown.select_option("#stage", "final")
     assert shown.locator("#scatter svg a").count() == 1
     assert shown.url.endswith("stage=final")

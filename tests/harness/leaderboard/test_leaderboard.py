@@ -196,7 +196,7 @@ def test_a_model_of_blocks_with_biases_is_compared_by_its_weights(tmp_path):
     rows = spectra_db.load("spectra", source=_perceptron(tmp_path), model="p")
     with_biases = spectra_db.load("heterogeneity", source=tmp_path, model="p", metric="js0")
     found = tables.read(tmp_path).heterogeneity
-    found = found[(found["metric"] == "js0") & (found["scale"] == "lambda10")].iloc[0]
+    found = found[(found["metric"] == "js0") & (found["scale"] == "own_rms")].iloc[0]
     expected = spectra_db.js0(rows[rows["block_kind"] != "bias"])
     assert found["partition"] == "weights"
     assert found["corrected"] == pytest.approx(expected.corrected)
@@ -211,7 +211,7 @@ def test_the_page_of_such_a_model_shows_the_distances_that_its_js0_is_the_mean_o
     assert "layers.2.b" in [block["name"] for block in found["blocks"]]
     distances = np.array(found["heatmaps"]["init"]["values"]) / 1000
     data = tables.read(tmp_path).heterogeneity
-    js0 = data[(data["metric"] == "js0") & (data["scale"] == "lambda10")].iloc[0]
+    js0 = data[(data["metric"] == "js0") & (data["scale"] == "own_rms")].iloc[0]
     mean = distances[np.triu_indices(len(distances), 1)].mean()
     assert mean == pytest.approx(js0["corrected"], abs=1e-3)
 
@@ -273,7 +273,7 @@ def test_every_stage_of_a_model_with_biases_is_compared_by_its_weights(tmp_path)
     store.write(tmp_path, "spectra", later.assign(dtype="float64"))
     found = tables.read(tmp_path).heterogeneity
     assert set(found["partition"]) == {"weights"}
-    js0 = found[(found["metric"] == "js0") & (found["scale"] == "lambda10")].set_index("stage")
+    js0 = found[(found["metric"] == "js0") & (found["scale"] == "own_rms")].set_index("stage")
     assert js0.loc["final", "corrected"] == pytest.approx(js0.loc["init", "corrected"])
 
 

@@ -109,7 +109,7 @@ def test_the_report_says_what_was_found_and_where_the_model_would_stand(submissi
     report = (submission / "README.md").read_text()
     assert "Rosenblatt 1958" in report
     [js0] = spectra_db.load(
-        "heterogeneity", source=submission / "data", metric="js0", scale="lambda10", stage="init"
+        "heterogeneity", source=submission / "data", metric="js0", scale="own_rms", stage="init"
     )["corrected"]
     assert f"| init | {js0:.3f} |" in report
     assert "SGD-Adam gap" in report

@@ -387,8 +387,8 @@ def rewrite(source: Path, target: Path, table: str) -> None:
     Raises:
         InvalidTable: The file is not valid; nothing is written.
     """
-    there = set(pq.read_schema(source).names)
-    content = read(source, table, columns=[n for n in TABLES[table].names if n in there])
+    content = read(source, table)
+    content = content.select(pq.read_schema(source).names)
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, _upsert(table, None, content))
 

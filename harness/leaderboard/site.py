@@ -45,7 +45,8 @@ class _Part:
     def of(cls, source: Path | str | None) -> _Part:
         data = read(source)
         joined = measurements(data.models, data.heterogeneity, data.gaps)
-        return cls(source, data, joined, _models(data, joined, folder_of(source)))
+        folder = folder_of(source, paths=["trials/*.parquet"])
+        return cls(source, data, joined, _models(data, joined, folder))
 
 
 def build(source: Path | str | None, out: Path, docs_folder: Path | None = None) -> Path:
@@ -82,6 +83,10 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     pages = docs.pages(docs_folder) if docs_folder else []
     environment = _environment(main.data, pages)
     if docs_folder:
+        citation = docs_folder.with_name("CITATION.cff")
+        if citation.is_file():
+            shutil.copyfile(citation, out / citation.name)
+            environment.globals["citation"] = citation.name
         _write_docs(docs_folder, pages, environment, out)
     for part in parts:
         for model in part.models:
@@ -196,9 +201,6 @@ def _write_docs(
     docs.copy_figures(folder, out / "docs")
     for page in pages:
         _write(out / "docs" / f"{page.name}.html", environment, "doc.html", {"page": page})
-    citation = folder.with_name("CITATION.cff")
-    if citation.is_file():
-        shutil.copyfile(citation, out / "docs" / citation.name)
 
 
 def _claims(pages: list[docs.Page]) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import sys
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -65,9 +66,41 @@ def test_the_rates_of_the_gap_are_labelled_and_no_others():
     figure = plot.training_curves(pd.DataFrame(runs), gaps)
     labels = [ax.get_legend_handles_labels()[1] for ax in figure.axes]
     assert labels == [["learning rate 0.1 (best)"], ["learning rate 0.01 (best)"]]
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["SGD with momentum (diverged at 1)", "AdamW (diverged at 1)"]
     assert drawn(figure)
     untold = plot.training_curves(pd.DataFrame(runs))
     assert not any(ax.get_legend_handles_labels()[1] for ax in untold.axes)
+
+
+def test_the_best_rate_is_the_mean_over_its_further_seeds_told_apart_in_grey():
+    runs = pd.DataFrame(
+        {"model": "a", "optimizer": o, "lr": 0.1, "seed": seed, "step": step, "metric": "loss",
+         "split": "batch", "value": 2.0 + seed - step, "diverged": False}
+        for o in ("sgd", "adamw") for seed in range(4) for step in (0, 1)
+    )  # fmt: skip
+    gaps = pd.DataFrame({"model": ["a"], "sgd_lr": [0.1], "adam_lr": [0.1]})
+    figure = plot.training_curves(runs, gaps)
+    means = [ax.get_lines()[-1] for ax in figure.axes]
+    assert [list(line.get_ydata()) for line in means] == [[4.0, 3.0]] * 2  # of seeds 1, 2 and 3
+    assert means[0].get_label() == "learning rate 0.1 (best, 3 seeds)"
+    assert [line.get_linestyle() for line in means] == ["--", "-"]
+    assert [len(ax.get_lines()) for ax in figure.axes] == [5, 5]
+
+
+def test_each_kind_of_block_has_a_colour_of_its_own(rows):
+    assert len(set(plot.KINDS.values())) == len(plot.KINDS)
+    # The zero block's kind is in the legend too.
+    labels = [text.get_text() for text in plot.spectra(rows).legends[0].get_texts()]
+    assert set(labels) == {kind.replace("_", " ") for kind in rows["block_kind"]}
+
+
+def test_figures_are_made_for_print_and_leave_the_settings_as_they_were(rows):
+    before = dict(matplotlib.rcParams)
+    figure = plot.spectra(rows)
+    assert figure.dpi == 300
+    assert figure.get_figwidth() == plot.WIDTH
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_curves_of_several_models_are_refused():

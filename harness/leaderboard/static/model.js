@@ -52,7 +52,9 @@ function drawDistances() {
 
 // -- training
 
-const lossAxis = (domain) => ({ type: "log", domain, clamp: true, grid: true, ticks: 5, tickFormat: (t) => `${+t.toPrecision(2)}` });
+// A logarithmic axis of less than a factor of ten has few ticks of its own.
+const lossAxis = ([low, high]) => ({ type: "log", domain: [low, high], clamp: true, grid: true,
+  ticks: high / low < 10 ? d3.ticks(low, high, 6) : 5, tickFormat: (t) => `${+t.toPrecision(2)}` });
 const pointsOf = (runs) => runs.flatMap((r) => r.steps.map((step, i) => ({ ...r, step, loss: r.losses[i] })));
 
 function domainOf(runs) {

@@ -201,6 +201,7 @@ def test_the_scale_of_a_block_is_its_rms_eigenvalue(tmp_path):
     blocks = {row["block"]: row for row in spectra}
     shared = {"model": "good", "stage": "init", "init_seed": 1, "train_run": "", "weight_rms": 1.0}
     store.write(tmp_path, "models", [model_row("good")])
+    store.write(tmp_path, "gaps", [gap_row("good", 0.1)])
     store.write(tmp_path, "spectra", spectra)
     store.write(tmp_path, "blocks", [
         shared | {"block": name, "protocol_version": 1, "kind": row["block_kind"],

@@ -233,7 +233,10 @@ def fig6(source: release.Source) -> Result:
     axes = figure.subplots(2, 2)
     for row, model in enumerate((PRETRAINED, SCRATCH)):
         image = axes[row, 0].imshow(
-            pairwise_js(release.spectrum(source, model), scale=_SCALE), cmap="cividis", vmin=0, vmax=1
+            pairwise_js(release.spectrum(source, model), scale=_SCALE),
+            cmap="cividis",
+            vmin=0,
+            vmax=1,
         )
         axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=8)
         axes[row, 0].set(xlabel="block", ylabel="block")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import torch
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.cases import Case, resnet18
 from benchmarks.peers import CASES
-from harness import estimate_spectra, find_blocks
+from harness import SplitLoss, estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.objective import Objective
 from harness.estimator.operators import opened
@@ -70,6 +72,32 @@ class Products:
 
     def time_step(self, name: str, way: str) -> None:
         self.step()
+
+
+class Exact:
+    """Exact spectra of all blocks of ResNet18, from Gram matrices."""
+
+    timeout = 900
+    number = 1
+    repeat = 3
+    warmup_time = 0
+
+    def setup(self) -> None:
+        self.case = resnet18()
+        self.loss = SplitLoss(lambda m, b: m(b[0]), lambda z, b: functional.cross_entropy(z, b[1]))
+
+    def time_spectra(self) -> None:
+        self.spectra()
+
+    def track_blocks(self) -> int:
+        return int((self.spectra()["method"] == "exact").sum())
+
+    track_blocks.unit = "blocks that are exact"  # type: ignore[attr-defined]
+
+    def spectra(self) -> pd.DataFrame:
+        of = self.case.model, self.loss, [self.case.batch]
+        # One product of each block that would not be exact.
+        return estimate_spectra(*of, gram=True, num_probes=1, num_steps=1, memory_budget=BUDGET)
 
 
 class Memory:

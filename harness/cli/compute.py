@@ -55,6 +55,9 @@ def _metrics() -> list[str]:
 @choice("probe-distribution", *CHOICES["probe_distribution"])
 @choice("matmul-precision", *CHOICES["matmul_precision"])
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
+@click.option(
+    "--gram", is_flag=True, help="Exact spectra where outputs are locally linear, and of ggn."
+)
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
 @click.option("--batch-error", is_flag=True, help="Also take each half of the batch.")
 @click.option(
@@ -151,8 +154,8 @@ def spectrum(
     )
     choose_device(problem.model, chosen.device)
     cheaply = tol is not None or metric not in that_need(WHOLE)
-    if processes() > 1 and (cheaply or batch_error):
-        raise UserError("--tol, --batch-error and the scale metrics run without torchrun")
+    if processes() > 1 and (cheaply or batch_error or chosen.gram):
+        raise UserError("--tol, --batch-error, --gram and the scale metrics run without torchrun")
     if cheaply and batch_error:
         raise UserError("--batch-error goes with whole spectra: leave out --tol, scale metrics")
     of_stage = {"stage": problem.stage, "partition": chosen.partition}

@@ -4,13 +4,14 @@ With z the outputs, J_l their derivative by block l and ∇²c = S Sᵀ that of 
 Gauss-Newton matrix J_lᵀ S Sᵀ J_l has the nonzero eigenvalues of the Gram matrix A_l A_lᵀ, where
 A_l = Sᵀ J_l has no more rows than there are outputs. Where z is linear in w_l the Hessian is that
 matrix: in networks of ReLU, max-pooling and norms in eval mode at each weight by itself (Botev,
-Ritter & Barber 2017, arXiv 1706.03662, section 3.1).
+Ritter & Barber 2017, arXiv 1706.03662).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,12 @@ class Eigenvalues:
     nonzero: torch.Tensor
     num_passes: int
 
+    def rule(self, num_params: int) -> tuple[list[float], list[float]]:
+        """Return nodes and weights of the block of so many parameters, one node for all zeros."""
+        nodes = self.nonzero.tolist()
+        zeros, weights = num_params - len(nodes), [1.0 / num_params] * len(nodes)
+        return ([0.0, *nodes], [zeros / num_params, *weights]) if zeros else (nodes, weights)
+
 
 def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Iterator[Eigenvalues]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
@@ -67,14 +74,10 @@ def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Ite
     if roots is None:
         return
     num_rows = sum(len(root) for _, root in roots)
-    free = hessian.memory_budget - hessian.product_bytes
-    sizes = {i: _matrix(hessian.blocks[i].num_params, num_rows) for i in indices}
-    taken = {
-        i: _nbytes(hessian.blocks[i].num_params, num_rows, hessian.dtype)
-        for i, size in sizes.items()
-        if size <= MOST_ROWS
-    }
-    fitting = [i for i, nbytes in taken.items() if nbytes <= free]
+    free = hessian.memory_budget - hessian.product_bytes - 8 * _CHUNK
+    sizes = {i: hessian.blocks[i].num_params for i in indices}
+    taken = {i: _nbytes(n, num_rows, hessian.dtype) for i, n in sizes.items()}
+    fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS and taken[i] <= free]
     if operator == "hessian":
         fitting = _linear(hessian, split, fitting)
     passes = -(-num_rows // hessian.batch_size) + (operator == "hessian")
@@ -87,15 +90,10 @@ def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Ite
             yield Eigenvalues(i, _nonzero(matrix, hessian.blocks[i], hessian.dtype), passes)
 
 
-def _matrix(num_params: int, num_rows: int) -> int:
-    """Return the rows of a block's matrix."""
-    return min(num_params, num_rows)
-
-
 def _nbytes(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
     """Return the memory of a block's matrix, its eigenvalues' workspace and, if it is kept, A."""
     kept = num_rows * num_params * dtype.itemsize if num_params > num_rows else 0
-    return kept + 3 * 8 * _matrix(num_params, num_rows) ** 2 + 8 * _CHUNK
+    return kept + 3 * 8 * min(num_params, num_rows) ** 2
 
 
 def _roots(hessian: BlockHessian, split: SplitLoss) -> list[tuple[Batch, torch.Tensor]] | None:
@@ -127,7 +125,7 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
     H = torch.zeros(z.numel(), z.numel(), dtype=at.dtype, device=at.device)
     for row, unit in zip(H, torch.eye(len(H), dtype=at.dtype, device=at.device), strict=True):
         if slope.requires_grad:  # else the criterion is linear
-            options = {"retain_graph": True, "materialize_grads": True}
+            options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
             (d,) = torch.autograd.grad(slope, at, unit.view_as(slope), **options)
             row.copy_(d.flatten())
     values, vectors = torch.linalg.eigh((H + H.T).double() / 2)
@@ -151,14 +149,19 @@ def _linear(hessian: BlockHessian, split: SplitLoss, indices: Sequence[int]) -> 
         u = draw_probe(z.numel(), 0, "gaussian").to(z)
         return (z * u.view_as(z)).sum()
 
-    curvature = hessian.of(functional)
-    linear = []
-    for i in indices:
-        v = draw_probe(hessian.blocks[i].num_params, 0, "gaussian")
-        (product,) = curvature.products([(i, v.to(hessian.device, hessian.dtype))])
-        if not product.any():
-            linear.append(i)
-    return linear
+    requests = [
+        (
+            i,
+            draw_probe(hessian.blocks[i].num_params, 0, "gaussian").to(
+                hessian.device, hessian.dtype
+            ),
+        )
+        for i in indices
+    ]
+    if not requests:
+        return []
+    products = hessian.of(functional).products(requests)
+    return [i for i, product in zip(indices, products, strict=True) if not product.any()]
 
 
 def _matrices(
@@ -169,7 +172,7 @@ def _matrices(
 ) -> list[torch.Tensor]:
     """Return A Aᵀ, or Aᵀ A if that is smaller, of each block, from one backward pass per row."""
     blocks = [hessian.blocks[i] for i in group]
-    like = {"dtype": hessian.dtype, "device": hessian.device}
+    like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
     short = [b.num_params <= num_rows for b in blocks]
     kept = [
         torch.zeros(b.num_params, b.num_params, **like | {"dtype": torch.float64})
@@ -179,23 +182,28 @@ def _matrices(
     ]
     start = 0
     for piece, root in roots:
-        for target, is_short, rows in zip(
-            kept, short, hessian.pulled_back(piece, root, blocks), strict=True
-        ):
+        stop = start + len(root)
+        rows = [
+            torch.empty(len(root), len(a), **like) if is_short else a[start:stop]
+            for a, is_short in zip(kept, short, strict=True)
+        ]
+        hessian.pull_back(piece, root, blocks, rows)
+        for target, is_short, some in zip(kept, short, rows, strict=True):
             if is_short:
-                target += rows.T.double() @ rows.double()
-            else:
-                target[start : start + len(root)] = rows
-        start += len(root)
+                target.addmm_(some.T.double(), some.double())
+        start = stop
     return [a if is_short else _gram(a) for a, is_short in zip(kept, short, strict=True)]
 
 
 def _gram(A: torch.Tensor) -> torch.Tensor:
-    """Return A Aᵀ, summed in float64."""
+    """Return A Aᵀ, summed in float64; of what is above the diagonal no more than must be."""
     total = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
+    strip = -(-len(A) // 4) or 1
     for columns in A.split(max(1, _CHUNK // max(1, len(A))), dim=1):
         wide = columns.double()
-        total.addmm_(wide, wide.T)
+        for start in range(0, len(A), strip):
+            stop = start + strip
+            total[start:, start:stop].addmm_(wide[start:], wide[start:stop].T)
     return total
 
 
@@ -206,7 +214,7 @@ def _nonzero(matrix: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Te
             f"the derivative of the outputs by block {block.name!r} is not finite; use a wider "
             "dtype or look for inf or nan in it"
         )
-    values = torch.linalg.eigvalsh(matrix).cpu()
+    values = torch.linalg.eigvalsh(matrix, UPLO="L").cpu()
     if not len(values):  # the criterion is linear
         return values
     rounding = max(len(values) * 2.0**-52, (_ROUNDING * torch.finfo(dtype).eps) ** 2)

@@ -206,26 +206,32 @@ class BlockHessian:
         with explained(self._model, self.loss_fn, batch), self._operations:
             return split.outputs_of(self._model, batch)
 
-    def pulled_back(
-        self, batch: Batch, cotangents: torch.Tensor, blocks: Sequence[Block]
-    ) -> list[torch.Tensor]:
-        """Return J_lᵀ u for each block and each u, shapes (k, n_l), by a backward pass for each.
+    def pull_back(
+        self,
+        batch: Batch,
+        cotangents: torch.Tensor,
+        blocks: Sequence[Block],
+        rows: Sequence[torch.Tensor],
+    ) -> None:
+        """Write J_lᵀ u for each of some blocks and each u, by a backward pass for each u.
 
         Args:
             batch: Samples of which J is the derivative of the outputs.
             cotangents: The u, shape (k, *outputs).
             blocks: Some of the blocks.
+            rows: Where to, of each block, shape (k, n_l).
         """
         names = list(dict.fromkeys(part.parameter for b in blocks for part in b.parts))
         parameters = [self._parameters[name] for name in names]
         z = self.outputs(batch)
-        rows: list[list[torch.Tensor]] = [[] for _ in blocks]
-        for u in cotangents:
+        for k, u in enumerate(cotangents):
             found = torch.autograd.grad(z, parameters, u, retain_graph=True, materialize_grads=True)
             slopes = dict(zip(names, found, strict=True))
-            for row, block in zip(rows, blocks, strict=True):
-                row.append(torch.cat([p.of(slopes[p.parameter]).flatten() for p in block.parts]))
-        return [torch.stack(row) for row in rows]
+            for target, block in zip(rows, blocks, strict=True):
+                pieces = [part.of(slopes[part.parameter]) for part in block.parts]
+                whole = target[k].split([piece.numel() for piece in pieces])
+                for view, piece in zip(whole, pieces, strict=True):
+                    view.view_as(piece).copy_(piece)
 
     def measure_peak(self, batch: Batch) -> int:
         """Measure the most memory, in bytes, that a graph of a batch and a product with it take."""

@@ -196,6 +196,8 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
         done = yield from _gram_rows(plan)
         others = {name: some for name, some in plan.probes.items() if name not in done}
         plan = replace(plan, probes=others)
+        if not others:
+            on_progress(0, 0)
     blocks, settings, shared = plan.hessian.blocks, plan.settings, plan.shared
     num_steps = settings.num_steps
     # Before the first product: processes of which one runs out of memory keep to one plan.
@@ -312,12 +314,10 @@ def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
     begin = time.perf_counter()
     done, hessian = set(), plan.hessian
     for found in gram.spectra(hessian, plan.settings.operator, [i for i, _ in plan.todo]):
-        n, nodes = hessian.blocks[found.index].num_params, found.nonzero.tolist()
-        weights = [1.0 / n] * len(nodes)
-        if len(nodes) < n:
-            nodes, weights = [0.0, *nodes], [(n - len(nodes)) / n, *weights]
-        yield [_exact_row(plan, found.index, (nodes, weights), found.num_passes, begin)]
-        done.add(hessian.blocks[found.index].name)
+        block = hessian.blocks[found.index]
+        rule = found.rule(block.num_params)
+        yield [_exact_row(plan, found.index, rule, found.num_passes, begin)]
+        done.add(block.name)
         begin = time.perf_counter()
     return done
 

@@ -21,7 +21,7 @@ from spectra_db.verified import NOTE, verified_models
 
 _SPECTRUM = list(SPECTRUM)
 _ATTENTION = {"attention", "query", "key", "value"}
-_COUNTED = [*_SPECTRUM, "block", "block_kind", "method", "num_products"]
+_COUNTED = [*_SPECTRUM, "operator", "block", "block_kind", "method", "num_products"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
     gaps = optional("gaps", source)
     metrics = _one_spectrum(optional("heterogeneity", source), models)
     spectra = optional("spectra", source, columns=_COUNTED)
+    spectra = spectra[spectra["operator"] == "hessian"]
     paper = set(models.loc[models["tier"].map(partition_of) == "paper", "model"])
     has_gap = set(gaps.loc[gaps["status"] == "ok", "model"])
     with_biases = metrics["model"].isin(paper & has_gap) & (metrics["partition"] == "paper")

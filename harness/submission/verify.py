@@ -17,7 +17,9 @@ import torch
 
 import spectra_db
 from harness.errors import UserError, reason_of
+from harness.estimator import gram
 from harness.estimator.checks import batch_hash
+from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
@@ -299,6 +301,8 @@ def _recompute(
         count = block.num_params if row["method"] == "exact" else row["num_steps"]
         product = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
+            if found := _by_gram(row, hessian):
+                return found
             for _ in range(min(2, count)):
                 product(torch.ones(count, dtype=hessian.dtype, device=hessian.device))
             eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
@@ -316,6 +320,17 @@ def _recompute(
         )
     nodes, weights = gauss_rule(run.alphas, run.betas)
     return {"alphas": run.alphas, "betas": run.betas, "nodes": nodes, "weights": weights}
+
+
+def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | None:
+    """Return nodes and weights of an exact row that is of a Gram matrix; None if it is not."""
+    n = row["num_params"]
+    if row["num_products"] == n:  # one for each parameter
+        return None
+    for found in gram.spectra(hessian, row["operator"], [0]):
+        nodes, weights = found.rule(n)
+        return {"alphas": [], "betas": [], "nodes": np.array(nodes), "weights": np.array(weights)}
+    return None
 
 
 def _timed(

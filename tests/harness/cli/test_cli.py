@@ -12,6 +12,9 @@ from click.testing import CliRunner, Result
 
 import spectra_db
 from harness.cli import main
+from harness.registry import get
+from harness.submission.verify import verify
+from spectra_db.gauss_newton import ggn_share
 
 SPECTRUM = ("spectrum", "cnn-digits", "--num-probes", "2", "--num-steps", "4", "--device", "cpu")
 
@@ -291,3 +294,21 @@ def test_a_spectrum_of_another_version_of_the_entry_is_not_added_to(tmp_path):
     file.write_text(ENTRY.format(widths=(4, 8)))
     assert "its options was" in (said := refused(call(*command)))
     assert "name another --out" in said
+
+
+def test_exact_spectra_of_both_operators_stand_side_by_side_and_verify(tmp_path):
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "mine.py").write_text(ENTRY.format(widths=(4, 16)))
+    out = tmp_path / "out"
+    command = ["spectrum", "mine", "--gram", "--registry", str(tmp_path / "registry"), "--out", out]
+    for operator in ("ggn", "hessian"):
+        assert call(*command, "--operator", operator).exit_code == 0
+    rows = spectra_db.load("spectra", source=out)
+    assert set(rows["method"]) == {"exact"}
+    assert ggn_share(rows).to_list() == pytest.approx([1.0] * rows["block"].nunique())
+    metrics = spectra_db.load("heterogeneity", source=out, metric="js0", scale="lambda10")
+    assert metrics["standard_error"].item() == metrics["truncation_error"].item() == 0
+    entry = get("mine", registry_dir=tmp_path / "registry")
+    for row in rows[rows["num_params"] == rows["num_params"].max()].to_dict("records"):
+        assert len(row["nodes"]) < row["num_params"]
+        assert verify(row, entry, rows[:0]).outcome == "agrees"

@@ -347,7 +347,7 @@ METRICS = {
 LEADING = {name: metric.scales[0] for name, metric in METRICS.items()}
 
 
-def leads(rows: pd.DataFrame) -> pd.Series:
+def is_leading(rows: pd.DataFrame) -> pd.Series:
     """Tell which rows are of a metric at the scale that it is judged at.
 
     Args:

@@ -189,7 +189,7 @@ def _take_whole(
     from harness.cli.progress import progress_bar
     from harness.estimator.distributed import team
     from harness.records.provenance import command_line
-    from spectra_db.heterogeneity import leads, measure
+    from spectra_db.heterogeneity import is_leading, measure
 
     parts = halves(problem, settings) if batch_error else None
     name = f"{problem.entry.name} {problem.stage}"
@@ -218,7 +218,7 @@ def _take_whole(
             found = take_batch_error(
                 parts, settings, ledger, command=command_line(), on_progress=on_progress
             )
-        apart = found.loc[(found["metric"] == metric) & leads(found), "batch_error"].item()
+        apart = found.loc[(found["metric"] == metric) & is_leading(found), "batch_error"].item()
         click.echo(f"{metric} of the batch's halves: {apart:.4f} apart")
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.leaderboard.statistics import LEVEL, MIN_MODELS, Array
-from spectra_db.heterogeneity import leads
+from spectra_db.heterogeneity import is_leading
 
 CHEAP = ("gradient_rms_spread", "lambda_rms_spread", "trace_spread")
 WITH_JS0 = (*CHEAP, "js0")
@@ -56,7 +56,7 @@ class Examples:
             measures: The metrics, at their first scale.
         """
         rows = measured[measured["enters"] & (measured["stage"] == "init")]
-        rows = rows[leads(rows)]
+        rows = rows[is_leading(rows)]
         wide = rows.pivot_table(
             index="model", columns="metric", values=["estimate", "standard_error"]
         )

@@ -15,7 +15,7 @@ from harness.leaderboard.statistics import DUMMIES, REFERENCE, TIERS, measuremen
 from harness.leaderboard.tables import Dataset, natural_key
 from harness.training.gap import THRESHOLD
 from spectra_db.files import whole
-from spectra_db.heterogeneity import LEADING, METRICS, leads
+from spectra_db.heterogeneity import LEADING, METRICS, is_leading
 from spectra_db.words import STAGES
 
 _NUM_MOVED = 3  # models that are named
@@ -81,7 +81,7 @@ def ranking(
     rows = board[(board["stage"] == stage) & (board["left_out"] == "")]
     if not all_readings:
         raw = pd.MultiIndex.from_frame(rows[["metric", "scale"]]).isin(RAW)
-        rows = rows[leads(rows) | raw]
+        rows = rows[is_leading(rows) | raw]
     table = []
     for (metric, scale, sigma), group in rows.groupby(["metric", "scale", "sigma"]):
         first = group.iloc[0]

@@ -23,7 +23,7 @@ from harness.leaderboard.ranking import ranking
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
 from spectra_db import store
-from spectra_db.heterogeneity import LEADING, METRICS, leads
+from spectra_db.heterogeneity import LEADING, METRICS, is_leading
 from spectra_db.loading import folder_of
 from spectra_db.schema import TABLES
 from spectra_db.words import ANSWERS, STAGES
@@ -238,7 +238,7 @@ def _write_model(
 
 def _models(data: Dataset, joined: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
     """Return what the pages say of each model."""
-    js0 = joined[(joined["metric"] == "js0") & leads(joined)]
+    js0 = joined[(joined["metric"] == "js0") & is_leading(joined)]
     js0 = js0[js0["stage"] == "init"].set_index("model")
     gaps = data.gaps[data.gaps["status"] == "ok"].set_index("model")
     measured = set(joined["model"]) | set(data.runs["model"]) | set(data.gaps["model"])

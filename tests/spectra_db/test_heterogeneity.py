@@ -178,8 +178,8 @@ def test_paper_reading_is_the_mean_divergence_over_dx():
     rows = exact_rows(spectra)
     scaled = np.concatenate([s / lambda10(s, np.full(len(s), 1 / len(s)), len(s)) for s in spectra])
     dx = (scaled.max() - scaled.min() + 2) / 50_000
-    distance = pairwise_js(rows, sigma=0.01).to_numpy()[0, 1]
-    assert js0_paper(rows).value == pytest.approx(distance**2 * np.log(2) / dx)
+    distance = pairwise_js(rows, scale="lambda10", sigma=0.01).to_numpy()[0, 1]
+    assert js0_paper(rows, scale="lambda10").value == pytest.approx(distance**2 * np.log(2) / dx)
     # The sum of the paper over its grid, without dx.
     t = np.linspace(scaled.min() - 1, scaled.max() + 1, 50_000)
     P = []
@@ -190,7 +190,7 @@ def test_paper_reading_is_the_mean_divergence_over_dx():
     m = (P[0] + P[1]) / 2
     logs = [np.log(np.maximum(p, 1e-300) / np.maximum(m, 1e-300)) for p in P]
     summed = 0.5 * sum(p @ log for p, log in zip(P, logs, strict=True))
-    assert js0_paper(rows).value == pytest.approx(summed, rel=1e-3)
+    assert js0_paper(rows, scale="lambda10").value == pytest.approx(summed, rel=1e-3)
 
 
 def test_lambda10_is_the_tenth_largest_eigenvalue_by_size():

@@ -1,4 +1,7 @@
-"""Every step of every entry: its real architecture and real data, on batches of two samples."""
+"""Every step of every entry: its real architecture and real data, on batches of two samples.
+
+What takes long at its size is made there of shapes alone, and computed with less width.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from harness.estimator.settings import Settings
 from harness.registry import ModelEntry, Recipe
 from harness.training import load_problem, train
 from harness.training.stages import checkpoint_path
+from tests.harness.registry.test_models import IMAGES, model_options
 
 # One of the sweep stands for all: they differ in a factor.
 ENTRIES = [
@@ -23,6 +27,41 @@ ENTRIES = [
     and entry.recipe is not None  # the others have trials
     and (entry.family != "mlp-sweep" or entry.name == "mlp-mnist-c3")
 ]
+# Options of the network, or of the task, with which they take a second or two.
+LARGE = {
+    "gpt2-books": ({"num_heads": 2, "width": 8}, {}),
+    "gpt2-wikitext": ({"num_heads": 2, "width": 8}, {}),
+    "mixer-imagenet": ({"embed_dim": 16}, {}),
+    "vgg16-imagenet": ({}, {"image_size": 32}),
+    "vit-base-imagenet": ({"embed_dim": 24, "num_heads": 3}, {}),
+}
+
+
+def of_few_data(entry: ModelEntry) -> ModelEntry:
+    """Return an entry on few images, or, of the paper's size, on short sequences."""
+    few: dict[str, int] = {}
+    if entry.task in IMAGES:
+        few = {"train_size": 8} | ({} if entry.task == "imagenet" else {"test_size": 2})
+    elif not entry.trains and "context" in entry.task_options:
+        few = {"context": 64}
+    return replace(entry, task_options={**entry.task_options, **few})
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_network_has_second_derivatives_of_its_parameters_shapes(
+    name: str, data_root: Path
+) -> None:
+    entry = of_few_data(registry.get(name))
+    task = tasks.get(entry.task, **entry.task_options)
+    data = task.load(data_root)
+    with torch.device("meta"):
+        model = entry.build(data.model_options, 1).eval()
+        loss = task.loss(model, tuple(t.to("meta") for t in task.fixed(data, "train", 2)))
+    assert loss.shape == ()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    products = torch.autograd.grad(sum(g.sum() for g in gradients), parameters)
+    assert [p.shape for p in products] == [p.shape for p in parameters]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -30,9 +69,13 @@ def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
     entry: ModelEntry, data_root: Path, tmp_path: Path
 ) -> None:
     assert isinstance(entry.recipe, Recipe)
+    entry = of_few_data(entry)
+    options, task_options = LARGE.get(entry.name, ({}, {}))
     recipe = replace(entry.recipe, num_steps=1, batch_size=2, warmup_steps=0, eval_size=2)
     tiny = replace(
         entry,
+        options={**entry.options, **options},
+        task_options={**entry.task_options, **task_options},
         recipe=recipe,
         stages=("init", "final"),
         full_stages=(),
@@ -40,12 +83,10 @@ def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
         hessian_batch_size=2,
         microbatch_size=None,
     )
-    if not entry.trains and "context" in entry.task_options:  # as the others, in seconds
-        tiny = replace(tiny, task_options={**entry.task_options, "context": 64})
     task = tasks.get(tiny.task, **tiny.task_options)
     data = task.load(data_root)
-    if task.metric == "accuracy":  # images are scored on the whole test split
-        data = replace(data, test=tuple(tensor[:2] for tensor in data.test))
+    if not task_options:
+        assert dict(data.model_options) == model_options(tiny)
     for optimizer, rates in (("sgd", recipe.sgd_lrs), ("adamw", recipe.adamw_lrs)):
         if entry.trains:  # the paper's systems at their size are not
             run = train(

@@ -173,12 +173,6 @@ def test_embedded_tasks_say_what_these_tests_assume(name: str) -> None:
     assert dict(data.model_options) == model_options(entry)
 
 
-@pytest.mark.parametrize("entry", registry.entries("small"), ids=lambda entry: entry.name)
-def test_tasks_say_what_these_tests_assume(entry: ModelEntry, data_root: Path) -> None:
-    data = tasks.get(entry.task, **entry.task_options).load(data_root)
-    assert dict(data.model_options) == model_options(entry)
-
-
 if __name__ == "__main__":
     rows = {entry.name: block_names(entry) for entry in registry.entries()}
     models = ",\n".join(

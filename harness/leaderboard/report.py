@@ -149,10 +149,8 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
-    caption = (
-        f"Correlations with the gap of protocol 1, 95 % intervals in brackets; data of {_day(data)}."
-    )
-    table = ["\n".join(lines), caption] if rows else []
+    caption = "Correlations with the gap of protocol 1, 95 % intervals in brackets; data of "
+    table = ["\n".join(lines), f"{caption}{_day(data)}."] if rows else []
     return "\n\n".join([said, *table, *_predictions(rows, measured, _day(data))])
 
 

@@ -45,13 +45,13 @@ def write(folder: Path) -> None:
     (folder / FOLDER).mkdir()
     for name, content in make(folder).items():
         with whole(path_of(folder, name)) as part:
-            write_groups(part, content)
+            _write_groups(part, content, by_model=name not in (OVERVIEW, "leaderboard"))
     _draw(folder)
 
 
-def write_groups(path: Path, content: pa.Table) -> None:
-    """Write a table, of which each model's rows are a group; one without models is one group."""
-    models = content["model"].to_pandas() if "model" in content.schema.names else None
+def _write_groups(path: Path, content: pa.Table, *, by_model: bool) -> None:
+    """Write a table, of which each model's rows are a group; or all are one."""
+    models = content["model"].to_pandas() if by_model else None
     sizes = [len(content)] if models is None else models.groupby(models).size()
     with pq.ParquetWriter(path, content.schema, **store.encoding(content.schema)) as writer:
         start = 0

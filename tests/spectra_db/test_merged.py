@@ -51,7 +51,8 @@ def test_the_overview_is_a_row_per_model_with_its_measures(made):
     gap = pd.read_parquet(made / "gaps" / "digits-cnn.parquet")
     assert rows.loc["digits-cnn", "sgd_loss"] == gap["sgd_loss"].item()
     metrics = pd.read_parquet(made / "heterogeneity" / "digits-cnn.parquet")
-    js0 = metrics[metrics["metric"].eq("js0") & metrics["stage"].eq("init")]
+    js0 = metrics[metrics["metric"].eq("js0") & metrics["scale"].eq("lambda10")]
+    js0 = js0[js0["stage"] == "init"]
     assert rows.loc["digits-cnn", "js0"] == js0["corrected"].fillna(js0["value"]).item()
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spectra_db import store
+from spectra_db import merged, project, store
 from spectra_db.schema import KEYS, PROTOCOL_VERSION, TABLES
 
 # The order of the card and of the Hub's menu, the default first.
@@ -64,7 +64,7 @@ _UNKNOWN = ("see the entry", "not recorded here")
 
 
 def render(folder: Path, version: str) -> str:
-    """Return the card of the tables in a folder."""
+    """Return the card of the tables in a folder; merged ones make it the Hub's page."""
     import jinja2
 
     paths = {table: sorted((folder / table).glob("*.parquet")) for table in _TABLES}
@@ -85,13 +85,20 @@ def render(folder: Path, version: str) -> str:
         autoescape=False,
     )
     environment.filters["plain"] = plain
-    return environment.get_template("card.md.jinja").render(
+    of_hub = merged.names(folder)
+    configs = {name: f"{name}/*.parquet" for name in rows}
+    if of_hub:
+        configs = {name: f"{merged.FOLDER}/{name}.parquet" for name in of_hub}
+    return environment.get_template("hub.md.jinja" if of_hub else "card.md.jinja").render(
         version=version,
         protocol_version=PROTOCOL_VERSION,
         num_models=len(computed),
         example=min(with_spectra, default="MODEL"),
+        configs=configs,
+        picture=merged.PICTURE,
+        project=project,
         size_category=_size_category(sum(rows.values())),
-        tables=[_table(table, rows[table], default=i == 0) for i, table in enumerate(rows)],
+        tables=[_table(table, rows[table]) for table in rows],
         families=_families(computed),
         pending=models[models["status"] != "ok"].to_dict("records"),
         tasks=_tasks(computed),
@@ -109,12 +116,11 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
-def _table(name: str, rows: int, *, default: bool) -> dict[str, Any]:
+def _table(name: str, rows: int) -> dict[str, Any]:
     """Describe a table by its schema."""
     return {
         "name": name,
         "rows": rows,
-        "default": default,
         "description": _TABLES[name],
         "key": ", ".join(f"`{key}`" for key in KEYS[name]),
         "columns": [

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spectra_db import card, diff, manifest, store
+from spectra_db import card, diff, manifest, merged, store
 from spectra_db.derived import DERIVED, Derive, differences, wrong_rules
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import list_files
@@ -50,7 +51,7 @@ def problems(
         return [f"{folder}: no {manifest.NAME}, so it is no release; `harness dataset release`"]
     found = [*_files(folder, known), *_tables(folder, known)]
     if not found:  # else what follows would say the same again
-        found += _fits(folder)
+        found += [*_fits(folder), *_merged(folder)]
         expected = card.render(folder, known.version).encode()
         if (folder / manifest.CARD).read_bytes() != expected:
             found.append(f"{folder / manifest.CARD}: not the card of these tables")
@@ -123,6 +124,24 @@ def _fits(folder: Path) -> Iterator[str]:
     yield from _without(trained, read["stages"], ["model", "stage"], folder / "spectra", "stages")
     place = folder / "heterogeneity"
     yield from _without(read["heterogeneity"], made, _SPECTRUM, place, "spectra")
+
+
+def _merged(folder: Path) -> Iterator[str]:
+    """Compare merged tables, where there are some, with those that they are of."""
+    if not (folder / merged.FOLDER).is_dir():
+        return
+    for name, content in merged.make(folder).items():
+        path = merged.path_of(folder, name)
+        if not path.exists() or not _holds(path, content):
+            yield f"{path}: not the rows of the tables; `harness dataset release --merge`"
+
+
+def _holds(path: Path, content: pa.Table) -> bool:
+    try:
+        with store.reading(path):
+            return bool(pq.ParquetFile(path).read().equals(content))
+    except InvalidTable:
+        return False
 
 
 def _without(

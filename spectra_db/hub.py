@@ -105,7 +105,7 @@ def pull(repo: str, revision: str | None = None, out: Path | None = None) -> tup
         raise InvalidRelease(f"{repo} at {revision or MAIN} has no {manifest.NAME}: no release")
     for path in known.files:
         manifest.check_file(folder, known, path)
-        if path.endswith(".parquet"):
+        if manifest.is_table(path):
             store.read(folder / path, path.partition("/")[0])
     if out is None:
         return folder, known

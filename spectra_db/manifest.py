@@ -20,7 +20,10 @@ NAME = "manifest.json"
 CARD, CHANGELOG = "README.md", "CHANGELOG.md"
 # Beside tables: what `harness verify` leaves; and CSV files, which releases before 0.10.1 hold.
 _NOTES = r"README\.md|CHANGELOG\.md|verified\.json|leaderboard/[a-z0-9_-]+\.csv"
-_FILE = re.compile(rf"(?:{_NOTES}|(?:{'|'.join(TABLES)})/[a-z0-9][a-z0-9._-]*\.parquet)")
+_NAMES = "|".join(TABLES)
+_TABLE = re.compile(rf"(?:{_NAMES})/[a-z0-9][a-z0-9._-]*\.parquet")
+_MERGED = rf"merged/(?:(?:overview|{_NAMES})\.parquet|spectra\.png)"  # see merged.py
+_FILE = re.compile(rf"(?:{_NOTES}|{_MERGED}|{_TABLE.pattern})")
 _VERSION = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 1 << 24  # a manifest of 100,000 files has as much
@@ -37,7 +40,7 @@ class File:
     Attributes:
         sha256: Of its bytes, 64 hex digits.
         bytes: Its size.
-        rows: Rows of a table; None for text.
+        rows: Rows of a table; None for text and for what is merged of tables.
     """
 
     sha256: str
@@ -89,6 +92,11 @@ def version_of(text: str) -> tuple[int, int, int]:
 def belongs(path: str) -> bool:
     """Tell whether a relative path is one of a release's files."""
     return _FILE.fullmatch(path) is not None
+
+
+def is_table(path: str) -> bool:
+    """Tell whether a relative path is that of a model's rows of a table."""
+    return _TABLE.fullmatch(path) is not None
 
 
 def describe(path: Path, rows: int | None = None) -> File:

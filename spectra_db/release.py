@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from spectra_db import card, manifest, store, verified
+from spectra_db import card, manifest, merged, store, verified
 from spectra_db.files import swap
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
@@ -30,6 +30,7 @@ def release(
     models: Collection[str] | None = None,
     notes: Sequence[str] = (),
     derive: Callable[[Path], None] | None = None,
+    merge: bool = False,
 ) -> Manifest:
     """Write a release of a folder's tables; what lay at `out` is replaced as a whole.
 
@@ -44,6 +45,8 @@ def release(
         models: Models to take; None for all of table `models`.
         notes: Lines for the changelog.
         derive: Writes the derived table `leaderboard` into a folder of tables.
+        merge: Write each table as one file too, and an overview of the models, as the Hub's
+            readers want them; the changelog goes on from the source's.
 
     Raises:
         InvalidRelease: The version is lower, `out` is something else, or there are no models.
@@ -66,9 +69,11 @@ def release(
             derive(staging)
         for leftover in [*staging.glob("*/.*"), *staging.glob(".*")]:
             leftover.unlink()  # locks
+        if merge:
+            merged.write(staging)
         tables = Manifest(version, PROTOCOL_VERSION, describe_files(staging))
         pages = {
-            manifest.CHANGELOG: _changelog(out, tables, before, notes),
+            manifest.CHANGELOG: _changelog(source if merge else out, tables, before, notes),
             manifest.CARD: card.render(staging, version),
         }
         for name, text in pages.items():
@@ -95,8 +100,7 @@ def describe_files(folder: Path) -> dict[str, manifest.File]:
         if not manifest.belongs(path):
             raise InvalidRelease(f"{folder / path}: no file of a release")
         table = path.partition("/")[0]
-        parquet = path.endswith(".parquet")
-        rows = store.read(folder / path, table).num_rows if parquet else None
+        rows = store.read(folder / path, table).num_rows if manifest.is_table(path) else None
         files[path] = manifest.describe(folder / path, rows)
     return files
 
@@ -144,13 +148,13 @@ def _copy(source: Path, staging: Path, models: Collection[str]) -> None:
     verified.copy(source, staging)
 
 
-def _changelog(out: Path, now: Manifest, before: Manifest | None, notes: Sequence[str]) -> str:
+def _changelog(history: Path, now: Manifest, before: Manifest | None, notes: Sequence[str]) -> str:
     """Return the changelog with a section for the version.
 
     Released again under its own version, the section keeps its lines and gets the new counts.
     """
     version = now.version
-    path = out / manifest.CHANGELOG
+    path = history / manifest.CHANGELOG
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:

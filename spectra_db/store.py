@@ -393,7 +393,7 @@ def rewrite(source: Path, target: Path, table: str) -> None:
     _replace(target, _upsert(table, None, content))
 
 
-def _encoding(schema: pa.Schema) -> dict[str, Any]:
+def encoding(schema: pa.Schema) -> dict[str, Any]:
     """Return how a file is written: bytes of equal rank of the floats side by side, and zstd.
 
     A quarter smaller than a dictionary of floats, which hardly ever repeat. Pages have checksums:
@@ -421,4 +421,4 @@ def _replace(path: Path, content: pa.Table) -> None:
     for torn in path.parent.glob(f".{path.name}.*.tmp"):
         torn.unlink()
     with whole(path) as part:
-        pq.write_table(content, part, **_encoding(content.schema))
+        pq.write_table(content, part, **encoding(content.schema))

@@ -26,7 +26,7 @@ class BaseInstall:
 
     def run(self, code: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run Python code in it, with no variable of this environment but what is passed."""
-        options = {"capture_output": True, "text": True, "timeout": 300, "env": {}} | options
+        options = {"capture_output": True, "text": True, "timeout": 500, "env": {}} | options
         return subprocess.run([self.folder / "bin/python", "-I", "-c", code], **options)
 
 

@@ -45,7 +45,7 @@ def printed(run, blocks, **options):
 def here(code, env, **options):
     """Run Python code in this environment."""
     env = os.environ | env | {"PYTHONPATH": str(ROOT)}
-    options = {"capture_output": True, "text": True, "timeout": 300, "env": env} | options
+    options = {"capture_output": True, "text": True, "timeout": 500, "env": env} | options
     return subprocess.run([sys.executable, "-c", code], **options)
 
 

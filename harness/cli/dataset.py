@@ -11,8 +11,19 @@ import click
 
 from harness.cli.base import main, options, writable
 from harness.errors import UserError
+from spectra_db.project import DATASET, IS_PLACEHOLDER
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def _published(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Return the id of a dataset; the placeholder is none."""
+    if IS_PLACEHOLDER and value == DATASET:
+        raise UserError(
+            f"{DATASET} is a placeholder, the project's dataset has no address yet: name one, "
+            "owner/name, or set DATASET in spectra_db/project.py"
+        )
+    return value
 
 
 @main.group()
@@ -28,10 +39,16 @@ def dataset() -> None:
     metavar="X.Y.Z",
     help="MAJOR protocol or schema, MINOR models or columns, PATCH text or corrections.",
 )
+@click.option("--merge", is_flag=True, help="Add each table as one file, for the Hub's page.")
 @click.option("--note", "notes", multiple=True, help="A line for the data's changelog.")
 @options("out", "registry")
 def release(
-    source: Path, version: str, notes: tuple[str, ...], out: Path, registry: Path | None
+    source: Path,
+    version: str,
+    merge: bool,
+    notes: tuple[str, ...],
+    out: Path,
+    registry: Path | None,
 ) -> None:
     """Make a release of the tables in SOURCE: validated, with card, changelog and manifest.
 
@@ -54,6 +71,7 @@ def release(
         models=known - set(left_out),
         notes=notes,
         derive=partial(derive, registry_dir=registry),
+        merge=merge,
     )
     size = sum(file.bytes for file in made.files.values())
     click.echo(
@@ -168,7 +186,7 @@ def _report(found: list[str], sound: str) -> None:
 
 
 @main.command()
-@click.argument("repo")
+@click.argument("repo", default=DATASET, callback=_published)
 @click.option("--source", type=_FOLDER, help="A release.  [default: the bundled one]")
 @click.option(
     "--dry-run/--no-dry-run", default=True, show_default=True, help="Print what would change."
@@ -176,6 +194,8 @@ def _report(found: list[str], sound: str) -> None:
 @click.option("--create-pr", is_flag=True, help="A pull request instead of a commit to main.")
 def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> None:
     """Publish a release as dataset REPO (owner/name) on the Hugging Face Hub.
+
+    Without REPO it is the project's own dataset.
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
@@ -201,7 +221,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
 
 @main.command()
-@click.argument("repo")
+@click.argument("repo", default=DATASET, callback=_published)
 @click.option("--revision", help="Tag, branch or commit.  [default: main]")
 @click.option(
     "--out",

@@ -157,8 +157,7 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
     caption = "Correlations with the gap of protocol 1, 95 % intervals in brackets; data of "
-    caption += f"{_day(data)}."
-    table = ["\n".join(lines), caption] if rows else []
+    table = ["\n".join(lines), f"{caption}{_day(data)}."] if rows else []
     return "\n\n".join([said, *table, *_predictions(rows, measured, _day(data))])
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from spectra_db import store
 from spectra_db.diff import compare
+from spectra_db.loading import BUNDLED
 from spectra_db.store import InvalidTable
 
 from .synthetic import gap_row, model_row, run_row, slq_row
@@ -64,10 +65,11 @@ def test_texts_and_counts_may_not_move_at_all(tmp_path, changes):
 
 
 def test_lists_are_compared_as_wholes(tmp_path):
-    old, new = gap_row("a", seeds=[1, 2, 3], gap=0.2), gap_row("a", seeds=[1, 2, 4], gap=0.2)
-    row = differ(tmp_path, "gaps", old, new)
-    assert (row["change"], row["column"], row["after"]) == ("changed", "seeds", (1, 2, 4))
-    assert differ(tmp_path / "same", "gaps", old, gap_row("a", seeds=[1, 2, 3], gap=0.2)) is None
+    path = next(BUNDLED.with_name("campaign").glob("trials/*.parquet"))
+    old = store.read(path, "trials").slice(0, 1).to_pylist()[0] | {"eval_losses": [2.0, 1.0]}
+    row = differ(tmp_path, "trials", old, old | {"eval_losses": [2.0, 1.5]})
+    assert (row["change"], row["column"], row["after"]) == ("changed", "eval_losses", (2.0, 1.5))
+    assert differ(tmp_path / "same", "trials", old, old | {"seconds": 1e3}) is None
 
 
 def test_a_number_that_came_or_went_is_a_change(tmp_path):

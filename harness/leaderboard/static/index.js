@@ -119,7 +119,7 @@ function pictureOfSpeedups(known, width) {
     style: { fontSize: "13px", background: "transparent" },
     color: COLOURS,
     x: { domain: [-2.1, 2.1], ticks: [-2, -1, 0, 1, 2], tickFormat: (t) => (t === 0 ? "as many" : `${2 ** Math.abs(t)}×`),
-      label: "← steps AdamW needs for SGD's loss · steps SGD needs for AdamW's →", labelAnchor: "center", labelArrow: "none", grid: true },
+      label: "← AdamW needs more steps · SGD needs more →", labelAnchor: "center", labelArrow: "none", grid: true },
     y: { domain: data.map((e) => e.model), label: null, tickSize: 0 },
     ariaLabel: `Speed-ups: ${data.map((e) => e.said).join("; ")}`,
     marks: [

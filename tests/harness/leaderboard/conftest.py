@@ -46,6 +46,7 @@ def browser() -> Iterator[Any]:
 def tab(browser) -> Iterator[Tab]:
     """Return a tab; afterwards nothing may have been complained of, nor asked of a network."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(120_000)  # ms: a busy machine is no fault of the page
     tab = Tab(context.new_page())
     yield tab
     context.close()

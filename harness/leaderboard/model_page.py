@@ -16,7 +16,7 @@ from spectra_db.heterogeneity import pairwise_js
 from spectra_db.loading import optional
 from spectra_db.plot import KINDS
 from spectra_db.schema import BEST_RATES
-from spectra_db.words import STAGES
+from spectra_db.words import in_order
 
 # Densities below this are not drawn: less than one eigenvalue of any block.
 FLOOR = 1e-5
@@ -53,7 +53,7 @@ def charts(
         "training": _training(name, source),
     }
     named: dict[str, str] = {}
-    for stage in [stage for stage in STAGES if stage in set(rows["stage"])]:
+    for stage in in_order(rows["stage"]):
         at_stage = rows[rows["stage"] == stage]
         ours = in_network_order(standard(at_stage[at_stage["partition"] == partition]))
         full = standard(at_stage[at_stage["partition"] == "full"])
@@ -85,7 +85,7 @@ def charts(
 def _scales(blocks: pd.DataFrame, names: list[str]) -> dict[str, list[float | None]]:
     """Return each block's rms eigenvalue ‖H‖_F / √n at each stage, of the lowest seed."""
     found = {}
-    for stage in [stage for stage in STAGES if stage in set(blocks["stage"])]:
+    for stage in in_order(blocks["stage"]):
         rows = blocks[blocks["stage"] == stage].sort_values(["init_seed", "train_run"])
         first = rows.drop_duplicates("block").set_index("block").reindex(names)
         sizes = first["frobenius"].astype(float) / np.sqrt(first["num_params"].astype(float))

@@ -26,7 +26,7 @@ from spectra_db import store
 from spectra_db.heterogeneity import LEADING, METRICS, is_leading
 from spectra_db.loading import folder_of
 from spectra_db.schema import TABLES
-from spectra_db.words import ANSWERS, STAGES
+from spectra_db.words import ANSWERS, in_order
 
 _STATIC = Path(__file__).parent / "static"
 _DIGITS = 6
@@ -104,7 +104,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "sentences": report.sentences(board, main.joined),
         "num_pending": len(main.data.pending),
         "has_board": len(board) > 0,
-        "stages": [s for s in STAGES if s in set(main.joined["stage"])],
+        "stages": in_order(main.joined["stage"]),
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
         "entries": standings,
@@ -232,7 +232,7 @@ def _write_model(
         "without_biases": weights_alone and any(b["kind"] == "bias" for b in charts["blocks"]),
         "runs": runs.to_dict("records"),
         "downloads": _downloads(name, part.source, out),
-        "stages": STAGES,
+        "stages": in_order([*ours["stage"], *charts["spectra"], *charts["failed"]]),
     })  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 // Charts that the pages share: densities, scales of blocks, distances between them.
 "use strict";
 
-const STAGES = ["init", "p10", "p25", "p50", "final"];
 const STAGE_COLOURS = { init: "#56b4e9", p10: "#009e73", p25: "#e69f00", p50: "#d55e00", final: "#cc79a7" };
+// Of `step-N`, the stages of one's own training: from dark to light as the names come.
+const stageColour = (stage, i, count) => STAGE_COLOURS[stage] ?? `hsl(215 70% ${25 + (50 * i) / Math.max(count - 1, 1)}%)`;
 const STYLE = { fontSize: "11px", background: "transparent" };
 const byId = (id) => document.getElementById(id);
 const minus = (text) => `${text}`.replace("-", "−");

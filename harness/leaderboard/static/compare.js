@@ -65,7 +65,7 @@ async function draw() {
     const model = byId(`model-${key}`).value;
     const data = await load(model);
     const select = byId(`stage-${key}`);
-    choose(select, STAGES.filter((s) => data.spectra[s]), select.value || select.dataset.wanted);
+    choose(select, Object.keys(data.spectra), select.value || select.dataset.wanted);
     return { model, data, stage: select.value };
   }));
   history.replaceState(null, "", `#${Object.keys(SIDES).map((key, i) => `${key}=${sides[i].model}:${sides[i].stage}`).join("&")}`);

@@ -31,7 +31,7 @@ function drawSpectra() {
   const chosen = [...document.querySelectorAll("#stages input:checked")].map((box) => box.value);
   const extent = extentOf(Object.values(spectra).flatMap(Object.values), window.DATA);
   const said = `at ${chosen.join(", ")}`;
-  const lines = (of) => chosen.map((stage) => ({ packed: of(stage), colour: STAGE_COLOURS[stage] }));
+  const lines = (of) => chosen.map((stage, i) => ({ packed: of(stage), colour: stageColour(stage, i, chosen.length) }));
   const panels = blocks.map((b) => () =>
     spectrumFigure(`${b.name} (${b.kind})`, lines((stage) => spectra[stage]?.[b.name]), extent, window.DATA, said));
   if (Object.keys(full).length) {
@@ -134,7 +134,7 @@ function drawGrid() {
 }
 
 if (byId("standing")) drawStanding();
-if (byId("scales")) drawScales(byId("scales"), window.DATA, STAGES.filter((s) => scales[s] && ["init", "final"].includes(s)));
+if (byId("scales")) drawScales(byId("scales"), window.DATA, Object.keys(scales).filter((s, i, all) => !i || i === all.length - 1));
 if (byId("spectra")) {
   drawSpectra();
   byId("stages").addEventListener("change", drawSpectra);

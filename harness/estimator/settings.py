@@ -117,9 +117,10 @@ class Settings:
         Args:
             rows: Rows of table `spectra` of one model, stage and seed.
         """
-        rows = rows[rows["status"].isin(["ok", "zero"])]
+        kept = rows["status"].isin(["ok", "zero"])
         for column, value in self.columns.items():
-            rows = rows[rows[column] == value]
+            kept &= rows[column] == value
+        rows = rows[kept]
         single = (rows["method"] == "exact") | (rows["status"] == "zero")
         asked = single | (rows["num_steps"] >= self.num_steps) | rows["breakdown"]
         counts = asked.groupby(rows["block"]).sum()

@@ -14,6 +14,11 @@ from spectra_db.words import in_order
 
 # The reading that the leaderboard shows first.
 _READING = {"metric": "js0", "scale": SCALE}
+# What tells one spectrum from another; its nodes and weights are not looked at.
+_SPECTRUM = [
+    "stage", "partition", "init_seed", "train_run", "run_id", "batch_hash", "data_source",
+]  # fmt: skip
+_COLUMNS = [*_SPECTRUM, "block", "method", "probe", "progress", "status"]
 
 
 def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
     """
     row = load("models", source=source, model=model)
     measured = optional("heterogeneity", source, model=model, **_READING)
-    spectra = optional("spectra", source, model=model)
+    spectra = optional("spectra", source, model=model, columns=_COLUMNS)
     stages = optional("stages", source, model=model)
     release = manifest.read(folder_of(source))
     order = in_order(measured["stage"])
@@ -71,14 +76,13 @@ def _ends(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
     """Return each spectrum with its counts, its run and seeds, its data and its checkpoint."""
-    shared = ["stage", "partition", "init_seed", "train_run", "run_id", "batch_hash", "data_source"]
     stages = stages[stages["optimizer"] == "adamw"].set_index(["stage", "seed"])
     checkpoints = stages["checkpoint_sha256"].to_dict()
     found = []
-    for values, some in rows.groupby(shared, sort=False):
+    for values, some in rows.groupby(_SPECTRUM, sort=False):
         sampled = some[some["method"] == "slq"]
         found.append(
-            dict(zip(shared, values, strict=True))
+            dict(zip(_SPECTRUM, values, strict=True))
             | {
                 "rows": len(some),
                 "blocks": int(some["block"].nunique()),

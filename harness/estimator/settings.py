@@ -139,10 +139,10 @@ class Settings:
         Args:
             rows: Rows of table `spectra` of one model, stage and seed.
         """
-        rows = rows[rows["status"].isin(["ok", "zero"])]
+        kept = rows["status"].isin(["ok", "zero"])
         for column, value in self.columns.items():
-            rows = rows[rows[column] == value]
-        rows = rows[rows["product"].fillna(CHOICES["product"][0]) == self.product]
+            kept &= rows[column] == value
+        rows = rows[kept & (rows["product"].fillna(CHOICES["product"][0]) == self.product)]
         single = (rows["method"] == "exact") | (rows["status"] == "zero")
         asked = single | (rows["num_steps"] >= self.num_steps) | rows["breakdown"]
         counts = asked.groupby(rows["block"]).sum()

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from harness.training.stages import checkpoint_path, run_name
@@ -52,9 +53,10 @@ class Ledger:
         else:  # a file is replaced as a whole, by another inode
             rows = _read(path, table, (state.st_ino, state.st_mtime_ns, state.st_size))
             rows = rows.copy(deep=False)
+        kept = np.ones(len(rows), dtype=bool)
         for column, value in columns.items():
-            rows = rows[rows[column] == value]
-        return rows
+            kept &= (rows[column] == value).to_numpy()
+        return rows[kept] if columns else rows
 
     def write(
         self, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]], *, replace: bool = False

@@ -31,14 +31,11 @@ def final_losses(rows: pd.DataFrame, optimizer: str, seed: int = GRID_SEED) -> p
     A run is finished when it has the loss on the fixed training subset (split "train") after its
     last step; a diverged one carries its initial loss there.
     """
-    kept = rows[
-        (rows["optimizer"] == optimizer)
-        & (rows["seed"] == seed)
-        & (rows["split"] == "train")
-        & (rows["metric"] == "loss")
-        & (rows["step"] > 0)
-    ]
-    return kept.groupby("lr")["value"].last().sort_index()
+    of = {"optimizer": optimizer, "seed": seed, "split": "train", "metric": "loss"}
+    kept = rows["step"].to_numpy() > 0
+    for column, value in of.items():  # by numpy: on few rows pandas takes ten times as long
+        kept &= rows[column].to_numpy() == value
+    return rows.loc[kept, ["lr", "value"]].groupby("lr")["value"].last()
 
 
 def grid_losses(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> pd.Series:

@@ -160,7 +160,8 @@ def test_a_reading_that_a_model_lacks_is_left_out_of_its_row_alone(source, monke
 def test_correlations_come_with_the_leaderboard_s_intervals():
     values = figures.fig7(BUNDLED).values
     data = tables.read(BUNDLED)
-    at_init = data.heterogeneity[data.heterogeneity["stage"] == "init"]
+    rows = data.heterogeneity
+    at_init = rows[(rows["stage"] == "init") & (rows["metric"] == "js0_paper")]
     small = data.models[data.models["tier"] == "small"]
     board = statistics.leaderboard(small, at_init, data.gaps)
     row = board[board["statistic"] == "spearman"]

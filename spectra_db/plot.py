@@ -168,7 +168,7 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
         ValueError: The rows are of several models, or of another table.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     models = sorted(rows["model"].unique()) if "model" in rows else []
     if len(models) > 1:
@@ -204,8 +204,10 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
             ax.legend()
     if len(losses) and losses["value"].min() > 0:
         ceiling = 1.3 * float(losses.loc[losses["step"] == losses["step"].min(), "value"].max())
-        axes[0].set(yscale="log", ylim=(0.8 * float(losses["value"].min()), ceiling))
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low = 0.8 * float(losses["value"].min())
+        axes[0].set(yscale="log", ylim=(low, ceiling))
+        narrow = ceiling < 10 * low  # too narrow for ticks at powers of ten
+        axes[0].yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1, 2, 5)))
         axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("loss of the minibatch")

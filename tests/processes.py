@@ -14,7 +14,8 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
     __name__, "harness.cli", "harness.campaign.run", "harness.estimator.distributed",
-    "harness.training.loop", "pandas", "spectra_db.check", "spectra_db.publish", "spectra_db.store",
+    "harness.training.loop", "pandas", "sklearn.datasets", "spectra_db.check",
+    "spectra_db.publish", "spectra_db.store", "tests.harness.campaign.victim",
 ])  # fmt: skip
 
 

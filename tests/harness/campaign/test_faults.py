@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 import spectra_db
 from harness.campaign import agenda
@@ -24,26 +24,28 @@ from harness.campaign.run import run_entries
 from harness.campaign.survey import survey
 from harness.campaign.unit import Unit
 from harness.campaign.work import Job
+from harness.cli import main
 from harness.errors import OutputError
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry
 from harness.training.stages import STAGE_SEED
 from spectra_db import store
 from spectra_db.release import list_files
-from tests.harness.campaign.test_run import RECIPE, do, job_of, nothing, tiny, values
+from tests.harness.campaign.test_run import (
+    RECIPE,
+    do,
+    is_final,
+    job_of,
+    lose,
+    nothing,
+    tiny,
+    values,
+)  # fmt: skip
+from tests.processes import FORKS, Process
 
 from . import victim
 
 COMPUTED = ("training", "stages", "spectra", "blocks", "heterogeneity", "gaps", "models")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """Return the folder of an undisturbed run."""
-    out = tmp_path_factory.mktemp("whole")
-    failed, _ = do(out, tiny())
-    assert not failed
-    return out
 
 
 def check_same(out: Path, whole: Path) -> None:
@@ -64,10 +66,15 @@ def check_valid(out: Path) -> int:
     return count
 
 
-def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_in_flight(tmp_path, whole):
-    draw, surveyed = random.Random(1), survey(tiny(), None)
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_in_flight(tmp_path):
+    draw, undisturbed = random.Random(1), tmp_path / "undisturbed"
+    recipe = replace(RECIPE, num_steps=4, eval_size=64)
+    surveyed = survey(tiny(recipe=recipe, full_stages=()), None)
+    first = FORKS.Process(target=time.monotonic)  # waits until the server has imported all
+    first.start()
+    first.join()
     begin = time.monotonic()
-    victim.start(tmp_path / "undisturbed", surveyed).join()
+    victim.start(undisturbed, surveyed).join()
     duration = time.monotonic() - begin
     kills = runs = 0
     while kills < 20:
@@ -85,7 +92,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_in_flight(tmp_
             now = check_valid(out)
             assert now >= there
             there = now
-        check_same(out, whole)
+        check_same(out, undisturbed)
         runs += 1
 
 
@@ -96,6 +103,7 @@ class LastFirst(Job):
         return super().missing(entry)[::-1]
 
 
+@pytest.mark.usefixtures("_quick_workers")
 def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole):
     assert do(tmp_path / "two", tiny(), jobs=2)[0] == {}
     check_same(tmp_path / "two", whole)
@@ -161,10 +169,11 @@ def test_a_run_waits_for_what_another_process_does_and_takes_it_over_when_that_d
 def test_a_command_refuses_what_another_process_does(tmp_path, command, unit):
     name, *options = command.split()
     with claim(tmp_path, unit):
-        done = harness(name, "cnn-digits", *options, "--out", str(tmp_path), "--device", "cpu")
-    assert done.returncode == 2
-    assert "another process does this" in done.stderr
-    assert "name another --out" in done.stderr
+        arguments = (name, "cnn-digits", *options, "--out", tmp_path, "--device", "cpu")
+        code, _, errors = Process(arguments, {}, tmp_path).communicate()
+    assert code == 2
+    assert "another process does this" in errors
+    assert "name another --out" in errors
 
 
 def test_claims_are_no_part_of_a_release(tmp_path):
@@ -173,13 +182,6 @@ def test_claims_are_no_part_of_a_release(tmp_path):
         assert ours
         assert list((tmp_path / "data").rglob("*.lock"))
         assert list_files(tmp_path / "data") == []
-
-
-def harness(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *arguments],
-        capture_output=True, text=True, check=False, timeout=400,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -219,6 +221,7 @@ def test_a_full_disk_stops_the_run_and_with_more_room_the_same_command_continues
     check_same(disk, whole)
 
 
+@pytest.mark.usefixtures("_quick_workers")
 def test_a_full_disk_stops_the_workers_too(disk):
     with pytest.raises(OutputError, match="No space left on device; what was finished is kept"):
         do(disk, tiny(), jobs=2)
@@ -237,8 +240,9 @@ def test_a_disk_that_becomes_read_only_stops_the_run(disk, whole):
     with pytest.raises(OutputError, match="Read-only file system"):
         run_entries([survey(entry, None)], job_of(disk, entry), on_event=on_event)
     assert told.count("done") == 3
-    refused = harness("run", "cnn-digits", "--out", str(disk), "--device", "cpu")
-    assert refused.returncode == 2
+    arguments = ["run", "cnn-digits", "--out", str(disk), "--device", "cpu"]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2
     assert f"--out {disk} can't be written to" in refused.stderr
     assert mount(disk, "remount,rw")
     assert do(disk, entry)[0] == {}
@@ -284,8 +288,10 @@ def test_runs_that_diverge_count_as_such_and_their_stages_fail_with_the_reason(t
 
 
 def test_a_corrupted_checkpoint_is_named_with_the_remedy_and_made_again(tmp_path, whole):
-    entry = tiny()
-    path = tmp_path / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
+    entry, out = tiny(), shutil.copytree(whole, tmp_path / "copy")
+    for table in ("spectra", "heterogeneity"):
+        lose(out, table, is_final)
+    path = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
 
     def corrupt(what: str, unit: Unit, facts: dict[str, object]) -> None:
         if what == "start" and unit.stage == "final":
@@ -293,15 +299,15 @@ def test_a_corrupted_checkpoint_is_named_with_the_remedy_and_made_again(tmp_path
             content[-1] ^= 1
             path.write_bytes(content)
 
-    run_entries([survey(entry, None)], job_of(tmp_path, entry), on_event=corrupt)
-    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    run_entries([survey(entry, None)], job_of(out, entry), on_event=corrupt)
+    rows = spectra_db.load("spectra", source=out, stage="final")
     assert set(rows["status"]) == {"failed"}
     [reason] = set(rows["reason"])
     assert str(path) in reason
     assert "delete it and train again" in reason
     path.unlink()
-    assert do(tmp_path, entry)[0] == {}
-    check_same(tmp_path, whole)
+    assert do(out, entry)[0] == {}
+    check_same(out, whole)
 
 
 def test_a_torn_table_is_named_and_left_alone(tmp_path, whole):

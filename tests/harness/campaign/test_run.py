@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
@@ -40,6 +38,7 @@ from harness.registry import ModelEntry, Recipe, get
 from harness.training import load_problem, train
 from spectra_db import store
 from spectra_db.heterogeneity import spread
+from tests.processes import Process
 
 RECIPE = Recipe(
     num_steps=10, batch_size=64, sgd_lrs=(0.01, 0.1), adamw_lrs=(1e-3, 1e-2), num_lrs=2,
@@ -99,14 +98,22 @@ def values(out: Path, table: str) -> pd.DataFrame:
     return rows.drop(columns=["seconds", "peak_bytes", "run_id"], errors="ignore")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """Return the folder of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole")
-    failed, started = do(out, tiny())
-    assert not failed
-    assert len(started) == survey(tiny(), None).num_units
-    return out
+def lose(out: Path, table: str, is_lost: Callable[[pd.DataFrame], pd.Series]) -> None:
+    """Take rows out of the table of model tiny."""
+    path = store.path_of(out, table, "tiny")
+    rows = store.read(path, table).to_pandas()
+    path.unlink()
+    store.write(out, table, rows[~is_lost(rows)])
+
+
+def of_run(optimizer: str, seed: int) -> Callable[[pd.DataFrame], pd.Series]:
+    """Return what tells the rows of a training run."""
+    return lambda rows: (rows["optimizer"] == optimizer) & (rows["seed"] == seed)
+
+
+def is_final(rows: pd.DataFrame) -> pd.Series:
+    """Tell which rows are of the final stage."""
+    return rows["stage"] == "final"
 
 
 def test_a_run_fills_every_table(whole):
@@ -147,8 +154,9 @@ def test_only_the_units_at_the_best_rate_wait_for_the_grid(tmp_path):
 
 def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
     # Ten steps are so few that the highest rate is the best: each extension is one more unit.
-    _, started = do(tmp_path, tiny(recipe=replace(RECIPE, extend_grid=True)))
-    on_the_grid = [unit for unit in started if unit.kind == "train" and unit.seed == 0]
+    entry = tiny(recipe=replace(RECIPE, extend_grid=True))
+    _, started = do(tmp_path, entry, kinds=("train",))
+    on_the_grid = [unit for unit in started if unit.seed == 0]
     assert len(on_the_grid) > 2 * RECIPE.num_lrs
 
 
@@ -193,11 +201,11 @@ def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp
 
 def test_spectra_of_weights_that_were_trained_anew_are_taken_anew(tmp_path):
     out = tmp_path
-    do(out, tiny(recipe=replace(RECIPE, adamw_lrs=(1e-4, 1e-3))))
+    do(out, tiny(recipe=replace(RECIPE, adamw_lrs=(1e-4, 1e-3)), full_stages=()))
     checkpoint = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
     before = checkpoint.read_bytes()
     # A higher rate is better than all of the grid so far: the run whose stages are kept changes.
-    failed, started = do(out, tiny())
+    failed, started = do(out, tiny(full_stages=()))
     assert not failed
     assert checkpoint.read_bytes() != before
     assert [u.stage for u in started if u.kind == "spectrum"] == ["final"]
@@ -275,37 +283,50 @@ def test_a_worker_s_budget_is_its_part_of_half_the_memory(tmp_path, monkeypatch)
     assert (alone.memory_budget, shared.memory_budget) == (None, 200)
 
 
-def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(tmp_path):
+def test_a_failed_unit_leaves_rows_with_the_reason_and_does_not_stop_the_others(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    lose(out, "training", of_run("sgd", 3))
+    for table in ("spectra", "blocks", "heterogeneity", "gaps"):
+        shutil.rmtree(out / table)
+
     def fails(unit: Unit) -> BaseException | None:
         return FloatingPointError("a product is not finite") if unit.stage == "final" else None
 
-    failed, _ = do(tmp_path, tiny(), fails=fails)
+    failed, started = do(out, tiny(), fails=fails)
+    assert len(started) == 4
     assert list(failed.values()) == ["FloatingPointError: a product is not finite"]
-    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    rows = spectra_db.load("spectra", source=out, stage="final")
     assert set(rows["status"]) == {"failed"}
     assert set(rows["reason"]) == set(failed.values())
-    assert set(spectra_db.load("gaps", source=tmp_path)["num_seeds"]) == {3}
+    assert set(spectra_db.load("gaps", source=out)["num_seeds"]) == {3}
 
-    failed, started = do(tmp_path, tiny())
+    failed, started = do(out, tiny())
     assert not failed
     assert [unit.stage for unit in started] == ["final"]
-    assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
+    assert set(spectra_db.load("spectra", source=out)["status"]) == {"ok"}
 
 
-def test_a_failed_training_run_leaves_failed_rows_for_the_spectra_that_waited(tmp_path):
+def test_a_failed_training_run_leaves_failed_rows_for_the_spectra_that_waited(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    lose(out, "training", of_run("adamw", 1))
+    lose(out, "spectra", is_final)
+    lose(out, "heterogeneity", is_final)
+    for folder in ("stages", "checkpoints"):
+        shutil.rmtree(out / folder)
+
     def fails(unit: Unit) -> BaseException | None:
         return MemoryError("no memory") if (unit.optimizer, unit.seed) == ("adamw", 1) else None
 
-    do(tmp_path, tiny(), fails=fails)
-    rows = spectra_db.load("spectra", source=tmp_path, stage="final")
+    do(out, tiny(), fails=fails)
+    rows = spectra_db.load("spectra", source=out, stage="final")
     assert set(rows["status"]) == {"failed"}
     [reason] = set(rows["reason"])
     assert reason.startswith("its stage was not trained: out of memory")
-    assert set(spectra_db.load("spectra", source=tmp_path, stage="init")["status"]) == {"ok"}
+    assert set(spectra_db.load("spectra", source=out, stage="init")["status"]) == {"ok"}
 
-    failed, _ = do(tmp_path, tiny())
+    failed, _ = do(out, tiny())
     assert not failed
-    assert set(spectra_db.load("spectra", source=tmp_path)["status"]) == {"ok"}
+    assert set(spectra_db.load("spectra", source=out)["status"]) == {"ok"}
 
 
 def test_a_failure_that_can_not_be_written_down_is_still_reported(tmp_path):
@@ -316,11 +337,13 @@ def test_a_failure_that_can_not_be_written_down_is_still_reported(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_weights_trained_by_hand_at_another_rate_are_not_taken_for_the_stages(tmp_path, when):
+def test_weights_trained_by_hand_at_another_rate_are_not_taken_for_the_stages(
+    whole, tmp_path, when
+):
     entry = tiny(full_stages=())
     stale = Unit("tiny", "train", "adamw", 0.5, 1)
     if when == "after":
-        do(tmp_path, entry)
+        shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     job_of(tmp_path, entry).do(stale, nothing)
     units = {
         (u.kind, u.optimizer, u.seed, u.stage): u.ready for u in missing(entry, Ledger(tmp_path))
@@ -333,9 +356,8 @@ def test_weights_trained_by_hand_at_another_rate_are_not_taken_for_the_stages(tm
     assert list(missing(entry, Ledger(tmp_path))) == []
 
 
-def test_a_training_that_is_stopped_leaves_the_stages_of_the_run_before(tmp_path):
-    entry, out = tiny(full_stages=()), tmp_path
-    do(out, entry)
+def test_a_training_that_is_stopped_leaves_the_stages_of_the_run_before(whole, tmp_path):
+    entry, out = tiny(), shutil.copytree(whole, tmp_path / "copy")
     before = {p: p.read_bytes() for p in (out / "checkpoints").rglob("*.safetensors")}
 
     def stop(done: int, total: int) -> None:
@@ -347,27 +369,25 @@ def test_a_training_that_is_stopped_leaves_the_stages_of_the_run_before(tmp_path
     assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*.*")} == before
 
 
-def test_a_checkpoint_of_another_run_than_the_table_says_is_refused(tmp_path):
-    entry = tiny(full_stages=())
-    do(tmp_path, entry)
+def test_a_checkpoint_of_another_run_than_the_table_says_is_refused(whole, tmp_path):
+    entry, out = tiny(), shutil.copytree(whole, tmp_path / "copy")
     job_of(tmp_path / "other", entry).do(Unit("tiny", "train", "adamw", 0.5, 1), nothing)
-    shutil.rmtree(tmp_path / "checkpoints")
-    shutil.move(tmp_path / "other" / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(out / "checkpoints")
+    shutil.move(tmp_path / "other" / "checkpoints", out / "checkpoints")
     unit = Unit("tiny", "spectrum", stage="final", partition="weights")
     with pytest.raises(UserError, match="does not have the sha256"):
-        job_of(tmp_path, entry).do(unit, nothing)
+        job_of(out, entry).do(unit, nothing)
 
 
-def test_training_another_seed_leaves_the_spectra_of_the_stages(tmp_path):
-    entry = tiny(full_stages=())
-    do(tmp_path, entry)
-    rate = spectra_db.load("gaps", source=tmp_path)["adam_lr"].item()
+def test_training_another_seed_leaves_the_spectra_of_the_stages(whole, tmp_path):
+    entry, out = tiny(), shutil.copytree(whole, tmp_path / "copy")
+    rate = spectra_db.load("gaps", source=out)["adam_lr"].item()
     data = tasks.get(entry.task, **entry.task_options).load(None)
     for seed in (2, 1):
-        options = {"optimizer": "adamw", "lr": rate, "checkpoint_dir": tmp_path / "checkpoints"}
-        Ledger(tmp_path).write_training(train(entry, data, seed=seed, **options))
-    assert set(spectra_db.load("stages", source=tmp_path)["seed"]) == {1, 2}
-    assert set(spectra_db.load("spectra", source=tmp_path)["status"]) <= {"ok", "zero"}
+        options = {"optimizer": "adamw", "lr": rate, "checkpoint_dir": out / "checkpoints"}
+        Ledger(out).write_training(train(entry, data, seed=seed, **options))
+    assert set(spectra_db.load("stages", source=out)["seed"]) == {1, 2}
+    assert set(spectra_db.load("spectra", source=out)["status"]) <= {"ok", "zero"}
 
 
 def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
@@ -375,29 +395,21 @@ def test_rows_of_another_seed_do_not_make_a_torn_spectrum_whole(tmp_path):
     other = Settings(num_probes=3, num_steps=3, device="cpu")
     take_spectrum(load_problem(entry, "init", 5), other, Ledger(tmp_path), command="")
     do(tmp_path, entry)
-    path = store.path_of(tmp_path, "spectra", "tiny")
-    rows = store.read(path, "spectra").to_pandas()
-    derived = store.path_of(tmp_path, "heterogeneity", "tiny")
-    metrics = store.read(derived, "heterogeneity").to_pandas()
-    torn = (rows["init_seed"] == 1) & (rows["block"] == rows["block"].iloc[0])
-    path.unlink()
-    derived.unlink()
-    store.write(tmp_path, "spectra", rows[~torn])
-    store.write(tmp_path, "heterogeneity", metrics[metrics["init_seed"] == 5])
+    lose(
+        tmp_path,
+        "spectra",
+        lambda rows: (rows["init_seed"] == 1) & (rows["block"] == rows["block"].iloc[0]),
+    )
+    lose(tmp_path, "heterogeneity", lambda rows: rows["init_seed"] == 1)
     assert [unit.stage for unit in missing(entry, Ledger(tmp_path))] == ["init"]
 
 
 def test_cheap_metrics_do_not_make_a_torn_spectrum_whole(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
     do(tmp_path, entry)
-    path = store.path_of(tmp_path, "spectra", "tiny")
-    rows = store.read(path, "spectra").to_pandas()
-    derived = store.path_of(tmp_path, "heterogeneity", "tiny")
-    metrics = store.read(derived, "heterogeneity").to_pandas()
-    path.unlink()
-    derived.unlink()
-    store.write(tmp_path, "spectra", rows[rows["block"] != rows["block"].iloc[0]])
-    store.write(tmp_path, "heterogeneity", metrics[metrics["metric"] == "gradient_rms_spread"])
+    metrics = Ledger(tmp_path).rows("heterogeneity", "tiny")
+    lose(tmp_path, "spectra", lambda rows: rows["block"] == rows["block"].iloc[0])
+    lose(tmp_path, "heterogeneity", lambda rows: rows["metric"] != "gradient_rms_spread")
     assert [unit.stage for unit in missing(entry, Ledger(tmp_path))] == ["init"]
     store.write(tmp_path, "heterogeneity", metrics.assign(partition="all"))
     assert [unit.stage for unit in missing(entry, Ledger(tmp_path))] == ["init"]
@@ -450,7 +462,7 @@ def test_a_pretrained_entry_waits_for_its_pretraining_and_starts_from_it(tmp_pat
     first = tiny(full_stages=())
     second = replace(first, name="tiny-tuned", pretrained="tiny")
     assert not any(unit.ready for unit in missing(second, Ledger(tmp_path)))
-    failed, started = do(tmp_path, second, first)
+    failed, started = do(tmp_path, second, first, kinds=("train",))
     assert not failed
     models = [unit.model for unit in started]
     final = next(u for u in started if (u.model, u.optimizer, u.seed) == ("tiny", "adamw", 1))
@@ -467,6 +479,7 @@ def die_on_seed_2(execute: Callable, unit: Unit, on_progress: object) -> str | N
     return execute(unit, on_progress)
 
 
+@pytest.mark.usefixtures("_quick_workers")
 def test_a_worker_that_dies_fails_its_unit_alone_and_the_rows_end_up_the_same(whole, tmp_path):
     started: list[Unit] = []
     failed = run_entries(
@@ -574,21 +587,24 @@ def test_a_stopped_command_leaves_no_worker_and_continues(tmp_path, stop):
         "from harness.registry import get\n"
         "demo = get('cnn-digits')\n"
         "recipe = replace(demo.recipe, num_lrs=2, num_steps=40, extend_grid=False)\n"
-        "ENTRIES = (replace(demo, name='mine', recipe=recipe, full_stages=()),)\n"
+        "small = {'options': {'widths': (8, 16)}, 'hessian_batch_size': 16, 'num_steps': 3}\n"
+        "ENTRIES = (replace(demo, name='mine', recipe=recipe, full_stages=(), **small),)\n"
     )
-    command = [sys.executable, "-m", "harness", "run", "mine", "--jobs", "2", "--device", "cpu"]
-    command += ["--out", str(out), "--registry", str(tmp_path / "registry")]
-    command += ["--log", str(tmp_path / "log")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["run", "mine", "--jobs", "2", "--device", "cpu", "--out", out]
+    command += ["--registry", tmp_path / "registry", "--log", tmp_path / "log"]
+    process = Process(command, {}, tmp_path)
     training = out / "training" / "mine.parquet"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not training.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(stop)
-    output, _ = process.communicate(timeout=30)
+    pid = process.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) >= 2
+    os.kill(pid, stop)
+    code, printed, errors = process.communicate()
+    output = printed + errors
     if stop != signal.SIGKILL:
-        assert process.returncode == 130, output
+        assert code == 130, output
         assert output.strip().endswith("the same command continues.")
         events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
         assert [events[0]["event"], events[-1]["event"]] == ["begin", "stopped"]
@@ -630,16 +646,19 @@ def test_an_entry_of_tier_paper_takes_the_paper_s_blocks_and_is_not_trained_for_
     assert not (tmp_path / "gaps").exists()
 
 
-def test_the_gap_of_a_model_is_written_before_the_next_model_starts(tmp_path):
-    first, second = tiny(), tiny(name="tiny-b")
+def test_the_gap_of_a_model_is_written_before_the_next_model_starts(whole, tmp_path):
+    first, second = tiny(), tiny(name="tiny-b", recipe=None, stages=("init",), full_stages=())
+    out = shutil.copytree(whole, tmp_path / "copy")
+    lose(out, "training", of_run("sgd", 3))
+    shutil.rmtree(out / "gaps")
     gaps = {}
 
     def on_event(what: str, unit: Unit, facts: dict[str, object]) -> None:
         if unit.model == "tiny-b":
-            gaps.setdefault(what, (tmp_path / "gaps" / "tiny.parquet").exists())
+            gaps.setdefault(what, (out / "gaps" / "tiny.parquet").exists())
 
     surveys = [survey(entry, None) for entry in (first, second)]
-    run_entries(surveys, job_of(tmp_path, first, second), on_event=on_event)
+    run_entries(surveys, job_of(out, first, second), on_event=on_event)
     assert gaps["start"]
 
 

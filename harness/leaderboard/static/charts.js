@@ -191,6 +191,6 @@ function drawHeatmap(target, heatmap, stage, top = Math.max(...pairsOf(heatmap),
     ariaLabel: `Distances between the blocks at ${stage}, mean ${d3.mean(pairsOf(heatmap)).toFixed(3)}`,
     marks: [Plot.cell(cells, { x: "a", y: "b", fill: "value", tip: true, title: (c) => `${c.a}\n${c.b}\n${c.value.toFixed(3)}` })],
   });
-  const legend = chart.legend("color", { label: "Jensen-Shannon distance", width: 280, marginLeft: 14, marginRight: 24, ticks: 4, style: STYLE });
+  const legend = chart.legend("color", { label: "Jensen-Shannon distance", width: 280, marginLeft: 24, marginRight: 24, ticks: 4, tickFormat: (t) => `${+t.toPrecision(2)}`, style: STYLE });
   target.replaceChildren(legend, chart);
 }

@@ -121,16 +121,15 @@ class Recorder:
         }
         run = describe_run(source | settings.key, settings, command_line())
         with opened(objective, blocks, settings) as hessian:
-            found = rules(hessian, settings, source | {"run_id": run["run_id"]})
-            rows = gathered(found, blocks)
+            parts = rules(hessian, settings, source | {"run_id": run["run_id"]})
+            rows = gathered(parts, blocks)
             summaries = block_summaries(hessian, rows)
         self._ledger.write("models", [self._row_of_model(model, len(blocks))])
         self._ledger.write("runs", [run])
-        self._ledger.write("spectra", rows.to_dict("records"))
+        self._ledger.write("spectra", rows)
         self._ledger.write("blocks", summaries)
         if len(set(rows.loc[rows["status"] == "ok", "block"])) > 1:
-            found = metrics(rows, block_rows=pd.DataFrame(summaries))
-            self._ledger.write("heterogeneity", found)
+            self._ledger.write("heterogeneity", metrics(rows, block_rows=pd.DataFrame(summaries)))
         return rows
 
     def for_trainer(self) -> TrainerCallback:
@@ -142,16 +141,12 @@ class Recorder:
 
         recorder = self
 
-        class Spectra(TrainerCallback):  # type: ignore[misc]
-            def on_step_begin(
-                self, args: Any, state: Any, control: Any, model: nn.Module, **rest: Any
-            ) -> None:
-                recorder(model, state.global_step)
+        class Spectra(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+                recorder(rest["model"], state.global_step)
 
-            def on_train_end(
-                self, args: Any, state: Any, control: Any, model: nn.Module, **rest: Any
-            ) -> None:
-                recorder.take(model, state.global_step)
+            def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+                recorder.take(rest["model"], state.global_step)
 
         return Spectra()
 

@@ -193,8 +193,8 @@ class _Plan:
 def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
     if plan.settings.gram:
-        done = yield from _gram_rows(plan)
-        others = {name: some for name, some in plan.probes.items() if name not in done}
+        taken = yield from _gram_rows(plan)
+        others = {name: some for name, some in plan.probes.items() if name not in taken}
         plan = replace(plan, probes=others)
         if not others:
             on_progress(0, 0)

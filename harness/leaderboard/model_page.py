@@ -88,8 +88,8 @@ def _scales(blocks: pd.DataFrame, names: list[str]) -> dict[str, list[float | No
     for stage in in_order(blocks["stage"]):
         rows = blocks[blocks["stage"] == stage].sort_values(["init_seed", "train_run"])
         first = rows.drop_duplicates("block").set_index("block").reindex(names)
-        sizes = first["frobenius"].astype(float) / np.sqrt(first["num_params"].astype(float))
-        if (sizes > 0).any():
+        sizes = first["frobenius"].to_numpy(float) / np.sqrt(first["num_params"].to_numpy(float))
+        if np.any(sizes > 0):
             found[stage] = [float(f"{v:.4g}") if v > 0 else None for v in sizes]
     return found
 
@@ -149,8 +149,12 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
         "grid": _curves(runs[runs["seed"] == lowest], best),
         "tuned": _curves(tuned, best),
         "ends": [
-            {"optimizer": row.optimizer, "seed": int(row.seed), "loss": float(f"{row.value:.4g}")}
-            for row in ends.dropna(subset="value").itertuples()
+            {
+                "optimizer": row["optimizer"],
+                "seed": row["seed"],
+                "loss": float(f"{row['value']:.4g}"),
+            }
+            for row in ends.dropna(subset="value").to_dict("records")
         ],
         "diverged": {
             str(optimizer): sorted(float(f"{lr:.3g}") for lr in rows["lr"])
@@ -173,14 +177,14 @@ def _of_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, dict[Any, float]]:
 def _curves(runs: pd.DataFrame, best: dict[Any, float]) -> list[dict[str, Any]]:
     """Return the runs' losses, those at the best rates marked."""
     curves = []
-    for (optimizer, lr, seed), run in runs.groupby(["optimizer", "lr", "seed"]):
+    for (optimizer, lr, _), run in runs.groupby(["optimizer", "lr", "seed"]):
         run = run.sort_values("step")
         run = run.iloc[:: max(1, len(run) // _POINTS)]
         curves.append(
             {
                 "optimizer": optimizer,
                 "lr": float(f"{lr:.3g}"),
-                "seed": int(seed),
+                "seed": int(run["seed"].iloc[0]),
                 "best": lr == best.get(optimizer),
                 "diverged": bool(run["diverged"].any()),
                 "steps": run["step"].astype(int).tolist(),

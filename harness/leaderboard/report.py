@@ -93,7 +93,9 @@ def ranking(
                 "metric": metric,
                 "scale": scale,
                 "sigma": sigma,
-                "label": label if scale == LEADING.get(metric, "none") else f"{label}, {scale}",
+                "label": label
+                if scale == LEADING.get(str(metric), "none")
+                else f"{label}, {scale}",
                 "num_products": float(first["num_products"]),
                 "num_models": int(first["num_models"]),
                 "num_families": int(first["num_families"]),

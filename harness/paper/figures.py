@@ -531,8 +531,10 @@ def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: Mapping[Hashable, Any]) -> N
             lost.append(f"{label} {', '.join(f'{lr:.2g}' for lr in rates)}")
     if lost:
         said = "diverged at\n" + "\n".join(lost)
-        place = {"transform": ax.transAxes, "ha": "right", "va": "top"}
-        ax.text(0.98, 0.98, said, fontsize=5.5, color="#444444", **place)
+        ax.text(
+            0.98, 0.98, said, fontsize=5.5, color="#444444", transform=ax.transAxes,
+            ha="right", va="top",
+        )  # fmt: skip
 
 
 def _accuracy(runs: pd.DataFrame, optimizer: str, lr: float) -> float:

@@ -129,7 +129,8 @@ def test_the_browser_shows_the_numbers_of_the_command(tab, page, tables_folder):
 def test_a_point_leads_to_its_model_and_back(tab, page):  # noqa: F811
     shown = tab.open(page)
     # By the name that a screen reader says, which has the numbers too.
-    shown.get_by_role("link", name=re.compile(r"^good: JS⁰ 0\.600 ± 0\.01, gap 0\.250")).click()
+    name = re.compile(r"^good: JS⁰ 0\.600 ± 0\.01, gap 0\.250")
+    shown.locator("#scatter").get_by_role("link", name=name).click()
     shown.wait_for_url("**/models/good.html")
     assert shown.inner_text("h1") == "good"
     shown.get_by_role("link", name="Models", exact=True).click()

@@ -227,7 +227,7 @@ def test_the_pages_ask_nothing_of_the_network(page):
             assert not re.search(r"https?:|fetch\(|XMLHttp", path.read_text(encoding="utf-8"))
 
 
-def test_the_site_shows_the_numbers_of_the_command_and_of_the_readme(page, tables_folder):
+def test_the_site_shows_the_numbers_of_the_command_and_of_the_docs(page, tables_folder):
     data = read(tables_folder)
     board = leaderboard(data.models, data.heterogeneity, data.gaps)
     shown = data_of(page)
@@ -240,10 +240,10 @@ def test_the_site_shows_the_numbers_of_the_command_and_of_the_readme(page, table
             else:
                 assert found == (value if isinstance(value, str) else pytest.approx(value, 1e-12))
     text = page.read_text(encoding="utf-8")
-    readme = report.readme_block(board, data)
+    docs = report.docs_block(board, data)
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     for sentence in report.sentences(board, measured):
-        assert sentence in readme
+        assert sentence in docs
         assert sentence in html.unescape(text)
 
 

@@ -135,7 +135,9 @@ def test_a_run_at_a_rate_tried_by_hand_is_drawn_nowhere_as_the_best(source, tmp_
     assert float(f"{1.7 * best:.3g}") in {c["lr"] for c in curves}
     assert {c["lr"] for c in curves if c["best"] and c["optimizer"] == "sgd"} == {best}
     labels = plot.training_curves(spectra_db.load("training", source=folder, model=model), gap)
-    assert labels.axes[0].get_legend_handles_labels()[1] == [f"learning rate {best:.3g} (best)"]
+    assert labels.axes[0].get_legend_handles_labels()[1] == [
+        f"learning rate {best:.3g} (best, 3 seeds)"
+    ]
 
 
 def test_a_rank_correlation_with_table_1_takes_four_systems(source, monkeypatch):

@@ -388,6 +388,13 @@ def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
     is_hessian = plan.settings.operator == "hessian"
     if not is_hessian or not plan.hessian.differences.is_nonzero(index):
         return f"{what} is exactly zero"
+    if not plan.hessian.is_autograd:
+        warnings.warn(
+            f"{plan.hessian.blocks[index].name}: differences of its gradients in "
+            f"{plan.settings.dtype} are rounding alone, but it is not zero; take dtype float64",
+            stacklevel=2,
+        )
+        return f"{what} is zero to rounding of differences, but the block's Hessian is not"
     warnings.warn(
         f"{plan.hessian.blocks[index].name}: {what} is exactly zero, but the gradient changes "
         "along a random direction: a second derivative of the model is wrong. In the backward of "

@@ -73,8 +73,9 @@ def make(folder: Path) -> dict[str, pa.Table]:
 def overview(folder: Path) -> pd.DataFrame:
     """Return a row per model: what it is, its measures at initialisation, what Adam gained.
 
-    Measures are at the scale that they lead with, and of partition `weights`, or of `paper` where that alone is there: column
-    `partition` says which, and they don't compare. Null is what is not known.
+    Measures are at the scale that they lead with, and of partition `weights`, or of `paper` where
+    that alone is there: column `partition` says which, and they don't compare. Null is what is not
+    known.
     """
     models = _rows(folder, "models")
     shown = models[["model", "family", "tier", "task", "num_params", "num_blocks", "status"]]

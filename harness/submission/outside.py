@@ -146,8 +146,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], given: str) ->
     buffers = [n for n, t in own.items() if n not in every and t.is_floating_point()]
     if missing := [name for name in buffers if name not in found]:
         warnings.warn(
-            f"--weights {given} lacks {names(missing)}, which stay as the model is built: statistics "
-            "of batch norms, such as running_mean, are part of a state_dict",
+            f"--weights {given} lacks {names(missing)}, which stay as the model is built: "
+            "statistics of batch norms, such as running_mean, are part of a state_dict",
             stacklevel=2,
         )
     model.load_state_dict(found, strict=False)

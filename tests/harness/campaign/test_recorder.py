@@ -97,7 +97,7 @@ def test_the_batch_is_one_though_a_loader_shuffles_and_other_arithmetic_leaves_t
 @pytest.mark.parametrize("step", [-1, 2.0, "2"])
 def test_a_step_that_is_no_count_is_refused(tmp_path, step):
     record = harness.Recorder(tmp_path, "mine", loss, [BATCH], every=1)
-    with pytest.raises(UserError, match="step is .*whole number"):
+    with pytest.raises(UserError, match=r"step is .*whole number"):
         record(network(), step)
 
 

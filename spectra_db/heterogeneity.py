@@ -104,7 +104,7 @@ def js0(
     return _js0(Blocks.of(rows, extend=extend), scale, sigma)
 
 
-def js0_paper(rows: pd.DataFrame, *, scale: str = "raw", sigma: float = PAPER_SIGMA) -> Estimate:
+def js0_paper(rows: pd.DataFrame, *, scale: str = "raw", sigma: float | None = None) -> Estimate:
     """Return our reading of the paper's unnormalised JS⁰: the mean of JSD / dx over pairs.
 
     dx = (max − min + 2) / 50,000 over the scaled nodes of all blocks (docs/protocol.md, Metrics).
@@ -112,11 +112,13 @@ def js0_paper(rows: pd.DataFrame, *, scale: str = "raw", sigma: float = PAPER_SI
     Args:
         rows: As `js0`.
         scale: As `js0`.
-        sigma: As `js0`.
+        sigma: As `js0`; None: that of the metric's reading, 0.0032 of raw eigenvalues, else 0.01.
 
     Raises:
         ValueError: As `js0`.
     """
+    if sigma is None:
+        sigma = dict(METRICS["js0_paper"].readings).get(scale, PAPER_SIGMA)
     return _js0_paper(Blocks.of(rows), scale, sigma)
 
 

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spectra_db import store
+from spectra_db.derived import standard
 from spectra_db.files import whole
+from spectra_db.heterogeneity import is_leading
 from spectra_db.schema import TABLES
 
 FOLDER, OVERVIEW = "merged", "overview"
 PICTURE = "merged/spectra.png"
-# The scale at which a measure is shown; measures without a scale have "none".
-_SCALES = ("lambda10", "none")
 _GAPS = {
     "sgd_loss": "sgd_loss",
     "adam_loss": "adam_loss",
@@ -73,13 +73,14 @@ def make(folder: Path) -> dict[str, pa.Table]:
 def overview(folder: Path) -> pd.DataFrame:
     """Return a row per model: what it is, its measures at initialisation, what Adam gained.
 
-    Measures are of partition `weights`, or of `paper` where that alone is there: column
-    `partition` says which, and they don't compare. Null is what is not known.
+    Measures are at the scale that they lead with, and of partition `weights`, or of `paper` where
+    that alone is there: column `partition` says which, and they don't compare. Null is what is not
+    known.
     """
     models = _rows(folder, "models")
     shown = models[["model", "family", "tier", "task", "num_params", "num_blocks", "status"]]
     measures = _rows(folder, "heterogeneity")
-    measures = measures[(measures["stage"] == "init") & measures["scale"].isin(_SCALES)]
+    measures = measures[(measures["stage"] == "init") & is_leading(measures)]
     measures = measures.sort_values(["model", "partition"], ascending=[True, False])
     first = measures.drop_duplicates("model").set_index("model")["partition"]
     measures = measures[measures["partition"] == measures["model"].map(first)]
@@ -118,6 +119,6 @@ def _draw(folder: Path) -> None:
     if model := example(folder):
         rows = store.read(store.path_of(folder, "spectra", model), "spectra").to_pandas()
         rows = rows[(rows["stage"] == "init") & rows["status"].eq("ok")]
-        rows = rows[rows["partition"] == rows["partition"].max()]
+        rows = standard(rows[rows["partition"] == rows["partition"].max()])
         blocks = rows["block"].unique()[:8]
         plot.spectra(rows[rows["block"].isin(blocks)]).savefig(folder / PICTURE)

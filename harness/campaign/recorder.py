@@ -13,7 +13,7 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import find_blocks
-from harness.estimator.objective import LossFn, Objective
+from harness.estimator.objective import LossFn, Objective, taken
 from harness.estimator.operators import opened
 from harness.estimator.settings import Settings, whole_number
 from harness.estimator.spectrum import gathered, rules
@@ -33,8 +33,9 @@ class Recorder:
     """Takes spectra of a model every so many steps of its training.
 
     A step's rows are of stage `step-N` in the folder's tables `spectra`, `blocks` and
-    `heterogeneity`; `spectra_db.load(..., source=folder)` and `harness site --source FOLDER` read
-    them. The model stays as it is, in its mode; its spectrum is that of evaluation mode.
+    `heterogeneity`, of which the last two follow from spectra in the protocol's arithmetic alone;
+    `spectra_db.load(..., source=folder)` and `harness site --source FOLDER` read them. The model
+    stays as it is, in its mode; its spectrum is that of evaluation mode.
 
     Example:
         >>> import tempfile, torch, spectra_db
@@ -68,7 +69,7 @@ class Recorder:
             folder: Of tables; those of other names and steps stay.
             name: Of the model, in lower-case letters, digits, '.', '_', '-'.
             loss_fn: (model, batch) ↦ the mean loss of the batch.
-            batches: The fixed batch, as `estimate_spectra` takes it.
+            batches: The fixed batch, as `estimate_spectra` takes it; gone through once, here.
             every: Steps between two spectra.
             num_probes: Probes per block; errors need 3.
             num_steps: Lanczos steps per probe. Rules are continued beyond them (docs/protocol.md).
@@ -83,7 +84,7 @@ class Recorder:
         if unknown := settings.keys() - {field.name for field in fields(Settings)}:
             raise UserError(f"a recorder has no argument {min(unknown)!r}")
         self._ledger, self._name = Ledger(Path(folder)), name
-        self._loss_fn, self._batches, self._count = loss_fn, batches, batch_weights
+        self._loss_fn, self._batches, self._count = loss_fn, taken(batches), batch_weights
         self._every = whole_number("every", every, 1)
         self._seed = whole_number("seed", seed, 0)
         whole_number("num_probes", num_probes, MIN_PROBES)
@@ -102,11 +103,12 @@ class Recorder:
         Raises:
             UserError: As `estimate_spectra`.
         """
+        step = whole_number("step", step, 0)
         return None if step % self._every else self.take(model, step)
 
     def take(self, model: nn.Module, step: int) -> pd.DataFrame:
         """Take the spectrum at a step, whichever it is, such as the last."""
-        settings = self._settings
+        step, settings = whole_number("step", step, 0), self._settings
         objective = Objective(model, self._loss_fn, self._batches, self._count)
         blocks = find_blocks(model, settings.partition)
         source = {
@@ -127,6 +129,8 @@ class Recorder:
         self._ledger.write("models", [self._row_of_model(model, len(blocks))])
         self._ledger.write("runs", [run])
         self._ledger.write("spectra", rows)
+        if not settings.is_protocol or settings.partition == "full":
+            return rows
         self._ledger.write("blocks", summaries)
         if len(set(rows.loc[rows["status"] == "ok", "block"])) > 1:
             self._ledger.write("heterogeneity", metrics(rows, block_rows=pd.DataFrame(summaries)))

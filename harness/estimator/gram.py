@@ -70,12 +70,14 @@ def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Ite
         FloatingPointError: A derivative is not finite.
     """
     split = split_or_refuse(hessian.loss_fn, "gram=True")
-    roots = _roots(hessian, split)
+    free = hessian.memory_budget - hessian.product_bytes - 8 * _CHUNK
+    sizes = {i: hessian.blocks[i].num_params for i in indices}
+    is_small = any(n <= MOST_ROWS for n in sizes.values())  # whatever the number of rows
+    roots = _roots(hessian, split, None if is_small else MOST_ROWS, free)
     if roots is None:
         return
     num_rows = sum(len(root) for _, root in roots)
-    free = hessian.memory_budget - hessian.product_bytes - 8 * _CHUNK
-    sizes = {i: hessian.blocks[i].num_params for i in indices}
+    free -= sum(root.nbytes for _, root in roots)
     taken = {i: _nbytes(n, num_rows, hessian.dtype) for i, n in sizes.items()}
     fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS and taken[i] <= free]
     if operator == "hessian":
@@ -96,17 +98,25 @@ def _nbytes(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
     return kept + 3 * 8 * min(num_params, num_rows) ** 2
 
 
-def _roots(hessian: BlockHessian, split: SplitLoss) -> list[tuple[Batch, torch.Tensor]] | None:
+def _roots(
+    hessian: BlockHessian, split: SplitLoss, most_rows: int | None, most_bytes: int
+) -> list[tuple[Batch, torch.Tensor]] | None:
     """Return pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 
-    None where a piece has too many outputs, or the criterion is not convex in them.
+    None where a piece has too many outputs, they all are too many rows or bytes, or the criterion
+    is not convex in them.
     """
-    found = []
+    found: list[tuple[Batch, torch.Tensor]] = []
+    num_rows = nbytes = 0
     for piece, weight in hessian.pieces():
         with torch.no_grad():
             z = hessian.outputs(piece)
         root = _root(split, z, piece) if z.numel() <= MOST_ROWS else None
         if root is None:
+            return None
+        num_rows += len(root)
+        nbytes += root.numel() * z.element_size()
+        if nbytes > most_bytes or (most_rows is not None and num_rows > most_rows):
             return None
         if len(root):
             found.append((piece, (weight**0.5 * root).to(z.dtype).view(-1, *z.shape)))

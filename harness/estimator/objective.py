@@ -79,31 +79,8 @@ class Objective:
     count: Sequence[float] | NumTerms | None = None
 
     def __post_init__(self) -> None:
-        """Take the batches once, since a loader may shuffle and a generator ends, and check them.
-
-        A batch in the place of the list of batches would be taken for as many as it has tensors.
-        """
-        given = self.batches
-        one = isinstance(given, torch.Tensor | Mapping) or (
-            isinstance(given, tuple) and all(isinstance(b, torch.Tensor) for b in given)
-        )
-        try:
-            batches = None if one else list(given)
-        except TypeError:
-            batches = None
-        if batches is None:
-            raise UserError(
-                f"batches is a {type(given).__name__}; pass a list of batches, such as "
-                "[(inputs, targets)]"
-            )
-        counts = [len(tensors_of(b)) for b in batches]
-        for i, count in enumerate(counts):
-            if count != counts[0]:
-                raise UserError(
-                    f"the number of tensors is {count} in batch {i} and {counts[0]} in batch 0; "
-                    "pass batches of one structure, such as (inputs, targets)"
-                )
-        object.__setattr__(self, "batches", batches)
+        """Take the batches once, and check them."""
+        object.__setattr__(self, "batches", taken(self.batches))
 
     @property
     def batch_size(self) -> int:
@@ -114,3 +91,33 @@ class Objective:
         """Return the mean loss over the first samples, of one batch at most, that isn't cut."""
         some = take(self.batches[0], 0, num_samples)
         return Objective(self.model, self.loss_fn, [some], [1.0])
+
+
+def taken(given: Sequence[Batch]) -> list[Batch]:
+    """Return batches, gone through once: a loader may shuffle, and a generator ends.
+
+    A batch in the place of the list of batches would be taken for as many as it has tensors.
+
+    Raises:
+        UserError: They are no list of batches, or differ in structure.
+    """
+    one = isinstance(given, torch.Tensor | Mapping) or (
+        isinstance(given, tuple) and all(isinstance(b, torch.Tensor) for b in given)
+    )
+    try:
+        batches = None if one else list(given)
+    except TypeError:
+        batches = None
+    if batches is None:
+        raise UserError(
+            f"batches is a {type(given).__name__}; pass a list of batches, such as "
+            "[(inputs, targets)]"
+        )
+    counts = [len(tensors_of(b)) for b in batches]
+    for i, count in enumerate(counts):
+        if count != counts[0]:
+            raise UserError(
+                f"the number of tensors is {count} in batch {i} and {counts[0]} in batch 0; "
+                "pass batches of one structure, such as (inputs, targets)"
+            )
+    return batches

@@ -15,8 +15,11 @@ from harness.estimator.differences import Differences
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.memory import PeakMemory
 from harness.estimator.objective import Objective
+from harness.estimator.probes import draw_probe
 from harness.estimator.settings import Settings
 from harness.estimator.share import Share
+
+_RATIO = 10**0.5  # of the steps that differences try
 
 
 def block_hessian(
@@ -64,8 +67,9 @@ class DifferenceHessian(BlockHessian):
     H_l v ≈ (g(w + ε v) − g(w − ε v)) / 2ε, g the gradient by the block's parameters: two gradients
     a product, whose error is ε²/6 of the third derivative along v and eps |g| / ε of rounding.
     Around eps^(1/3) |w_l| / |v| both are least (Nocedal & Wright 2006, section 8.1); of five steps
-    there the first product of a block takes the one whose quotient agrees best with the next's,
-    and what is left between these two is the error that rows hold.
+    there a block takes the one whose quotient along a random direction agrees best with the next
+    larger's, and what is left between these two, there or of the first product, is the error that
+    rows hold.
     """
 
     is_autograd = False
@@ -104,16 +108,29 @@ class DifferenceHessian(BlockHessian):
         found = []
         for index, vector in requests:
             if index not in self._chosen:
-                self._chosen[index] = _best_step(whole, index, vector)
+                # Along one direction always: a probe that is taken again has the same step. A unit
+                # vector may be of an input that is always 0, and tell of none.
+                direction = draw_probe(len(vector), 0, "gaussian").to(vector)
+                step, error = _best_step(whole, index, direction)
+                larger, here = (whole.slope(index, vector, s) for s in (_RATIO * step, step))
+                self._chosen[index] = step, max(error, _apart(larger, here))
             found.append(mine.slope(index, vector, self._chosen[index][0]).to(vector.dtype))
         return found
 
 
 def _best_step(quotients: Differences, index: int, vector: torch.Tensor) -> tuple[float, float]:
-    """Return the relative step whose quotient agrees best with the next smaller's, and how well."""
+    """Return the relative step whose quotient agrees best with the next larger's, and how well.
+
+    Steps so small that rounding alone is left agree with none.
+    """
     middle = torch.finfo(vector.dtype).eps ** (1 / 3)
-    steps = [middle * 10**power for power in (1.0, 0.5, 0.0, -0.5, -1.0)]
+    steps = [middle * _RATIO**power for power in (2, 1, 0, -1, -2)]
     slopes = [quotients.slope(index, vector, step) for step in steps]
-    apart = [float((a - b).norm()) / (float(b.norm()) or 1.0) for a, b in pairwise(slopes)]
-    best = min(range(len(apart)), key=apart.__getitem__)
-    return steps[best + 1], apart[best]
+    apart = [1.0, *(_apart(a, b) for a, b in pairwise(slopes))]
+    live = [i for i, slope in enumerate(slopes) if slope.any()]
+    best = min(live, key=apart.__getitem__, default=None)
+    return (middle, 0.0) if best is None else (steps[best], apart[best])
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm()) / (float(b.norm()) or float(a.norm()) or 1.0)

@@ -49,14 +49,15 @@ def estimate_spectra(
     For each block and each random unit vector v (probe) num_steps of Lanczos give a Gauss rule
     (θ_i, w_i) with Σ w_i f(θ_i) ≈ vᵀ f(H) v, in expectation tr f(H) / n (Zhang et al. 2024,
     arXiv 2402.16788, Algorithms 4 and 5; Ubaru, Chen & Saad 2017). Blocks of at most 1,000
-    parameters are diagonalised instead.
+    parameters are diagonalised instead, or of as many as their probes would take products (4,000 at
+    most).
 
     Args:
         model: Any module; it stays as it was.
         loss_fn: (model, batch) ↦ the mean loss of the batch, a scalar tensor.
         batches: The fixed batch, split into microbatches: each a tensor or a tuple, list or
             dict of tensors whose leading dimension counts samples.
-        blocks: A partition (weights, paper, all, full) or a list of `Block`.
+        blocks: A partition, as `find_blocks` has them, or a list of `Block`.
         num_probes: Probes per block; 10 in the paper. Errors of metrics need at least 3.
         num_steps: Lanczos steps per probe; 100 in the paper.
         seed: Seeds the probes, together with the names of model, stage and block.
@@ -64,8 +65,8 @@ def estimate_spectra(
             a function of the batch. None: its leading dimension.
         on_progress: Called with (products done, products in all).
         **settings: device, dtype, norm_mode, probe_distribution, reorthogonalize,
-            matmul_precision, memory_budget, exact_size, operator and gram, as `Settings` has them;
-            the last two need a `SplitLoss`.
+            matmul_precision, memory_budget, exact_size, product, operator and gram, as `Settings`
+            has them; operator ggn and gram need a `SplitLoss`.
 
     Returns:
         One row per block and probe with the columns of table `spectra`. `spectra_db.js0` takes it.
@@ -388,6 +389,13 @@ def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
     is_hessian = plan.settings.operator == "hessian"
     if not is_hessian or not plan.hessian.differences.is_nonzero(index):
         return f"{what} is exactly zero"
+    if not plan.hessian.is_autograd:
+        warnings.warn(
+            f"{plan.hessian.blocks[index].name}: differences of its gradients in "
+            f"{plan.settings.dtype} are rounding alone, but it is not zero; take dtype float64",
+            stacklevel=2,
+        )
+        return f"{what} is zero to rounding of differences, but the block's Hessian is not"
     warnings.warn(
         f"{plan.hessian.blocks[index].name}: {what} is exactly zero, but the gradient changes "
         "along a random direction: a second derivative of the model is wrong. In the backward of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -99,7 +97,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what is no pickle may raise anything
         raise UserError(
             f"--weights {path} can't be read as a state_dict ({reason_of(error)}); write one with "
             "safetensors.torch.save_file(model.state_dict(), ...)"
@@ -109,7 +107,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     ]
     found = (inner or [found])[0]
     tensors = (
-        {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+        {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if isinstance(found, dict)
+        else {}
     )
     if not tensors:
         raise UserError(f"--weights {path} holds a {type(found).__name__} without tensors by name")
@@ -142,6 +142,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], given: str) ->
         raise UserError(
             f"--weights {given} lacks {len(missing)} of the model's {len(every)} parameters: "
             f"{names(missing)}; it has {names(sorted(weights))}"
+        )
+    buffers = [n for n, t in own.items() if n not in every and t.is_floating_point()]
+    if missing := [name for name in buffers if name not in found]:
+        warnings.warn(
+            f"--weights {given} lacks {names(missing)}, which stay as the model is built: "
+            "statistics of batch norms, such as running_mean, are part of a state_dict",
+            stacklevel=2,
         )
     model.load_state_dict(found, strict=False)
     if left := [name for name in found if name not in own]:

@@ -23,7 +23,7 @@ from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.settings import Settings
+from harness.estimator.settings import CHOICES, Settings
 from harness.records.derived import derived
 from harness.registry import ModelEntry
 from harness.submission import locate
@@ -287,6 +287,7 @@ def _recompute(
         raise _Wrong(f"{problem.entry.name} has no block {row['block']!r} in {row['partition']}")
     if block.num_params != row["num_params"]:
         raise _Wrong(f"the block has {block.num_params} parameters, not {row['num_params']}")
+    product = row.get("product")  # null in rows that are older than the column
     settings = Settings(
         row["partition"],
         dtype=row["dtype"],
@@ -294,17 +295,18 @@ def _recompute(
         norm_mode=row["norm_mode"],
         matmul_precision=row["matmul_precision"],
         operator=row["operator"],
+        product=product if isinstance(product, str) else CHOICES["product"][0],
     )
     with opened(problem.objective, [block], settings) as hessian:
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
         count = block.num_params if row["method"] == "exact" else row["num_steps"]
-        product = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
+        multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
             if found := _by_gram(row, hessian):
                 return found
             for _ in range(min(2, count)):
-                product(torch.ones(count, dtype=hessian.dtype, device=hessian.device))
+                multiply(torch.ones(count, dtype=hessian.dtype, device=hessian.device))
             eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
             weights = np.full(len(eigenvalues), 1 / len(eigenvalues))
             return {"alphas": [], "betas": [], "nodes": eigenvalues, "weights": weights}
@@ -313,7 +315,7 @@ def _recompute(
             raise _Wrong("the probe's seed is not the one of its name")
         v0 = draw_probe(block.num_params, row["probe_seed"], row["probe_distribution"])
         run = lanczos(
-            product,
+            multiply,
             v0.to(hessian.device, hessian.dtype),
             row["num_steps"],
             reorthogonalize=row["reorthogonalized"],

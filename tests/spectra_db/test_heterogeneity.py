@@ -193,6 +193,14 @@ def test_paper_reading_is_the_mean_divergence_over_dx():
     assert js0_paper(rows, scale="lambda10").value == pytest.approx(summed, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [None, "raw", "lambda10"])
+def test_paper_reading_is_the_one_that_tables_hold(scale):
+    rows = exact_rows([power_of_normal(30, 1.0), power_of_normal(40, 2.0)])
+    table = metrics(rows, names=["js0_paper"]).set_index("scale")
+    stored = table.loc[scale or spectra_db.heterogeneity.LEADING["js0_paper"], "value"]
+    assert js0_paper(rows, **{"scale": scale} if scale else {}).value == stored
+
+
 def test_lambda10_is_the_tenth_largest_eigenvalue_by_size():
     values = np.array([*range(-20, 0), *np.linspace(0, 0.5, 30)], dtype=float)
     assert lambda10(values, np.full(50, 1 / 50), 50) == 11

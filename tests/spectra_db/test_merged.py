@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from spectra_db import check, manifest, merged, project, store
+from spectra_db.heterogeneity import LEADING
 from spectra_db.release import release
 
 from .synthetic import write_tables
@@ -51,7 +52,7 @@ def test_the_overview_is_a_row_per_model_with_its_measures(made):
     gap = pd.read_parquet(made / "gaps" / "digits-cnn.parquet")
     assert rows.loc["digits-cnn", "sgd_loss"] == gap["sgd_loss"].item()
     metrics = pd.read_parquet(made / "heterogeneity" / "digits-cnn.parquet")
-    js0 = metrics[metrics["metric"].eq("js0") & metrics["scale"].eq("lambda10")]
+    js0 = metrics[metrics["metric"].eq("js0") & metrics["scale"].eq(LEADING["js0"])]
     js0 = js0[js0["stage"] == "init"]
     assert rows.loc["digits-cnn", "js0"] == js0["corrected"].fillna(js0["value"]).item()
 

@@ -70,6 +70,37 @@ def test_a_trainer_s_callback_takes_the_same(tmp_path):
     assert set(stages) == {"step-0", "step-2", "step-3"}
 
 
+def test_the_batch_is_one_though_a_loader_shuffles_and_other_arithmetic_leaves_the_metrics(
+    tmp_path,
+):
+    class Loader:
+        """Gives other samples each time."""
+
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            yield tuple(t.roll(self.times, 0)[:8] for t in BATCH)
+
+    options = {"every": 1, "partition": "weights"}
+    record = harness.Recorder(tmp_path, "mine", loss, Loader(), **options)
+    for step in (0, 1):
+        record(network(), step)
+    rows = spectra_db.load("spectra", source=tmp_path)
+    assert rows["batch_hash"].nunique() == 1
+    before = spectra_db.load("heterogeneity", source=tmp_path)
+    harness.Recorder(tmp_path, "mine", loss, [BATCH], dtype="float64", **options)(network(), 0)
+    assert set(spectra_db.load("spectra", source=tmp_path)["dtype"]) == {"float32", "float64"}
+    assert spectra_db.load("heterogeneity", source=tmp_path).equals(before)
+
+
+@pytest.mark.parametrize("step", [-1, 2.0, "2"])
+def test_a_step_that_is_no_count_is_refused(tmp_path, step):
+    record = harness.Recorder(tmp_path, "mine", loss, [BATCH], every=1)
+    with pytest.raises(UserError, match=r"step is .*whole number"):
+        record(network(), step)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

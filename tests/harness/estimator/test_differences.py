@@ -97,6 +97,50 @@ def test_a_model_without_a_second_derivative_has_the_spectrum_of_its_twin_that_h
         np.testing.assert_allclose(found, expected, atol=1e-7 * np.abs(expected).max())
 
 
+def steep(curvature):
+    """Return a loss with much more slope than curvature, by the weights of a linear model."""
+    return lambda model, batch: model(batch).mean() + curvature * model(batch).square().mean()
+
+
+def linear_net():
+    torch.manual_seed(0)
+    return nn.Linear(8, 2), torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_steps_at_which_rounding_alone_is_left_are_not_taken_for_agreement():
+    model, batch = linear_net()
+    options = {"dtype": "float32", "num_probes": 1}
+    exact, rows = (
+        estimate_spectra(model, steep(1e-4), [batch], product=product, **options)
+        for product in ("autograd", "differences")
+    )
+    [found], [expected] = rows["nodes"], exact["nodes"]
+    [error] = rows["product_error"]
+    assert 0 < error < 0.2
+    assert abs(max(found) - max(expected)) <= 2 * error * max(expected)
+
+
+def test_a_block_that_differences_can_not_tell_from_zero_says_so():
+    model, batch = linear_net()
+    with pytest.warns(UserWarning, match=r"float32 are rounding alone.*take dtype float64"):
+        [row] = estimate_spectra(
+            model, steep(1e-6), [batch], product="differences", num_probes=1
+        ).to_dict("records")
+    assert row["status"] == "zero"
+    assert "second derivative" not in row["reason"]
+
+
+def test_the_error_is_of_a_random_direction_though_the_first_may_change_nothing():
+    model, batch = linear_net()
+    batch = batch.clone()
+    batch[:, 0] = 0.0  # as a pixel of the border: the first unit vector of the block
+    [row] = estimate_spectra(
+        model, steep(1.0), [batch], product="differences", num_probes=1
+    ).to_dict("records")
+    assert row["method"] == "exact"
+    assert row["product_error"] > 0
+
+
 def test_a_block_whose_gradient_does_not_change_is_zero():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     with torch.no_grad():

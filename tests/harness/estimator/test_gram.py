@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from harness import SplitLoss, estimate_spectra
 from harness.errors import UserError
+from harness.estimator import gram
 from harness.estimator.blocks import find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from spectra_db import store
@@ -152,6 +153,17 @@ def test_what_does_not_fit_falls_back_and_a_zero_block_says_so():
     still = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z.mean())
     rows = estimate_spectra(model, still, [batch], **OPTIONS)
     assert set(rows["status"]) == {"zero"}
+
+
+def test_rows_too_many_for_every_block_are_given_up_before_all_are_made(monkeypatch):
+    model, batch = net("cnn")
+    made = []
+    root = gram._root
+    monkeypatch.setattr(gram, "MOST_ROWS", 7)  # 3 of each of 6 samples; all blocks are larger
+    monkeypatch.setattr(gram, "_root", lambda *a: made.append(a) or root(*a))
+    rows = estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS)
+    assert set(rows["method"]) == {"slq"}
+    assert len(made) == 3
 
 
 def test_a_criterion_that_is_not_convex_falls_back():

@@ -100,12 +100,20 @@ def test_weights_of_another_model_are_refused_by_what_differs(trained, tmp_path)
         loaded(trained | {"extra": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors", "pickle"])
+def test_statistics_of_batch_norms_that_the_weights_lack_are_warned_of():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match=r"lacks 1.running_mean, 1.running_var"):
+        load_weights(model, dict(model.named_parameters()), "it.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no tensors", b"a,b\n1,2\n", {"model": {"a": 1}}, {1: torch.ones(1)}]
+)
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
 def test_files_that_hold_no_weights_are_refused_in_a_line(tmp_path, form, content):
     path = tmp_path / f"it.{form}"
-    if content == "pickle":
-        torch.save({"model": {"a": 1}}, path)
+    if isinstance(content, dict):
+        torch.save(content, path)
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"--weights .*it"):

@@ -54,7 +54,7 @@ def verdict(claim: Claim, record: Mapping[str, Any] | None) -> Verdict:
 
 
 def _graded(parts: Sequence[bool], *, partly: float = 0.0) -> str:
-    """Return reproduced if all parts hold, partly if more than that share, or half, of them do."""
+    """Return reproduced if all parts hold, partly if one does and at least that share of them."""
     share = sum(parts) / len(parts)
     return REPRODUCED if share == 1 else PARTLY if 0 < share >= partly else NOT_REPRODUCED
 

@@ -378,8 +378,8 @@ def _learns(s: Subject) -> str:
                 loss = s.task.loss(model, s.mates)
                 value = loss.item()
                 if not step:
-                    least = reference = reference_loss(s.entry, value, entropy)
-                least = min(least, value)
+                    reference = reference_loss(s.entry, value, entropy)
+                least = min(least, reference, value)  # of all rates
                 if value <= 0.9 * reference:
                     found = f"loss {value:.3f} in {step} steps of few samples"
                     return f"{found}, R {reference:.3f}"

@@ -19,6 +19,8 @@ from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.hessian import BlockHessian
 from harness.registry import ModelEntry
 from harness.submission import locate
+from harness.submission import validate as checks
+from harness.submission.subject import Caution
 from harness.submission.validate import Finding, validate
 from tests.harness.estimator.models import cross_entropy, problem
 
@@ -354,3 +356,18 @@ def test_what_can_not_be_validated_is_a_usage_error(registry, arguments, said):
     result = run(registry, *arguments)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_what_learns_slowly_at_one_rate_is_not_said_to_learn_nothing(monkeypatch):
+    values = iter([1.0, 0.95, 1.0, 3.0, 1.0, float("nan")])  # two steps of each rate
+    model = nn.Linear(1, 1)
+    task = SimpleNamespace(loss=lambda m, batch: m.weight.sum() * 0 + next(values))
+    subject = SimpleNamespace(
+        entry=SimpleNamespace(trains=True), task=task, model=model, mates=(torch.ones(1),),
+        time_for=lambda share: float("inf"),
+    )  # fmt: skip
+    monkeypatch.setattr(checks, "_FIT_STEPS", 1)
+    monkeypatch.setattr(checks, "target_entropy", lambda *_: None)
+    monkeypatch.setattr(checks, "reference_loss", lambda entry, loss, entropy: loss)
+    with pytest.raises(Caution, match=r"gets to 0\.950, .*it learns slowly"):
+        checks._learns(subject)

@@ -12,12 +12,18 @@ import pytest
 from click.testing import CliRunner
 
 import spectra_db
+from harness.campaign.spectrum import source_of
 from harness.cli import main
+from harness.estimator.operators import opened
+from harness.estimator.settings import Settings
+from harness.estimator.spectrum import gathered, rules
 from harness.registry import get
 from harness.submission.retrain import compare_runs, verify_runs
 from harness.submission.verify import sample_rows, verify, verify_sample
+from harness.training import load_problem
 from spectra_db import store
 from spectra_db.quadrature import gauss_rule
+from spectra_db.schema import LISTS
 from spectra_db.verified import verified_models
 
 
@@ -78,6 +84,21 @@ def test_an_exact_spectrum_may_be_off_by_the_rounding_of_its_products(folder, ro
     row = rows_of(folder, stage="init", method="exact").iloc[0].to_dict()
     off = roundings * np.finfo(np.float32).eps * np.abs(row["nodes"]).max()
     assert check_of(folder, row, nodes=row["nodes"] + off).outcome == outcome
+
+
+def test_any_probe_by_differences_agrees_with_itself():
+    problem = load_problem(get("cnn-digits"))
+    settings = Settings(num_probes=2, num_steps=2, exact_size=0, product="differences")
+    block = min(problem.blocks("weights"), key=lambda block: block.num_params)
+    with opened(problem.objective, [block], settings) as hessian:
+        stamp = source_of(problem) | {"run_id": "run"}
+        rows = gathered(rules(hessian, settings, stamp), [block])
+    stages = pd.DataFrame(columns=["model", "stage", "seed", "optimizer"])
+    for row in rows.to_dict("records"):
+        lists = {name: np.array(row[name]) for name in LISTS}
+        check = verify(row | lists, problem.entry, stages)
+        assert (check.outcome, check.reason) == ("agrees", None)
+        assert check.deviation < 1e-6
 
 
 def test_another_probe_passed_off_as_this_one_deviates(folder):

@@ -37,6 +37,8 @@ def ggn_share(rows: pd.DataFrame) -> pd.Series:
         0.64
     """
     squares = {}
+    if "operator" not in rows:
+        raise ValueError("the rows have no column operator; pass whole rows of table spectra")
     for operator in ("hessian", "ggn"):
         blocks = [b.with_second_moments() for b in blocks_of(rows[rows["operator"] == operator])]
         found = {b.name: float(np.dot(b.average()[1], b.average()[0] ** 2)) for b in blocks}

@@ -82,7 +82,11 @@ class Metric:
 
 
 def js0(
-    rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA, extend: bool = True
+    rows: pd.DataFrame,
+    *,
+    scale: str = SCALE,
+    sigma: float | None = None,
+    extend: bool = True,
 ) -> Estimate:
     """Return the mean Jensen-Shannon distance between the spectra of the blocks, in [0, 1].
 
@@ -93,7 +97,8 @@ def js0(
     Args:
         rows: Rows of table `spectra` of one model, stage and partition.
         scale: One of SCALES: what each block's eigenvalues are divided by.
-        sigma: Width of the smoothing Gaussian, in units of the scale.
+        sigma: Width of the smoothing Gaussian, in units of the scale; None: that of the metric's
+            reading, √1e-5 of raw eigenvalues, else 0.05.
         extend: Continue each T by the mean of its last coefficients (docs/protocol.md, Metrics);
             False for the Gauss rules of the steps that were taken.
 
@@ -101,7 +106,7 @@ def js0(
         ValueError: Unknown scale, rows of several spectra or of failed blocks, or fewer than two
             blocks that are not zero.
     """
-    return _js0(Blocks.of(rows, extend=extend), scale, sigma)
+    return _js0(Blocks.of(rows, extend=extend), scale, _width("js0", scale, sigma))
 
 
 def js0_paper(rows: pd.DataFrame, *, scale: str = "raw", sigma: float | None = None) -> Estimate:
@@ -117,12 +122,12 @@ def js0_paper(rows: pd.DataFrame, *, scale: str = "raw", sigma: float | None = N
     Raises:
         ValueError: As `js0`.
     """
-    if sigma is None:
-        sigma = dict(METRICS["js0_paper"].readings).get(scale, PAPER_SIGMA)
-    return _js0_paper(Blocks.of(rows), scale, sigma)
+    return _js0_paper(Blocks.of(rows), scale, _width("js0_paper", scale, sigma))
 
 
-def pairwise_js(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> pd.DataFrame:
+def pairwise_js(
+    rows: pd.DataFrame, *, scale: str = SCALE, sigma: float | None = None
+) -> pd.DataFrame:
     """Return the matrix of corrected Jensen-Shannon distances √(JSD̂ / ln 2) between blocks.
 
     Square, with the names of the blocks that are not zero as index and columns; the plug-in
@@ -137,7 +142,8 @@ def pairwise_js(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA)
         ValueError: As `js0`.
     """
     blocks = Blocks.of(rows)
-    distances = js_distance(Divergences.of(blocks, scale, sigma).corrected)
+    width = _width("js0", scale, sigma)
+    distances = js_distance(Divergences.of(blocks, scale, width).corrected)
     names = [b.name for b in blocks.blocks]
     return pd.DataFrame(distances, index=names, columns=names)
 
@@ -260,6 +266,12 @@ def gradient_rms_spread(block_rows: pd.DataFrame, names: list[str]) -> Estimate:
         raise ValueError(f"{len(positive)} blocks have a gradient; a spread needs at least two")
     value = float(np.log10(positive).std())
     return Estimate(value, value, 0.0, float("inf"), len(positive), 0, 0)
+
+
+def _width(metric: str, scale: str, sigma: float | None) -> float:
+    """Return the width that is given, or that of the metric's reading at a scale."""
+    of_readings = dict(METRICS[metric].readings)
+    return of_readings.get(scale, METRICS[metric].sigma) if sigma is None else sigma
 
 
 def _js0(blocks: Blocks, scale: str, sigma: float) -> Estimate:

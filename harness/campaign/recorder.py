@@ -139,7 +139,8 @@ class Recorder:
     def for_trainer(self) -> TrainerCallback:
         """Return the callback that `transformers.Trainer(callbacks=[...])` takes.
 
-        It takes spectra before the first step, every so many, and at the end.
+        It takes spectra before the first step, every so many, and at the end, in the process of
+        rank 0 where there are several.
         """
         from transformers import TrainerCallback
 
@@ -147,10 +148,12 @@ class Recorder:
 
         class Spectra(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-                recorder(rest["model"], state.global_step)
+                if state.is_world_process_zero:
+                    recorder(rest["model"], state.global_step)
 
             def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-                recorder.take(rest["model"], state.global_step)
+                if state.is_world_process_zero:
+                    recorder.take(rest["model"], state.global_step)
 
         return Spectra()
 

@@ -13,7 +13,7 @@ from harness.estimator.cost import Forecast
 from harness.estimator.distributed import Team, rules_together
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.operators import opened
-from harness.estimator.settings import Settings
+from harness.estimator.settings import CHOICES, Settings
 from harness.estimator.spectrum import OnProgress, Row, gathered, rules
 from harness.estimator.summary import block_summaries
 from harness.records import version
@@ -58,6 +58,13 @@ def take_spectrum(
     source = source_of(problem)
     names = {block.name for block in blocks}
     done = stored_rows(problem, settings, ledger) if leads else pd.DataFrame(columns=["block"])
+    # The key of table `spectra` does not tell them apart: these would take the place of those.
+    by = set(done["product"].fillna(CHOICES["product"][0])) - {settings.product} if leads else set()
+    if by:
+        raise UserError(
+            f"{ledger.folder} holds this spectrum of {problem.entry.name} by {min(by)}: name "
+            f"another --out for products by {settings.product}"
+        )
     done = done[done["block"].isin(settings.complete(done) & names)] if leads else done
     run = describe_run(source | settings.key, settings, command)
     stamp = source | {"run_id": run["run_id"]}

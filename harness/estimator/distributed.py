@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.errors import reason_of
+from harness.errors import UserError, reason_of
 from harness.estimator.blocks import Block
 from harness.estimator.cost import Forecast, cut
 from harness.estimator.device import choose_device, local_device, memory_share
@@ -167,7 +167,12 @@ def rules_together(
         source: As `spectrum.rules`.
         on_block: Called in process 0 with the rows of each block as soon as it is finished.
         on_progress: Called in process 0 with (products done, products in all).
+
+    Raises:
+        UserError: The settings ask for Gram matrices, which are of the whole batch.
     """
+    if settings.gram:
+        raise UserError("gram=True takes the whole batch in one process: leave torchrun out")
     budget = settings.memory_budget
     if budget is None:
         budget = memory_share(choose_device(objective.model, together.device))

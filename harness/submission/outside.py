@@ -24,7 +24,7 @@ STAGE = "current"
 _HUB_FILE = "model.safetensors"
 # Where training loops put the weights in what they save, and what they put before names.
 _INSIDE = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.")
 
 
 def outside_problem(

@@ -296,6 +296,16 @@ def test_a_spectrum_of_another_version_of_the_entry_is_not_added_to(tmp_path):
     assert "name another --out" in said
 
 
+def test_products_of_two_kinds_do_not_take_each_other_s_place(tmp_path):
+    (tmp_path / "mine.py").write_text(ENTRY.format(widths=(4, 4)))
+    command = ["spectrum", "mine", "--registry", str(tmp_path), "--out", tmp_path / "out"]
+    assert call(*command).exit_code == 0
+    answer = call(*command, "--product", "differences")
+    assert answer.exit_code == 2
+    assert "holds this spectrum of mine by autograd: name another --out" in answer.stderr
+    assert set(spectra_db.load("spectra", source=tmp_path / "out")["product"]) == {"autograd"}
+
+
 def test_exact_spectra_of_both_operators_stand_side_by_side_and_verify(tmp_path):
     (tmp_path / "registry").mkdir()
     (tmp_path / "registry" / "mine.py").write_text(ENTRY.format(widths=(4, 16)))

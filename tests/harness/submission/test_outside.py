@@ -38,7 +38,7 @@ def save(form, tensors, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
-@pytest.mark.parametrize("change", ["", "module.", "without the base's name"])
+@pytest.mark.parametrize("change", ["", "module.", "_orig_mod.module.", "without the base's name"])
 def test_weights_are_the_model_s_whatever_is_before_their_names(trained, tmp_path, form, change):
     renamed = {f"{change}{name}": tensor for name, tensor in trained.items()}
     if change.startswith("without"):

@@ -48,7 +48,7 @@ class Differences:
         try:
             with torch.no_grad():
                 loss_fn(copied, place(parts[0][0], parameter.device, torch.float64))
-        except RuntimeError:  # knows no float64, or differentiates inside and knows no no_grad
+        except Exception:  # knows no float64, or differentiates inside and knows no no_grad
             copied = copy.deepcopy(model)
         return cls(copied, loss_fn, *parts)
 

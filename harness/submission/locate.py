@@ -215,7 +215,7 @@ def _compare_slope(call: Call, tolerance: float, *, second: bool = False) -> Non
         values = []
         for sign in (1, -1):
             _move(leaves, directions, sign * length)
-            values.append(float(value()))
+            values.append(float(value().detach()))
             _move(leaves, directions, -sign * length)
         if abs((values[0] - values[1]) / (2 * length) - slope) <= tolerance * size:
             return

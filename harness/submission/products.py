@@ -356,7 +356,7 @@ def _precise(s: Subject) -> BlockHessian:
         try:
             with warnings.catch_warnings(action="ignore"):  # of float32 inside
                 s.precise = s.hessian(torch.float64)
-        except (RuntimeError, UserError):
+        except Exception:  # an assertion of the model's own, too; what else is wrong comes again
             s.precise = s.hessian(torch.float32)
             s.dtype = torch.float32
         if s.precise.precision != torch.float64:
@@ -379,10 +379,13 @@ def _of_copy(s: Subject, find: Callable[..., str | None]) -> str | None:
 
 def _hint(culprit: str | None) -> str:
     """Return what to say of a gradient that isn't that of the loss."""
-    return (
+    text = (
         f": the gradient of {culprit or 'some module'} isn't the slope of its output; look for a "
         "custom backward, a straight-through estimator, or detach"
     )
+    if culprit is not None and culprit.endswith("(Embedding)"):
+        text += ", or a padding_idx that is a token of the data: its row has no gradient"
+    return text
 
 
 def _draw(blocks: list[Block], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:

@@ -322,6 +322,20 @@ def zero_head(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
+class Float32Alone(nn.Linear):
+    """Asserts the dtype that it was written for, as nanochat does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x):
+        assert x.dtype == torch.float32, "float32 alone"
+        return torch.tanh(super().forward(x))
+
+
+float32_alone = with_middle(Float32Alone)
+
+
 class Blind(nn.Module):
     """What it says has nothing to do with what it sees."""
 

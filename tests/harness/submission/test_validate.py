@@ -18,7 +18,7 @@ from harness.cli import main
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.hessian import BlockHessian
 from harness.registry import ModelEntry
-from harness.submission import locate
+from harness.submission import locate, products
 from harness.submission import validate as checks
 from harness.submission.subject import Caution
 from harness.submission.validate import Finding, validate
@@ -47,7 +47,7 @@ def failed(entry: ModelEntry) -> dict[str, str]:
     return {f.check: f.text for f in validate(entry) if f.outcome == "failed"}
 
 
-@pytest.mark.parametrize("factory", ["Encoder", "frozen", "saved"])
+@pytest.mark.parametrize("factory", ["Encoder", "frozen", "saved", "float32_alone"])
 def test_sound_networks_pass_every_check(entry, factory):
     found = findings(entry(factory))
     assert {f.outcome for f in found.values()} == {"ok"}
@@ -107,6 +107,23 @@ def test_what_is_wrong_is_found_with_cause_and_remedy_by_module(entry, factory, 
     assert re.search(said, found[check].text), found[check].text
     earlier = [f.outcome for name, f in found.items() if name not in HESSIAN]
     assert "failed" in earlier or check in HESSIAN
+
+
+def test_a_padding_index_that_is_a_token_is_named():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(self.embed(x)).flatten(0, 1)
+
+    model, tokens = Padded().double(), torch.arange(10).view(2, 5) % 5
+    loss = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1].flatten())  # noqa: E731
+    with fixed_arithmetic(model):
+        found = locate.with_wrong_gradient(model, loss, (tokens, tokens), torch.float64)
+    assert found == "embed (Embedding)"
+    assert "a padding_idx that is a token of the data" in products._hint(found)
 
 
 def test_a_network_that_learns_nothing_is_found(entry):

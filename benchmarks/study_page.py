@@ -151,7 +151,7 @@ def render(
         coverage=_coverage(repeated, truths),
         scaled=_scaled(scaled, exact_heads, truths),
         continued=continued,
-        tolerance=_tolerance(tolerance, truths),
+        tolerance=_tolerance(tolerance),
         reference_numbers=", ".join(
             f"{name} {rows['seconds'].iloc[0]:.2g} s of processor a step "
             f"({rows['num_sampled'].iloc[0]} of {rows['num_blocks'].iloc[0]} blocks sampled)"
@@ -253,7 +253,7 @@ def _scaled(
     )
 
 
-def _tolerance(found: Mapping[str, pd.DataFrame], truths: Mapping[str, float]) -> str:
+def _tolerance(found: Mapping[str, pd.DataFrame]) -> str:
     lines = []
     for kind, rows in found.items():
         for row in rows.itertuples():
@@ -264,9 +264,9 @@ def _tolerance(found: Mapping[str, pd.DataFrame], truths: Mapping[str, float]) -
                     f"{row.num_probes} × {row.num_steps}",
                     f"{row.num_probes * row.num_steps:,}",
                     "yes" if row.within else "no",
-                    percent(row.corrected / truths[kind] - 1, sign=True),
+                    percent(row.corrected / row.truth - 1, sign=True),
                     *map(percent, stated),
-                    "yes" if row.ci_low <= truths[kind] <= row.ci_high else "no",
+                    "yes" if row.ci_low <= row.truth <= row.ci_high else "no",
                 ]
             )
     header = ["net", "P × m", "products a block", "within", "error %", "stated %", "truncation %"]

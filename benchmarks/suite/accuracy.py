@@ -48,8 +48,8 @@ class Accuracy:
         self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
     ) -> float:
         exact, estimated = cache[kind]
-        truth = spectra_db.js0(exact).value
-        return _floored(abs(spectra_db.js0(estimated).corrected / truth - 1))
+        truth = spectra_db.js0(exact, scale="lambda10").value
+        return _floored(abs(spectra_db.js0(estimated, scale="lambda10").corrected / truth - 1))
 
     def track_second_moment_error(
         self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import nn
 
-from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import find_blocks
 from harness.estimator.objective import LossFn, Objective, taken
 from harness.estimator.operators import opened
-from harness.estimator.settings import Settings, whole_number
+from harness.estimator.settings import Settings, check_names, whole_number
 from harness.estimator.spectrum import gathered, rules
 from harness.estimator.summary import block_summaries
 from harness.records.ledger import Ledger
@@ -81,8 +79,7 @@ class Recorder:
             UserError: One of them is out of range.
         """
         check_slug("name", name)
-        if unknown := settings.keys() - {field.name for field in fields(Settings)}:
-            raise UserError(f"a recorder has no argument {min(unknown)!r}")
+        check_names("a recorder", settings)
         self._ledger, self._name = Ledger(Path(folder)), name
         self._loss_fn, self._batches, self._count = loss_fn, taken(batches), batch_weights
         self._every = whole_number("every", every, 1)

@@ -113,7 +113,6 @@ def spectrum(
     from harness.records.ledger import Ledger
     from harness.records.provenance import describe_model
     from harness.registry import get
-    from harness.submission.outside import outside_problem
     from harness.training import load_problem
     from spectra_db.heterogeneity import WHOLE, that_need
 
@@ -138,6 +137,8 @@ def spectrum(
             sha256=ledger.checkpoint_sha256(entry.name, stage, seed),
         )
     else:
+        from harness.submission.outside import outside_problem
+
         problem = outside_problem(
             model, source, task, weights=weights, seed=seed, folder=registry, data_root=data_root
         )

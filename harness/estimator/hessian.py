@@ -139,7 +139,7 @@ class BlockHessian:
             self.product_bytes = self.product_bytes * self.microbatch_size // whole
             self.batches, self.weights = share.of(self.batches, self.weights, self._count)
         every_graph = (num_batches - 1) * self.graph_bytes + self.product_bytes
-        self.keeps_graphs = every_graph <= self.memory_budget
+        self.keeps_graphs = self.is_autograd and every_graph <= self.memory_budget
         self.most_bytes = every_graph if self.keeps_graphs else self.product_bytes
         self._kept: list[Graph] = []
 

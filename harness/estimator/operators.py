@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -74,18 +75,10 @@ class DifferenceHessian(BlockHessian):
 
     is_autograd = False
 
-    def __init__(
-        self,
-        objective: Objective,
-        blocks: Sequence[Block],
-        settings: Settings,
-        *,
-        share: Share | None = None,
-    ) -> None:
-        """Prepare as `BlockHessian` does; no graph is kept."""
-        self._chosen: dict[int, tuple[float, float]] = {}
-        super().__init__(objective, blocks, settings, share=share)
-        self.keeps_graphs, self.most_bytes = False, self.product_bytes
+    @cached_property
+    def _chosen(self) -> dict[int, tuple[float, float]]:
+        """Per block that had a product, its relative step and the error of its products."""
+        return {}
 
     def product_error(self, index: int) -> float | None:
         """Return the relative error of the products with a block; None before the first."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
@@ -148,6 +149,16 @@ class Settings:
         counts = asked.groupby(rows["block"]).sum()
         needed = single.groupby(rows["block"]).any().map({True: 1, False: self.num_probes})
         return set(counts.index[counts >= needed])
+
+
+def check_names(what: str, given: Iterable[str]) -> None:
+    """Raise unless `Settings` knows the names of what something was given beside its own."""
+    known = [field.name for field in fields(Settings)]
+    if unknown := set(given) - set(known):
+        raise UserError(
+            f"{what} has no argument {min(unknown)!r}; beside its own it takes "
+            f"{', '.join(known[3:])}"
+        )
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -22,7 +22,7 @@ from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import LossFn, Objective
 from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.settings import Settings, whole_number
+from harness.estimator.settings import Settings, check_names, whole_number
 from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
@@ -85,11 +85,7 @@ def estimate_spectra(
         [['weight', 12, 'exact']]
     """
     partition = blocks if isinstance(blocks, str) else "custom"
-    if unknown := settings.keys() - {field.name for field in fields(Settings)}:
-        raise UserError(
-            f"estimate_spectra has no argument {min(unknown)!r}; beside its own it takes "
-            f"{', '.join(field.name for field in fields(Settings)[3:])}"
-        )
+    check_names("estimate_spectra", settings)
     how = Settings(partition, num_probes, num_steps, **settings)
     seed = whole_number("seed", seed, 0)
     objective = Objective(model, loss_fn, batches, batch_weights)

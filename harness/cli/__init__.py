@@ -7,6 +7,7 @@ from harness.cli import (
     models,
     paper,
     predictors,
+    spectrum,
     submission,
     verdict,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "models",
     "paper",
     "predictors",
+    "spectrum",
     "submission",
     "verdict",
 ]

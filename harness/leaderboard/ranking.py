@@ -81,7 +81,7 @@ def gate(folder: Path) -> Gate:
             unknown.append(model)
         elif not least <= y.item() <= most:
             reasons.append(f"y of {model} is {y.item():.2f}, not {asked}")
-    return Gate(not (reasons or unknown), tuple(reasons), tuple(unknown))
+    return Gate(tuple(reasons), tuple(unknown))
 
 
 _COLUMNS = [

@@ -45,14 +45,17 @@ class Gate:
     """Whether the protocol's gate holds.
 
     Attributes:
-        passed: It does.
         reasons: Why it does not.
         unknown: Entries of it whose speed-up is not known yet.
     """
 
-    passed: bool
     reasons: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """It does."""
+        return not (self.reasons or self.unknown)
 
 
 @dataclass(frozen=True)

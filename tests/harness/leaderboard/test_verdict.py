@@ -20,7 +20,7 @@ from harness.leaderboard.verdict import (
     verdict,
 )
 
-PASSED = Gate(True)
+PASSED = Gate()
 N = 18
 NAMES = [f"e{i:02d}" for i in range(N)]
 Y = np.linspace(-1.0, 1.9, N)
@@ -106,7 +106,7 @@ def test_the_lines_give_the_power_at_the_n_that_is_there():
 
 
 def test_a_failed_gate_ranks_nothing_and_gives_no_number():
-    found = verdict(table(), RIVALS, PAIRS, Gate(False, ("y of resnet8 is 0.9, above 0.5",)))
+    found = verdict(table(), RIVALS, PAIRS, Gate(("y of resnet8 is 0.9, above 0.5",)))
     assert found.answer == NOTHING
     assert found.sentence == (
         "Nothing is ranked: the gate does not hold (y of resnet8 is 0.9, above 0.5)."

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from harness import SplitLoss
 from harness.registry.networks.convolutional import cnn
 from harness.registry.networks.transformer import GPT, ViT
+
+# Mean over samples, or over tokens.
+CROSS_ENTROPY = SplitLoss(
+    lambda model, batch: model(batch[0]),
+    lambda z, batch: F.cross_entropy(z.flatten(0, -2), batch[1].flatten()),
+)
 
 
 @dataclass(frozen=True)
@@ -19,14 +25,14 @@ class Case:
     """A model with its loss and one batch."""
 
     model: nn.Module
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor]
+    loss_fn: SplitLoss
     batch: tuple[torch.Tensor, torch.Tensor]
 
 
 def gpt_10m() -> Case:
     """GPT of 10.8 M parameters, 39 blocks, 2 sequences of 256 tokens."""
     return Case(
-        gpt(65, 256, num_layers=6, num_heads=6, width=384), cross_entropy, tokens(65, 2, 256)
+        gpt(65, 256, num_layers=6, num_heads=6, width=384), CROSS_ENTROPY, tokens(65, 2, 256)
     )
 
 
@@ -42,14 +48,14 @@ def resnet18() -> Case:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 3, 64, 64, generator=generator)
     labels = torch.randint(10, (16,), generator=generator)
-    return Case(_seeded(lambda: build(num_classes=10)), cross_entropy, (images, labels))
+    return Case(_seeded(lambda: build(num_classes=10)), CROSS_ENTROPY, (images, labels))
 
 
 def small(kind: str) -> Case:
     """A net of a few thousand parameters, whose dense block Hessians are quick to diagonalise."""
     if kind == "gpt":
         model = _seeded(lambda: GPT(32, 16, num_layers=2, num_heads=2, width=24, tied=False))
-        return Case(model, cross_entropy, tokens(32, 16, 16))
+        return Case(model, CROSS_ENTROPY, tokens(32, 16, 16))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (64,), generator=generator)
@@ -65,16 +71,10 @@ def small(kind: str) -> Case:
             nn.Linear(32, 10),
         ),
     }
-    return Case(_seeded(build[kind]), cross_entropy, (images, labels))
+    return Case(_seeded(build[kind]), CROSS_ENTROPY, (images, labels))
 
 
 KINDS = ("gpt", "vit", "cnn", "mlp")
-
-
-def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy over samples, or over tokens."""
-    x, y = batch
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
 def tokens(vocab_size: int, num_sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:

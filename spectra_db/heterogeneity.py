@@ -196,6 +196,33 @@ def measure(rows: pd.DataFrame, metric: str) -> tuple[Estimate, float]:
     return full, CHANGES * abs(short.value - full.value)
 
 
+def settled(rows: pd.DataFrame, metric: str, allowed: float) -> set[str]:
+    """Return the blocks that need no more steps for a metric's truncation error to be allowed.
+
+    Those without whose last quarter of the steps the metric would change by less than their share:
+    of K blocks one K-th of what is allowed, by the same rule as `measure`. To first order the
+    changes of blocks add up.
+
+    Args:
+        rows: As `measure`.
+        metric: As `measure`.
+        allowed: The largest truncation error of the metric.
+
+    Raises:
+        ValueError: As `js0`.
+    """
+    blocks, reading = Blocks.of(rows), METRICS[metric].readings[0]
+    full = replace(blocks, errors_known=False)  # values alone
+    value = METRICS[metric].estimate(full, *reading).value
+    found = set(rows["block"]) - {b.name for b in blocks.blocks}
+    for k, shorter in enumerate(blocks.truncated(TRUNCATION).blocks):
+        others = [*full.blocks[:k], shorter, *full.blocks[k + 1 :]]
+        change = METRICS[metric].estimate(replace(full, blocks=others), *reading).value - value
+        if CHANGES * abs(change) <= allowed / len(full):
+            found.add(shorter.name)
+    return found
+
+
 def metrics(
     rows: pd.DataFrame,
     *,

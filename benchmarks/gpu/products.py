@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import Case, cross_entropy, gpt, small, tokens
+from benchmarks.cases import CROSS_ENTROPY, Case, gpt, small, tokens
 from benchmarks.gpu.desk import Desk
 from harness.errors import reason_of
 from harness.estimator.blocks import find_blocks
@@ -39,7 +39,7 @@ _MOST_STEPS = 20
 def gpt_paper() -> Case:
     """Return a GPT of 10.8 M parameters, 39 blocks, at 163,840 tokens."""
     return Case(
-        gpt(65, 256, num_layers=6, num_heads=6, width=384), cross_entropy, tokens(65, 640, 256)
+        gpt(65, 256, num_layers=6, num_heads=6, width=384), CROSS_ENTROPY, tokens(65, 640, 256)
     )
 
 
@@ -53,7 +53,7 @@ def resnet_paper() -> Case:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = create_model("resnet18", num_classes=1000).eval()
-    return Case(model, cross_entropy, (images, labels))
+    return Case(model, CROSS_ENTROPY, (images, labels))
 
 
 def cases(rehearse: bool) -> dict[str, Callable[[], Case]]:

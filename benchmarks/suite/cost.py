@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.cases import Case, resnet18
 from benchmarks.peers import CASES
-from harness import SplitLoss, estimate_spectra, find_blocks
+from harness import estimate_spectra, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.objective import Objective
 from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 
 # More operations than these per step are an error, which `make bench-check` reports.
-MOST_GFLOP = {"gpt-10m": 600, "resnet18": 110}
+MOST_GFLOP = {"gpt-10m": 600, "resnet18": 110, "shortcuts": 12}
 BUDGET = 8 << 30
 
 
@@ -57,6 +56,28 @@ class Step:
     track_gflop.unit = "GFLOP per step"  # type: ignore[attr-defined]
 
 
+class Shortcuts:
+    """One product with every block of ResNet18, each a layer forth and back."""
+
+    timeout = 900
+
+    def setup(self) -> None:
+        self.step = peers.ours(resnet18())
+
+    def time_step(self) -> None:
+        self.step()
+
+    def track_gflop(self) -> float:
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        gflop = counter.get_total_flops() / 1e9
+        if gflop > MOST_GFLOP["shortcuts"]:
+            raise ValueError(f"{gflop:.1f} GFLOP per step; at most {MOST_GFLOP['shortcuts']}")
+        return gflop
+
+    track_gflop.unit = "GFLOP per step"  # type: ignore[attr-defined]
+
+
 class Products:
     """Time of the same products by our estimator and by others."""
 
@@ -84,7 +105,6 @@ class Exact:
 
     def setup(self) -> None:
         self.case = resnet18()
-        self.loss = SplitLoss(lambda m, b: m(b[0]), lambda z, b: functional.cross_entropy(z, b[1]))
 
     def time_spectra(self) -> None:
         self.spectra()
@@ -95,7 +115,7 @@ class Exact:
     track_blocks.unit = "blocks that are exact"  # type: ignore[attr-defined]
 
     def spectra(self) -> pd.DataFrame:
-        of = self.case.model, self.loss, [self.case.batch]
+        of = self.case.model, self.case.loss_fn, [self.case.batch]
         # One product of each block that would not be exact.
         return estimate_spectra(*of, gram=True, num_probes=1, num_steps=1, memory_budget=BUDGET)
 

@@ -18,7 +18,7 @@ from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import Kept, Recurrence
 from harness.estimator.settings import Settings, whole_number
 from harness.estimator.spectrum import OnProgress, gathered, rules
-from spectra_db.heterogeneity import EXTREMES, METRICS, MOMENTS, WHOLE, measure, that_need
+from spectra_db.heterogeneity import EXTREMES, METRICS, MOMENTS, WHOLE, measure, settled, that_need
 from spectra_db.jackknife import MIN_PROBES, Estimate
 from spectra_db.schema import TABLES
 
@@ -37,7 +37,7 @@ class Reached:
         estimate: The metric, with its jackknife standard error.
         truncation_error: What more steps may change, by what the last quarter of them did.
         num_probes: Probes per block that were needed.
-        num_steps: Steps per probe that were needed.
+        num_steps: Steps per probe that were needed, of the blocks that took the most.
         tolerance: What was asked for, relative to the corrected value; None: nothing.
     """
 
@@ -125,9 +125,9 @@ def estimate_to_tolerance(
     """Estimate a metric of a model's block spectra until its errors are below a tolerance.
 
     Steps are added, half as many again, while more of them may change the metric by more than the
-    tolerance; then probes, as the standard error's square asks for but at most
-    twice as many at a time, and again. Recurrences go on from where they are, as far as their
-    vectors fit the memory that `beside_recurrences` leaves.
+    tolerance, to the blocks that are not `settled`; then probes, as the standard error's square
+    asks for but at most twice as many at a time, and again. Recurrences go on from where they are,
+    as far as their vectors fit the memory that `beside_recurrences` leaves.
 
     Args:
         hessian: The products.
@@ -156,24 +156,26 @@ def estimate_to_tolerance(
     rows = pd.DataFrame(columns=TABLES["spectra"].names) if known is None else known
     begin = first_numbers(metric) if tolerance is not None else (max_probes, max_steps)
     num_probes, num_steps = min(begin[0], max_probes), min(begin[1], max_steps)
+    steps = {block.name: num_steps for block in hessian.blocks}
     for row in rows.to_dict("records"):
         T = (list(row["alphas"]), list(row["betas"]))
         done = Recurrence(torch.empty(0), None, *T, None, row["breakdown"])
         kept.put((row["block"], row["probe"]), done)
         # The probes of a block belong together: what is there is added to, never cut.
         num_probes = max(num_probes, row["probe"] + 1)
-        num_steps = max(num_steps, row["num_steps"])
+        steps[row["block"]] = max(steps[row["block"]], row["num_steps"])
     while True:
         single = rows[(rows["method"] == "exact") | (rows["status"] == "zero")]
         todo = {b.name: range(num_probes) for b in hessian.blocks}
         todo = {name: probes for name, probes in todo.items() if name not in set(single["block"])}
         if todo:
-            now = replace(settings, num_probes=num_probes, num_steps=num_steps)
+            now = replace(settings, num_probes=num_probes, num_steps=max(steps.values()))
             parts = rules(
                 hessian,
                 now,
                 {"tolerance": tolerance, **source},
                 probes=todo,
+                steps=steps,
                 kept=kept,
                 on_progress=on_progress,
             )
@@ -182,11 +184,16 @@ def estimate_to_tolerance(
             estimate, truncation_error = measure(rows, metric)
         except ValueError as error:  # too few blocks that are not zero
             raise UserError(f"{metric}: {error}") from error
+        num_steps = max(steps.values())
         reached = Reached(rows, estimate, truncation_error, num_probes, num_steps, tolerance)
         if on_round is not None:
             on_round(reached)
-        if reached.needs_steps and num_steps < max_steps:
-            num_steps = min(math.ceil(num_steps * 1.5), max_steps)
+        shorter = {name for name in todo if steps[name] < max_steps}
+        if reached.needs_steps and shorter:
+            # Where all that are left have settled nevertheless, all of them go on.
+            unsettled = shorter - settled(rows, metric, reached.allowed)
+            for name in unsettled or shorter:
+                steps[name] = min(math.ceil(steps[name] * 1.5), max_steps)
         elif reached.needs_probes and not reached.needs_steps and num_probes < max_probes:
             excess = math.inf
             if reached.allowed:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from harness.estimator.batches import Batch, place
 from harness.estimator.blocks import Block
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import SplitLoss
-from harness.estimator.probes import draw_probe
+from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
 MOST_ROWS = 4096
@@ -52,7 +51,7 @@ class Eigenvalues:
         return ([0.0, *nodes], [zeros / num_params, *weights]) if zeros else (nodes, weights)
 
 
-def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Iterator[Eigenvalues]:
+def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalues]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
 
     The matrix is A Aᵀ, or Aᵀ A where the block has fewer parameters than there are rows, of at most
@@ -62,7 +61,6 @@ def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Ite
 
     Args:
         hessian: The products; it holds the whole batch.
-        operator: hessian or ggn, as it was opened with.
         indices: The blocks to look at.
 
     Raises:
@@ -80,9 +78,9 @@ def spectra(hessian: BlockHessian, operator: str, indices: Sequence[int]) -> Ite
     free -= sum(root.nbytes for _, root in roots)
     taken = {i: _nbytes(n, num_rows, hessian.dtype) for i, n in sizes.items()}
     fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS and taken[i] <= free]
-    if operator == "hessian":
-        fitting = _linear(hessian, split, fitting)
-    passes = -(-num_rows // hessian.batch_size) + (operator == "hessian")
+    if hessian.operator == "hessian":
+        fitting = linear_blocks(hessian, split, fitting)
+    passes = -(-num_rows // hessian.batch_size) + (hessian.operator == "hessian")
     while fitting:
         used, group = 0, []
         while fitting and used + taken[fitting[0]] <= free:
@@ -144,34 +142,6 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
         return None
     kept = values > rounding
     return (vectors[:, kept] * values[kept].sqrt()).T
-
-
-def _linear(hessian: BlockHessian, split: SplitLoss, indices: Sequence[int]) -> list[int]:
-    """Return the blocks in which the outputs are locally linear.
-
-    The Hessian of ⟨z, u⟩, u drawn at random, is then zero, and so is each entry of its product with
-    a random vector: at kinks torch's derivatives are of one side. Of others none is, to rounding,
-    but with probability zero.
-    """
-
-    def functional(model: nn.Module, batch: Batch) -> torch.Tensor:
-        z = split.outputs(model, batch)
-        u = draw_probe(z.numel(), 0, "gaussian").to(z)
-        return (z * u.view_as(z)).sum()
-
-    requests = [
-        (
-            i,
-            draw_probe(hessian.blocks[i].num_params, 0, "gaussian").to(
-                hessian.device, hessian.dtype
-            ),
-        )
-        for i in indices
-    ]
-    if not requests:
-        return []
-    products = hessian.of(functional).products(requests)
-    return [i for i, product in zip(indices, products, strict=True) if not product.any()]
 
 
 def _matrices(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -58,6 +58,7 @@ class BlockHessian:
 
     Attributes:
         blocks: As given.
+        model: The working copy.
         loss_fn: As given.
         batches: The microbatches on the device, halved if they would not fit; with a share, this
             process's.
@@ -73,6 +74,9 @@ class BlockHessian:
         most_bytes: Estimate of what is taken at most beside the model: kept graphs and a product.
             With a share the same in all processes.
         is_autograd: Products are exact, so that asymmetry tells of a wrong second derivative.
+        is_shared: Several processes make each product together.
+        operator: hessian or ggn.
+        shortcuts: Cheaper products of some blocks, v ↦ H_l v by the block's index.
     """
 
     is_autograd = True
@@ -98,11 +102,11 @@ class BlockHessian:
         dtype, device = DTYPES[settings.dtype], choose_device(objective.model, settings.device)
         self.blocks = list(blocks)
         self.memory_budget = settings.memory_budget or memory_share(device)
-        self._model = _working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
-        self.loss_fn = loss_fn
-        is_ggn = settings.operator == "ggn"
+        self.model = _working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
+        self.loss_fn, self.operator = loss_fn, settings.operator
+        is_ggn = self.operator == "ggn"
         self._split = split_or_refuse(loss_fn, "operator='ggn'") if is_ggn else None
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = dict(self.model.named_parameters())
         self._operations = SoundOperations()
         self._check_blocks()
         self.batches = [place(batch, device, dtype) for batch in objective.batches]
@@ -114,7 +118,7 @@ class BlockHessian:
             warn_of_lengths(self.batches)
         with self._operations.looking():
             check_deterministic(
-                self._model, loss_fn, self.batches, count, batch_mates=norm_mode == "eval"
+                self.model, loss_fn, self.batches, count, batch_mates=norm_mode == "eval"
             )
         # Counts the terms of a piece of a batch; None: batches can't be cut.
         self._count = count if norm_mode == "eval" else None
@@ -122,7 +126,7 @@ class BlockHessian:
         self.precision = dtype
         self.graph_bytes, self.product_bytes = self._size_graph(self.memory_budget)
         if dtype == torch.float64 != self.precision:
-            warn_of_precision(self._model, loss_fn, self.batches[0], self.precision)
+            warn_of_precision(self.model, loss_fn, self.batches[0], self.precision)
         if self._count is not None:
             num_terms = [self._count(b) for b in self.batches]
         self.num_terms = sum(num_terms)
@@ -130,6 +134,7 @@ class BlockHessian:
         self.microbatch_size = max(leading_size(b) for b in self.batches)
         num_batches = len(self.batches)
         self._share = share
+        self.is_shared = share is not None
         if share is not None:
             whole = self.microbatch_size
             # The same numbers in all processes, which must go through the same products.
@@ -142,6 +147,7 @@ class BlockHessian:
         self.keeps_graphs = self.is_autograd and every_graph <= self.memory_budget
         self.most_bytes = every_graph if self.keeps_graphs else self.product_bytes
         self._kept: list[Graph] = []
+        self.shortcuts: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         """Return H_l v for each request (index of the block l, v of shape (n_l,)), in order.
@@ -178,12 +184,25 @@ class BlockHessian:
             total = dict(zip(total, sums, strict=True))
         return total
 
-    def of(self, loss_fn: LossFn) -> BlockHessian:
-        """Return the Hessian of another loss of the same model over the same batch."""
+    def of(self, loss_fn: LossFn, batches: Sequence[Batch] | None = None) -> BlockHessian:
+        """Return the Hessian of another loss of the same model over the same batches, or others.
+
+        Of others it is of the sum of their losses.
+        """
         other = copy.copy(self)
-        other.loss_fn, other._split, other._kept = loss_fn, None, []
+        other.loss_fn, other._split, other._kept, other.shortcuts = loss_fn, None, [], {}
+        if batches is not None:
+            other.batches, other.weights = list(batches), [1.0] * len(batches)
         other.keeps_graphs = False
         return other
+
+    def take_shortcuts(
+        self, shortcuts: Mapping[int, Callable[[torch.Tensor], torch.Tensor]], nbytes: int
+    ) -> None:
+        """Make the products of some blocks another way from now on, which keeps so many bytes."""
+        self.shortcuts, self._kept = shortcuts, []
+        self.keeps_graphs &= self.most_bytes + nbytes <= self.memory_budget
+        self.most_bytes = nbytes + (self.most_bytes if self.keeps_graphs else self.product_bytes)
 
     def pieces(self) -> Iterator[tuple[Batch, float]]:
         """Yield as few samples at a time as the model takes, with their weights in the mean.
@@ -203,8 +222,8 @@ class BlockHessian:
     def outputs(self, batch: Batch) -> torch.Tensor:
         """Return the outputs of a loss that is in two parts."""
         split = split_or_refuse(self.loss_fn, "outputs")
-        with explained(self._model, self.loss_fn, batch), self._operations:
-            return split.outputs_of(self._model, batch)
+        with explained(self.model, self.loss_fn, batch), self._operations:
+            return split.outputs_of(self.model, batch)
 
     def pull_back(
         self,
@@ -252,7 +271,7 @@ class BlockHessian:
     def differences(self) -> Differences:
         """What the products must equal, within what differences of the gradient can tell."""
         parts = (self.batches, self.weights, self.blocks, self._share)
-        return Differences.precise(self._model, self.loss_fn, *parts)
+        return Differences.precise(self.model, self.loss_fn, *parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -266,11 +285,18 @@ class BlockHessian:
 
     def _products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         """Return this process's part of the products."""
-        results = [torch.zeros_like(v) for _, v in requests]
-        names = {part.parameter for index, _ in requests for part in self.blocks[index].parts}
+        results = [
+            self.shortcuts[i](v) if i in self.shortcuts else torch.zeros_like(v)
+            for i, v in requests
+        ]
+        pairs = zip(results, requests, strict=True)
+        others = [(result, i, v) for result, (i, v) in pairs if i not in self.shortcuts]
+        if results and not others:
+            return results
+        names = {part.parameter for _, i, _ in others for part in self.blocks[i].parts}
         for gradients, weight in zip(self._graphs(names), self.weights, strict=True):
-            for result, (index, vector) in zip(results, requests, strict=True):
-                self._add_product(result, gradients, self.blocks[index], vector, weight)
+            for result, i, v in others:
+                self._add_product(result, gradients, self.blocks[i], v, weight)
         return results
 
     def _gradient(self) -> Gradients:
@@ -295,7 +321,7 @@ class BlockHessian:
                     raise
                 reason = str(error).splitlines()[0] if str(error) else "MemoryError"
             # Only here, where the error no longer holds the frames that hold the tensors.
-            self._kept = []
+            self._kept, self.shortcuts = [], {}
             release_cache(self.device)
             if self._count is None or self.microbatch_size < 2 * self._fewest:
                 raise UserError(
@@ -334,7 +360,7 @@ class BlockHessian:
                 directions.append(piece.view(shape))
         if not outputs:
             return  # the loss is linear in these parameters, or does not use them
-        with explained(self._model, self.loss_fn, self.batches[0]):
+        with explained(self.model, self.loss_fn, self.batches[0]):
             derivatives = gradients.derivatives(outputs, inputs, directions)
         targets = result.split([s.numel() for s in sizes])
         for part, target, shape, d in zip(block.parts, targets, sizes, derivatives, strict=True):
@@ -355,12 +381,12 @@ class BlockHessian:
     def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Graph:
         """Run one forward and one backward pass, to be differentiated again if asked."""
         ordered = [name for name in self._parameters if name in names]
-        with explained(self._model, self.loss_fn, batch):
+        with explained(self.model, self.loss_fn, batch):
             with self._operations:
                 if self._split is not None and create_graph:
-                    graph: Graph = GaussNewtonGraph(self._split, self._model, batch)
+                    graph: Graph = GaussNewtonGraph(self._split, self.model, batch)
                 else:
-                    graph = Graph(self.loss_fn(self._model, batch).reshape(()))
+                    graph = Graph(self.loss_fn(self.model, batch).reshape(()))
             if not graph.value.requires_grad:
                 raise UserError("the loss does not depend on the parameters of the blocks")
             gradients = torch.autograd.grad(
@@ -481,7 +507,7 @@ class BlockHessian:
                 if part.parameter not in self._parameters:
                     raise UserError(
                         f"block {block.name!r} names the parameter {part.parameter!r}, which "
-                        f"{type(self._model).__name__} does not have"
+                        f"{type(self.model).__name__} does not have"
                     )
                 if not self._parameters[part.parameter].requires_grad:
                     raise UserError(

@@ -96,7 +96,7 @@ class DifferenceHessian(BlockHessian):
 
     def _products(self, requests: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         """Return this process's part of the products, with steps that all processes share."""
-        parts = (self._model, self.loss_fn, self.batches, self.weights, self.blocks)
+        parts = (self.model, self.loss_fn, self.batches, self.weights, self.blocks)
         whole, mine = Differences(*parts, self._share), Differences(*parts, None)
         found = []
         for index, vector in requests:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.estimator import gram, lanczos
+from harness.estimator import gram, lanczos, shortcuts
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import Block, find_blocks, unclassified
 from harness.estimator.checks import warn_of_asymmetry
@@ -131,6 +131,7 @@ def rules(
     source: Mapping[str, Any],
     *,
     probes: Mapping[str, Sequence[int]] | None = None,
+    steps: Mapping[str, int] | None = None,
     kept: lanczos.Kept | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[list[Row]]:
@@ -143,6 +144,7 @@ def rules(
             together with the block's name, train_run, batch_hash, run_id, step, progress and
             data_source.
         probes: The probes of each block to take, by its name; None: all of all blocks.
+        steps: The steps of each block's probes, by its name; None: the settings' of all.
         kept: Recurrences by block and probe. Those found there go on instead of starting, and
             all are left there.
         on_progress: Called with (products done, products in all).
@@ -163,7 +165,10 @@ def rules(
         "reason": None,
         **source,
     }
-    plan = _Plan(hessian, settings, shared, probes, lanczos.Kept(0) if kept is None else kept)
+    if steps is None:
+        steps = dict.fromkeys(probes, settings.num_steps)
+    kept = lanczos.Kept(0) if kept is None else kept
+    plan = _Plan(hessian, settings, shared, probes, steps, kept)
     return _run(plan, on_progress or (lambda done, total: None))
 
 
@@ -175,6 +180,7 @@ class _Plan:
     settings: Settings
     shared: Row
     probes: Mapping[str, Sequence[int]]
+    steps: Mapping[str, int]
     kept: lanczos.Kept
 
     def is_exact(self, block: Block) -> bool:
@@ -196,11 +202,12 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
         if not others:
             on_progress(0, 0)
     blocks, settings, shared = plan.hessian.blocks, plan.settings, plan.shared
-    num_steps = settings.num_steps
+    most = settings.num_probes * settings.num_steps
+    shortcuts.prepare(plan.hessian, [i for i, _ in plan.todo], most)
     # Before the first product: processes of which one runs out of memory keep to one plan.
     groups = list(_groups(plan))
     total = sum(
-        b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * num_steps
+        b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * plan.steps[b.name]
         for _, b in plan.todo
     )
     done = 0
@@ -213,11 +220,12 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     for pairs in groups:
         begin = time.perf_counter()
         states, seeds = [], []
-        for index, probe in pairs:
+        ends = [plan.steps[blocks[index].name] for index, _ in pairs]
+        for (index, probe), end in zip(pairs, ends, strict=True):
             block = blocks[index]
             named = (shared["init_seed"], shared["model"], shared["stage"], block.name, probe)
             seeds.append(probe_seed(*named))
-            state = plan.kept.take((block.name, probe), num_steps)
+            state = plan.kept.take((block.name, probe), end)
             if state is None:
                 v0 = draw_probe(block.num_params, seeds[-1], settings.probe_distribution)
                 v0 = v0.to(plan.hessian.device, plan.hessian.dtype)
@@ -225,14 +233,16 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
             states.append(state)
         while live := [
             (pair[0], state)
-            for pair, state in zip(pairs, states, strict=True)
-            if not state.is_done(num_steps)
+            for pair, state, end in zip(pairs, states, ends, strict=True)
+            if not state.is_done(end)
         ]:
             products = plan.hessian.products([(index, state.vector) for index, state in live])
             lanczos.advance([state for _, state in live], products)
-            steps = [num_steps if s.breakdown else len(s.alphas) for s in states]
-            on_progress(done + sum(steps), total)
-        done += len(pairs) * num_steps
+            made = (
+                end if s.breakdown else len(s.alphas) for s, end in zip(states, ends, strict=True)
+            )
+            on_progress(done + sum(made), total)
+        done += sum(ends)
         on_progress(done, total)
         both = zip(pairs, states, strict=True)
         found = [(blocks[index].name, state.asymmetry) for (index, _), state in both]
@@ -255,13 +265,13 @@ def _groups(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
     """
     hessian = plan.hessian
     free = hessian.memory_budget - hessian.most_bytes
-    vectors = 3 + (plan.settings.num_steps if plan.settings.reorthogonalize else 0)
     group: list[tuple[int, int]] = []
     used = 0
     for index, block in plan.todo:
         if plan.is_exact(block):
             continue
         for probe in plan.probes[block.name]:
+            vectors = 3 + (plan.steps[block.name] if plan.settings.reorthogonalize else 0)
             size = vectors * block.num_params * hessian.dtype.itemsize
             full = used + size > free or (hessian.keeps_graphs and group and group[0][0] != index)
             if group and full:
@@ -293,8 +303,8 @@ def _slq_row(
         "probe_seed": seed,
         "num_steps": len(state.alphas),
         "breakdown": state.breakdown,
-        "alphas": state.alphas,
-        "betas": state.betas,
+        "alphas": list(state.alphas),  # the recurrence may go on
+        "betas": list(state.betas),
         "nodes": nodes.tolist(),
         "weights": weights.tolist(),
         "num_products": len(state.alphas),
@@ -310,7 +320,7 @@ def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
     """Yield the rows of blocks whose spectra are those of Gram matrices; return their names."""
     begin = time.perf_counter()
     done, hessian = set(), plan.hessian
-    for found in gram.spectra(hessian, plan.settings.operator, [i for i, _ in plan.todo]):
+    for found in gram.spectra(hessian, [i for i, _ in plan.todo]):
         block = hessian.blocks[found.index]
         rule = found.rule(block.num_params)
         yield [_exact_row(plan, found.index, rule, found.num_passes, begin)]

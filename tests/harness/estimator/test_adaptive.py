@@ -12,7 +12,7 @@ from harness.estimator.lanczos import Kept, advance, lanczos, start
 from harness.estimator.objective import Objective
 from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
-from spectra_db.heterogeneity import METRICS, measure
+from spectra_db.heterogeneity import METRICS, measure, settled
 
 from .models import cross_entropy, num_terms, problem
 
@@ -61,10 +61,16 @@ def test_both_errors_end_within_the_tolerance_and_the_truth_within_both(metric, 
     assert abs(reached.estimate.corrected - truth_of("mlp", metric)) <= allowed
 
 
-def test_rounds_end_with_the_rows_that_one_round_gives():
+@pytest.fixture(scope="module")
+def rounds():
+    found = []
+    reach(tolerance=0.02, on_round=found.append)
+    return found
+
+
+def test_rounds_end_with_the_rows_that_one_round_gives(rounds):
     model, batch = problem("mlp", num_samples=12)
-    rounds = []
-    reached = reach(tolerance=0.02, on_round=rounds.append)
+    reached = rounds[-1]
     assert len({r.num_probes for r in rounds}) > 1
     at_once = estimate_spectra(
         model,
@@ -74,7 +80,23 @@ def test_rounds_end_with_the_rows_that_one_round_gives():
         num_steps=reached.num_steps,
         **OPTIONS,
     )
-    assert numbers(reached.rows).equals(numbers(at_once))
+    assert len(reached.rows) == len(at_once)
+    for mine, whole in zip(reached.rows.itertuples(), at_once.itertuples(), strict=True):
+        assert (mine.block, mine.probe) == (whole.block, whole.probe)
+        assert mine.alphas == whole.alphas[: len(mine.alphas)]
+        assert mine.betas == whole.betas[: len(mine.betas)]
+
+
+def test_blocks_that_are_settled_take_no_more_steps():
+    found = []
+    reach("gpt", tolerance=0.1, on_round=found.append)
+    first, second = found
+    assert first.needs_steps
+    assert second.is_within
+    done = settled(first.rows, "js0", first.allowed)
+    steps = second.rows[second.rows["method"] == "slq"].groupby("block")["num_steps"].max()
+    assert 0 < len(done) < first.rows["block"].nunique()
+    assert steps.to_dict() == {name: 10 if name in done else 15 for name in steps.index}
 
 
 @pytest.mark.parametrize(("budget", "products"), [(10**6, 8), (0, 12)])

@@ -1,0 +1,229 @@
+"""Products that cost a layer, not a network: of its weight, where the outputs are linear in it.
+
+With z the outputs and y = f(x, w) a layer that is linear in its weight w, the derivative of z by w
+is that of z by y, a matrix for each sample, after f(x, ·). Where z is linear in w, as in each
+weight by itself of a network of ReLU, max-pooling and norms in eval mode, the Hessian is that of
+the criterion between the two (Botev, Ritter & Barber 2017, arXiv 1706.03662); the Gauss-Newton
+matrix is it anywhere. Once the matrices are there, at a backward pass for each output of a sample,
+a product is the layer forth and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from harness.estimator.batches import Batch, leading_size
+from harness.estimator.graphs import slope_of
+from harness.estimator.hessian import BlockHessian
+from harness.estimator.memory import is_out_of_memory, release_cache
+from harness.estimator.objective import SplitLoss
+from harness.estimator.probes import draw_probe
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Traces = dict[int, tuple[torch.Tensor, torch.Tensor]]
+# How far from the ordinary product one may be, in eps: the two sum up in different orders.
+_ROUNDING = 512
+
+
+def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) -> None:
+    """Give the Hessian shortcuts for those of some blocks that have any, if that pays.
+
+    A block has one if it is the whole weight of a linear layer or a convolution, the outputs are
+    linear in it or the Gauss-Newton matrix is asked for, what it keeps fits the memory budget,
+    and its product with a random vector is the ordinary one to rounding. So nothing need be known
+    of what the network does with the layer: the product is another if it is used twice, or if
+    samples depend on each other.
+
+    Args:
+        hessian: The products.
+        indices: The blocks to look at.
+        num_products: How many each of them will take.
+    """
+    split = hessian.loss_fn
+    layers = {i: found for i in indices if (found := _layer(hessian, i)) is not None}
+    if hessian.is_shared or not (hessian.is_autograd and isinstance(split, SplitLoss) and layers):
+        return
+    piece, _ = next(hessian.pieces())
+    z, traces = _traced(hessian, piece, layers)
+    if z.dim() < 2 or len(z) != leading_size(piece) or 2 * z[0].numel() > num_products:
+        return
+    sizes = {
+        i: (x[0].nbytes + z[0].numel() * y[0].nbytes) * hessian.batch_size
+        for i, (x, y) in traces.items()
+    }
+    if hessian.operator == "hessian":
+        # Of few samples first: mostly, outputs that bend anywhere bend there.
+        for batches in ([piece], hessian.batches):
+            sizes = {i: sizes[i] for i in linear_blocks(hessian, split, list(sizes), batches)}
+    free = hessian.memory_budget - hessian.product_bytes
+    fitting = {}
+    for i, nbytes in sizes.items():
+        if nbytes <= free:
+            fitting[i] = layers[i]
+            free -= nbytes
+    if not fitting:
+        return
+    vectors = {i: _random(hessian, i) for i in fitting}
+    expected = hessian.products(list(vectors.items()))
+    try:
+        parts = [
+            _Part(hessian, split, batch, weight, fitting)
+            for batch, weight in zip(hessian.batches, hessian.weights, strict=True)
+        ]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        release_cache(hessian.device)
+        return
+    right = {
+        i
+        for (i, v), product in zip(vectors.items(), expected, strict=True)
+        if _agrees(sum(part.product(i, v) for part in parts), product)
+    }
+    for part in parts:
+        part.keep(right)
+    if right:
+        shortcuts = {i: partial(_sum, parts, i) for i in right}
+        hessian.take_shortcuts(shortcuts, sum(sizes[i] for i in right))
+
+
+def linear_blocks(
+    hessian: BlockHessian,
+    split: SplitLoss,
+    indices: Sequence[int],
+    batches: Sequence[Batch] | None = None,
+) -> list[int]:
+    """Return the blocks in which the outputs are locally linear.
+
+    The Hessian of ⟨z, u⟩, u drawn at random, is then zero, and so is each entry of its product with
+    a random vector: at kinks torch's derivatives are of one side. Of others none is, to rounding,
+    but with probability zero.
+    """
+    if not indices:
+        return []
+
+    def functional(model: nn.Module, batch: Batch) -> torch.Tensor:
+        z = split.outputs(model, batch)
+        u = draw_probe(z.numel(), 0, "gaussian").to(z)
+        return (z * u.view_as(z)).sum()
+
+    requests = [(i, _random(hessian, i)) for i in indices]
+    products = hessian.of(functional, batches).products(requests)
+    return [i for i, product in zip(indices, products, strict=True) if not product.any()]
+
+
+class _Part:
+    """One microbatch's part of the products with some blocks.
+
+    For each: the layer, its inputs x, and the derivative of the outputs by what it returns, shape
+    (samples, outputs, entries of y).
+    """
+
+    def __init__(
+        self,
+        hessian: BlockHessian,
+        split: SplitLoss,
+        batch: Batch,
+        weight: float,
+        layers: Mapping[int, Layer],
+    ) -> None:
+        self._weight, self._layers = weight, dict(layers)
+        z, traces = _traced(hessian, batch, layers)
+        self._inputs = {i: x for i, (x, _) in traces.items()}
+        places = [y for _, y in traces.values()]
+        sums = z.flatten(1).sum(0)
+        tails = [y.new_empty(len(y), len(sums), y[0].numel()) for y in places]
+        for k, one in enumerate(sums):
+            found = torch.autograd.grad(one, places, retain_graph=True, materialize_grads=True)
+            for tail, slope in zip(tails, found, strict=True):
+                tail[:, k] = slope.flatten(1)
+        self._tails = dict(zip(traces, tails, strict=True))
+        self._place, self._slope = slope_of(split, z, batch)
+
+    def keep(self, indices: set[int]) -> None:
+        """Forget the other blocks."""
+        self._inputs = {i: x for i, x in self._inputs.items() if i in indices}
+        self._tails = {i: tail for i, tail in self._tails.items() if i in indices}
+
+    def product(self, index: int, vector: torch.Tensor) -> torch.Tensor:
+        """Return weight · H_l v of these samples, shape (n_l,)."""
+        layer, tail = self._layers[index], self._tails[index]
+        v = vector.detach().view_as(layer.weight).requires_grad_()
+        y = _linear_part(layer, self._inputs[index], v)
+        change = tail @ y.detach().flatten(1).unsqueeze(2)
+        kept: dict[str, Any] = {"retain_graph": True}
+        (back,) = torch.autograd.grad(self._slope, self._place, change.view_as(self._place), **kept)
+        cotangent = (back.flatten(1).unsqueeze(1) @ tail).view_as(y)
+        (product,) = torch.autograd.grad(y, v, cotangent)
+        return self._weight * product.flatten()
+
+
+def _sum(parts: Sequence[_Part], index: int, vector: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros_like(vector)
+    for part in parts:
+        total += part.product(index, vector)
+    return total
+
+
+def _layer(hessian: BlockHessian, index: int) -> Layer | None:
+    """Return the linear layer or convolution whose whole weight a block is."""
+    part, *others = hessian.blocks[index].parts
+    module, _, name = part.parameter.rpartition(".")
+    layer = hessian.model.get_submodule(module)
+    is_whole = not others and part.dim is None and name == "weight"
+    return layer if is_whole and isinstance(layer, Layer) else None
+
+
+def _linear_part(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return what a layer makes of x with another weight and no bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    return layer._conv_forward(x, weight, None)  # its padding and strides
+
+
+def _traced(
+    hessian: BlockHessian, batch: Batch, layers: Mapping[int, nn.Module]
+) -> tuple[torch.Tensor, Traces]:
+    """Return the outputs of a batch, and what goes into each layer and comes out of it.
+
+    Of those that are called once, on all samples, in the arithmetic of the products.
+    """
+    calls: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in layers}
+
+    def keep(index: int, _: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> torch.Tensor:
+        calls[index].append(([*args, *kwargs.values()][0].detach(), y))
+        return y.clone()  # what comes next may write into it
+
+    hooks = [
+        layer.register_forward_hook(partial(keep, i), with_kwargs=True)
+        for i, layer in layers.items()
+    ]
+    try:
+        z = hessian.outputs(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    size, dtype = leading_size(batch), hessian.dtype
+    once = {i: found[0] for i, found in calls.items() if len(found) == 1}
+    return z, {
+        i: (x, y)
+        for i, (x, y) in once.items()
+        if len(x) == len(y) == size and x.dtype == y.dtype == dtype and y.requires_grad
+    }
+
+
+def _random(hessian: BlockHessian, index: int) -> torch.Tensor:
+    vector = draw_probe(hessian.blocks[index].num_params, 0, "gaussian")
+    return vector.to(hessian.device, hessian.dtype)
+
+
+def _agrees(product: Any, expected: torch.Tensor) -> bool:
+    size = float(expected.norm())
+    allowed = _ROUNDING * torch.finfo(expected.dtype).eps * size
+    return size > 0 and float((product - expected).norm()) <= allowed

@@ -164,9 +164,10 @@ def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
 
 def _take(unit: Unit, job: Job, on_progress: OnProgress) -> None:
     """Take one spectrum, or some blocks of it."""
+    problem = job.problem(unit)
     take_spectrum(
-        job.problem(unit),
-        job.settings(unit),
+        problem,
+        problem.by_gram(job.settings(unit)),
         job.ledger,
         command=job.command,
         on_progress=on_progress,

@@ -55,7 +55,9 @@ def _metrics() -> list[str]:
 @choice("matmul-precision", *CHOICES["matmul_precision"])
 @click.option("--reorthogonalize", is_flag=True, help="Full reorthogonalisation.")
 @click.option(
-    "--gram", is_flag=True, help="Exact spectra where outputs are locally linear, and of ggn."
+    "--gram/--no-gram",
+    default=None,
+    help="Exact spectra where outputs are locally linear, and of ggn. Default: of whole spectra.",
 )
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
 @click.option("--batch-error", is_flag=True, help="Also take each half of the batch.")
@@ -80,6 +82,7 @@ def spectrum(
     memory_budget: float | None,
     batch_error: bool,
     share: str,
+    gram: bool | None,
     registry: Path | None,
     data_root: Path | None,
     out: Path,
@@ -154,6 +157,10 @@ def spectrum(
     )
     choose_device(problem.model, chosen.device)
     cheaply = tol is not None or metric not in that_need(WHOLE)
+    if gram is not None:
+        chosen = replace(chosen, gram=gram)
+    elif not cheaply and processes() == 1:
+        chosen = problem.by_gram(chosen)
     if processes() > 1 and (cheaply or batch_error or chosen.gram):
         raise UserError("--tol, --batch-error, --gram and the scale metrics run without torchrun")
     if cheaply and batch_error:

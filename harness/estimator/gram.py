@@ -24,8 +24,8 @@ from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
 MOST_ROWS = 4096
-# Entries of A that are taken to float64 at a time: 64 MiB.
-_CHUNK = 1 << 23
+# Entries of A that are taken to float64 at a time: 8 MiB, so that its memory is used again.
+_CHUNK = 1 << 20
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
 _ROUNDING = 64
 
@@ -178,7 +178,7 @@ def _matrices(
 def _gram(A: torch.Tensor) -> torch.Tensor:
     """Return A Aᵀ, summed in float64; of what is above the diagonal no more than must be."""
     total = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
-    strip = -(-len(A) // 4) or 1
+    strip = -(-len(A) // 2) or 1
     for columns in A.split(max(1, _CHUNK // max(1, len(A))), dim=1):
         wide = columns.double()
         for start in range(0, len(A), strip):

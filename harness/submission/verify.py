@@ -17,7 +17,7 @@ import torch
 
 import spectra_db
 from harness.errors import UserError, reason_of
-from harness.estimator import gram
+from harness.estimator import gram, shortcuts
 from harness.estimator.checks import batch_hash
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
@@ -32,6 +32,7 @@ from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import rules, store, verified
 from spectra_db.derived import DERIVED, differences, rows_of, wrong_rules
 from spectra_db.files import sha256_of
+from spectra_db.jackknife import MIN_PROBES
 from spectra_db.loading import optional
 from spectra_db.quadrature import gauss_rule
 from spectra_db.verified import Extent
@@ -301,6 +302,8 @@ def _recompute(
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
         count = block.num_params if row["method"] == "exact" else row["num_steps"]
+        if row["method"] == "slq":  # as it was taken, with as many probes as an error needs
+            shortcuts.prepare(hessian, [0], MIN_PROBES * count)
         multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
             if found := _by_gram(row, hessian):
@@ -329,7 +332,7 @@ def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | Non
     n = row["num_params"]
     if row["num_products"] == n:  # one for each parameter
         return None
-    for found in gram.spectra(hessian, row["operator"], [0]):
+    for found in gram.spectra(hessian, [0]):
         nodes, weights = found.rule(n)
         return {"alphas": [], "betas": [], "nodes": np.array(nodes), "weights": np.array(weights)}
     return None

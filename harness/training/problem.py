@@ -69,6 +69,14 @@ class Problem:
             self.model, partition, paper_blocks=entry.paper_blocks, kinds=entry.blocks
         )
 
+    def by_gram(self, settings: Settings) -> Settings:
+        """Return the settings with Gram matrices, as a model's own spectra are taken.
+
+        As they are where the task has a loss of its own, or products are differences.
+        """
+        can = isinstance(self.loss_fn, SplitLoss) and settings.product == "autograd"
+        return replace(settings, gram=can)
+
     def forecast(self, settings: Settings) -> Forecast:
         """Return what a spectrum costs, from one product per block on one sample."""
         return forecast(self.objective, self.blocks(settings.partition), settings)

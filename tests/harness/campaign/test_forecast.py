@@ -71,7 +71,8 @@ def test_the_disk_is_that_of_a_real_run(surveyed, tmp_path):
     assert do(tmp_path, entry)[0] == {}
     kept = [*tmp_path.glob("spectra/*.parquet"), *tmp_path.glob("checkpoints/**/*.safetensors")]
     real = sum(path.stat().st_size for path in kept)
-    assert outlook(survey(entry, None), SLOW).disk_bytes == pytest.approx(real, rel=0.3)
+    # Blocks that turn out to be exact have one row.
+    assert real <= outlook(survey(entry, None), SLOW).disk_bytes <= 1.5 * real
 
 
 def test_a_measurement_divides_operations_by_the_clock(surveyed):

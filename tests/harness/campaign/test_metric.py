@@ -49,7 +49,7 @@ def test_a_gradient_metric_takes_no_product_and_keeps_what_is_there(tmp_path):
 
 
 def test_a_tolerance_is_met_stored_and_builds_on_what_is_there(tmp_path):
-    call(tmp_path, "--num-probes", "3", "--num-steps", "10")
+    call(tmp_path, "--num-probes", "3", "--num-steps", "10", "--no-gram")
     before, _, _ = tables(tmp_path)
     assert set(before["tolerance"].isna()) == {True}
     shown = call(tmp_path, "--tol", "0.2")
@@ -79,7 +79,7 @@ def test_a_tolerance_that_is_not_met_is_a_failure_that_keeps_what_was_reached(tm
 
 
 def test_the_batch_error_is_the_difference_of_the_metrics_on_two_halves(tmp_path):
-    arguments = ["--num-probes", "3", "--num-steps", "8"]
+    arguments = ["--num-probes", "3", "--num-steps", "8", "--no-gram"]
     shown = call(tmp_path, *arguments, "--batch-error")
     rows = spectra_db.load("heterogeneity", source=tmp_path)
     [js0] = rows.loc[(rows["metric"] == "js0") & (rows["scale"] == "own_rms"), "batch_error"]

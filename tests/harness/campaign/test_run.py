@@ -23,9 +23,9 @@ from harness import tasks
 from harness.campaign.drive import drive
 from harness.campaign.engines import Engine
 from harness.campaign.engines.local import Workers, sharers
-from harness.campaign.plan import missing
+from harness.campaign.plan import missing, settings_of
 from harness.campaign.run import run_entries
-from harness.campaign.spectrum import take_spectrum
+from harness.campaign.spectrum import source_of, take_spectrum
 from harness.campaign.survey import Survey, survey
 from harness.campaign.unit import Unit
 from harness.campaign.work import Job
@@ -193,7 +193,8 @@ def test_a_lost_checkpoint_is_trained_again_for_a_spectrum_that_lacks(whole, tmp
     checkpoint = out / "checkpoints" / "tiny" / "adamw-seed1" / "final.safetensors"
     checkpoint.unlink()
     assert list(missing(tiny(), Ledger(out))) == []
-    failed, started = do(out, tiny(num_probes=4))
+    lose(out, "spectra", is_final)
+    failed, started = do(out, tiny())
     assert not failed
     assert [(u.kind, u.seed) for u in started if u.kind == "train"] == [("train", 1)]
     assert checkpoint.exists()
@@ -622,9 +623,11 @@ def test_a_stopped_command_leaves_no_worker_and_continues(tmp_path, stop):
     assert set(spectra_db.load("gaps", source=out)["status"]) == {"ok"}
 
 
-def test_the_forecast_counts_the_products_that_are_made(whole):
-    made = spectra_db.load("spectra", source=whole)["num_products"].sum()
-    assert made == survey(tiny(), None).num_products
+def test_the_forecast_counts_the_products_that_are_made():
+    problem, settings = load_problem(tiny()), settings_of(tiny())
+    with problem.hessian(settings) as hessian:
+        rows = gathered(rules(hessian, settings, source_of(problem)), hessian.blocks)
+    assert rows["num_products"].sum() == problem.forecast(settings).num_products
 
 
 def test_a_survey_of_a_pending_entry_costs_nothing():

@@ -16,7 +16,8 @@ from harness.registry import get
 from harness.submission.verify import verify
 from spectra_db.gauss_newton import ggn_share
 
-SPECTRUM = ("spectrum", "cnn-digits", "--num-probes", "2", "--num-steps", "4", "--device", "cpu")
+SPECTRUM = ("spectrum", "cnn-digits", "--no-gram", "--num-probes", "2", "--num-steps", "4")
+SPECTRUM += ("--device", "cpu")
 
 
 @pytest.fixture(autouse=True)

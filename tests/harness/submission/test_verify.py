@@ -29,12 +29,12 @@ from spectra_db.verified import verified_models
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder with the spectra of a trained model at two stages, and its checkpoints."""
+    """A folder with a trained model's checkpoints and its spectra, sampled and by Gram matrices."""
     out = tmp_path_factory.mktemp("published")
     call = CliRunner().invoke
     assert call(main, ["train", "cnn-digits", "--lr", "0.003", "--out", str(out)]).exit_code == 0
-    for stage in ("init", "final"):
-        arguments = ["spectrum", "cnn-digits", "--stage", stage, "--num-steps", "12"]
+    for stage, how in (("init", "--no-gram"), ("final", "--gram")):
+        arguments = ["spectrum", "cnn-digits", "--stage", stage, "--num-steps", "12", how]
         assert call(main, [*arguments, "--out", str(out)]).exit_code == 0
     return out
 

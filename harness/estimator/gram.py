@@ -9,25 +9,34 @@ Ritter & Barber 2017, arXiv 1706.03662).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from harness.estimator.batches import Batch, place
+from harness.estimator.batches import Batch, leading_size, place
 from harness.estimator.blocks import Block
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.layers import layer_of, places, traced
 from harness.estimator.objective import SplitLoss
+from harness.estimator.probes import draw_probe
 from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
 MOST_ROWS = 4096
 # Entries of A that are taken to float64 at a time: 8 MiB, so that its memory is used again.
 _CHUNK = 1 << 20
+# How far a row may be from autograd's, in eps: the two sum up in different orders.
+_SUMS = 512
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
 _ROUNDING = 64
+
+# Pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
+Roots = Sequence[tuple[Batch, torch.Tensor]]
+Factors = tuple[torch.Tensor, torch.Tensor]
+Way = Callable[[BlockHessian, Roots, Sequence[int]], dict[int, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -76,21 +85,27 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalu
         return
     num_rows = sum(len(root) for _, root in roots)
     free -= sum(root.nbytes for _, root in roots)
-    taken = {i: _nbytes(n, num_rows, hessian.dtype) for i, n in sizes.items()}
-    fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS and taken[i] <= free]
+    fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS]
     if hessian.operator == "hessian":
         fitting = linear_blocks(hessian, split, fitting)
     passes = -(-num_rows // hessian.batch_size) + (hessian.operator == "hessian")
-    while fitting:
-        used, group = 0, []
-        while fitting and used + taken[fitting[0]] <= free:
-            used += taken[fitting[0]]
-            group.append(fitting.pop(0))
-        for i, matrix in zip(group, _matrices(hessian, group, roots, num_rows), strict=True):
-            yield Eigenvalues(i, _nonzero(matrix, hessian.blocks[i], hessian.dtype), passes)
+    ways: list[tuple[Way, dict[int, int]]] = [
+        (_of_layers, _bytes_of_layers(hessian, roots, fitting)),
+        (_of_parameters, {i: _bytes_of_rows(n, num_rows, hessian.dtype) for i, n in sizes.items()}),
+    ]
+    for way, taken in ways:
+        left = [i for i in fitting if taken.get(i, free + 1) <= free]
+        while left:
+            used, group = 0, []
+            while left and used + taken[left[0]] <= free:
+                used += taken[left[0]]
+                group.append(left.pop(0))
+            for i, matrix in way(hessian, roots, group).items():
+                fitting.remove(i)
+                yield Eigenvalues(i, _nonzero(matrix, hessian.blocks[i], hessian.dtype), passes)
 
 
-def _nbytes(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
+def _bytes_of_rows(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
     """Return the memory of a block's matrix, its eigenvalues' workspace and, if it is kept, A."""
     kept = num_rows * num_params * dtype.itemsize if num_params > num_rows else 0
     return kept + 3 * 8 * min(num_params, num_rows) ** 2
@@ -144,13 +159,11 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
     return (vectors[:, kept] * values[kept].sqrt()).T
 
 
-def _matrices(
-    hessian: BlockHessian,
-    group: Sequence[int],
-    roots: Sequence[tuple[Batch, torch.Tensor]],
-    num_rows: int,
-) -> list[torch.Tensor]:
+def _of_parameters(
+    hessian: BlockHessian, roots: Roots, group: Sequence[int]
+) -> dict[int, torch.Tensor]:
     """Return A Aᵀ, or Aᵀ A if that is smaller, of each block, from one backward pass per row."""
+    num_rows = sum(len(root) for _, root in roots)
     blocks = [hessian.blocks[i] for i in group]
     like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
     short = [b.num_params <= num_rows for b in blocks]
@@ -172,19 +185,130 @@ def _matrices(
             if is_short:
                 target.addmm_(some.T.double(), some.double())
         start = stop
-    return [a if is_short else _gram(a) for a, is_short in zip(kept, short, strict=True)]
+    found = {}
+    for i, a, is_short in zip(group, kept, short, strict=True):
+        if is_short:
+            found[i] = a
+            continue
+        found[i] = torch.zeros(num_rows, num_rows, **like | {"dtype": torch.float64})
+        for columns in a.split(max(1, _CHUNK // max(1, num_rows)), dim=1):
+            _add_gram(found[i], columns)
+    return found
 
 
-def _gram(A: torch.Tensor) -> torch.Tensor:
-    """Return A Aᵀ, summed in float64; of what is above the diagonal no more than must be."""
-    total = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
-    strip = -(-len(A) // 2) or 1
-    for columns in A.split(max(1, _CHUNK // max(1, len(A))), dim=1):
-        wide = columns.double()
-        for start in range(0, len(A), strip):
-            stop = start + strip
-            total[start:, start:stop].addmm_(wide[start:], wide[start:stop].T)
+def _bytes_of_layers(hessian: BlockHessian, roots: Roots, indices: Sequence[int]) -> dict[int, int]:
+    """Return the memory that `_of_layers` takes, of the blocks that are a layer's weight.
+
+    That of what it keeps of each, twice over in float64, and of its matrix and eigenvalues.
+    """
+    layers = {i: layer for i in indices if (layer := layer_of(hessian, i)) is not None}
+    if not (layers and roots):
+        return {}
+    piece, _ = roots[0]
+    _, traces = traced(hessian, piece, layers)
+    num_rows = sum(len(root) for _, root in roots)
+    found = {}
+    for i, (x, y) in traces.items():
+        if (inputs := places(layers[i], x, y)) is not None:
+            of_inputs = inputs[0].numel() * hessian.batch_size // leading_size(piece)
+            kept = (num_rows * y.numel() + of_inputs) * (hessian.dtype.itemsize + 16)
+            found[i] = kept + 3 * 8 * min(hessian.blocks[i].num_params, num_rows) ** 2
+    return found
+
+
+def _of_layers(
+    hessian: BlockHessian, roots: Roots, group: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """Return A Aᵀ, or Aᵀ A if that is smaller, of layers' weights, without their rows.
+
+    A row is Uᵀ X: U what is pulled back to the layer's outputs, shape (places, outputs), X what the
+    weight multiplies there, shape (places, inputs). Of each piece one mixture of its rows must be
+    what autograd says it is, to rounding; blocks of which it isn't are left out, such as weights
+    that are used elsewhere too.
+    """
+    layers = {i: layer for i in group if (layer := layer_of(hessian, i)) is not None}
+    factors: dict[int, list[Factors]] = {i: [] for i in layers}
+    for piece, root in roots:
+        mine = {i: layers[i] for i in factors}
+        mixture = draw_probe(len(root), 0, "gaussian").to(root)
+        blocks = [hessian.blocks[i] for i in mine]
+        like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
+        expected = [torch.empty(1, b.num_params, **like) for b in blocks]
+        hessian.pull_back(piece, torch.tensordot(mixture, root, 1)[None], blocks, expected)
+        z, traces = traced(hessian, piece, mine)
+        outputs = [y for _, y in traces.values()]
+        kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
+        back = [torch.autograd.grad(z, outputs, u, **kept) for u in root]
+        pulled = dict(zip(traces, zip(*back, strict=True), strict=True))
+        for (i, layer), [row] in zip(mine.items(), expected, strict=True):
+            found = places(layer, *traces[i]) if i in traces else None
+            if found is not None:
+                X, channels = found
+                U = torch.stack(pulled[i]).movedim(channels + 1, -1).flatten(1, -2)
+                found = None if _differ(torch.tensordot(mixture, U, 1).T @ X, row) else found
+            if found is None:
+                del factors[i]
+            else:
+                factors[i].append((U, X))
+    return {i: _matrix_of(some, hessian.blocks[i].num_params) for i, some in factors.items()}
+
+
+def _differ(row: torch.Tensor, expected: torch.Tensor) -> bool:
+    allowed = _SUMS * torch.finfo(row.dtype).eps * float(expected.norm())
+    return not float((row.flatten() - expected).norm()) <= allowed
+
+
+def _matrix_of(factors: Sequence[Factors], num_params: int) -> torch.Tensor:
+    """Return A Aᵀ, or Aᵀ A if that is smaller, of a layer's weight, the cheapest way."""
+    U, X = factors[0]
+    num_rows = sum(len(U) for U, _ in factors)
+    like: dict[str, Any] = {"dtype": torch.float64, "device": U.device}
+    if num_params <= num_rows:
+        total = torch.zeros(num_params, num_params, **like)
+        for rows in (_rows(U, X) for U, X in factors):
+            total.addmm_(rows.T.double(), rows.double())
+        return total
+    total = torch.zeros(num_rows, num_rows, **like)
+    if _pays_by_places(factors):
+        _add_by_places(total, factors)
+        return total
+    num_outputs, num_inputs = U.shape[2], X.shape[1]
+    width = max(1, _CHUNK // (num_rows * num_inputs))
+    for start in range(0, num_outputs, width):
+        _add_gram(total, torch.cat([_rows(U[:, :, start : start + width], X) for U, X in factors]))
     return total
+
+
+def _rows(U: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """Return the rows Uᵀ X, shape (rows, outputs · inputs)."""
+    return (U.transpose(1, 2).flatten(0, 1) @ X).view(len(U), -1)
+
+
+def _pays_by_places(factors: Sequence[Factors]) -> bool:
+    """Compare the operations of `_add_by_places` with those of rows that are written out."""
+    num_rows, num_outputs = sum(len(U) for U, _ in factors), factors[0][0].shape[2]
+    pulled, kept = sum(len(U) * len(X) for U, X in factors), sum(len(X) for _, X in factors)
+    num_inputs = factors[0][1].shape[1]
+    by_places = pulled**2 * (num_outputs + 1) + kept**2 * num_inputs
+    return by_places < num_rows**2 * num_outputs * num_inputs
+
+
+def _add_by_places(total: torch.Tensor, factors: Sequence[Factors]) -> None:
+    """Add A Aᵀ below its diagonal: ⟨Uᵀ X, U′ᵀ X′⟩ = Σ_pq (U U′ᵀ)_pq (X X′ᵀ)_pq."""
+    wide = [(U.double(), X.double()) for U, X in factors]
+    ends = torch.tensor([len(U) for U, _ in factors]).cumsum(0).tolist()
+    for a, (U, X) in enumerate(wide):
+        for b, (V, Y) in enumerate(wide[: a + 1]):
+            of_outputs = (U.flatten(0, 1) @ V.flatten(0, 1).T).view(*U.shape[:2], *V.shape[:2])
+            both = torch.einsum("kplq,pq->kl", of_outputs, X @ Y.T)
+            total[ends[a] - len(U) : ends[a], ends[b] - len(V) : ends[b]] = both
+
+
+def _add_gram(total: torch.Tensor, columns: torch.Tensor) -> None:
+    """Add A Aᵀ of some columns of A, in float64; of what is above the diagonal a quarter."""
+    wide, half = columns.double(), -(-len(columns) // 2)
+    total[:, :half].addmm_(wide, wide[:half].T)
+    total[half:, half:].addmm_(wide[half:], wide[half:].T)
 
 
 def _nonzero(matrix: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:

@@ -16,17 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 from harness.estimator.batches import Batch, leading_size
 from harness.estimator.graphs import slope_of
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.layers import Layer, layer_of, traced, without_bias
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-Traces = dict[int, tuple[torch.Tensor, torch.Tensor]]
 # How far from the ordinary product one may be, in eps: the two sum up in different orders.
 _ROUNDING = 512
 
@@ -46,11 +44,11 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
         num_products: How many each of them will take.
     """
     split = hessian.loss_fn
-    layers = {i: found for i in indices if (found := _layer(hessian, i)) is not None}
+    layers = {i: found for i in indices if (found := layer_of(hessian, i)) is not None}
     if hessian.is_shared or not (hessian.is_autograd and isinstance(split, SplitLoss) and layers):
         return
     piece, _ = next(hessian.pieces())
-    z, traces = _traced(hessian, piece, layers)
+    z, traces = traced(hessian, piece, layers)
     if z.dim() < 2 or len(z) != leading_size(piece) or 2 * z[0].numel() > num_products:
         return
     sizes = {
@@ -134,7 +132,7 @@ class _Part:
         layers: Mapping[int, Layer],
     ) -> None:
         self._weight, self._layers = weight, dict(layers)
-        z, traces = _traced(hessian, batch, layers)
+        z, traces = traced(hessian, batch, layers)
         self._inputs = {i: x for i, (x, _) in traces.items()}
         places = [y for _, y in traces.values()]
         sums = z.flatten(1).sum(0)
@@ -155,7 +153,7 @@ class _Part:
         """Return weight · H_l v of these samples, shape (n_l,)."""
         layer, tail = self._layers[index], self._tails[index]
         v = vector.detach().view_as(layer.weight).requires_grad_()
-        y = _linear_part(layer, self._inputs[index], v)
+        y = without_bias(layer, self._inputs[index], v)
         change = tail @ y.detach().flatten(1).unsqueeze(2)
         kept: dict[str, Any] = {"retain_graph": True}
         (back,) = torch.autograd.grad(self._slope, self._place, change.view_as(self._place), **kept)
@@ -169,53 +167,6 @@ def _sum(parts: Sequence[_Part], index: int, vector: torch.Tensor) -> torch.Tens
     for part in parts:
         total += part.product(index, vector)
     return total
-
-
-def _layer(hessian: BlockHessian, index: int) -> Layer | None:
-    """Return the linear layer or convolution whose whole weight a block is."""
-    part, *others = hessian.blocks[index].parts
-    module, _, name = part.parameter.rpartition(".")
-    layer = hessian.model.get_submodule(module)
-    is_whole = not others and part.dim is None and name == "weight"
-    return layer if is_whole and isinstance(layer, Layer) else None
-
-
-def _linear_part(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return what a layer makes of x with another weight and no bias."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight)
-    return layer._conv_forward(x, weight, None)  # its padding and strides
-
-
-def _traced(
-    hessian: BlockHessian, batch: Batch, layers: Mapping[int, nn.Module]
-) -> tuple[torch.Tensor, Traces]:
-    """Return the outputs of a batch, and what goes into each layer and comes out of it.
-
-    Of those that are called once, on all samples, in the arithmetic of the products.
-    """
-    calls: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in layers}
-
-    def keep(index: int, _: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> torch.Tensor:
-        calls[index].append(([*args, *kwargs.values()][0].detach(), y))
-        return y.clone()  # what comes next may write into it
-
-    hooks = [
-        layer.register_forward_hook(partial(keep, i), with_kwargs=True)
-        for i, layer in layers.items()
-    ]
-    try:
-        z = hessian.outputs(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    size, dtype = leading_size(batch), hessian.dtype
-    once = {i: found[0] for i, found in calls.items() if len(found) == 1}
-    return z, {
-        i: (x, y)
-        for i, (x, y) in once.items()
-        if len(x) == len(y) == size and x.dtype == y.dtype == dtype and y.requires_grad
-    }
 
 
 def _random(hessian: BlockHessian, index: int) -> torch.Tensor:

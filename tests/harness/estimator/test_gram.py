@@ -98,6 +98,54 @@ def test_one_block_of_all_weights_is_not_linear_and_falls_back():
     assert row["method"] == "slq"
 
 
+class Tokens(nn.Module):
+    """Layers on each place of a sequence, convolutions that pad with what is there, a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.wide = nn.Linear(6, 5), nn.Linear(5, 40)
+        self.conv = nn.Conv1d(40, 3, 3, padding=1, padding_mode="circular")
+        self.image = nn.Conv2d(3, 20, (2, 1), stride=(1, 2), padding=(0, 1), dilation=(2, 1))
+        self.head = nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = self.wide(F.relu(self.inner(x[:, 0]), inplace=True)).relu()
+        x = self.conv(x.transpose(1, 2)).relu().unflatten(2, (3, 2))
+        return self.head(self.image(x).relu().mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """A layer that is called once, and its weight used once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(36, 5), nn.Linear(36, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(x) + (self.first(x) + F.linear(x.square(), self.first.weight))[:, :4]
+
+
+@pytest.mark.parametrize("kind", [Tokens, Shared])
+@pytest.mark.parametrize("places", [True, False])
+def test_layers_of_any_shape_have_the_eigenvalues_of_their_dense_blocks(kind, places, monkeypatch):
+    _, batch = net("cnn")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = kind().double()
+    if not places:  # the other way to the same matrix
+        monkeypatch.setattr(gram, "_add_by_places", None)
+        monkeypatch.setattr(gram, "_CHUNK", 1 << 7)
+        monkeypatch.setattr(gram, "_pays_by_places", lambda *_: False)
+    rows = estimate_spectra(model, CROSS_ENTROPY, split(batch, [4, 2]), **OPTIONS)
+    assert set(rows["method"]) == {"exact"}
+    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model))
+    for index, row in enumerate(rows.to_dict("records")):
+        expected = dense(hessian, index, model)
+        atol = float(1e-14 * expected.abs().max())
+        torch.testing.assert_close(whole(row), expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize(
     ("name", "linear"),
     [

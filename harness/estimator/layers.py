@@ -1,0 +1,87 @@
+"""Layers that are linear in their weight, and what goes into them and comes out in a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from harness.estimator.batches import Batch, leading_size
+from harness.estimator.hessian import BlockHessian
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Traces = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def layer_of(hessian: BlockHessian, index: int) -> Layer | None:
+    """Return the linear layer or convolution whose whole weight a block is."""
+    part, *others = hessian.blocks[index].parts
+    module, _, name = part.parameter.rpartition(".")
+    layer = hessian.model.get_submodule(module)
+    is_whole = not others and part.dim is None and name == "weight"
+    return layer if is_whole and isinstance(layer, Layer) else None
+
+
+def without_bias(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return what a layer makes of x with another weight and no bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    return layer._conv_forward(x, weight, None)  # its padding and strides
+
+
+def places(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+    """Return what the weight multiplies at each place of the outputs.
+
+    Args:
+        layer: A linear layer, or a convolution in two dimensions without groups that pads with
+            zeros.
+        x: Its inputs.
+        y: What it returned.
+
+    Returns:
+        Inputs of all places of all samples, shape (places, columns of the weight), and y's
+        dimension of channels. None for other layers.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1]), y.dim() - 1
+    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+    if not plain or isinstance(layer.padding, str):
+        return None
+    assert isinstance(layer, nn.Conv2d)
+    sizes: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return F.unfold(x, *sizes).transpose(1, 2).flatten(0, 1), 1
+
+
+def traced(
+    hessian: BlockHessian, batch: Batch, layers: Mapping[int, Layer]
+) -> tuple[torch.Tensor, Traces]:
+    """Return the outputs of a batch, and what goes into each layer and comes out of it.
+
+    Of those that are called once, on all samples, in the arithmetic of the products.
+    """
+    calls: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in layers}
+
+    def keep(index: int, _: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> torch.Tensor:
+        calls[index].append(([*args, *kwargs.values()][0].detach(), y))
+        return y.clone()  # what comes next may write into it
+
+    hooks = [
+        layer.register_forward_hook(partial(keep, i), with_kwargs=True)
+        for i, layer in layers.items()
+    ]
+    try:
+        z = hessian.outputs(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    size, dtype = leading_size(batch), hessian.dtype
+    once = {i: found[0] for i, found in calls.items() if len(found) == 1}
+    return z, {
+        i: (x, y)
+        for i, (x, y) in once.items()
+        if len(x) == len(y) == size and x.dtype == y.dtype == dtype and y.requires_grad
+    }

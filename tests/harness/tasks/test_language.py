@@ -10,7 +10,7 @@ import torch
 from harness import tasks
 from harness.errors import UserError
 from harness.tasks.base import IGNORED, target_entropy
-from harness.tasks.tokenizers import BytePairs, Gpt2, Characters, Words
+from harness.tasks.tokenizers import BytePairs, Characters, Gpt2, Words
 
 
 def test_targets_are_the_inputs_one_token_later() -> None:
@@ -160,8 +160,6 @@ def test_books_are_named_once_each(titles: object) -> None:
 
 
 def test_gpt2_tokens_are_gpt2s(data_root: Path) -> None:
-    from harness.tasks.tokenizers import Gpt2
-
     bpe = Gpt2(data_root, "wikitext")
     assert bpe.encode("Hello world").tolist() == [15496, 995]
     data = tasks.get("wikitext", context=128).load(data_root)

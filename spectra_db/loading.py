@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def load(
     # By the names of the models, as in the key: "a" before "a-b".
     paths = sorted(_paths(folder, table, known), key=lambda path: path.stem)
     if not paths:
-        raise _no_table(table, source, revision, folder, wanted)
+        raise _no_table(table, source, revision, folder, wanted, known)
     if wanted is not None:
         models = {path.stem: path for path in paths}
         for model in wanted:
@@ -191,12 +191,14 @@ def _revisions(known: manifest.Manifest) -> tuple[str, str]:
     return known.version, f"v{known.version}"
 
 
-def _paths(folder: Path, table: str, known: manifest.Manifest | None) -> list[Path]:
-    """Return the files of a table: those that the manifest lists, where there is one."""
+def _paths(folder: Path, table: str, known: manifest.Manifest | None) -> Iterator[Path]:
+    """Yield the files of a table: those that the manifest lists, where there is one."""
     if known is None:
-        return list((folder / table).glob("*.parquet"))
-    listed = (folder / path for path in known.files if path.startswith(f"{table}/"))
-    return [path for path in listed if path.suffix == ".parquet"]
+        yield from (folder / table).glob("*.parquet")
+        return
+    for path in known.files:
+        if path.startswith(f"{table}/") and path.endswith(".parquet"):
+            yield folder / path
 
 
 def _no_table(
@@ -205,12 +207,13 @@ def _no_table(
     revision: str | None,
     folder: Path,
     models: list[Any] | None,
+    held: manifest.Manifest | None,
 ) -> NotFound:
     if source is not None and not Path(source).is_dir():
         # Only this was asked of the Hub: what else is there is not in the folder.
         page = f"https://huggingface.co/datasets/{source}/tree/{revision or 'main'}"
         of = "" if models is None else f" of {', '.join(map(str, models))}"
         return NotFound(f"dataset {str(source)!r} holds no table {table}{of}; see {page}")
-    tables = [t for t in TABLES if _paths(folder, t, manifest.read(folder))]
+    tables = [t for t in TABLES if any(_paths(folder, t, held))]
     known = f"it has {', '.join(tables)}" if tables else "it has no tables at all"
     return NotFound(f"{folder} holds no table {table}; {known}")

@@ -93,7 +93,8 @@ def write(
         with FileLock(path.with_name(f".{path.name}.lock")):
             old = read(path, table) if path.exists() and not replace else None
             merged = _upsert(table, old, new)
-            validate(table, merged, where=str(path))
+            if old is not None:
+                validate(table, merged, where=str(path))
             _replace(path, merged)
 
 
@@ -126,11 +127,20 @@ def read(
     beside = {*KEYS[table], "protocol_version", *(_RULE if set(LISTS) & set(wanted) else ())}
     needed = [name for name in schema.names if name in beside or name in wanted]
     with reading(path), pq.ParquetFile(path, **_VERIFIED) as file:
-        _check_schema(table, file.schema_arrow, str(path), may_be_older=True)
+        found = file.schema_arrow
+        _check_schema(table, found, str(path), may_be_older=True)
         # Damaged metadata of a column raise here; asked for them, pyarrow would abort.
         file.scan_contents()
         _check_size(file.metadata, path)
-        content = raw(path, schema=schema, columns=needed)
+        held = set(found.names) & set(needed)
+        content = file.read([name for name in needed if name in held])
+        content.validate(full=True)
+    fields = [schema.field(name) for name in needed]
+    arrays = [
+        content[field.name] if field.name in held else pa.nulls(content.num_rows, field.type)
+        for field in fields
+    ]
+    content = pa.table(arrays, schema=pa.schema(fields))
     # Not while reading: statistics, by which groups of rows are left out, have no checksum.
     content = content if where is None else content.filter(where)
     _check_values(table, content, str(path))
@@ -140,22 +150,17 @@ def read(
         strangers = set(pc.unique(content["model"]).to_pylist()) - {path.stem}
         if strangers:
             raise InvalidTable(f"{path}: holds rows of model {min(strangers)!r}, not {path.stem!r}")
-    content = content.select(wanted)
-    return content.cast(pa.schema([schema.field(name) for name in wanted]))
+    return content.select(wanted)
 
 
-def raw(path: Path, **options: Any) -> pa.Table:
+def raw(path: Path) -> pa.Table:
     """Read a file as it is, with its pages compared with their checksums, and texts with UTF-8.
-
-    Args:
-        path: The file.
-        **options: Of `pyarrow.parquet.read_table`.
 
     Raises:
         InvalidTable: It is damaged, or no Parquet.
     """
     with reading(path):
-        content = pq.read_table(path, partitioning=None, **_VERIFIED, **options)
+        content = pq.read_table(path, partitioning=None, **_VERIFIED)
         content.validate(full=True)
     return content
 
@@ -275,9 +280,10 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
         if strange:
             refuse(f"unknown status {sorted(strange)}; known are {', '.join(STATUSES)}")
     if set(KEYS[table]) <= set(names):
-        repeated = content.select(KEYS[table]).to_pandas().duplicated()
-        if repeated.any():
-            refuse(f"the key of row {int(np.flatnonzero(repeated)[0])} repeats an earlier one")
+        keys = content.select(KEYS[table])
+        if keys.group_by(KEYS[table], use_threads=False).aggregate([]).num_rows < keys.num_rows:
+            row = int(np.flatnonzero(keys.to_pandas().duplicated())[0])
+            refuse(f"the key of row {row} repeats an earlier one")
     if table == "spectra" and set(_RULE) <= set(names):
         _validate_rules(content, refuse)
 
@@ -373,9 +379,10 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
         # The probes of a block belong together, as do the steps of a run: those of other settings,
         # or of a run that went further, must not stay beside.
         matched = [key for key in keys if key not in TOGETHER.get(table, ())]
-        taken = pd.MultiIndex.from_frame(new.select(matched).to_pandas())
-        mine = pd.MultiIndex.from_frame(old.select(matched).to_pandas())
-        new = pa.concat_tables([old.filter(pa.array(~mine.isin(taken))), new])
+        rows = old.select(matched).append_column("row", pa.array(range(old.num_rows)))
+        taken = new.select(matched)
+        others = rows.join(taken, matched, join_type="left anti", use_threads=False)
+        new = pa.concat_tables([old.take(others["row"]), new])
     return new.sort_by([(key, "ascending") for key in keys])
 
 

@@ -62,8 +62,9 @@ def _missing(entry: ModelEntry, ledger: Ledger) -> Iterator[Unit]:
                 yield unit
     for stage in entry.stages:
         # A run that ended in nan left no final weights: its spectrum fails, with the reason.
-        there = _is_kept(entry, ledger, stage) or _diverged(entry, rows)
-        ready = stage == "init" or (there and not retrained)
+        ready = stage == "init" or (
+            not retrained and (_is_kept(entry, ledger, stage) or _diverged(entry, rows))
+        )
         for partition in partitions_of(entry, stage):
             if not has_spectrum(entry, ledger, stage, partition):
                 yield Unit(entry.name, "spectrum", stage=stage, partition=partition, ready=ready)
@@ -120,7 +121,7 @@ def _stage_rates(entry: ModelEntry, ledger: Ledger) -> set[float]:
 
 def _diverged(entry: ModelEntry, rows: pd.DataFrame) -> bool:
     """Tell whether the run whose stages are kept diverged."""
-    if entry.recipe is None:
+    if entry.recipe is None or not rows["diverged"].any():
         return False
     best = grid.best(rows, "adamw", entry.recipe)
     run = rows[(rows["optimizer"] == "adamw") & (rows["seed"] == STAGE_SEED)]
@@ -146,7 +147,8 @@ def has_spectrum(entry: ModelEntry, ledger: Ledger, stage: str, partition: str) 
     # Failed rows may be of another batch.
     of = here | settings.key | {"batch_size": entry.hessian_batch_size}
     rows = ledger.rows("spectra", entry.name, **of)
-    if not settings.complete(rows) or set(rows["block"]) != settings.complete(rows):
+    complete = settings.complete(rows)
+    if not complete or set(rows["block"]) != complete:
         return False
     if partition == "full":
         return True

@@ -55,7 +55,7 @@ class Ledger:
             rows = rows.copy(deep=False)
         kept = np.ones(len(rows), dtype=bool)
         for column, value in columns.items():
-            kept &= (rows[column] == value).to_numpy()
+            kept &= rows[column].to_numpy() == value
         return rows[kept] if columns else rows
 
     def write(

@@ -111,7 +111,7 @@ class Gpt2:
 
     def encode(self, text: str) -> np.ndarray:
         """Encode the whole text."""
-        return np.array(self._bpe.encode(text).ids, dtype=np.int64)
+        return _encode(self._bpe, text)
 
 
 class BytePairs:
@@ -150,12 +150,17 @@ class BytePairs:
         self.checksum = sources.sha256([json.dumps([tokens, model["merges"]]).encode()])
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode the whole text, each distinct word once, which takes a sixth of the time."""
-        words = _CUT.split(text)
-        distinct = list(dict.fromkeys(words))
-        codes = (encoding.ids for encoding in self._bpe.encode_batch(distinct))
-        ids = dict(zip(distinct, codes, strict=True))
-        return np.fromiter(chain.from_iterable(map(ids.__getitem__, words)), dtype=np.int64)
+        """Encode the whole text."""
+        return _encode(self._bpe, text)
+
+
+def _encode(bpe: Any, text: str) -> np.ndarray:
+    """Encode a text, each distinct word once, which takes a sixth of the time."""
+    words = _CUT.split(text)
+    distinct = list(dict.fromkeys(words))
+    codes = (encoding.ids for encoding in bpe.encode_batch(distinct))
+    ids = dict(zip(distinct, codes, strict=True))
+    return np.fromiter(chain.from_iterable(map(ids.__getitem__, words)), dtype=np.int64)
 
 
 def _gpt2_files(root: Path | None, task: str) -> list[Path]:

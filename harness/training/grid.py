@@ -35,7 +35,9 @@ def final_losses(rows: pd.DataFrame, optimizer: str, seed: int = GRID_SEED) -> p
     kept = rows["step"].to_numpy() > 0
     for column, value in of.items():  # by numpy: on few rows pandas takes ten times as long
         kept &= rows[column].to_numpy() == value
-    return rows.loc[kept, ["lr", "value"]].groupby("lr")["value"].last()
+    last = dict(zip(*(rows[c].to_numpy()[kept].tolist() for c in ("lr", "value")), strict=True))
+    rates = sorted(last)
+    return pd.Series([last[lr] for lr in rates], pd.Index(rates, dtype=float), float, "value")
 
 
 def grid_losses(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> pd.Series:

@@ -195,7 +195,9 @@ def test_the_code_says_its_version_where_it_is_not_installed(monkeypatch):
     assert code_version.__wrapped__() == known
 
 
-def test_a_time_that_is_none_is_refused() -> None:
-    done = rehearse(Path("unused"), "--minutes", "0")
-    assert done.returncode == 2
-    assert "--minutes is 0; it must be positive" in done.stderr
+def test_a_time_that_is_none_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", "--rehearse", "--minutes", "0"])
+    with pytest.raises(SystemExit) as ended:
+        drive.main()
+    assert ended.value.code == 2
+    assert "--minutes is 0; it must be positive" in capsys.readouterr().err

@@ -243,7 +243,8 @@ def test_the_first_screen_says_the_verdict_and_draws_measure_against_speed_up(
     assert column(shown, "measures", 0)[0] == "JS⁰ of raw eigenvalues (J)"
 
 
-def test_no_two_families_look_alike(tab, tmp_path):
+def test_no_two_families_look_alike(tab, tmp_path, monkeypatch):
+    monkeypatch.setitem(leaderboard.__kwdefaults__, "num_draws", 20)  # no interval is looked at
     families = [f"family-{i}" for i in range(20)]
     x = np.linspace(0.1, 1, 20)
     tables = made_up({"js0": x}, x / 10, families)
@@ -325,7 +326,8 @@ def test_those_who_do_not_see_are_told(tab, page):  # noqa: F811
     assert shown.locator("nav[aria-label=Site] a").count() >= 3
 
 
-def test_two_hundred_models_are_all_there(tab, tmp_path):
+def test_two_hundred_models_are_all_there(tab, tmp_path, monkeypatch):
+    monkeypatch.setitem(leaderboard.__kwdefaults__, "num_draws", 20)  # no interval is looked at
     generator = np.random.default_rng(0)
     x = generator.lognormal(size=200)
     families = [f"family-{i % 15}" for i in range(200)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +30,22 @@ released = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
     """Return a folder of tables: eight models, of which JS⁰ orders the gaps and w1 does not."""
+    out = tmp_path_factory.mktemp("made")
     gaps = np.r_[np.linspace(0, 0.05, 4), np.linspace(0.2, 0.3, 4)]
     values = {"js0": np.exp(gaps), "w1": np.r_[1:5, 1:5] + gaps}
     parts = made_up(values, gaps, FAMILIES, errors=1e-4)
     for table, rows in zip(("models", "heterogeneity", "gaps"), parts, strict=True):
-        store.write(tmp_path / "data", table, rows)
-    return tmp_path / "data"
+        store.write(out, table, rows)
+    return out
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """Return a copy of it, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "data"))
 
 
 def call(*arguments: object):

@@ -10,7 +10,7 @@ import torch
 from harness import tasks
 from harness.errors import UserError
 from harness.tasks.base import IGNORED, target_entropy
-from harness.tasks.tokenizers import BytePairs, Characters, Words
+from harness.tasks.tokenizers import BytePairs, Characters, Gpt2, Words
 
 
 def test_targets_are_the_inputs_one_token_later() -> None:
@@ -102,9 +102,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+ODD = "\n\n  É'll  we'll\t\n\n— 12 'tis \x1c\n x\r\n y\u00a0z \n"
+
+
+def test_gpt2_s_ids_are_those_of_the_whole_text_at_once(data_root: Path) -> None:
+    gpt2 = Gpt2(data_root, "books")
+    text = (data_root / "books/pride_and_prejudice.txt").read_text("utf-8")[:200_000] + ODD
+    assert gpt2.encode(text).tolist() == gpt2._bpe.encode(text).ids
+
+
 def test_byte_pairs_are_those_of_the_whole_text_at_once(shelf: Path) -> None:
     text = (shelf / "books/kjv_bible.txt").read_text("utf-8")
-    text += "\n\n  É'll  we'll\t\n\n— 12 'tis \x1c\n x\r\n y\u00a0z \n"
+    text += ODD
     bpe = BytePairs(text, vocab_size=400)
     assert bpe.vocab_size == 400
     assert bpe.encode(text).tolist() == bpe._bpe.encode(text).ids
@@ -151,8 +160,6 @@ def test_books_are_named_once_each(titles: object) -> None:
 
 
 def test_gpt2_tokens_are_gpt2s(data_root: Path) -> None:
-    from harness.tasks.tokenizers import Gpt2
-
     bpe = Gpt2(data_root, "wikitext")
     assert bpe.encode("Hello world").tolist() == [15496, 995]
     data = tasks.get("wikitext", context=128).load(data_root)

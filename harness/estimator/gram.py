@@ -9,8 +9,10 @@ Ritter & Barber 2017, arXiv 1706.03662).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from harness.estimator.blocks import Block
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import SplitLoss
+from harness.estimator.probes import draw_probe
 from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
@@ -28,6 +31,9 @@ MOST_ROWS = 4096
 _CHUNK = 1 << 20
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
 _ROUNDING = 64
+# Relative steps of differences, so small that few kinks lie between, how well two of them must
+# agree to be believed, and how far off them a product is wrong.
+_STEPS, _AGREEMENT, _OFF = (1e-6, 1e-5, 1e-4), 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalu
     fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS and taken[i] <= free]
     if hessian.operator == "hessian":
         fitting = linear_blocks(hessian, split, fitting)
+        if fitting:
+            _warn_of_wrong_derivatives(hessian)
     passes = -(-num_rows // hessian.batch_size) + (hessian.operator == "hessian")
     while fitting:
         used, group = 0, []
@@ -142,6 +150,38 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
         return None
     kept = values > rounding
     return (vectors[:, kept] * values[kept].sqrt()).T
+
+
+def _warn_of_wrong_derivatives(hessian: BlockHessian) -> None:
+    """Warn of blocks for which the derivative of the gradient is not its slope.
+
+    A second derivative that is wrong hides a bend: the block then seems linear. One product with
+    all blocks as one is compared with differences of the gradient, as far as two of these agree.
+    """
+    joint = hessian.joined()
+    vector = draw_probe(joint.blocks[0].num_params, 0, "gaussian").to(joint.device, joint.dtype)
+    [product] = joint.products([(0, vector)])
+    sizes = [block.num_params for block in hessian.blocks]
+    slopes = [joint.differences.slope(0, vector, step).split(sizes) for step in _STEPS]
+    odd = []
+    for i, mine in enumerate(product.double().split(sizes)):
+        steps = pairwise(slope[i] for slope in slopes)
+        if any(_apart(a, b) <= _AGREEMENT and _apart(b, mine) > _OFF for a, b in steps):
+            odd.append(hessian.blocks[i].name)
+    if odd:
+        warnings.warn(
+            f"the second derivatives by {', '.join(odd)} are wrong: the gradient changes otherwise "
+            "along a random direction, so outputs that bend may pass for linear. In the backward "
+            "of custom autograd functions, compute with what save_for_backward kept, in "
+            "differentiable operations",
+            stacklevel=2,
+        )
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |a − b| relative to the larger, 0 of zeros."""
+    size = max(float(a.norm()), float(b.norm()))
+    return float((a - b).norm()) / size if size else 0.0
 
 
 def _matrices(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from harness.estimator.batches import Batch, place
 from harness.estimator.blocks import Block
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
 from harness.estimator.shortcuts import linear_blocks
@@ -34,6 +35,7 @@ _ROUNDING = 64
 # Relative steps of differences, so small that few kinks lie between, how well two of them must
 # agree to be believed, and how far off them a product is wrong.
 _STEPS, _AGREEMENT, _OFF = (1e-6, 1e-5, 1e-4), 0.01, 0.1
+_PIECES = 4  # what is wrong with a model is wrong with few samples
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,21 @@ def _warn_of_wrong_derivatives(hessian: BlockHessian) -> None:
     """Warn of blocks for which the derivative of the gradient is not its slope.
 
     A second derivative that is wrong hides a bend: the block then seems linear. One product with
-    all blocks as one is compared with differences of the gradient, as far as two of these agree.
+    all blocks as one, on few samples, is compared with differences of the gradient, as far as two
+    of these agree. They want a copy of the model; where there is no memory for it, none is made.
     """
-    joint = hessian.joined()
+    few = [piece for piece, _ in islice(hessian.pieces(), _PIECES)]
+    joint = hessian.of(hessian.loss_fn, few).joined()
     vector = draw_probe(joint.blocks[0].num_params, 0, "gaussian").to(joint.device, joint.dtype)
-    [product] = joint.products([(0, vector)])
     sizes = [block.num_params for block in hessian.blocks]
-    slopes = [joint.differences.slope(0, vector, step).split(sizes) for step in _STEPS]
+    try:
+        [product] = joint.products([(0, vector)])
+        slopes = [joint.differences.slope(0, vector, step).split(sizes) for step in _STEPS]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        release_cache(hessian.device)
+        return
     odd = []
     for i, mine in enumerate(product.double().split(sizes)):
         steps = pairwise(slope[i] for slope in slopes)

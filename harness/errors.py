@@ -47,7 +47,16 @@ def extra_missing(error: BaseException | None, what: str) -> str | None:
 
 
 def output_error(out: Path | str, error: BaseException) -> OutputError | None:
-    """Return what to raise if an error comes of a full, read-only or broken disk."""
+    """Return what to raise if an error comes of a full, read-only or broken disk.
+
+    Or of one without locks, as that of a cluster may be.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+        return OutputError(
+            f"{out} is on a file system without locks ({os.strerror(error.errno)}), by which "
+            "processes share a folder: mount it with them (NFS 4, Lustre with -o flock), or name "
+            "a folder of another disk"
+        )
     broken = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
     if not isinstance(error, OSError) or error.errno not in broken:
         return None

@@ -136,3 +136,16 @@ def test_it_takes_no_torch():
     lines = [f"{code}; assert not {heavy} & set(sys.modules), {code!r}" for code in codes]
     code = "\n".join(["import sys", *lines])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_no_span_of_time_is_read_off_a_clock_that_jumps():
+    paths = [*_files("harness"), *_files("spectra_db")]
+    assert not [path for path in paths if "time.time" in set(_names(path))]
+
+
+def _names(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file uses, and what it imports."""
+    yield from _imports(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)

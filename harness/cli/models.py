@@ -15,19 +15,32 @@ from spectra_db.words import PARTITIONS, TIERS
 @main.command("list")
 @click.option("--tier", type=click.Choice(TIERS), help="One tier alone.")
 @click.option("--tasks", "of_tasks", is_flag=True, help="The data and losses, instead of models.")
+@click.option(
+    "--source",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder that `harness run` wrote, or a submission: where entries of --registry stand.",
+)
 @options("registry", "json")
-def list_(tier: str | None, of_tasks: bool, registry: Path | None, as_json: bool) -> None:
-    """List the models of the registry, or the tasks that a model can be trained on."""
+def list_(
+    tier: str | None, of_tasks: bool, source: Path | None, registry: Path | None, as_json: bool
+) -> None:
+    """List the models of the registry, or the tasks that a model can be trained on.
+
+    With --registry it says where each entry stands, from draft to accepted, and for those of that
+    folder what comes next.
+    """
     from types import SimpleNamespace
 
     from harness.cli.display import print_entries
     from harness.registry import entries
 
+    if source is not None and registry is None:
+        raise UserError("--source is for entries of your own: name their folder by --registry")
     if of_tasks:
         from harness.tasks import listing
 
-        if tier is not None:
-            raise UserError("--tier is of models: leave it out, or leave --tasks out")
+        if tier is not None or registry is not None:
+            raise UserError("--tier and --registry are of models: leave them or --tasks out")
         tasks = listing()
         if as_json:
             click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))
@@ -36,11 +49,25 @@ def list_(tier: str | None, of_tasks: bool, registry: Path | None, as_json: bool
             click.echo("or module:Class of your own: docs/add-a-model.md, Data of your own")
         return
     found = entries(tier, registry_dir=registry)
-    fields = ("name", "family", "tier", "task", "status", "description")
+    fields = ["name", "family", "tier", "task", "status", "description"]
+    listed = [{field: getattr(entry, field) for field in fields} for entry in found]
+    if registry is not None:
+        from harness.submission.standing import ACCEPTED, standing
+
+        ours = {entry.name for entry in entries()}
+        for entry, shown in zip(found, listed, strict=True):
+            known = entry.name in ours
+            stands = ACCEPTED if known else standing(entry, registry, source)
+            shown |= {"stands": stands.status, "next": stands.following}
+        fields.insert(-1, "stands")
     if as_json:
-        click.echo(json.dumps([{f: getattr(e, f) for f in fields} for e in found], indent=2))
-    else:
-        print_entries(found, fields[:-1])  # `describe` gives the description
+        click.echo(json.dumps(listed, indent=2, ensure_ascii=False))
+        return
+    # `describe` gives the description.
+    print_entries([SimpleNamespace(**shown) for shown in listed], fields[:-1])
+    for shown in listed:
+        if following := shown.get("next"):
+            click.echo(f"{shown['name']}: {shown['stands']}; next: {following}")
 
 
 @main.command()

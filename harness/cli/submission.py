@@ -148,6 +148,7 @@ def validate(
 
     from harness.cli.display import print_finding
     from harness.registry import get
+    from harness.submission.standing import note_validated
     from harness.submission.validate import validate as run_checks
 
     if not 0 < budget < float("inf"):
@@ -168,11 +169,12 @@ def validate(
     else:
         text = f"is ready; warnings: {outcomes['warning']}"
     click.echo(f"{model} {text}", err=True)
-    if not (outcomes["failed"] or outcomes["untried"]):
-        where = "" if registry is None else f" --registry {registry}"
-        click.echo(f"next: harness run {model}{where} --out FOLDER", err=True)
     if outcomes["failed"] or outcomes["untried"]:
         sys.exit(1)
+    if registry is not None:
+        note_validated(entry, registry)
+    where = "" if registry is None else f" --registry {registry}"
+    click.echo(f"next: harness run {model}{where} --out FOLDER", err=True)
 
 
 @main.command()

@@ -9,8 +9,10 @@ Ritter & Barber 2017, arXiv 1706.03662).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from harness.estimator.blocks import Block
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.layers import layer_of, places, traced
+from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
 from harness.estimator.shortcuts import linear_blocks
@@ -32,6 +35,10 @@ _CHUNK = 1 << 20
 _SUMS = 512
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
 _ROUNDING = 64
+# Relative steps of differences, so small that few kinks lie between, how well two of them must
+# agree to be believed, and how far off them a product is wrong.
+_STEPS, _AGREEMENT, _OFF = (1e-6, 1e-5, 1e-4), 0.01, 0.1
+_PIECES = 4  # what is wrong with a model is wrong with few samples
 
 # Pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 Roots = Sequence[tuple[Batch, torch.Tensor]]
@@ -88,6 +95,8 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalu
     fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS]
     if hessian.operator == "hessian":
         fitting = linear_blocks(hessian, split, fitting)
+        if fitting:
+            _warn_of_wrong_derivatives(hessian)
     passes = -(-num_rows // hessian.batch_size) + (hessian.operator == "hessian")
     ways: list[tuple[Way, dict[int, int]]] = [
         (_of_layers, _bytes_of_layers(hessian, roots, fitting)),
@@ -157,6 +166,46 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
         return None
     kept = values > rounding
     return (vectors[:, kept] * values[kept].sqrt()).T
+
+
+def _warn_of_wrong_derivatives(hessian: BlockHessian) -> None:
+    """Warn of blocks for which the derivative of the gradient is not its slope.
+
+    A second derivative that is wrong hides a bend: the block then seems linear. One product with
+    all blocks as one, on few samples, is compared with differences of the gradient, as far as two
+    of these agree. They want a copy of the model; where there is no memory for it, none is made.
+    """
+    few = [piece for piece, _ in islice(hessian.pieces(), _PIECES)]
+    joint = hessian.of(hessian.loss_fn, few).joined()
+    vector = draw_probe(joint.blocks[0].num_params, 0, "gaussian").to(joint.device, joint.dtype)
+    sizes = [block.num_params for block in hessian.blocks]
+    try:
+        [product] = joint.products([(0, vector)])
+        slopes = [joint.differences.slope(0, vector, step).split(sizes) for step in _STEPS]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        release_cache(hessian.device)
+        return
+    odd = []
+    for i, mine in enumerate(product.double().split(sizes)):
+        steps = pairwise(slope[i] for slope in slopes)
+        if any(_apart(a, b) <= _AGREEMENT and _apart(b, mine) > _OFF for a, b in steps):
+            odd.append(hessian.blocks[i].name)
+    if odd:
+        warnings.warn(
+            f"the second derivatives by {', '.join(odd)} are wrong: the gradient changes otherwise "
+            "along a random direction, so outputs that bend may pass for linear. In the backward "
+            "of custom autograd functions, compute with what save_for_backward kept, in "
+            "differentiable operations",
+            stacklevel=2,
+        )
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |a − b| relative to the larger, 0 of zeros."""
+    size = max(float(a.norm()), float(b.norm()))
+    return float((a - b).norm()) / size if size else 0.0
 
 
 def _of_parameters(

@@ -22,7 +22,7 @@ from harness.estimator.batches import (
     terms,
     warn_of_lengths,
 )
-from harness.estimator.blocks import Block
+from harness.estimator.blocks import FULL_BLOCK, Block
 from harness.estimator.causes import explained
 from harness.estimator.checks import (
     check_deterministic,
@@ -189,11 +189,24 @@ class BlockHessian:
 
         Of others it is of the sum of their losses.
         """
-        other = copy.copy(self)
-        other.loss_fn, other._split, other._kept, other.shortcuts = loss_fn, None, [], {}
+        other = self._again()
+        other.loss_fn, other._split = loss_fn, None
         if batches is not None:
             other.batches, other.weights = list(batches), [1.0] * len(batches)
-        other.keeps_graphs = False
+        return other
+
+    def joined(self) -> BlockHessian:
+        """Return the Hessian of all blocks as one, the mixed derivatives between them too."""
+        other, sizes = self._again(), [block.num_params for block in self.blocks]
+        parts = tuple(part for block in self.blocks for part in block.parts)
+        other.blocks = [Block(FULL_BLOCK, "full", parts, sum(sizes), (sum(sizes),))]
+        return other
+
+    def _again(self) -> BlockHessian:
+        """Return a copy that keeps nothing between products."""
+        other = copy.copy(self)
+        other.__dict__.pop("differences", None)
+        other._kept, other.keeps_graphs, other.shortcuts = [], False, {}
         return other
 
     def take_shortcuts(

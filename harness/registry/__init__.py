@@ -82,7 +82,11 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
 
 
 def make_importable(folder: Path) -> None:
-    """Let the modules of a folder be imported, after what is installed."""
+    """Let the modules of a folder be imported, after what is installed, and write nothing there.
+
+    Compiled files beside them would be code that a submission does not list.
+    """
+    sys.dont_write_bytecode = True
     if (here := str(folder.resolve())) not in sys.path:
         sys.path.append(here)
 

@@ -151,7 +151,6 @@ def check_registry(folder: Path, registry: Path | None) -> None:
     facts = read(folder)
     if facts is None:
         return
-    sys.dont_write_bytecode = True  # a submission holds the files that it lists, and no others
     if facts["model"] in [entry.name for entry in entries(registry_dir=registry)]:
         return
     raise UserError(
@@ -230,7 +229,7 @@ def _check_tables(
     _check_product(entry, spectra, source, data_root)
     # Whatever is imported by and by is part of the code.
     problem.loss_fn(problem.model, take(problem.batches[0], 0, 2))
-    return [] if registry is None else sorted(_modules_in(registry.resolve()))
+    return [] if registry is None else sorted(modules_in(registry.resolve()))
 
 
 def _check_product(
@@ -262,7 +261,7 @@ def _check_product(
         )
 
 
-def _modules_in(folder: Path) -> Iterator[Path]:
+def modules_in(folder: Path) -> Iterator[Path]:
     """Yield the files of imported modules that lie in a folder, relative to it."""
     for module in list(sys.modules.values()):
         file = Path(getattr(module, "__file__", None) or "/").resolve()

@@ -264,8 +264,9 @@ for tag in ("v0.1.0", "v0.2.0"):
 def test_datasets_loads_every_table_by_its_name_at_the_revision(published, python, releases):
     code = f"""
 import json, datasets, spectra_db
-names = datasets.get_dataset_config_names("{REPO}", revision="v0.1.0")
-answer = {{"names": names, "default": datasets.get_dataset_default_config_name("{REPO}")}}
+at = {{"revision": "v0.1.0"}}
+names = datasets.get_dataset_config_names("{REPO}", **at)
+answer = {{"names": names, "default": datasets.get_dataset_default_config_name("{REPO}", **at)}}
 for revision in ("v0.1.0", "v0.2.0"):
     rows = datasets.load_dataset("{REPO}", "training", revision=revision, split="train")
     answer[revision] = rows["value"][3::5]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -226,6 +228,19 @@ def test_a_full_disk_stops_the_workers_too(disk):
     with pytest.raises(OutputError, match="No space left on device; what was finished is kept"):
         do(disk, tiny(), jobs=2)
     check_valid(disk)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_with_the_remedy(tmp_path, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    arguments = ["spectrum", "cnn-digits", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1
+    assert "on a file system without locks" in refused.stderr
+    assert "name a folder of another disk" in refused.stderr
 
 
 def test_a_disk_that_becomes_read_only_stops_the_run(disk, whole):

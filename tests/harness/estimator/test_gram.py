@@ -235,3 +235,56 @@ def test_a_plain_loss_is_refused():
     model, batch = net("cnn")
     with pytest.raises(UserError, match=r"gram=True needs the loss in two parts: pass harness.Sp"):
         estimate_spectra(model, cross_entropy, [batch], **OPTIONS)
+
+
+class Square(torch.autograd.Function):
+    """1.5 a², whose gradient is right and whose second derivative is lost."""
+
+    @staticmethod
+    def forward(ctx, a):
+        ctx.slope = 3 * a
+        return 1.5 * a * a
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.slope
+
+
+class Sound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return 1.5 * a * a
+
+    @staticmethod
+    def backward(ctx, g):
+        (a,) = ctx.saved_tensors
+        return g * 3 * a
+
+
+class Squares(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.head, self.function = nn.Linear(36, 6), nn.Linear(6, 4), function
+
+    def forward(self, x):
+        return self.head(self.function.apply(self.first(x.flatten(1))).relu())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_bend_that_a_wrong_second_derivative_hides_is_warned_of_by_block(dtype):
+    _, batch = problem("mlp", 6)
+    options = OPTIONS | {"dtype": dtype}
+    with pytest.warns(UserWarning, match=r"second derivatives by first\.weight are wrong"):
+        rows = estimate_spectra(Squares(Square), CROSS_ENTROPY, [batch], **options)
+    assert set(rows["method"]) == {"exact"}  # it seems linear
+    rows = estimate_spectra(Squares(Sound), CROSS_ENTROPY, [batch], **options)
+    assert rows["method"].tolist() == ["slq", "exact"]
+
+
+@pytest.mark.parametrize("name", ["cnn", "gelu", "twice"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sound_second_derivatives_are_not_warned_of_despite_kinks(name, dtype, recwarn):
+    model, batch = net(name, 24)
+    estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS | {"dtype": dtype})
+    assert not [w for w in recwarn if "second derivatives" in str(w.message)]

@@ -71,16 +71,15 @@ def ranking(folder: Path) -> Ranking:
 
 
 def gate(folder: Path) -> Gate:
-    """Tell whether the gate of protocol 2 holds, by the point estimates."""
+    """Tell whether the gate of protocol 2 holds, by the intervals."""
     reasons, unknown = [], []
-    for model, (least, most) in ranked.GATE.items():
+    for model, expected in ranked.GATE.items():
         rows = rows_of(folder, "speedups", model)
-        y = rows.loc[rows["status"] == "ok", "log2_speedup"]
-        asked = f"at most {most:g}" if least == -float("inf") else f"at least {least:g}"
-        if y.isna().all():  # none, or not trained
+        found = rows.loc[rows["status"] == "ok", "adam_needed"]
+        if found.isna().all():  # none, or not trained
             unknown.append(model)
-        elif not least <= y.item() <= most:
-            reasons.append(f"y of {model} is {y.item():.2f}, not {asked}")
+        elif found.item() != expected:
+            reasons.append(f"Adam needed for {model}: {found.item()}, not {expected}")
     return Gate(tuple(reasons), tuple(unknown))
 
 

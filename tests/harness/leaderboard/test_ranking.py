@@ -78,19 +78,21 @@ def test_every_pair_names_two_ranked_entries_and_there_are_sixteen():
     assert {model for _, *pair in ranked.PAIRS for model in pair} <= names
 
 
-@pytest.mark.parametrize(("model", "y"), [("cifar-resnet8", 0.7), ("softmax-zipf", 0.2)])
-def test_a_gate_that_fails_ranks_nothing_and_says_why(folder, tmp_path, model, y):
+@pytest.mark.parametrize(
+    ("model", "y", "found", "expected"),
+    [
+        ("cifar-resnet8", 0.7, "yes", "no"),
+        ("softmax-zipf", 0.2, "no", "yes"),
+        ("bpe-gpt", 0.52, "unclear", "yes"),
+    ],
+)
+def test_a_gate_that_fails_ranks_nothing_and_says_why(folder, tmp_path, model, y, found, expected):
     for path in (folder / "speedups").glob("*.parquet"):
         store.rewrite(path, tmp_path / "speedups" / path.name, "speedups")
     store.write(tmp_path, "speedups", [speedup_row(model, y)])
     gate = ranking.gate(tmp_path)
     assert not gate.passed
-    assert gate.reasons == (f"y of {model} is {y:.2f}, not {ranking_bound(model)}",)
-
-
-def ranking_bound(model: str) -> str:
-    least, most = ranked.GATE[model]
-    return f"at least {least:g}" if least > 0 else f"at most {most:g}"
+    assert gate.reasons == (f"Adam needed for {model}: {found}, not {expected}",)
 
 
 def test_the_command_says_what_is_pending(tmp_path):

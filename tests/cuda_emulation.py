@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -63,7 +64,7 @@ class Seen:
     Attributes:
         calls: Operations by name.
         nondeterministic: Those that have no deterministic kernel.
-        waits: Where the program waited for a number: by operation.
+        waits: Where the program waited for a number, or for a copy to the device: by operation.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -226,7 +227,8 @@ def emulated_cuda() -> Iterator[Seen]:
         for name in ("_accelerator", "_cuda"):  # whichever this version of torch has
             check = f"{name}_graph_capture_health_check"
             stack.enter_context(mock.patch.object(optimizer, check, create=True))
-        stack.enter_context(mock.patch.object(torch.Tensor, "to", _to))
+        stack.enter_context(mock.patch.object(torch.Tensor, "to", partialmethod(_to, seen)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin_memory))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         replaces = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, replaces)
@@ -238,7 +240,16 @@ def emulated_cuda() -> Iterator[Seen]:
 _TO, _APPLY = torch.Tensor.to, nn.Module._apply
 
 
-def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _pin_memory(self: torch.Tensor) -> torch.Tensor:
+    """Mark a copy as one from which the device can read by itself."""
+    if isinstance(self, OnCuda):
+        raise RuntimeError("only dense CPU tensors can be pinned")
+    pinned = self.clone()
+    pinned.is_pinned_here = True
+    return pinned
+
+
+def _to(self: torch.Tensor, seen: Seen, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Take `cuda` for `cuda:0`, and leave alone what is there already."""
 
     def indexed(x: Any) -> Any:
@@ -251,6 +262,9 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     others = [x for x in asked if isinstance(x, torch.Tensor) or x not in here]
     if isinstance(self, OnCuda) and not others:
         return self
+    goes = not isinstance(self, OnCuda) and CUDA in asked
+    flies = getattr(self, "is_pinned_here", False) and kwargs.get("non_blocking")
+    seen.waits["to"] += goes and not flies
     return _TO(self, *args, **kwargs)
 
 

@@ -23,6 +23,8 @@ from harness.estimator.settings import Settings
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry, entries, get
 from harness.training import load_problem, train
+from harness.training.loop import running, updates
+from harness.training.stages import initial_model
 from spectra_db import load as load_table
 from tests.cuda_emulation import CUDA, NAME, OnCuda, emulated_cuda
 
@@ -103,6 +105,25 @@ def test_a_training_run_is_that_of_the_cpu(optimizer):
         there = train(entry, data, device="cuda", **run)
     assert there.final_loss == pytest.approx(here.final_loss, rel=1e-5)
     assert there.init_loss == here.init_loss != there.final_loss
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_of_training_waits_for_nothing(optimizer):
+    entry = find("tiny-gpt", rehearse=True)
+    task = tasks.get(entry.task, **entry.task_options)
+    data = task.load()
+    with emulated_cuda() as seen:
+        model = initial_model(entry, data.model_options, 1, None).to("cuda")
+        steps = updates(
+            model, task, data, replace(entry.recipe, clip=1.0), optimizer=optimizer,
+            rate_at=lambda step: 1e-2, num_steps=4, seed=1, device="cuda",
+        )  # fmt: skip
+        with running(model, 1, "cuda"):
+            next(steps)  # which looks once what the model returns
+            seen.waits.clear()
+            list(steps)
+        assert not +seen.waits
+        assert next(steps, None) is None
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,8 @@ from harness.campaign.plan import missing
 from harness.campaign.run import run_entries
 from harness.campaign.survey import survey
 from harness.campaign.work import Job
+from harness.estimator import hessian
+from harness.estimator.graphs import Graph
 from harness.estimator.settings import Settings
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry, entries, get
@@ -124,6 +127,43 @@ def test_a_step_of_training_waits_for_nothing(optimizer):
             list(steps)
         assert not +seen.waits
         assert next(steps, None) is None
+
+
+def test_training_computes_in_the_arithmetic_of_the_spectra():
+    cuda = torch.backends.cuda
+    if not hasattr(cuda.matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has another way to ask")
+    with emulated_cuda():
+        before = torch.are_deterministic_algorithms_enabled()
+        cuda.matmul.fp32_precision = "tf32"
+        with running(nn.Linear(2, 2), 1, "cuda"):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.are_deterministic_algorithms_enabled() == before
+        assert cuda.matmul.fp32_precision == "tf32"
+        cuda.matmul.fp32_precision = "ieee"
+
+
+def test_one_graph_of_a_model_is_held_at_a_time(tmp_path, monkeypatch):
+    live: weakref.WeakSet[Graph] = weakref.WeakSet()
+    most = []
+
+    class Counted(Graph):
+        __hash__ = object.__hash__
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            live.add(self)
+            most.append(len(live))
+
+    monkeypatch.setattr(hessian, "Graph", Counted)
+    monkeypatch.setattr(products, "matmul_rate", lambda device: 1e12)
+    monkeypatch.setattr(products, "cases", lambda rehearse: {"cnn": partial(small, "cnn")})
+    desk = Desk(tmp_path, tmp_path / "scratch", "cpu", rehearse=True)
+    assert products.measure_products(desk.at("products", 600))
+    assert len(most) > 3
+    assert max(most) == 1
 
 
 @pytest.fixture

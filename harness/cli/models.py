@@ -39,8 +39,8 @@ def list_(
     if of_tasks:
         from harness.tasks import listing
 
-        if tier is not None or registry is not None:
-            raise UserError("--tier and --registry are of models: leave them or --tasks out")
+        if given := [n for n, v in (("--tier", tier), ("--registry", registry)) if v is not None]:
+            raise UserError(f"{given[0]} is of models: leave it out, or leave --tasks out")
         tasks = listing()
         if as_json:
             click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))

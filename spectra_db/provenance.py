@@ -82,7 +82,7 @@ def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
     for values, some in rows.groupby(_SPECTRUM, sort=False):
         sampled = some[some["method"] == "slq"]
         found.append(
-            dict(zip(_SPECTRUM, values, strict=True))
+            dict(zip(_SPECTRUM, map(_plain, values), strict=True))
             | {
                 "rows": len(some),
                 "blocks": int(some["block"].nunique()),

@@ -97,7 +97,8 @@ def _heads(attention: nn.Module) -> _Heads:
         return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), 0)
 
     size = number(
-        "qk_head_dim", "head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k"
+        *("qk_head_dim", "head_dim", "dim_head", "d_head", "head_size", "attention_head_size"),
+        *("d_k", "key_value_proj_dim"),
     )
     heads = number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
     groups = number("num_key_value_groups", "n_rep")  # queries of a key

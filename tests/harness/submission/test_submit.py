@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 import spectra_db
 from harness.cli import main
 from harness.submission import submit
+from harness.submission.publication import unfinished
 from spectra_db import store
 from spectra_db.verified import verified_models
 from tests.spectra_db import hub_server
@@ -114,6 +115,23 @@ def test_the_report_says_what_was_found_and_where_the_model_would_stand(submissi
     assert f"| init | {js0:.3f} |" in report
     assert "SGD-Adam gap" in report
     assert "place " in report
+
+
+def test_a_page_shows_a_submission(submission, tmp_path):
+    result = call("site", "--source", submission, "--out", tmp_path / "page")
+    assert result.exit_code == 0, result.output
+    pages = {path.name for path in (tmp_path / "page").rglob(f"{NAME}*")}
+    assert f"{NAME}.html" in pages
+    assert f"models/{NAME}.html" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_a_rehearsal_is_no_result_and_stays_out_of_a_release(place, tmp_path):
+    found = unfinished(place / "out", place / "registry")
+    assert found == {NAME: "its runs of 4 steps are a rehearsal, from 100 on they are results"}
+    where = (place / "out", "--registry", place / "registry", "--out", tmp_path / "release")
+    result = call("dataset", "release", *where, "--version", "0.1.0")
+    assert f"left out: {NAME}: its runs of 4 steps are a rehearsal" in result.output
+    assert not list((tmp_path / "release").rglob("*.parquet"))
 
 
 def test_the_place_among_others_is_that_of_its_values(finished):

@@ -120,7 +120,9 @@ class BlockSpectrum:
             fraction: Share of a probe's steps to keep.
             extend: Continue what is kept of T.
         """
-        asked = [num_steps if r.breakdown else len(r.alphas) for r in self.recurrences]
+        took = [len(r.alphas) for r in self.recurrences]
+        ended = [r.breakdown for r in self.recurrences]
+        asked = [max(num_steps, n) if e else n for n, e in zip(took, ended, strict=True)]
         kept = [max(1, int(steps * fraction)) for steps in asked]
         shorter = [r.cut(steps) for r, steps in zip(self.recurrences, kept, strict=True)]
         return replace(self, recurrences=tuple(shorter)).ruled(extend=extend)

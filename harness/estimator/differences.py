@@ -36,7 +36,8 @@ class Differences:
     ) -> None:
         """Take the model as it is; arguments as `BlockHessian` holds them."""
         self._model, self._loss_fn, self._blocks, self._share = model, loss_fn, blocks, share
-        parameter = model.get_parameter(blocks[0].parts[0].parameter)
+        self._parameters = dict(model.named_parameters())  # scripted modules know no get_parameter
+        parameter = self._parameters[blocks[0].parts[0].parameter]
         self._device, self._dtype = parameter.device, parameter.dtype
         self._batches, self._weights = batches, weights
 
@@ -63,7 +64,7 @@ class Differences:
             step: ε |v| / |w_l|; of blocks smaller than 1e-3 relative to that.
         """
         block = self._blocks[index]
-        parts = [part.of(self._model.get_parameter(part.parameter)) for part in block.parts]
+        parts = [part.of(self._parameters[part.parameter]) for part in block.parts]
         size = float(torch.cat([p.detach().flatten() for p in parts]).double().norm())
         length = step * max(size, 1e-3) / float(vector.norm())
         ends = [self._gradient(block, vector, sign * length) for sign in (1, -1)]
@@ -95,7 +96,7 @@ class Differences:
 
     def _gradient(self, block: Block, vector: torch.Tensor, length: float) -> torch.Tensor:
         """Return the gradient of the mean loss with respect to a block moved along a vector."""
-        parameters = [self._model.get_parameter(part.parameter) for part in block.parts]
+        parameters = [self._parameters[part.parameter] for part in block.parts]
         before = [p.detach().clone() for p in parameters]
         views = [part.of(p.data) for part, p in zip(block.parts, parameters, strict=True)]
         pieces = vector.to(self._dtype).split([view.numel() for view in views])

@@ -146,9 +146,10 @@ def _roots(
 
 
 def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """Return Sᵀ, shape (rank, outputs), of ∇²c = S Sᵀ; None where that has a negative eigenvalue.
+    """Return Sᵀ, shape (rank, outputs), of ∇²c = S Sᵀ; None where that has no such root.
 
-    In float64, but for a criterion with tensors of its own in another dtype.
+    It has none with a negative eigenvalue, or entries that aren't finite. In float64, but for a
+    criterion with tensors of its own in another dtype.
     """
     try:
         at, slope = slope_of(split, z.double(), place(batch, z.device, torch.float64))
@@ -160,6 +161,8 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
             options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
             (d,) = torch.autograd.grad(slope, at, unit.view_as(slope), **options)
             row.copy_(d.flatten())
+    if not torch.isfinite(H).all():
+        return None
     values, vectors = torch.linalg.eigh((H + H.T).double() / 2)
     rounding = len(H) * torch.finfo(at.dtype).eps * values.abs().max()
     if (values < -rounding).any():
@@ -279,12 +282,14 @@ def _of_layers(
     factors: dict[int, list[Factors]] = {i: [] for i in layers}
     for piece, root in roots:
         mine = {i: layers[i] for i in factors}
+        z, traces = traced(hessian, piece, mine)
+        if not traces:
+            return {}
         mixture = draw_probe(len(root), 0, "gaussian").to(root)
         blocks = [hessian.blocks[i] for i in mine]
         like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
         expected = [torch.empty(1, b.num_params, **like) for b in blocks]
         hessian.pull_back(piece, torch.tensordot(mixture, root, 1)[None], blocks, expected)
-        z, traces = traced(hessian, piece, mine)
         outputs = [y for _, y in traces.values()]
         kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
         back = [torch.autograd.grad(z, outputs, u, **kept) for u in root]

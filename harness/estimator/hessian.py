@@ -213,9 +213,14 @@ class BlockHessian:
         self, shortcuts: Mapping[int, Callable[[torch.Tensor], torch.Tensor]], nbytes: int
     ) -> None:
         """Make the products of some blocks another way from now on, which keeps so many bytes."""
-        self.shortcuts, self._kept = shortcuts, []
+        self.shortcuts = shortcuts
+        self.release()
         self.keeps_graphs &= self.most_bytes + nbytes <= self.memory_budget
         self.most_bytes = nbytes + (self.most_bytes if self.keeps_graphs else self.product_bytes)
+
+    def release(self) -> None:
+        """Let go of graphs that are kept between products; the next product makes them again."""
+        self._kept = []
 
     def pieces(self) -> Iterator[tuple[Batch, float]]:
         """Yield as few samples at a time as the model takes, with their weights in the mean.
@@ -263,7 +268,7 @@ class BlockHessian:
                 pieces = [part.of(slopes[part.parameter]) for part in block.parts]
                 whole = target[k].split([piece.numel() for piece in pieces])
                 for view, piece in zip(whole, pieces, strict=True):
-                    view.view_as(piece).copy_(piece)
+                    view.view_as(piece).copy_(piece.detach())
 
     def measure_peak(self, batch: Batch) -> int:
         """Measure the most memory, in bytes, that a graph of a batch and a product with it take."""
@@ -378,7 +383,7 @@ class BlockHessian:
         targets = result.split([s.numel() for s in sizes])
         for part, target, shape, d in zip(block.parts, targets, sizes, derivatives, strict=True):
             if d is not None:
-                target.view(shape).add_(part.of(d), alpha=weight)
+                target.view(shape).add_(part.of(d).detach(), alpha=weight)
 
     def _graphs(self, names: set[str]) -> Iterator[Graph]:
         """Yield each microbatch's gradients with their graph, kept ones if there are."""

@@ -21,9 +21,11 @@ def layer_of(hessian: BlockHessian, index: int) -> Layer | None:
     """Return the linear layer or convolution whose whole weight a block is."""
     part, *others = hessian.blocks[index].parts
     module, _, name = part.parameter.rpartition(".")
-    layer = hessian.model.get_submodule(module)
-    is_whole = not others and part.dim is None and name == "weight"
-    return layer if is_whole and isinstance(layer, Layer) else None
+    if others or part.dim is not None or name != "weight":
+        return None
+    # Not by get_submodule, which scripted modules refuse.
+    layer = dict(hessian.model.named_modules()).get(module)
+    return layer if isinstance(layer, Layer) else None
 
 
 def without_bias(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -39,7 +41,7 @@ def places(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor
     Args:
         layer: A linear layer, or a convolution in two dimensions without groups that pads with
             zeros.
-        x: Its inputs.
+        x: Its inputs, of a convolution in four dimensions.
         y: What it returned.
 
     Returns:
@@ -49,7 +51,7 @@ def places(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]), y.dim() - 1
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
-    if not plain or isinstance(layer.padding, str):
+    if not plain or x.dim() != 4 or isinstance(layer.padding, str):
         return None
     assert isinstance(layer, nn.Conv2d)
     sizes: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -65,8 +67,11 @@ def traced(
     """
     calls: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in layers}
 
-    def keep(index: int, _: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> torch.Tensor:
-        calls[index].append(([*args, *kwargs.values()][0].detach(), y))
+    def keep(index: int, _: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        x = next(iter([*args, *kwargs.values()]), None)
+        if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+            return y  # of someone's own class
+        calls[index].append((x.detach(), y))
         return y.clone()  # what comes next may write into it
 
     hooks = [
@@ -83,5 +88,5 @@ def traced(
     return z, {
         i: (x, y)
         for i, (x, y) in once.items()
-        if len(x) == len(y) == size and x.dtype == y.dtype == dtype and y.requires_grad
+        if x.shape[:1] == y.shape[:1] == (size,) and x.dtype == y.dtype == dtype and y.requires_grad
     }

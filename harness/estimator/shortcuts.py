@@ -20,7 +20,7 @@ from torch import nn
 from harness.estimator.batches import Batch, leading_size
 from harness.estimator.graphs import slope_of
 from harness.estimator.hessian import BlockHessian
-from harness.estimator.layers import Layer, layer_of, traced, without_bias
+from harness.estimator.layers import Layer, Traces, layer_of, traced, without_bias
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
@@ -36,7 +36,7 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
     linear in it or the Gauss-Newton matrix is asked for, what it keeps fits the memory budget,
     and its product with a random vector is the ordinary one to rounding. So nothing need be known
     of what the network does with the layer: the product is another if it is used twice, or if
-    samples depend on each other.
+    samples depend on each other. A Hessian that has shortcuts keeps them as they are.
 
     Args:
         hessian: The products.
@@ -44,21 +44,25 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
         num_products: How many each of them will take.
     """
     split = hessian.loss_fn
+    can = hessian.is_autograd and not (hessian.is_shared or hessian.shortcuts)
+    if not (can and isinstance(split, SplitLoss)):
+        return
     layers = {i: found for i in indices if (found := layer_of(hessian, i)) is not None}
-    if hessian.is_shared or not (hessian.is_autograd and isinstance(split, SplitLoss) and layers):
-        return
     piece, _ = next(hessian.pieces())
-    z, traces = traced(hessian, piece, layers)
-    if z.dim() < 2 or len(z) != leading_size(piece) or 2 * z[0].numel() > num_products:
+    z, traces = _traced_by_sample(hessian, piece, layers)
+    if not traces or 2 * z[0].numel() > num_products:
         return
-    sizes = {
-        i: (x[0].nbytes + z[0].numel() * y[0].nbytes) * hessian.batch_size
-        for i, (x, y) in traces.items()
-    }
+    found = list(traces)
     if hessian.operator == "hessian":
         # Of few samples first: mostly, outputs that bend anywhere bend there.
         for batches in ([piece], hessian.batches):
-            sizes = {i: sizes[i] for i in linear_blocks(hessian, split, list(sizes), batches)}
+            found = linear_blocks(hessian, split, found, batches)
+    if not found:
+        return
+    vectors = {i: _random(hessian, i) for i in found}
+    expected = dict(zip(found, hessian.products(list(vectors.items())), strict=True))
+    hessian.release()
+    sizes = _bytes(hessian, {i: layers[i] for i in found})
     free = hessian.memory_budget - hessian.product_bytes
     fitting = {}
     for i, nbytes in sizes.items():
@@ -67,8 +71,6 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
             free -= nbytes
     if not fitting:
         return
-    vectors = {i: _random(hessian, i) for i in fitting}
-    expected = hessian.products(list(vectors.items()))
     try:
         parts = [
             _Part(hessian, split, batch, weight, fitting)
@@ -81,8 +83,8 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
         return
     right = {
         i
-        for (i, v), product in zip(vectors.items(), expected, strict=True)
-        if _agrees(sum(part.product(i, v) for part in parts), product)
+        for i in fitting
+        if _agrees(sum(part.product(i, vectors[i]) for part in parts), expected[i])
     }
     for part in parts:
         part.keep(right)
@@ -114,6 +116,27 @@ def linear_blocks(
     requests = [(i, _random(hessian, i)) for i in indices]
     products = hessian.of(functional, batches).products(requests)
     return [i for i, product in zip(indices, products, strict=True) if not product.any()]
+
+
+def _traced_by_sample(
+    hessian: BlockHessian, batch: Batch, layers: Mapping[int, Layer]
+) -> tuple[torch.Tensor, Traces]:
+    """Return what `traced` does; of no layer where the outputs aren't rows of samples."""
+    z, traces = traced(hessian, batch, layers)
+    return z, traces if z.dim() > 1 and len(z) == leading_size(batch) else {}
+
+
+def _bytes(hessian: BlockHessian, layers: Mapping[int, Layer]) -> dict[int, int]:
+    """Return what is kept of each layer that all microbatches go through."""
+    sizes = dict.fromkeys(layers, 0)
+    for batch in hessian.batches:
+        z, traces = _traced_by_sample(hessian, batch, layers)
+        sizes = {
+            i: sizes[i] + x.nbytes + z[0].numel() * y.nbytes
+            for i, (x, y) in traces.items()
+            if i in sizes
+        }
+    return sizes
 
 
 class _Part:
@@ -151,11 +174,13 @@ class _Part:
 
     def product(self, index: int, vector: torch.Tensor) -> torch.Tensor:
         """Return weight · H_l v of these samples, shape (n_l,)."""
+        if not self._slope.requires_grad:  # the criterion is linear
+            return torch.zeros_like(vector)
         layer, tail = self._layers[index], self._tails[index]
         v = vector.detach().view_as(layer.weight).requires_grad_()
         y = without_bias(layer, self._inputs[index], v)
         change = tail @ y.detach().flatten(1).unsqueeze(2)
-        kept: dict[str, Any] = {"retain_graph": True}
+        kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
         (back,) = torch.autograd.grad(self._slope, self._place, change.view_as(self._place), **kept)
         cotangent = (back.flatten(1).unsqueeze(1) @ tail).view_as(y)
         (product,) = torch.autograd.grad(y, v, cotangent)

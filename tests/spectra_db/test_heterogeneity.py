@@ -6,7 +6,7 @@ import pytest
 
 import spectra_db
 from spectra_db import store
-from spectra_db.densities import lambda10
+from spectra_db.densities import blocks_of, lambda10
 from spectra_db.energy import energy_js
 from spectra_db.gauss_newton import ggn_share
 from spectra_db.heterogeneity import (
@@ -270,6 +270,15 @@ def test_probes_that_broke_down_have_no_truncation_error():
     both = pd.concat([rows, more.assign(block="third")], ignore_index=True)
     pair = metrics(both).set_index("metric").loc["trace_spread", "truncation_error"]
     assert pair == pytest.approx(0, abs=1e-12)
+
+
+def test_a_probe_that_broke_down_after_more_steps_than_others_took_keeps_three_quarters():
+    [ended] = blocks_of(
+        slq_rows([np.repeat([1.0, 2.0, 5.0], 200)], 1, 10, np.random.default_rng(0))
+    )
+    assert [len(r.alphas) for r in ended.recurrences if r.breakdown] == [3]
+    short = ended.truncated(2, 0.75, extend=True)
+    assert len(short.recurrences[0].alphas) == 2
 
 
 def test_gradient_spread_comes_from_the_table_of_blocks(sampled):

@@ -146,6 +146,40 @@ def test_layers_of_any_shape_have_the_eigenvalues_of_their_dense_blocks(kind, pl
         torch.testing.assert_close(whole(row), expected, rtol=0, atol=atol)
 
 
+class Images(nn.Module):
+    """A convolution that is given its samples one by one, without a dimension of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 1, 3), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(torch.stack([self.conv(image).flatten() for image in x]))
+
+
+@pytest.mark.parametrize("build", [Shared, Images, lambda: torch.jit.script(relu_cnn().double())])
+def test_one_block_that_is_no_plain_layer_has_the_eigenvalues_of_its_dense_block(build):
+    _, batch = net("cnn")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = build().double().eval()
+    block = find_blocks(model)[0]
+    [row] = estimate_spectra(model, CROSS_ENTROPY, [batch], blocks=[block], **OPTIONS).to_dict(
+        "records"
+    )
+    assert row["method"] == "exact"
+    expected = dense(block_hessian(model, cross_entropy, [batch], [block]), 0, model)
+    atol = float(1e-14 * expected.abs().max())
+    torch.testing.assert_close(whole(row), expected, rtol=0, atol=atol)
+
+
+def test_a_criterion_whose_second_derivative_is_nan_is_said_to_have_one():
+    model, batch = net("gelu")
+    kink = SplitLoss(lambda m, b: m(b[0]) * 0, lambda z, b: z.norm(dim=1).mean())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        estimate_spectra(model, kink, [batch], **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("name", "linear"),
     [

@@ -193,3 +193,54 @@ def test_a_transformer_has_them_behind_its_last_bend_alone():
     model, batch = problem("vit", 4)
     quick, _ = prepared(model, [batch])
     assert names(quick) == ["blocks.0.mlp.2.weight", "head.weight"]
+
+
+class Routed(nn.Module):
+    """Experts that are given some of the samples, and a layer of a class of one's own."""
+
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.Pair(36, 5)
+        self.experts = nn.ModuleList(nn.Linear(5, 4) for _ in range(2))
+
+    def forward(self, x):
+        x, _ = self.first(x.flatten(1))
+        y = x.new_zeros(len(x), 4)
+        for k, expert in enumerate(self.experts):
+            (mine,) = torch.where((x[:, 0] > 0).long() == k)
+            y = y.index_put((mine,), expert(x[mine])) if len(mine) else y
+        return y
+
+
+ROW = SplitLoss(lambda m, b: m(b[0])[None], lambda z, b: F.cross_entropy(z[0], b[1]))
+LINEAR = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z[:, 0].mean())
+
+
+@pytest.mark.parametrize(
+    ("build", "loss"),
+    [
+        (Routed, CROSS_ENTROPY),
+        (gelu_mlp, ROW),  # the first dimension is that of samples of a single one alone
+        (gelu_mlp, LINEAR),
+        (lambda: torch.jit.script(gelu_mlp().double()), CROSS_ENTROPY),
+    ],
+    ids=["experts", "row", "linear criterion", "scripted"],
+)
+def test_odd_models_keep_their_ordinary_products(build, loss):
+    _, batch = net("cnn")
+    torch.manual_seed(2)
+    quick, ordinary = prepared(build().double(), [batch], loss)
+    assert not quick.shortcuts
+    torch.testing.assert_close(quick.products(requests(quick)), ordinary.products(requests(quick)))
+
+
+def test_a_second_look_leaves_them_and_their_memory_as_they_are():
+    model, batch = net("cnn")
+    quick, _ = prepared(model, [batch])
+    before = quick.shortcuts, quick.most_bytes
+    shortcuts.prepare(quick, range(len(quick.blocks)), MANY)
+    assert (quick.shortcuts, quick.most_bytes) == before

@@ -47,7 +47,7 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
     can = hessian.is_autograd and not (hessian.is_shared or hessian.shortcuts)
     if not (can and isinstance(split, SplitLoss)):
         return
-    layers = {i: found for i in indices if (found := layer_of(hessian, i)) is not None}
+    layers = {i: layer for i in indices if (layer := layer_of(hessian, i)) is not None}
     piece, _ = next(hessian.pieces())
     z, traces = _traced_by_sample(hessian, piece, layers)
     if not traces or 2 * z[0].numel() > num_products:

@@ -188,7 +188,8 @@ def estimate_to_tolerance(
         reached = Reached(rows, estimate, truncation_error, num_probes, num_steps, tolerance)
         if on_round is not None:
             on_round(reached)
-        shorter = {name for name in todo if steps[name] < max_steps}
+        ended = rows.groupby("block")["breakdown"].all()  # more steps would change nothing
+        shorter = {name for name in todo if steps[name] < max_steps and not ended[name]}
         if reached.needs_steps and shorter:
             # Where all that are left have settled nevertheless, all of them go on.
             unsettled = shorter - settled(rows, metric, reached.allowed)

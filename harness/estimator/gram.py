@@ -21,7 +21,7 @@ from harness.estimator.batches import Batch, leading_size, place
 from harness.estimator.blocks import Block
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
-from harness.estimator.layers import layer_of, places, traced
+from harness.estimator.layers import agrees, layers_of, places, traced
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
@@ -31,8 +31,6 @@ from harness.estimator.shortcuts import linear_blocks
 MOST_ROWS = 4096
 # Entries of A that are taken to float64 at a time: 8 MiB, so that its memory is used again.
 _CHUNK = 1 << 20
-# How far a row may be from autograd's, in eps: the two sum up in different orders.
-_SUMS = 512
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
 _ROUNDING = 64
 # Relative steps of differences, so small that few kinks lie between, how well two of them must
@@ -253,7 +251,7 @@ def _bytes_of_layers(hessian: BlockHessian, roots: Roots, indices: Sequence[int]
 
     That of what it keeps of each, twice over in float64, and of its matrix and eigenvalues.
     """
-    layers = {i: layer for i in indices if (layer := layer_of(hessian, i)) is not None}
+    layers = layers_of(hessian, indices)
     if not (layers and roots):
         return {}
     piece, _ = roots[0]
@@ -278,7 +276,7 @@ def _of_layers(
     what autograd says it is, to rounding; blocks of which it isn't are left out, such as weights
     that are used elsewhere too.
     """
-    layers = {i: layer for i in group if (layer := layer_of(hessian, i)) is not None}
+    layers = layers_of(hessian, group)
     factors: dict[int, list[Factors]] = {i: [] for i in layers}
     for piece, root in roots:
         mine = {i: layers[i] for i in factors}
@@ -299,17 +297,13 @@ def _of_layers(
             if found is not None:
                 X, channels = found
                 U = torch.stack(pulled[i]).movedim(channels + 1, -1).flatten(1, -2)
-                found = None if _differ(torch.tensordot(mixture, U, 1).T @ X, row) else found
+                mixed = (torch.tensordot(mixture, U, 1).T @ X).flatten()
+                found = found if agrees(mixed, row) else None
             if found is None:
                 del factors[i]
             else:
                 factors[i].append((U, X))
     return {i: _matrix_of(some, hessian.blocks[i].num_params) for i, some in factors.items()}
-
-
-def _differ(row: torch.Tensor, expected: torch.Tensor) -> bool:
-    allowed = _SUMS * torch.finfo(row.dtype).eps * float(expected.norm())
-    return not float((row.flatten() - expected).norm()) <= allowed
 
 
 def _matrix_of(factors: Sequence[Factors], num_params: int) -> torch.Tensor:

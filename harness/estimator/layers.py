@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,26 @@ from harness.estimator.hessian import BlockHessian
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Traces = dict[int, tuple[torch.Tensor, torch.Tensor]]
+_ROUNDING = 512  # eps of the dtype
 
 
-def layer_of(hessian: BlockHessian, index: int) -> Layer | None:
-    """Return the linear layer or convolution whose whole weight a block is."""
-    part, *others = hessian.blocks[index].parts
-    module, _, name = part.parameter.rpartition(".")
-    if others or part.dim is not None or name != "weight":
-        return None
-    # Not by get_submodule, which scripted modules refuse.
-    layer = dict(hessian.model.named_modules()).get(module)
-    return layer if isinstance(layer, Layer) else None
+def layers_of(hessian: BlockHessian, indices: Iterable[int]) -> dict[int, Layer]:
+    """Return the linear layer or convolution of each block that is the whole weight of one."""
+    modules = dict(hessian.model.named_modules())  # scripted ones refuse get_submodule
+    found = {}
+    for i in indices:
+        part, *others = hessian.blocks[i].parts
+        module, _, name = part.parameter.rpartition(".")
+        layer = modules.get(module)
+        if isinstance(layer, Layer) and name == "weight" and part.dim is None and not others:
+            found[i] = layer
+    return found
+
+
+def agrees(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Tell whether a sum of millions is autograd's, which sums up in another order, to rounding."""
+    allowed = _ROUNDING * torch.finfo(expected.dtype).eps * float(expected.norm())
+    return float((found - expected).norm()) <= allowed
 
 
 def without_bias(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

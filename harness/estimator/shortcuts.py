@@ -20,13 +20,10 @@ from torch import nn
 from harness.estimator.batches import Batch, leading_size
 from harness.estimator.graphs import slope_of
 from harness.estimator.hessian import BlockHessian
-from harness.estimator.layers import Layer, Traces, layer_of, traced, without_bias
+from harness.estimator.layers import Layer, Traces, agrees, layers_of, traced, without_bias
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
-
-# How far from the ordinary product one may be, in eps: the two sum up in different orders.
-_ROUNDING = 512
 
 
 def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) -> None:
@@ -47,7 +44,7 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
     can = hessian.is_autograd and not (hessian.is_shared or hessian.shortcuts)
     if not (can and isinstance(split, SplitLoss)):
         return
-    layers = {i: layer for i in indices if (layer := layer_of(hessian, i)) is not None}
+    layers = layers_of(hessian, indices)
     piece, _ = next(hessian.pieces())
     z, traces = _traced_by_sample(hessian, piece, layers)
     if not traces or 2 * z[0].numel() > num_products:
@@ -82,9 +79,7 @@ def prepare(hessian: BlockHessian, indices: Sequence[int], num_products: int) ->
         release_cache(hessian.device)
         return
     right = {
-        i
-        for i in fitting
-        if _agrees(sum(part.product(i, vectors[i]) for part in parts), expected[i])
+        i for i in fitting if expected[i].any() and agrees(_sum(parts, i, vectors[i]), expected[i])
     }
     for part in parts:
         part.keep(right)
@@ -197,9 +192,3 @@ def _sum(parts: Sequence[_Part], index: int, vector: torch.Tensor) -> torch.Tens
 def _random(hessian: BlockHessian, index: int) -> torch.Tensor:
     vector = draw_probe(hessian.blocks[index].num_params, 0, "gaussian")
     return vector.to(hessian.device, hessian.dtype)
-
-
-def _agrees(product: Any, expected: torch.Tensor) -> bool:
-    size = float(expected.norm())
-    allowed = _ROUNDING * torch.finfo(expected.dtype).eps * size
-    return size > 0 and float((product - expected).norm()) <= allowed

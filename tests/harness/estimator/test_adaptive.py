@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 import spectra_db
 from harness import estimate_spectra, find_blocks
 from harness.errors import UserError
+from harness.estimator import adaptive
 from harness.estimator.adaptive import estimate_to_tolerance, limits
 from harness.estimator.batches import batch_hash
 from harness.estimator.lanczos import Kept, advance, lanczos, start
@@ -97,6 +100,27 @@ def test_blocks_that_are_settled_take_no_more_steps():
     steps = second.rows[second.rows["method"] == "slq"].groupby("block")["num_steps"].max()
     assert 0 < len(done) < first.rows["block"].nunique()
     assert steps.to_dict() == {name: 10 if name in done else 15 for name in steps.index}
+
+
+def test_a_block_whose_probes_have_ended_keeps_no_other_waiting(monkeypatch):
+    # The head has six parameters, and its rules end after as many steps.
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(40, 3, bias=False), torch.nn.Tanh(), torch.nn.Linear(3, 2, bias=False)
+    ).double()
+    batch = torch.randn(50, 40).double(), torch.arange(50) % 2
+    settings = Settings("weights", 5, 60, dtype="float64", exact_size=0)
+    monkeypatch.setattr(adaptive, "settled", lambda rows, metric, allowed: {"0.weight"})
+    found = []
+    with opened(Objective(model, cross_entropy, [batch]), find_blocks(model), settings) as hessian:
+        source = dict.fromkeys(("model", "stage", "train_run", "batch_hash", "run_id"), "")
+        source |= {"init_seed": 0, "step": 0, "progress": 0.0, "data_source": ""}
+        estimate_to_tolerance(hessian, settings, source, tolerance=1e-6, on_round=found.append)
+    assert found[0].needs_steps
+    assert found[0].rows.groupby("block")["breakdown"].all()["2.weight"]
+    for before, after in pairwise(found):
+        if before.needs_steps:
+            assert after.rows["num_products"].sum() > before.rows["num_products"].sum()
 
 
 @pytest.mark.parametrize(("budget", "products"), [(10**6, 8), (0, 12)])

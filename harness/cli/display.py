@@ -39,14 +39,16 @@ def _console() -> Console:
 
 
 def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
-    """Print the named fields of entries, a line each."""
+    """Print the named fields of entries, a line each, whole even where a terminal is narrower."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for field in fields:
-        longest = max((len(getattr(entry, field)) for entry in entries), default=0)
-        table.add_column(field, no_wrap=True, min_width=longest)
+        table.add_column(field, no_wrap=True)
     for entry in entries:
         table.add_row(*(getattr(entry, field) for field in fields))
-    _console().print(table)
+    console = _console()
+    unlimited = console.options.update(max_width=10_000)
+    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(table)
 
 
 def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:

@@ -59,7 +59,7 @@ def list_(
             known = entry.name in ours
             stands = ACCEPTED if known else standing(entry, registry, source)
             shown |= {"stands": stands.status, "next": stands.following}
-        fields.insert(-1, "stands")
+        fields[fields.index("status")] = "stands"
     if as_json:
         click.echo(json.dumps(listed, indent=2, ensure_ascii=False))
         return

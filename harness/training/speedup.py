@@ -31,7 +31,8 @@ from harness.training.gap import CONFIDENCE, learnt, relative_gap
 from spectra_db.schema import VERSIONS
 
 LENGTHS = (1, 2, 4)  # in T; beyond the last one a speed-up is not measured
-TUNING_SEED = 0  # rates are chosen on it, and it is not scored
+TUNING_SEEDS = (0, 11, 12)  # rates are chosen on them, and they are not scored
+CLIMB_SEED = TUNING_SEEDS[0]
 SEEDS = (1, 2, 3, 4, 5)  # scored at T
 LONG_SEEDS = (1, 2, 3)  # scored at 2T and 4T
 MORE_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # where y is near the threshold
@@ -86,22 +87,28 @@ class Trials:
         """Return the rate at which the climb begins."""
         return self.recipe.sgd_lr if optimizer == "sgd" else self.recipe.adamw_lr
 
-    def scores(self, optimizer: str) -> dict[int, climb.Score]:
-        """Return the scores of the climb's runs, by k."""
+    def scores(self, optimizer: str, seed: int = CLIMB_SEED) -> dict[int, climb.Score]:
+        """Return the scores of the runs of T steps on one seed, the climb's unless named, by k."""
         start, found = self.start(optimizer), {}
-        for (name, num_steps, seed, lr), row in self._by_key.items():
-            if (name, num_steps, seed) == (optimizer, self.recipe.num_steps, TUNING_SEED):
+        for (name, num_steps, of, lr), row in self._by_key.items():
+            if (name, num_steps, of) == (optimizer, self.recipe.num_steps, seed):
                 k = round(climb.PER_DECADE * math.log10(lr / start))
                 found[k] = _score(row)
         return found
 
+    def means(self, optimizer: str) -> dict[int, climb.Score]:
+        """Return the mean scores of the rates that all tuning seeds have run at T, by k."""
+        found = [self.scores(optimizer, seed) for seed in TUNING_SEEDS]
+        common = set.intersection(*map(set, found))
+        return {k: climb.mean([scores[k] for scores in found]) for k in common}
+
     def best_rate(self, optimizer: str) -> float:
         """Return the best rate at T, of a climb that has ended."""
-        return climb.rate(self.start(optimizer), climb.best(self.scores(optimizer)))
+        return climb.rate(self.start(optimizer), climb.best(self.means(optimizer)))
 
     def long_rates(self, optimizer: str) -> list[float]:
         """Return the rates that are tried at 2T and 4T: the best at T and half a decade below."""
-        k = climb.best(self.scores(optimizer))
+        k = climb.best(self.means(optimizer))
         return [climb.rate(self.start(optimizer), j) for j in (k - climb.HALF, k)]
 
     def rate_at(self, optimizer: str, length: int) -> float:
@@ -110,7 +117,7 @@ class Trials:
             return self.best_rate(optimizer)
         steps = length * self.recipe.num_steps
         tried = self.long_rates(optimizer)
-        return min(tried, key=lambda lr: _score(self._by_key[optimizer, steps, TUNING_SEED, lr]))
+        return min(tried, key=lambda lr: _score(self._by_key[optimizer, steps, CLIMB_SEED, lr]))
 
     def missing(self, optimizer: str, length: int, lr: float, seeds: Sequence[int]) -> list[Trial]:
         """Return those runs that are not there."""
@@ -162,7 +169,12 @@ def _stages(trials: Trials) -> Iterator[list[Trial]]:
     for optimizer in OPTIMIZERS:
         start, ks = trials.start(optimizer), climb.next_rates(trials.scores(optimizer))
         rates = [climb.rate(start, k) for k in ks]
-        due += [Trial(optimizer, trials.recipe.num_steps, lr, TUNING_SEED) for lr in rates]
+        due += [Trial(optimizer, trials.recipe.num_steps, lr, CLIMB_SEED) for lr in rates]
+    yield due
+    for optimizer in reversed(OPTIMIZERS):
+        for k in climb.next_of_means(trials.scores(optimizer), trials.means(optimizer)):
+            lr = climb.rate(trials.start(optimizer), k)
+            due += trials.missing(optimizer, 1, lr, TUNING_SEEDS)
     yield due
     for optimizer in reversed(OPTIMIZERS):  # AdamW first: an entry that learns nothing ends there
         yield trials.missing(optimizer, 1, trials.best_rate(optimizer), SEEDS)
@@ -173,7 +185,7 @@ def _stages(trials: Trials) -> Iterator[list[Trial]]:
         if _reached(trials, slower, length // 2):
             break
         for lr in trials.long_rates(slower):
-            yield trials.missing(slower, length, lr, [TUNING_SEED])
+            yield trials.missing(slower, length, lr, [CLIMB_SEED])
         yield trials.missing(slower, length, trials.rate_at(slower, length), LONG_SEEDS)
     y = _speedup(trials, len(SEEDS), len(LONG_SEEDS))
     if abs(y.value - THRESHOLD) < NEAR * y.error:

@@ -51,3 +51,18 @@ def test_a_loss_that_falls_with_the_rate_for_ever_has_no_best_rate():
 
 def test_of_equal_runs_the_smaller_rate_is_best():
     assert climb.best({0: (1.0, 1.0), 2: (1.0, 1.0)}) == 0
+
+
+def test_the_climb_of_means_goes_on_until_the_best_has_two_worse_neighbours():
+    scores = climbed(lambda k: abs(k - 3))
+    means: dict[int, climb.Score] = {}
+    while todo := climb.next_of_means(scores, means):
+        means |= {k: climb.mean([scores.get(k, (9.0, 9.0)), (abs(k + 1.0) * 5, 0.0)]) for k in todo}
+    best = climb.best(means)
+    assert {best - 1, best, best + 1} <= set(means)
+    assert best < 3
+
+
+def test_means_without_a_best_rate_fail():
+    with pytest.raises(climb.NoBestRate):
+        climb.next_of_means({}, {k: (1.0 + 0.001 * k, 0.0) for k in range(-40, 1)})

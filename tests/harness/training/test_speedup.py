@@ -111,7 +111,7 @@ def test_level_optimizers_have_a_speedup_of_zero_with_an_interval():
 
 def test_near_the_threshold_ten_seeds_are_run_at_both_lengths_that_enter():
     rows = run_all(world(behind=0.25, noise=0.05))
-    assert set(rows.loc[(rows["num_steps"] == T), "seed"]) == set(range(11))
+    assert set(rows.loc[(rows["num_steps"] == T), "seed"]) == {*range(11), *speedup.TUNING_SEEDS}
     assert set(rows.loc[(rows["num_steps"] == 2 * T), "seed"]) == set(range(11))
     found = speedup.speedup("net", rows, RECIPE)
     assert found["num_seeds"] == 10
@@ -119,11 +119,24 @@ def test_near_the_threshold_ten_seeds_are_run_at_both_lengths_that_enter():
 
 def test_tuning_seeds_are_not_scored():
     rows = run_all(world(behind=0.4))
-    moved = rows.assign(
-        final_loss=rows["final_loss"].where(rows["seed"] > 0, rows["final_loss"] + 0.1)
-    )
+    is_tuning = rows["seed"].isin(speedup.TUNING_SEEDS)
+    moved = rows.assign(final_loss=rows["final_loss"].where(~is_tuning, rows["final_loss"] + 0.1))
     one, other = (speedup.speedup("net", r, RECIPE)["log2_speedup"] for r in (rows, moved))
     assert one == other
+
+
+def test_a_rate_that_is_best_on_the_first_seed_alone_is_not_chosen():
+    plain = world(behind=0.4)
+
+    def unstable(trial):
+        is_too_much = trial.optimizer == "sgd" and trial.lr > 0.08 and trial.seed != 0
+        return plain(trial) + (0.5 if is_too_much else 0.0)
+
+    rows = run_all(unstable)
+    found = speedup.speedup("net", rows, RECIPE)
+    assert found["sgd_lr"] == pytest.approx(0.1 * 10**-0.25, rel=1e-4)
+    at = rows[(rows["optimizer"] == "sgd") & (rows["num_steps"] == T) & (rows["seed"] == 12)]
+    assert at["lr"].min() == pytest.approx(0.1 * 10**-0.5, rel=1e-4)  # a worse neighbour
 
 
 def test_an_entry_whose_adamw_gains_less_than_a_tenth_of_r_does_not_count():
@@ -171,8 +184,8 @@ def test_an_entry_with_runs_to_do_is_pending():
 def test_the_typical_entry_takes_what_the_protocol_forecasts():
     rows = run_all(world(behind=0.4))
     cost = (rows["num_steps"] / T).sum()
-    assert 30 <= cost <= 63
-    assert 30 <= (run_all(world(behind=0.7))["num_steps"] / T).sum() <= 63
+    assert 40 <= cost <= 75
+    assert 40 <= (run_all(world(behind=0.7))["num_steps"] / T).sum() <= 75
 
 
 def sample(mean: float, spread: float, count: int) -> Sample:

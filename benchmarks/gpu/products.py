@@ -165,7 +165,7 @@ def looped_and_batched(hessian: BlockHessian, num_probes: int) -> tuple[float, f
     """
     assert not hessian._kept
     names = {part.parameter for block in hessian.blocks for part in block.parts}
-    gradients = hessian._gradients(hessian.batches[0], names)
+    gradients = hessian.graph(hessian.batches[0], names)
     pairs = [
         (g, hessian._parameters[block.name], torch.randn(num_probes, *block.shape).to(g))
         for block in hessian.blocks

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from harness.errors import UserError
 from harness.estimator.batches import (
@@ -36,6 +34,7 @@ from harness.estimator.graphs import GaussNewtonGraph, Graph, split_or_refuse
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
 from harness.estimator.objective import LossFn, Objective
 from harness.estimator.operations import SoundOperations
+from harness.estimator.prepare import check_blocks, fit, working_copy
 from harness.estimator.settings import Settings
 from harness.estimator.share import Share
 
@@ -102,13 +101,13 @@ class BlockHessian:
         dtype, device = DTYPES[settings.dtype], choose_device(objective.model, settings.device)
         self.blocks = list(blocks)
         self.memory_budget = settings.memory_budget or memory_share(device)
-        self.model = _working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
+        self.model = working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
         self.loss_fn, self.operator = loss_fn, settings.operator
         is_ggn = self.operator == "ggn"
         self._split = split_or_refuse(loss_fn, "operator='ggn'") if is_ggn else None
         self._parameters = dict(self.model.named_parameters())
         self._operations = SoundOperations()
-        self._check_blocks()
+        check_blocks(self.blocks, self.model)
         self.batches = [place(batch, device, dtype) for batch in objective.batches]
         if not self.batches:
             raise UserError("batches is empty; pass at least one batch")
@@ -122,9 +121,11 @@ class BlockHessian:
             )
         # Counts the terms of a piece of a batch; None: batches can't be cut.
         self._count = count if norm_mode == "eval" else None
-        self._fewest = 1  # samples of a piece
         self.precision = dtype
-        self.graph_bytes, self.product_bytes = self._size_graph(self.memory_budget)
+        found = fit(
+            self.batches, self._count, self.memory_budget, self._saved_bytes, self.measure_peak
+        )
+        self.batches, self._fewest, self.graph_bytes, self.product_bytes = found
         if dtype == torch.float64 != self.precision:
             warn_of_precision(self.model, loss_fn, self.batches[0], self.precision)
         if self._count is not None:
@@ -277,7 +278,7 @@ class BlockHessian:
         block = self.blocks[0]
         vector = torch.ones(block.num_params, dtype=self.dtype, device=self.device)
         with PeakMemory(self.device) as memory:
-            gradients = self._gradients(place(batch, self.device, self.dtype), names)
+            gradients = self.graph(place(batch, self.device, self.dtype), names)
             self._add_product(torch.zeros_like(vector), gradients, block, vector, 1.0)
         return memory.peak
 
@@ -322,7 +323,7 @@ class BlockHessian:
         names = {part.parameter for block in self.blocks for part in block.parts}
         total: Gradients = dict.fromkeys(sorted(names))  # one order in all processes
         for batch, weight in zip(self.batches, self.weights, strict=True):
-            for name, g in self._gradients(batch, names, create_graph=False).items():
+            for name, g in self.graph(batch, names, create_graph=False).items():
                 if g is not None:
                     so_far = total[name]
                     scaled = weight * g.detach()
@@ -389,14 +390,14 @@ class BlockHessian:
         """Yield each microbatch's gradients with their graph, kept ones if there are."""
         if not self.keeps_graphs:
             for batch in self.batches:
-                yield self._gradients(batch, names)
+                yield self.graph(batch, names)
             return
         if not self._kept:
             every = {part.parameter for block in self.blocks for part in block.parts}
-            self._kept = [self._gradients(batch, every) for batch in self.batches]
+            self._kept = [self.graph(batch, every) for batch in self.batches]
         yield from self._kept
 
-    def _gradients(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Graph:
+    def graph(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Graph:
         """Run one forward and one backward pass, to be differentiated again if asked."""
         ordered = [name for name in self._parameters if name in names]
         with explained(self.model, self.loss_fn, batch):
@@ -430,50 +431,6 @@ class BlockHessian:
                 "one, (model, batch) ↦ loss, and not another one from around it"
             )
 
-    def _size_graph(self, memory_budget: int) -> tuple[int, int]:
-        """Halve the microbatches until a product fits; return the bytes of graph and product."""
-        sample = max(self.batches, key=leading_size)
-        if self._count is not None:
-            few, graph_of_few = self._fewest_samples(sample)
-            self._fewest = few
-            least = self.measure_peak(take(sample, 0, few))
-            per_sample = least / few
-            if leading_size(sample) >= 2 * few:
-                # What doesn't grow with the samples, such as gradients, counts once.
-                per_sample = max(self.measure_peak(take(sample, 0, 2 * few)) - least, 0) / few
-        while True:
-            size = max(leading_size(b) for b in self.batches)
-            if self._count is None:
-                graph_bytes, product_bytes = self._saved_bytes(sample), self.measure_peak(sample)
-            else:
-                graph_bytes = graph_of_few * size // few
-                product_bytes = least + int((size - few) * per_sample)
-            product_bytes = max(graph_bytes, product_bytes)
-            if product_bytes <= memory_budget:
-                return graph_bytes, product_bytes
-            if self._count is None or size < 2 * self._fewest:
-                raise UserError(
-                    f"a product with one microbatch of {size} samples takes about "
-                    f"{product_bytes / 2**30:.2g} GiB, more than the memory budget of "
-                    f"{memory_budget / 2**30:.2g} GiB; raise the budget or pass smaller batches"
-                )
-            count = self._count
-            self.batches = [piece for b in self.batches for piece in halves(b, size, count)]
-
-    def _fewest_samples(self, batch: Batch) -> tuple[int, int]:
-        """Return how few samples the model takes, 1 or 2, and the bytes that their graph keeps.
-
-        Some models fail on one: `squeeze` takes the dimension of its batch away.
-        """
-        try:
-            return 1, self._saved_bytes(take(batch, 0, 1))
-        except UserError:
-            raise
-        except Exception as error:
-            if leading_size(batch) < 2 or is_out_of_memory(error):
-                raise
-        return 2, self._saved_bytes(take(batch, 0, 2))
-
     def _saved_bytes(self, batch: Batch) -> int:
         """Count the bytes of distinct storages that a graph of this batch keeps.
 
@@ -492,7 +449,7 @@ class BlockHessian:
         names = {part.parameter for block in self.blocks for part in block.parts}
         try:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                gradients = self._gradients(batch, names)
+                gradients = self.graph(batch, names)
         except UserError as error:
             if "saved tensor hooks" not in str(error):
                 raise
@@ -506,7 +463,7 @@ class BlockHessian:
         Transforms of torch.func refuse hooks on saved tensors, be they around the whole loss.
         """
         with PeakMemory(self.device) as memory:
-            gradients = self._gradients(batch, names)
+            gradients = self.graph(batch, names)
         self._look_through(gradients)
         return memory.peak
 
@@ -514,60 +471,3 @@ class BlockHessian:
         """Look through a graph for operations without a second derivative, and for its dtypes."""
         coarsest = check_twice_differentiable(gradients.values())
         self.precision = max(self.precision, coarsest, key=lambda dtype: torch.finfo(dtype).eps)
-
-    def _check_blocks(self) -> None:
-        """Raise unless the blocks name existing parameters and do not overlap."""
-        if not self.blocks:
-            raise UserError("blocks is empty; pass a partition or a list of Block")
-        taken: dict[str, torch.Tensor] = {}
-        for block in self.blocks:
-            for part in block.parts:
-                if part.parameter not in self._parameters:
-                    raise UserError(
-                        f"block {block.name!r} names the parameter {part.parameter!r}, which "
-                        f"{type(self.model).__name__} does not have"
-                    )
-                if not self._parameters[part.parameter].requires_grad:
-                    raise UserError(
-                        f"block {block.name!r} names the parameter {part.parameter!r}, which is "
-                        "frozen; leave it out, or set its requires_grad"
-                    )
-                shape = self._parameters[part.parameter].shape
-                mask = taken.setdefault(part.parameter, torch.zeros(shape, dtype=torch.bool))
-                if part.of(mask).any():
-                    raise UserError(f"block {block.name!r} overlaps another in {part.parameter!r}")
-                part.of(mask).fill_(True)
-        repeated = [name for name, n in Counter(b.name for b in self.blocks).items() if n > 1]
-        if repeated:
-            raise UserError(f"two blocks have the name {repeated[0]!r}; each needs its own")
-
-
-def _working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
-    """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UserError(
-                f"the parameter {name} is on the meta device, where tensors have no values; build "
-                "the model on cpu or cuda, or fill it with model.to_empty(...) and initial values"
-            )
-        if parameter.is_complex():
-            raise UserError(
-                f"the parameter {name} is {parameter.dtype}; keep its real and imaginary parts as "
-                "one real parameter and use torch.view_as_complex on it in forward"
-            )
-    try:
-        clone = copy.deepcopy(model)
-    except Exception as error:
-        raise UserError(
-            f"the model {type(model).__name__} cannot be copied ({error}); make it deep-copyable: "
-            "keep no generators, files or non-leaf tensors in it"
-        ) from error
-    clone.eval()
-    for module in clone.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.sparse = False  # sparse gradients are the same, and have no second derivative
-    if norm_mode == "train":
-        for module in clone.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.train()
-    return clone

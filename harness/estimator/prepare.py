@@ -1,0 +1,154 @@
+"""What a block Hessian begins with: a copy of the model, its blocks, microbatches that fit."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from harness.errors import UserError
+from harness.estimator.batches import Batch, NumTerms, halves, leading_size, take
+from harness.estimator.blocks import Block
+from harness.estimator.memory import is_out_of_memory
+
+
+def working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
+    """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"the parameter {name} is on the meta device, where tensors have no values; build "
+                "the model on cpu or cuda, or fill it with model.to_empty(...) and initial values"
+            )
+        if parameter.is_complex():
+            raise UserError(
+                f"the parameter {name} is {parameter.dtype}; keep its real and imaginary parts as "
+                "one real parameter and use torch.view_as_complex on it in forward"
+            )
+    try:
+        clone = copy.deepcopy(model)
+    except Exception as error:
+        raise UserError(
+            f"the model {type(model).__name__} cannot be copied ({error}); make it deep-copyable: "
+            "keep no generators, files or non-leaf tensors in it"
+        ) from error
+    clone.eval()
+    for module in clone.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # sparse gradients are the same, and have no second derivative
+    if norm_mode == "train":
+        for module in clone.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.train()
+    return clone
+
+
+def check_blocks(blocks: Sequence[Block], model: nn.Module) -> None:
+    """Raise unless the blocks name existing parameters and do not overlap."""
+    parameters = dict(model.named_parameters())
+    if not blocks:
+        raise UserError("blocks is empty; pass a partition or a list of Block")
+    taken: dict[str, torch.Tensor] = {}
+    for block in blocks:
+        for part in block.parts:
+            if part.parameter not in parameters:
+                raise UserError(
+                    f"block {block.name!r} names the parameter {part.parameter!r}, which "
+                    f"{type(model).__name__} does not have"
+                )
+            if not parameters[part.parameter].requires_grad:
+                raise UserError(
+                    f"block {block.name!r} names the parameter {part.parameter!r}, which is "
+                    "frozen; leave it out, or set its requires_grad"
+                )
+            shape = parameters[part.parameter].shape
+            mask = taken.setdefault(part.parameter, torch.zeros(shape, dtype=torch.bool))
+            if part.of(mask).any():
+                raise UserError(f"block {block.name!r} overlaps another in {part.parameter!r}")
+            part.of(mask).fill_(True)
+    repeated = [name for name, n in Counter(b.name for b in blocks).items() if n > 1]
+    if repeated:
+        raise UserError(f"two blocks have the name {repeated[0]!r}; each needs its own")
+
+
+class Fit(NamedTuple):
+    """Microbatches with which a product fits into memory.
+
+    Attributes:
+        batches: The microbatches, halved if need be.
+        fewest: Samples that the model takes at least, 1 or 2.
+        graph_bytes: Estimate of what the largest microbatch's graph keeps.
+        product_bytes: Estimate of the most that a product takes.
+    """
+
+    batches: list[Batch]
+    fewest: int
+    graph_bytes: int
+    product_bytes: int
+
+
+def fit(
+    batches: list[Batch],
+    count: NumTerms | None,
+    memory_budget: int,
+    kept: Callable[[Batch], int],
+    peak: Callable[[Batch], int],
+) -> Fit:
+    """Halve microbatches until a product fits.
+
+    Args:
+        batches: The microbatches.
+        count: Counts the terms of a piece of a batch; None: batches can't be cut, and the largest
+            is measured as a whole.
+        memory_budget: Bytes.
+        kept: Measures what the graph of a batch keeps, in bytes.
+        peak: Measures the most that a graph and a product with it take.
+
+    Raises:
+        UserError: A product takes more than the budget even with the fewest samples.
+    """
+    sample = max(batches, key=leading_size)
+    few, size = 1, leading_size(sample)
+    if count is None:
+        graph_bytes, product_bytes = kept(sample), peak(sample)
+    else:
+        few, graph_of_few = _fewest_samples(sample, kept)
+        least = peak(take(sample, 0, few))
+        per_sample = least / few
+        if size >= 2 * few:
+            # What doesn't grow with the samples, such as gradients, counts once.
+            per_sample = max(peak(take(sample, 0, 2 * few)) - least, 0) / few
+    while True:
+        if count is not None:
+            size = max(leading_size(b) for b in batches)
+            graph_bytes = graph_of_few * size // few
+            product_bytes = least + int((size - few) * per_sample)
+        product_bytes = max(graph_bytes, product_bytes)
+        if product_bytes <= memory_budget:
+            return Fit(batches, few, graph_bytes, product_bytes)
+        if count is None or size < 2 * few:
+            raise UserError(
+                f"a product with one microbatch of {size} samples takes about "
+                f"{product_bytes / 2**30:.2g} GiB, more than the memory budget of "
+                f"{memory_budget / 2**30:.2g} GiB; raise the budget or pass smaller batches"
+            )
+        batches = [piece for b in batches for piece in halves(b, size, count)]
+
+
+def _fewest_samples(batch: Batch, kept: Callable[[Batch], int]) -> tuple[int, int]:
+    """Return how few samples the model takes, 1 or 2, and the bytes that their graph keeps.
+
+    Some models fail on one: `squeeze` takes the dimension of its batch away.
+    """
+    try:
+        return 1, kept(take(batch, 0, 1))
+    except UserError:
+        raise
+    except Exception as error:
+        if leading_size(batch) < 2 or is_out_of_memory(error):
+            raise
+    return 2, kept(take(batch, 0, 2))

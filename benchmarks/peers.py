@@ -1,4 +1,4 @@
-"""The same products by other ways: the paper's algorithm and three libraries. `make bench-peers`.
+"""The same products by other ways: the paper's algorithm and four libraries. `make bench-peers`.
 
 Each returns a function that takes one product with every block of partition `weights`; those of
 `FULL` one product with the whole Hessian. PyHessian knows no blocks, and its density calls a
@@ -131,12 +131,26 @@ def pyhessian(case: Case) -> Step:
     return lambda: whole.trace(maxIter=1)
 
 
+def jax_linearize(case: Case) -> Step:
+    """A product linearized once for each block and compiled by XLA; of the GPT alone."""
+    from benchmarks.jax_gpt import products
+
+    compiled = products(case)
+
+    def step() -> None:
+        for product in compiled:
+            product()
+
+    return step
+
+
 BLOCKS = {
     "ours": ours,
     "ours, ordinary": partial(ours, num_products=1),
     "paper-algorithm": paper_algorithm,
     "curvlinops": curvlinops,
     "hessian-eigenthings": hessian_eigenthings,
+    "jax.linearize + jit": jax_linearize,
 }
 FULL = {"ours, full": partial(ours, partition="full"), "pyhessian, full": pyhessian}
 PEERS = BLOCKS | FULL
@@ -173,7 +187,7 @@ def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
     for column in ("GFLOP", "s", "CPU s", "time / ours", "CPU / ours"):
         table.add_column(column, justify="right")
     for name in names or CASES:
-        asked = ways or PEERS
+        asked = [way for way in ways or PEERS if name == "gpt-10m" or PEERS[way] != jax_linearize]
         # Each beside ours on the same work, which is the first of its kind.
         base = {way: next(iter(kind)) for kind in (BLOCKS, FULL) for way in kind if way in asked}
         steps = {way: PEERS[way](CASES[name]()) for way in dict.fromkeys([*base.values(), *base])}
@@ -195,7 +209,8 @@ def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
                 f"{mine / ours:.2f}"
                 for mine, ours in zip((wall, cpu), least[base.get(way, way)], strict=True)
             )
-            table.add_row(name, way, f"{flops[way]:.0f}", f"{wall:.2f}", f"{cpu:.2f}", *ratios)
+            count = f"{flops[way]:.0f}" if flops[way] else "–"  # JAX's are not seen
+            table.add_row(name, way, count, f"{wall:.2f}", f"{cpu:.2f}", *ratios)
     Console(width=100).print(table)
 
 

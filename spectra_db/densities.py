@@ -235,6 +235,19 @@ def smooth_log_lambda10(nodes: Array, weights: Array, num_params: int, num_probe
     return float(share @ np.log(np.maximum(sizes, _ROUNDING * sizes[0])) / share.sum())
 
 
+def lambda10_ratio(nodes: Array, weights: Array, num_params: int, num_probes: int) -> float:
+    """Return how many times as large |θ| is at the low as at the high end of the masses near 10.
+
+    The ends are those of `smooth_log_lambda10`; 1 where the block has no so many eigenvalues.
+    """
+    sizes, mass = _from_the_top(nodes, weights, num_params)
+    half = (2 * _RANK / num_probes) ** 0.5
+    low, high = np.searchsorted(mass, [_RANK - half, _RANK + half])
+    if high >= len(sizes) or sizes[high] <= _ROUNDING * sizes[0]:
+        return 1.0
+    return float(sizes[low] / sizes[high])
+
+
 def _from_the_top(nodes: Array, weights: Array, num_params: int) -> tuple[Array, Array]:
     """Return |nodes|, descending, and how many eigenvalues are as large, by mass."""
     sizes = np.abs(nodes)

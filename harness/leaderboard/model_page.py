@@ -12,6 +12,7 @@ from harness.leaderboard.tables import in_network_order
 from harness.registry.entry import partition_of
 from spectra_db.densities import density
 from spectra_db.derived import standard
+from spectra_db.extremes import at_a_gap, without_each
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.loading import optional
 from spectra_db.plot import KINDS
@@ -35,8 +36,9 @@ def charts(
     and their kinds; `scales` has per stage their rms eigenvalues, in that order, null where not
     known; `spectra` per stage and block the density as [first bin, log10 in hundredths, ...] over
     bins of arsinh of the scaled eigenvalue, null where it is below the floor; `heatmaps` per
-    stage the distances in thousandths, without biases if `weights_alone`; `full` the spectra
-    of all parameters as one block; `training` the training runs, None where there are none.
+    stage the distances in thousandths, without biases if `weights_alone`, and `_readings` of them;
+    `full` the spectra of all parameters as one block; `training` the training runs, None where
+    there are none.
     """
     rows = optional("spectra", source, model=name)
     partition = partition_of(tier)
@@ -76,9 +78,28 @@ def charts(
             found["heatmaps"][stage] = {
                 "blocks": list(distances.columns),
                 "values": (1000 * distances.to_numpy()).round().astype(int).tolist(),
+                "readings": _readings(distances, compared),
             }
     found["blocks"] = [{"name": block, "kind": kind} for block, kind in named.items()]
     found["scales"] = _scales(optional("blocks", source, model=name), list(named))
+    return found
+
+
+def _readings(distances: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+    """Return which blocks make the mean of the distances, and where λ10 depends on the probes.
+
+    `extreme` is the most extreme block, and `without` the mean of the others; `inner` that without
+    embeddings, positions and heads, null where fewer than two blocks are left.
+    """
+    found: dict[str, Any] = {"extreme": None, "inner": None, "at_gap": at_a_gap(rows)}
+    if len(distances) > 2:
+        without = without_each(distances)
+        found |= {"extreme": without.idxmin(), "without": round(float(without.min()), 4)}
+    kinds = rows.drop_duplicates("block").set_index("block")["block_kind"]
+    inner = [name for name in distances if kinds[name] not in ("embedding", "position", "head")]
+    if 2 <= len(inner) < len(distances):
+        pairs = distances.loc[inner, inner].to_numpy()[np.triu_indices(len(inner), 1)]
+        found["inner"] = round(float(pairs.mean()), 4)
     return found
 
 
@@ -124,12 +145,13 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
     trials = optional("trials", source, model=name)
     ends = pd.DataFrame(columns=["optimizer", "seed", "value"])
     if len(trials):
-        runs, best = _of_trials(trials)
+        runs, best = _of_trials(trials), _best_rates("speedups", name, source)
+        scored = optional("speedups", source, model=name)["num_seeds"]
+        runs = runs[runs["seed"] <= (scored.iloc[0] if len(scored) else 0)]  # no tuning seeds
         loss = f"loss on a fixed training subset, in runs of {trials['num_steps'].min():,} steps"
     else:
         rows = optional("training", source, model=name)
-        gaps = optional("gaps", source, model=name)
-        best = {o: float(gaps[c].iloc[0]) for o, c in BEST_RATES.items() if len(gaps)}
+        best = _best_rates("gaps", name, source)
         rows = rows[rows["metric"] == "loss"]
         runs, loss = rows[rows["split"] == "batch"], "loss of the minibatch"
         ends = rows[rows["split"] == "train"].sort_values("step")
@@ -163,15 +185,18 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
     }
 
 
-def _of_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, dict[Any, float]]:
-    """Return the losses of the runs of T steps, a row each, and each optimizer's best rate yet."""
+def _best_rates(table: str, name: str, source: Path | str | None) -> dict[str, float]:
+    """Return each optimizer's best rate as the table of the result has it, if it has."""
+    rows = optional(table, source, model=name)
+    return {o: float(rows[c].iloc[0]) for o, c in BEST_RATES.items() if rows[c].notna().any()}
+
+
+def _of_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the losses of the runs of T steps, a row each."""
     runs = trials[trials["num_steps"] == trials["num_steps"].min()]
-    first = runs[(runs["seed"] == runs["seed"].min()) & runs["final_loss"].notna()]
-    lowest = first.sort_values("final_loss").drop_duplicates("optimizer")
-    best = dict(zip(lowest["optimizer"], lowest["lr"], strict=True))
     long = runs.explode(["eval_steps", "eval_losses"])
     long = long.rename(columns={"eval_steps": "step", "eval_losses": "value"})
-    return long.astype({"step": "float", "value": "float"}), best
+    return long.astype({"step": "float", "value": "float"})
 
 
 def _curves(runs: pd.DataFrame, best: dict[Any, float]) -> list[dict[str, Any]]:

@@ -41,12 +41,21 @@ function drawSpectra() {
   drawPanels(byId("spectra"), panels);
 }
 
+// Which blocks make the mean, and where a reading by λ10 depends on the probes.
+function whoMakesIt({ extreme, without, inner, at_gap: atGap }) {
+  const parts = [];
+  if (extreme) parts.push(`Without ${extreme}, the most extreme block, the mean is ${without.toFixed(3)}.`);
+  if (inner !== null) parts.push(`Without embeddings, positions and heads it is ${inner.toFixed(3)}.`);
+  if (atGap.length) parts.push(`λ10 lies at a gap of the spectrum of ${atGap.join(", ")}: readings by it depend on the probes there.`);
+  return parts.map((part) => ` ${part}`).join("");
+}
+
 function drawDistances() {
   const stage = byId("heatmap-stage").value;
   const pairs = pairsOf(heatmaps[stage]);
   byId("heatmap-note").textContent = "Jensen-Shannon distance of every pair of blocks, 0 where two spectra have " +
     `the same shape and at most 1. At ${stage} their mean is ${d3.mean(pairs).toFixed(3)}; the largest is ` +
-    `${Math.max(...pairs).toFixed(3)}.`;
+    `${Math.max(...pairs).toFixed(3)}.${whoMakesIt(heatmaps[stage].readings)}`;
   drawHeatmap(byId("heatmap"), heatmaps[stage], stage);
 }
 

@@ -70,3 +70,13 @@ def made_up(
     ]
     rows = [gap_row(name, float(gap), errors) for name, gap in zip(names, gaps, strict=True)]
     return frame("models", models), frame("heterogeneity", metrics), frame("gaps", rows)
+
+
+def speedup_row(model: str, y: float = 1.0, **changes: object) -> dict:
+    answer = "yes" if y > 0.6 else "no" if y < 0.4 else "unclear"
+    return {
+        "model": model, "protocol_version": 2, "log2_speedup": y, "standard_error": 0.05,
+        "ci_low": y - 0.1, "ci_high": y + 0.1, "censored": False, "slower": "sgd",
+        "trained": True, "adam_needed": answer, "relative_gap": y / 4, "num_steps": 600,
+        "longest": 2, "num_seeds": 5, "num_trials": 40, "status": "ok", "reason": None,
+    } | changes  # fmt: skip

@@ -12,19 +12,10 @@ from harness.leaderboard.verdict import NOTHING, SUPPORTS
 from harness.predictors import PREDICTORS
 from harness.registry import ranked
 from spectra_db import store
+from tests.harness.leaderboard.tables import speedup_row
 
 GATE = {"cifar-resnet8": 0.1, "bpe-gpt": 1.2, "cifar-vit": 0.7, "softmax-balanced": -0.9}
 GATE |= {"softmax-zipf": 1.8}
-
-
-def speedup_row(model: str, y: float) -> dict:
-    answer = "yes" if y > 0.6 else "no" if y < 0.4 else "unclear"
-    return {
-        "model": model, "protocol_version": 2, "log2_speedup": y, "standard_error": 0.05,
-        "ci_low": y - 0.1, "ci_high": y + 0.1, "censored": False, "slower": "sgd",
-        "trained": True, "adam_needed": answer, "relative_gap": y / 4, "num_steps": 600,
-        "longest": 2, "num_seeds": 5, "num_trials": 40, "status": "ok", "reason": None,
-    }  # fmt: skip
 
 
 def predictor_rows(model: str, y: float, *, attention: bool) -> list[dict]:

@@ -18,7 +18,7 @@ from harness.leaderboard.tables import read
 from spectra_db import store
 from spectra_db.loading import NotFound
 from spectra_db.schema import TABLES
-from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row
+from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row, speedup_row
 
 
 def spectrum_rows(model: str) -> list[dict[str, object]]:
@@ -186,14 +186,30 @@ def test_a_page_of_protocol_2_has_the_tuned_seeds_and_the_rates_that_diverged(tm
     runs = [trial("sgd", 0.1, seed, 1.0 + seed / 100) for seed in range(4)]
     runs += [trial("sgd", 1.0, 0, None), trial("sgd", 0.01, 0, 1.5)]
     runs += [trial("adamw", 0.01, seed, 0.5) for seed in range(4)]
+    # Chosen on seeds 0, 11 and 12, of which the first alone would have taken another.
+    runs += [trial("sgd", 0.2, 0, 0.9), trial("sgd", 0.1, 11, 1.0), trial("sgd", 0.1, 12, 1.0)]
     store.write(tmp_path, "models", [model_row("t", tier="ranked")])
     store.write(tmp_path, "trials", runs)
+    store.write(tmp_path, "speedups", [speedup_row("t", sgd_lr=0.1, adam_lr=0.01, num_seeds=3)])
     training = data_of(build(tmp_path, tmp_path), "models/t")["training"]
     tuned = [(c["optimizer"], c["lr"], c["seed"]) for c in training["tuned"]]
     assert tuned == [(o, lr, s) for o, lr in (("adamw", 0.01), ("sgd", 0.1)) for s in (1, 2, 3)]
     assert training["diverged"] == {"sgd": [1.0]}
     assert "fixed training subset, in runs of 100 steps" in training["loss"]
-    assert len(training["grid"]) == 4
+    assert [(c["optimizer"], c["lr"]) for c in training["grid"] if c["best"]] == [
+        ("adamw", 0.01),
+        ("sgd", 0.1),
+    ]
+    assert len(training["grid"]) == 5
+
+
+def test_which_blocks_make_the_mean_distance_is_said(page):
+    charts = data_of(page, "models/good")
+    heatmap = charts["heatmaps"]["init"]
+    off = np.array(heatmap["values"])[np.triu_indices(len(heatmap["blocks"]), 1)] / 1000
+    readings = heatmap["readings"]
+    assert readings["extreme"] in heatmap["blocks"]
+    assert readings["without"] < off.mean()
 
 
 def test_the_scale_of_a_block_is_its_rms_eigenvalue(tmp_path):

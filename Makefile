@@ -4,7 +4,7 @@ READY := .venv/.ready
 OLDEST := .venv-oldest/bin/python
 OLD_READY := .venv-oldest/.ready
 
-.PHONY: demo test test-oldest try-oldest lint gate campaign bench bench-check bench-peers dashboard accuracy paper sweep leaderboard site clean
+.PHONY: demo test test-oldest try-oldest lint gate campaign predictors bench bench-check bench-peers dashboard accuracy paper sweep leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -75,7 +75,7 @@ sweep: $(READY)
 # What the pages say of the release, and README of protocol 2.
 leaderboard: $(READY)
 	$(BIN)/harness leaderboard --docs docs/leaderboard.md
-	$(BIN)/harness verdict --source spectra_db/campaign --readme README.md
+	$(BIN)/harness verdict --source $(CAMPAIGN) --readme README.md
 
 # The release as static pages; open build/site/index.html.
 site: $(READY)
@@ -86,10 +86,11 @@ bench-check: $(READY)
 	$(BIN)/asv machine --yes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.check $(BASE)
 
-# Protocol 2's training runs, on one core: about a day. What is there is not done again. Keeping freed
-# memory takes a third off a step. Data: HARNESS_DATA_ROOT.
-TRIALS = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 OMP_NUM_THREADS=1 $(BIN)/harness run \
-	--only trial --device cpu --out spectra_db/campaign
+# Protocol 2's training runs and measures, on one core: about a day. What is there is not done again.
+# Keeping freed memory takes a third off a step. Data: HARNESS_DATA_ROOT.
+CAMPAIGN := spectra_db/campaign
+ONE_CORE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 OMP_NUM_THREADS=1
+TRIALS := $(ONE_CORE) $(BIN)/harness run --only trial --device cpu --out $(CAMPAIGN)
 GATE := softmax-balanced softmax-zipf cifar-resnet8 cifar-vit bpe-gpt
 
 gate: $(READY)
@@ -98,7 +99,19 @@ gate: $(READY)
 campaign: gate
 	$(TRIALS) --tier ranked
 	$(TRIALS) --tier reference
-	$(BIN)/harness verdict --source spectra_db/campaign --readme README.md
+	$(MAKE) predictors
+	$(BIN)/harness verdict --source $(CAMPAIGN) --readme README.md
+
+# Spectra of the ranked entries at initialisation, of three seeds and of the batch's halves, and
+# what else may predict their speed-up.
+predictors: $(READY)
+	for model in $$($(BIN)/harness list --tier ranked --json | sed -n 's/.*"name": "\(.*\)",/\1/p'); do \
+		for seed in 1 2 3; do \
+			$(ONE_CORE) $(BIN)/harness spectrum $$model --seed $$seed --batch-error --device cpu \
+				--out $(CAMPAIGN) || exit 1; \
+		done; \
+		$(ONE_CORE) $(BIN)/harness predictors $$model --device cpu --out $(CAMPAIGN) || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .venv-oldest build

@@ -245,7 +245,7 @@ def test_a_failure_is_a_line_and_exit_code_1(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.campaign.spectrum.take_spectrum", fail)
     result = call(*SPECTRUM, "--out", tmp_path)
     assert result.exit_code == 1
-    assert result.stderr == "Error: no memory for 3 graphs\n"
+    assert result.stderr.strip() == "Error: no memory for 3 graphs"
 
 
 def test_an_end_of_file_is_a_failure_and_no_interruption(tmp_path, monkeypatch):

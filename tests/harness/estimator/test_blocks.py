@@ -256,7 +256,7 @@ def of_transformers(config, **options):
     ids=["tiny vit", "coatnet", "codegen", "gpt bigcode"],
 )
 def test_fused_weights_that_interleave_heads_are_left_whole(create, name):
-    found = kinds(meta(create))
+    found = kinds(create())
     assert found[name] == "attention"
     assert f"{name}[q]" not in found
 

@@ -114,10 +114,14 @@ def _fits(folder: Path) -> Iterator[str]:
     read = {table: _read(folder, table, columns) for table, columns in tables.items()}
     models = {path.stem for path in (folder / "models").glob("*.parquet")}
     for table in TABLES:
-        if table != "leaderboard":
-            for path in sorted((folder / table).glob("*.parquet")):
-                if path.stem not in models:
-                    yield f"{path}: table models has no model {path.stem}"
+        paths = sorted((folder / table).glob("*.parquet"))
+        for path in paths:
+            if table != "leaderboard" and path.stem not in models:
+                yield f"{path}: table models has no model {path.stem}"
+        # Who reads a table's files as one, such as polars, is refused then.
+        for path in paths[1:]:
+            if store.columns_of(path) != store.columns_of(paths[0]):
+                yield f"{path}: has other columns than {paths[0].name}; release the folder again"
     made = read["spectra"][read["spectra"]["status"].isin(["ok", "zero"])]
     yield from _without(made, read["runs"], ["model", "run_id"], folder / "spectra", "runs")
     trained = made[made["stage"] != "init"]

@@ -139,12 +139,15 @@ def _earlier(out: Path) -> Manifest | None:
 def _copy(source: Path, staging: Path, models: Collection[str]) -> None:
     """Copy the tables of some models, and the note on which of them were verified.
 
-    Table `leaderboard` is of all models that a folder holds, and so never another folder's.
+    Table `leaderboard` is of all models that a folder holds, and so never another folder's. All
+    files of a table have the columns that any of them has, for who reads them as one; a column
+    that none has yet stays out, so that no file changes that has the same numbers.
     """
     for table in TABLES:
-        for path in sorted((source / table).glob("*.parquet")):
-            if path.stem in models:
-                store.rewrite(path, staging / table / path.name, table)
+        paths = [p for p in sorted((source / table).glob("*.parquet")) if p.stem in models]
+        columns = {name for path in paths for name in store.columns_of(path)}
+        for path in paths:
+            store.rewrite(path, staging / table / path.name, table, columns)
     verified.copy(source, staging)
 
 

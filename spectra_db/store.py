@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,16 @@ def read(
         if strangers:
             raise InvalidTable(f"{path}: holds rows of model {min(strangers)!r}, not {path.stem!r}")
     return content.select(wanted)
+
+
+def columns_of(path: Path) -> list[str]:
+    """Return the names of a file's columns, which may be fewer than its table has today.
+
+    Raises:
+        InvalidTable: It is damaged, or no Parquet.
+    """
+    with reading(path):
+        return list(pq.read_schema(path).names)
 
 
 def raw(path: Path) -> pa.Table:
@@ -386,16 +396,13 @@ def _upsert(table: str, old: pa.Table | None, new: pa.Table) -> pa.Table:
     return new.sort_by([(key, "ascending") for key in keys])
 
 
-def rewrite(source: Path, target: Path, table: str) -> None:
-    """Copy a file as this version writes it; columns that it is older than stay out.
-
-    So a release changes no file that has the same numbers.
+def rewrite(source: Path, target: Path, table: str, columns: Collection[str]) -> None:
+    """Copy a file as this version writes it, with some columns: null where it is older than one.
 
     Raises:
         InvalidTable: The file is not valid; nothing is written.
     """
-    content = read(source, table)
-    content = content.select(pq.read_schema(source).names)
+    content = read(source, table, columns=[c for c in TABLES[table].names if c in columns])
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, _upsert(table, None, content))
 

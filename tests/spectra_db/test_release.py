@@ -117,6 +117,33 @@ def test_derived_tables_are_made_of_what_is_released(source, tmp_path):
     assert [c["config_name"] for c in header["configs"] if c.get("default")] == ["leaderboard"]
 
 
+def older(path: Path) -> None:
+    """Take the columns away that came with 0.13.0."""
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["product", "product_error"]), path)
+
+
+def test_files_of_a_table_have_the_same_columns_in_a_release_though_some_are_older(
+    source, tmp_path
+):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    older(copy / "spectra" / "digits-cnn.parquet")
+    release(copy, tmp_path / "data", "0.1.0", derive=lambda tables: None)
+    one, other = (tmp_path / "data" / "spectra" / f"digits-{m}.parquet" for m in ("cnn", "mlp"))
+    assert pq.read_schema(one).equals(pq.read_schema(other))
+    assert pq.read_table(one)["product"].null_count == pq.read_metadata(one).num_rows
+    assert check.problems(tmp_path / "data") == []
+
+    older(copy / "spectra" / "digits-mlp.parquet")  # no file has them: none gets them
+    release(copy, tmp_path / "again", "0.1.0", derive=lambda tables: None)
+    path = tmp_path / "again" / "spectra" / "digits-mlp.parquet"
+    assert "product" not in pq.read_schema(path).names
+
+    older(other)
+    seal(tmp_path / "data")
+    assert "other columns than digits-cnn.parquet" in "".join(check.problems(tmp_path / "data"))
+
+
 def test_the_leaderboard_of_other_models_is_not_released(source, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)

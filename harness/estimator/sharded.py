@@ -34,8 +34,8 @@ from harness.estimator.objective import LossFn, Objective
 from harness.estimator.prepare import check_parameters, set_modes
 from harness.estimator.quotients import DifferenceHessian
 from harness.estimator.settings import Settings
-from harness.estimator.share import Share
 from harness.estimator.shards import Layout, LocalPart, ShardedInner, local, reshard
+from harness.estimator.share import Share
 
 # Relative steps at which the gradient is compared with the loss, how well two quotients must agree
 # to be believed, and how far off them a gradient is wrong.

@@ -252,6 +252,11 @@ def _check(objective: Objective, blocks: Sequence[Block], settings: Settings) ->
                 f"the processes were given different {name}; give each of them the same, the "
                 "whole batch too: a sharded model's processes divide its samples themselves"
             )
+    if not any(isinstance(module, FSDPModule) for module in objective.model.modules()):
+        raise UserError(
+            "the model's parameters are DTensors, but not of fully_shard, by which alone it may be "
+            "sharded: its processes divide the samples among them, those of other ways don't"
+        )
     parameters = dict(objective.model.named_parameters())
     for name in dict.fromkeys(part.parameter for block in blocks for part in block.parts):
         if name in parameters and (reason := _reason(parameters[name], settings)):
@@ -316,8 +321,8 @@ def _check_scale(quotients: _ShardedDifferences) -> None:
     sum them up, or where the loss uses shards beside the model's outputs.
     """
     seen = quotients.scales()
-    sure = [b for a, b in pairwise(seen) if abs(a - b) <= _AGREEMENT * abs(b)]
-    if any(sure) and all(abs(a - 1) > _OFF for a in seen):
+    sure = [b for a, b in pairwise(seen) if abs(a - b) < _AGREEMENT * abs(b)]
+    if sure and all(abs(a - 1) > _OFF for a in seen):
         raise UserError(
             f"the gradients of the sharded model are {1 / sure[0]:.3g} times the slope of its "
             "loss; let FSDP take their mean over the processes, set_gradient_divide_factor("

@@ -54,7 +54,9 @@ def estimate_spectra(
     most).
 
     Args:
-        model: Any module; it stays as it was.
+        model: Any module; it stays as it was. Of one that FSDP2's `fully_shard` has sharded all
+            processes call this with the same arguments, product="differences" among them, divide
+            the samples themselves and get the same rows (docs/scale.md).
         loss_fn: (model, batch) ↦ the mean loss of the batch, a scalar tensor.
         batches: The fixed batch, split into microbatches: each a tensor or a tuple, list or
             dict of tensors whose leading dimension counts samples.

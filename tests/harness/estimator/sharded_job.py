@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from harness import Recorder, estimate_spectra, find_blocks
 from harness.errors import UserError
@@ -137,6 +138,7 @@ ERRORS = {
     "factor": "the gradients of the sharded model are",
     "sync": "no gradients came back",
     "mixed": "the sharded model computes in {torch.bfloat16}",
+    "parallel": "the model's parameters are DTensors, but not of fully_shard",
     "rest": "the parameter 3.weight is not sharded",
     "hook": "the parameter 1.weight has a hook",
     "device": "the parameter 1.weight is on cpu, and device is 'meta'",
@@ -151,6 +153,9 @@ def _error(name: str) -> str:
     if name == "mixed":
         model, settings["dtype"] = model.float(), "float32"
         fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    elif name == "parallel":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh))
     else:
         fully_shard(model[1] if name == "rest" else model)
     if name == "autograd":

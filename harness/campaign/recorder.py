@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
+from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import find_blocks
 from harness.estimator.objective import LossFn, Objective, taken
 from harness.estimator.operators import opened
+from harness.estimator.prepare import is_sharded
 from harness.estimator.settings import Settings, check_names, whole_number
 from harness.estimator.spectrum import gathered, rules
 from harness.estimator.summary import block_summaries
@@ -106,6 +108,11 @@ class Recorder:
     def take(self, model: nn.Module, step: int) -> pd.DataFrame:
         """Take the spectrum at a step, whichever it is, such as the last."""
         step, settings = whole_number("step", step, 0), self._settings
+        if is_sharded(model):  # nor would the others come, where a trainer asks process 0 alone
+            raise UserError(
+                "a Recorder takes no model that is sharded; call harness.estimate_spectra(..., "
+                "product='differences') in all processes, as docs/scale.md has it"
+            )
         objective = Objective(model, self._loss_fn, self._batches, self._count)
         blocks = find_blocks(model, settings.partition)
         source = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from harness.estimator.batches import Batch, place
 from harness.estimator.blocks import Block
 from harness.estimator.checks import LossFn
+from harness.estimator.lanczos import WHOLE, Inner
 from harness.estimator.share import Share
 
 # Relative to the size of what is moved, from steps that cross few kinks to ones whose difference
@@ -24,6 +26,8 @@ _AGREEMENT = 0.1
 
 class Differences:
     """Central differences of the blocks' gradients, by moving a model's parameters and back."""
+
+    inner: Inner = WHOLE
 
     def __init__(
         self,
@@ -53,6 +57,10 @@ class Differences:
             copied = copy.deepcopy(model)
         return cls(copied, loss_fn, *parts)
 
+    def shard(self, index: int, vector: torch.Tensor) -> torch.Tensor:
+        """Return what of a vector of a block, shape (n_l,), this process holds."""
+        return vector
+
     def slope(self, index: int, vector: torch.Tensor, step: float) -> torch.Tensor:
         """Return (g(w + ε v) − g(w − ε v)) / 2ε ≈ H_l v, g the gradient of the block l.
 
@@ -64,14 +72,17 @@ class Differences:
             step: ε |v| / |w_l|; of blocks smaller than 1e-3 relative to that.
         """
         block = self._blocks[index]
-        parts = [part.of(self._parameters[part.parameter]) for part in block.parts]
-        size = float(torch.cat([p.detach().flatten() for p in parts]).double().norm())
-        length = step * max(size, 1e-3) / float(vector.norm())
-        ends = [self._gradient(block, vector, sign * length) for sign in (1, -1)]
+        size = float(self.inner.norm(torch.cat([view.flatten() for view in self._views(block)])))
+        length = step * max(size, 1e-3) / float(self.inner.norm(vector))
+        ends = []
+        for sign in (1, -1):
+            with self._moved(block, vector, sign * length):
+                ends.append(self._gradient(block))
         if self._share is not None:
             self._share.add_up(ends)
         change = ends[0] - ends[1]
-        if float(change.norm()) <= _ROUNDING[self._dtype] * float(ends[0].norm()):
+        norm = self.inner.norm
+        if float(norm(change)) <= _ROUNDING[self._dtype] * float(norm(ends[0])):
             return torch.zeros_like(change)
         return change / (2 * length)
 
@@ -82,32 +93,44 @@ class Differences:
         depend on the step. Of a block that is zero the first is zero, mostly, and settles it.
         """
         v = torch.randn(self._blocks[index].num_params, generator=torch.Generator().manual_seed(0))
-        before = None
+        v = self.shard(index, v).to(self._device)
+        norm, before = self.inner.norm, None
         for step in _STEPS:
-            slope = self.slope(index, v.to(self._device), step)
-            if not slope.any():
+            slope = self.slope(index, v, step)
+            if not norm(slope):
                 return False
             if before is not None:
-                both = float(slope.norm() + before.norm())
-                if float((slope - before).norm()) <= _AGREEMENT * both / 2:
+                both = float(norm(slope) + norm(before))
+                if float(norm(slope - before)) <= _AGREEMENT * both / 2:
                     return True
             before = slope
         return False
 
-    def _gradient(self, block: Block, vector: torch.Tensor, length: float) -> torch.Tensor:
-        """Return the gradient of the mean loss with respect to a block moved along a vector."""
-        parameters = [self._parameters[part.parameter] for part in block.parts]
-        before = [p.detach().clone() for p in parameters]
-        views = [part.of(p.data) for part, p in zip(block.parts, parameters, strict=True)]
+    @contextmanager
+    def _moved(self, block: Block, vector: torch.Tensor, length: float) -> Iterator[None]:
+        """Move a block along a vector, and put it back as it was."""
+        views = self._views(block)
+        before = [view.clone() for view in views]
         pieces = vector.to(self._dtype).split([view.numel() for view in views])
-        for view, piece in zip(views, pieces, strict=True):
-            view.add_(piece.view_as(view), alpha=length)
-        total = torch.zeros_like(vector, dtype=torch.float64)
+        try:
+            for view, piece in zip(views, pieces, strict=True):
+                view.add_(piece.view_as(view), alpha=length)
+            yield
+        finally:
+            for view, values in zip(views, before, strict=True):
+                view.copy_(values)
+
+    def _views(self, block: Block) -> list[torch.Tensor]:
+        """Return the values of a block, to be changed in place."""
+        return [part.of(self._parameters[part.parameter].data) for part in block.parts]
+
+    def _gradient(self, block: Block) -> torch.Tensor:
+        """Return the gradient of the mean loss with respect to a block."""
+        parameters = [self._parameters[part.parameter] for part in block.parts]
+        total = torch.zeros(block.num_params, dtype=torch.float64, device=self._device)
         for batch, weight in zip(self._batches, self._weights, strict=True):
             loss = self._loss_fn(self._model, place(batch, self._device, self._dtype))
             found = torch.autograd.grad(loss.reshape(()), parameters, materialize_grads=True)
             parts = zip(block.parts, found, strict=True)
             total += weight * torch.cat([part.of(g).flatten() for part, g in parts])
-        for p, values in zip(parameters, before, strict=True):
-            p.data.copy_(values)
         return total

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from harness.estimator.kinds import has_weight, is_transposed, place_of
+from harness.estimator.kinds import class_name, has_weight, is_transposed, place_of
 
 _QKV = ("query", "key", "value")
 # Fused projections whose parts lie one after the other along the output dimension.
@@ -121,5 +121,5 @@ def _interleaves(module: nn.Module) -> bool:
     """Tell whether an attention module is known to lay its fused weight out head by head."""
     names = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
     # Diffusion models give the fused outputs to a module that cuts them head by head.
-    names |= {type(child).__name__ for child in module.children()}
+    names |= {class_name(child) for child in module.children()}
     return bool(names & _INTERLEAVED) or getattr(module, "head_first", None) is True

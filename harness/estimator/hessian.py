@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from harness.errors import UserError
 from harness.estimator.batches import (
@@ -31,6 +32,7 @@ from harness.estimator.checks import (
 from harness.estimator.device import choose_device, memory_share
 from harness.estimator.differences import Differences
 from harness.estimator.graphs import GaussNewtonGraph, Graph, split_or_refuse
+from harness.estimator.lanczos import WHOLE, Inner
 from harness.estimator.memory import PeakMemory, is_out_of_memory, release_cache
 from harness.estimator.objective import LossFn, Objective
 from harness.estimator.operations import SoundOperations
@@ -75,10 +77,12 @@ class BlockHessian:
         is_autograd: Products are exact, so that asymmetry tells of a wrong second derivative.
         is_shared: Several processes make each product together.
         operator: hessian or ggn.
+        inner: The inner product of the vectors.
         shortcuts: Cheaper products of some blocks, v ↦ H_l v by the block's index.
     """
 
     is_autograd = True
+    inner: Inner = WHOLE
 
     def __init__(
         self,
@@ -101,7 +105,7 @@ class BlockHessian:
         dtype, device = DTYPES[settings.dtype], choose_device(objective.model, settings.device)
         self.blocks = list(blocks)
         self.memory_budget = settings.memory_budget or memory_share(device)
-        self.model = working_copy(objective.model, norm_mode).to(device=device, dtype=dtype)
+        self.model = self._own(objective.model, norm_mode, device, dtype)
         self.loss_fn, self.operator = loss_fn, settings.operator
         is_ggn = self.operator == "ggn"
         self._split = split_or_refuse(loss_fn, "operator='ggn'") if is_ggn else None
@@ -165,10 +169,25 @@ class BlockHessian:
         """Return the block's Hessian, symmetrised, shape (n, n): n products."""
         block = self.blocks[index]
         identity = torch.eye(block.num_params, dtype=self.dtype, device=self.device)
-        H = torch.stack(self.products([(index, row) for row in identity]))
+        found = self.products([(index, self.shard(index, row)) for row in identity])
+        H = self._whole(index, torch.stack(found))
         if self.is_autograd and (norm := float(H.norm())):
             warn_of_asymmetry([(block.name, float((H - H.T).norm()) / norm)], self.precision)
         return (H + H.T) / 2
+
+    def shard(self, index: int, vector: torch.Tensor) -> torch.Tensor:
+        """Return what of a vector of a block, shape (n_l,), this process holds."""
+        return vector
+
+    def _whole(self, index: int, shards: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of which rows are what this process holds, shape (k, n_l)."""
+        return shards
+
+    def _own(
+        self, model: nn.Module, norm_mode: str, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        """Return the model to work on."""
+        return working_copy(model, norm_mode).to(device=device, dtype=dtype)
 
     def product_error(self, index: int) -> float | None:
         """Return the relative error of the products with a block; None: rounding alone."""

@@ -117,6 +117,12 @@ def kind_of(
     return _of_projection(path if is_layer else name, modules, is_layer=is_layer)
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, of one that FSDP2 made of it (`FSDPLinear`) its own."""
+    first, *others = type(module).__mro__
+    return (others[1] if others[0].__name__ == "FSDPModule" else first).__name__
+
+
 def is_matrix(shape: Sequence[int]) -> bool:
     """Tell whether a shape has two dimensions or more, those of one entry not counted."""
     return sum(side > 1 for side in shape) > 1
@@ -130,7 +136,7 @@ def has_weight(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Tell whether it is GPT-2's linear layer, whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D"
+    return class_name(module) == "Conv1D"
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -185,7 +191,7 @@ def place_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str | None, s
 
 def _of_class(attribute: str, module: nn.Module, shape: Sequence[int]) -> str | None:
     """Return the kind that the owner's class decides, or that of a bias; None for others."""
-    named_norm = "norm" in type(module).__name__.lower() and not is_matrix(shape)
+    named_norm = "norm" in class_name(module).lower() and not is_matrix(shape)
     if isinstance(module, _NORMS) or (named_norm and not has_weight(module)):
         return "norm"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -255,9 +261,9 @@ def _by_word(word: str) -> str | None:
 def _by_class(module: nn.Module) -> str | None:
     """Return the place that a module's class names, unless it is but a block around one."""
     for place, (_, of_class) in _PLACES.items():
-        if of_class.search(type(module).__name__):
+        if of_class.search(class_name(module)):
             inner = [m for m in module.modules() if m is not module]
-            inside = any(of_class.search(type(m).__name__) for m in inner)
+            inside = any(of_class.search(class_name(m)) for m in inner)
             return None if inside and place == "attention" else place
     return None
 

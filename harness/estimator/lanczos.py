@@ -19,6 +19,26 @@ _BREAKDOWN_EPS = 1.0
 _DOT_CHUNK = 1 << 20
 
 
+class Inner:
+    """The inner product of vectors, accumulated in float64; as tensors on their device."""
+
+    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return ⟨a, b⟩."""
+        chunks = zip(a.split(_DOT_CHUNK), b.split(_DOT_CHUNK), strict=True)
+        return torch.stack([torch.dot(x.double(), y.double()) for x, y in chunks]).sum()
+
+    def norm(self, a: torch.Tensor) -> torch.Tensor:
+        """Return ‖a‖."""
+        return torch.linalg.vector_norm(a, dtype=torch.float64)
+
+    def size(self, a: torch.Tensor) -> int:
+        """Return the number of entries of a."""
+        return a.numel()
+
+
+WHOLE = Inner()
+
+
 @dataclass
 class Recurrence:
     """The state of one Lanczos recurrence, advanced in place by `advance`.
@@ -32,6 +52,8 @@ class Recurrence:
         breakdown: The residual is zero to rounding, and the recurrence over: the rule is exact
             for an operator that differs by as much as the products' rounding.
         asymmetry: |⟨v_1, A v_2⟩ − ⟨v_2, A v_1⟩| / ‖T‖ after two steps; rounding if A is symmetric.
+        size: n; 0 of one that is left without vectors.
+        inner: The inner product.
     """
 
     vector: torch.Tensor
@@ -41,6 +63,8 @@ class Recurrence:
     basis: list[torch.Tensor] | None = None
     breakdown: bool = False
     asymmetry: float = 0.0
+    size: int = 0
+    inner: Inner = WHOLE
 
     @property
     def nbytes(self) -> int:
@@ -77,26 +101,28 @@ class Kept:
         if state is None:
             return None
         self._free += state.nbytes
-        if state.is_done(num_steps) or state.vector.numel():
+        if state.is_done(num_steps) or state.size:
             return state
         return None
 
 
-def start(v0: torch.Tensor, *, reorthogonalize: bool = False) -> Recurrence:
+def start(v0: torch.Tensor, *, reorthogonalize: bool = False, inner: Inner = WHOLE) -> Recurrence:
     """Begin a recurrence at v0 / ‖v0‖.
 
     Args:
         v0: Nonzero vector, shape (n,).
         reorthogonalize: Keep all vectors and orthogonalise each new one against them.
+        inner: The inner product, where v0 is not the whole vector.
 
     Raises:
         ValueError: v0 is zero or not finite.
     """
-    norm = float(torch.linalg.vector_norm(v0, dtype=torch.float64))
+    norm = float(inner.norm(v0))
     if not 0.0 < norm < float("inf"):
         raise ValueError(f"the start vector has norm {norm}; it must be positive and finite")
     vector = (v0.double() / norm).to(v0.dtype)
-    return Recurrence(vector, basis=[vector] if reorthogonalize else None)
+    basis = [vector] if reorthogonalize else None
+    return Recurrence(vector, basis=basis, size=inner.size(v0), inner=inner)
 
 
 def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor]) -> None:
@@ -123,14 +149,14 @@ def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor])
         if r.previous is not None:
             w.add_(r.previous, alpha=-r.betas[-1])
             if len(r.alphas) == 1:  # once tells, and costs a product of vectors
-                lean = _dot(w, r.previous)
-        alpha = _dot(w, r.vector)
+                lean = r.inner.dot(w, r.previous)
+        alpha = r.inner.dot(w, r.vector)
         w.addcmul_(r.vector, alpha.to(w.dtype), value=-1)
         if r.basis is not None:
             for _ in range(2):  # twice is enough (Parlett 1998, section 6.9)
                 for q in r.basis:
-                    w.addcmul_(q, _dot(w, q).to(w.dtype), value=-1)
-        scalars += [alpha, torch.linalg.vector_norm(w, dtype=torch.float64), lean]
+                    w.addcmul_(q, r.inner.dot(w, q).to(w.dtype), value=-1)
+        scalars += [alpha, r.inner.norm(w), lean]
     values = torch.stack(scalars).view(-1, 3).tolist()  # the one synchronisation
     for r, w, (alpha, beta, lean) in zip(recurrences, products, values, strict=True):
         if not (abs(alpha) < float("inf") and beta < float("inf")):
@@ -143,7 +169,7 @@ def advance(recurrences: Sequence[Recurrence], products: Sequence[torch.Tensor])
         if lean:
             r.asymmetry = abs(lean) / _norm(r)
         r.breakdown = beta <= _BREAKDOWN_EPS * torch.finfo(w.dtype).eps * _norm(r)
-        r.breakdown |= len(r.alphas) == w.numel()
+        r.breakdown |= len(r.alphas) == r.size
         if not r.breakdown:
             r.previous, r.vector = r.vector, w.div_(beta)
             if r.basis is not None:
@@ -185,12 +211,6 @@ def lanczos(
     while len(state.alphas) < num_steps and not state.breakdown:
         advance([state], [matvec(state.vector).clone()])
     return state
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ⟨a, b⟩ accumulated in float64, as a tensor on the device."""
-    chunks = zip(a.split(_DOT_CHUNK), b.split(_DOT_CHUNK), strict=True)
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in chunks]).sum()
 
 
 def _norm(r: Recurrence) -> float:

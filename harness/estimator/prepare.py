@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,12 +13,20 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, halves, leading_size, take
-from harness.estimator.blocks import Block
+from harness.estimator.blocks import Block, Part
 from harness.estimator.memory import is_out_of_memory
 
 
-def working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
-    """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether several processes hold a model together, as FSDP2 and tensor parallelism do."""
+    # Slow to import, and no model is of theirs without it.
+    known = (("fsdp", "FSDPModule"), ("tensor", "DTensor"))
+    found = [getattr(sys.modules.get(f"torch.distributed.{m}"), kind, ()) for m, kind in known]
+    return any(isinstance(x, tuple(found)) for x in (*model.modules(), *model.parameters()))
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise unless the parameters are real numbers that are there."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UserError(
@@ -29,6 +38,11 @@ def working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
                 f"the parameter {name} is {parameter.dtype}; keep its real and imaginary parts as "
                 "one real parameter and use torch.view_as_complex on it in forward"
             )
+
+
+def working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
+    """Copy the model into evaluation mode; batch norms keep batch statistics if asked."""
+    check_parameters(model)
     try:
         clone = copy.deepcopy(model)
     except Exception as error:
@@ -36,15 +50,20 @@ def working_copy(model: nn.Module, norm_mode: str) -> nn.Module:
             f"the model {type(model).__name__} cannot be copied ({error}); make it deep-copyable: "
             "keep no generators, files or non-leaf tensors in it"
         ) from error
-    clone.eval()
-    for module in clone.modules():
+    set_modes(clone, norm_mode)
+    return clone
+
+
+def set_modes(model: nn.Module, norm_mode: str) -> None:
+    """Put a model into evaluation mode; batch norms keep batch statistics if asked."""
+    model.eval()
+    for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients are the same, and have no second derivative
     if norm_mode == "train":
-        for module in clone.modules():
+        for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.train()
-    return clone
 
 
 def check_blocks(blocks: Sequence[Block], model: nn.Module) -> None:
@@ -52,7 +71,7 @@ def check_blocks(blocks: Sequence[Block], model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     if not blocks:
         raise UserError("blocks is empty; pass a partition or a list of Block")
-    taken: dict[str, torch.Tensor] = {}
+    taken: dict[str, list[Part]] = {}
     for block in blocks:
         for part in block.parts:
             if part.parameter not in parameters:
@@ -66,13 +85,21 @@ def check_blocks(blocks: Sequence[Block], model: nn.Module) -> None:
                     "frozen; leave it out, or set its requires_grad"
                 )
             shape = parameters[part.parameter].shape
-            mask = taken.setdefault(part.parameter, torch.zeros(shape, dtype=torch.bool))
-            if part.of(mask).any():
+            part.of(torch.empty(shape, device="meta"))  # raises beyond its end
+            others = taken.setdefault(part.parameter, [])
+            if any(_overlap(part, other, len(shape)) for other in others):
                 raise UserError(f"block {block.name!r} overlaps another in {part.parameter!r}")
-            part.of(mask).fill_(True)
+            others.append(part)
     repeated = [name for name, n in Counter(b.name for b in blocks).items() if n > 1]
     if repeated:
         raise UserError(f"two blocks have the name {repeated[0]!r}; each needs its own")
+
+
+def _overlap(a: Part, b: Part, num_dims: int) -> bool:
+    """Tell whether two parts of a parameter have entries in common."""
+    if a.dim is None or b.dim is None or (a.dim - b.dim) % num_dims:
+        return True
+    return max(a.start, b.start) < min(a.stop, b.stop)
 
 
 class Fit(NamedTuple):

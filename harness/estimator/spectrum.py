@@ -19,6 +19,7 @@ from harness.estimator.blocks import Block, find_blocks, unclassified
 from harness.estimator.checks import warn_of_asymmetry
 from harness.estimator.device import device_name, peak_bytes
 from harness.estimator.hessian import BlockHessian
+from harness.estimator.kinds import class_name
 from harness.estimator.objective import LossFn, Objective
 from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
@@ -53,7 +54,9 @@ def estimate_spectra(
     most).
 
     Args:
-        model: Any module; it stays as it was.
+        model: Any module; it stays as it was. Of one that FSDP2's `fully_shard` has sharded all
+            processes call this with the same arguments, product="differences" among them, divide
+            the samples themselves and get the same rows (docs/scale.md).
         loss_fn: (model, batch) ↦ the mean loss of the batch, a scalar tensor.
         batches: The fixed batch, split into microbatches: each a tensor or a tuple, list or
             dict of tensors whose leading dimension counts samples.
@@ -102,7 +105,7 @@ def estimate_spectra(
             f"blocks holds {strange[0]!r}; pass a partition, or some of find_blocks(model)"
         )
     source = {
-        "model": type(model).__name__,
+        "model": class_name(model),
         "stage": "current",
         "init_seed": seed,
         "train_run": "",
@@ -228,8 +231,9 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
             state = plan.kept.take((block.name, probe), end)
             if state is None:
                 v0 = draw_probe(block.num_params, seeds[-1], settings.probe_distribution)
-                v0 = v0.to(plan.hessian.device, plan.hessian.dtype)
-                state = lanczos.start(v0, reorthogonalize=settings.reorthogonalize)
+                v0 = plan.hessian.shard(index, v0).to(plan.hessian.device, plan.hessian.dtype)
+                keeps = settings.reorthogonalize
+                state = lanczos.start(v0, reorthogonalize=keeps, inner=plan.hessian.inner)
             states.append(state)
         while live := [
             (pair[0], state)

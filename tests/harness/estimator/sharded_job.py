@@ -1,0 +1,184 @@
+"""What the processes of test_sharded.py do: spectra of models that they hold together."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from harness import Recorder, estimate_spectra, find_blocks
+from harness.errors import UserError
+from harness.estimator.batches import Batch
+from harness.estimator.objective import Objective
+from harness.estimator.operators import opened
+from harness.estimator.probes import draw_probe
+from harness.estimator.settings import Settings
+from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
+
+OPTIONS = {"product": "differences", "dtype": "float64", "num_probes": 1, "num_steps": 4}
+CASES = ("gpt", "empty shards", "batch statistics", "copies of shards")
+BLOCKS_OF_GPT = ("wte.weight", "h.1.attn.qkv.weight[v]", "h.0.norm1.bias")
+
+
+def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
+    """Return (model, microbatches, settings) of a case."""
+    if case == "gpt":  # wte is tied to the head, wpe frozen, and norm1.bias diagonalised
+        model, batch = problem("gpt", 8)
+        model.wpe.requires_grad_(False)
+        blocks = [b for b in find_blocks(model, "all") if b.name in BLOCKS_OF_GPT]
+        further = {"blocks": blocks, "exact_size": 20, "num_probes": 2}
+        return model, split(batch, (5, 3)), OPTIONS | further | {"batch_weights": num_terms}
+    if case == "batch statistics":
+        model, batch = problem("cnn", 8)
+        further = {"blocks": find_blocks(model)[:1], "norm_mode": "train", "exact_size": 0}
+        return model, split(batch, (3, 2, 3)), OPTIONS | further
+    _, batch = problem("mlp", 5)
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    # Blocks of 3 and 4 parameters, that Lanczos exhausts.
+    blocks = "weights" if case == "copies of shards" else "all"
+    return model, [batch], OPTIONS | {"blocks": blocks, "exact_size": 0}
+
+
+def sharded(case: str) -> nn.Module:
+    """Return the model of a case, sharded by layers and what is left."""
+    model, _, _ = inputs(case)
+    options = {}
+    if case == "copies of shards":
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
+        options["mesh"] = mesh
+    for layer in getattr(model, "h", model[1:2] if isinstance(model, nn.Sequential) else ()):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+@cache
+def alone(case: str) -> pd.DataFrame:
+    """Return the rows that one process makes of the whole model."""
+    model, batches, settings = inputs(case)
+    return estimate_spectra(model, cross_entropy, batches, **settings)
+
+
+def work(folder: Path, program: str) -> None:
+    """Do all cases, as process 0 leave FOLDER/CASE.pickle; then run a program."""
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # The program meets the others at torchrun's port.
+    dist.init_process_group("gloo", f"file://{folder}/met", rank=rank, world_size=size)
+    facts: dict[str, Any] = {"changed": {case: _changed(case, folder) for case in CASES}}
+    facts |= {"sizes": _sizes(), "errors": {name: _error(name) for name in ERRORS}}
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()
+    exec(program, {"__name__": "__main__"})
+
+
+def _changed(case: str, folder: Path) -> list[str]:
+    """Take a spectrum, leave its rows; return what of the model is not as it was before."""
+    _, batches, settings = inputs(case)
+    model = sharded(case).train()
+    cross_entropy(model, batches[0]).backward()  # gradients, which are to be kept
+    with torch.no_grad():
+        cross_entropy(model, batches[0])  # after which the last parameters are left gathered
+    before = _state(model)
+    rows = estimate_spectra(model, cross_entropy, batches, **settings)
+    rows.to_pickle(folder / f"{case}-{dist.get_rank()}.pickle")
+    after = _state(model)
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return shards, gradients, buffers and modes of a model, all of them copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    parameters = dict(model.named_parameters())
+    state = {n: p.to_local().detach().clone() for n, p in parameters.items()}
+    slopes = {n: p.grad.to_local() for n, p in parameters.items() if p.grad is not None}
+    assert slopes
+    state |= {f"gradient of {n}": slope.clone() for n, slope in slopes.items()}
+    state |= {n: b.clone() for n, b in model.named_buffers()}
+    modes = torch.tensor([m.training for m in model.modules()])
+    return state | {
+        "modes": modes,
+        "frozen": torch.tensor([p.requires_grad for p in parameters.values()]),
+    }
+
+
+def _sizes() -> dict[str, tuple[int, int, int]]:
+    """Return of each block its size, and those of a probe and of a product in this process."""
+    model, batches, settings = inputs("gpt")
+    model = sharded("gpt")
+    objective = Objective(model, cross_entropy, batches, num_terms)
+    found = {}
+    how = Settings(dtype="float64", product="differences")
+    with opened(objective, settings["blocks"], how) as hessian:
+        for i, block in enumerate(settings["blocks"]):
+            probe = hessian.shard(i, draw_probe(block.num_params, 0, "gaussian").double())
+            [product] = hessian.products([(i, probe)])
+            found[block.name] = (block.num_params, len(probe), len(product))
+    return found
+
+
+# What is asked of a small model, and the beginning of what is said.
+ERRORS = {
+    "autograd": "the model's parameters are sharded, which leaves no second derivative",
+    "float32": "the parameter 1.weight is torch.float64, and can't be cast",
+    "batches": "the processes were given different batches",
+    "steps": "the processes were given different settings",
+    "factor": "the gradients of the sharded model are",
+    "sync": "no gradients came back",
+    "mixed": "the sharded model computes in {torch.bfloat16}",
+    "parallel": "the model's parameters are DTensors, but not of fully_shard",
+    "rest": "the parameter 3.weight is not sharded",
+    "hook": "the parameter 1.weight has a hook",
+    "device": "the parameter 1.weight is on cpu, and device is 'meta'",
+    "recorder": "a Recorder takes no model that is sharded",
+}
+
+
+def _error(name: str) -> str:
+    """Return what is said where something can't be had."""
+    model, batches, settings = inputs("empty shards")
+    settings |= {"num_steps": 1}
+    if name == "mixed":
+        model, settings["dtype"] = model.float(), "float32"
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    elif name == "parallel":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh))
+    else:
+        fully_shard(model[1] if name == "rest" else model)
+    if name == "autograd":
+        settings["product"] = "autograd"
+    elif name == "float32":
+        settings["dtype"] = "float32"
+    elif name == "device":
+        settings["device"] = "meta"
+    elif name == "batches":
+        batches = [(x + dist.get_rank(), y) for x, y in batches]
+    elif name == "steps":
+        settings["num_steps"] += dist.get_rank()
+    elif name == "factor":
+        model.set_gradient_divide_factor(1.0)
+    elif name == "sync":
+        model.set_requires_gradient_sync(False)
+    elif name == "hook":
+        model[1].weight.register_post_accumulate_grad_hook(lambda p: None)
+    try:
+        if name == "recorder":
+            Recorder("nowhere", "mine", cross_entropy, batches, every=1)(model, 0)
+        else:
+            estimate_spectra(model, cross_entropy, batches, **settings)
+    except UserError as error:
+        return str(error)
+    return "nothing"

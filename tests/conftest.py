@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.base_install import BaseInstall, make
+
+if TYPE_CHECKING:
+    from harness.leaderboard.tables import Dataset
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +34,14 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"the data packs are not at {root}; set HARNESS_DATA_ROOT")
     return root
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Dataset:
+    """What the leaderboard is made from in the bundled release; reading it takes seconds."""
+    from harness.leaderboard import tables
+
+    return tables.read(None)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ FORKS.set_forkserver_preload([
     __name__, "harness.cli", "harness.campaign.run", "harness.estimator.distributed",
     "harness.training.loop", "pandas", "sklearn.datasets", "spectra_db.check",
     "spectra_db.publish", "spectra_db.store", "tests.harness.campaign.victim",
+    # What torch imports at the first spectrum or optimizer, and the Hub's client at its import.
+    "torch._inductor", "httpx2", "yaml",
 ])  # fmt: skip
 
 

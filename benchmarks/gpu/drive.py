@@ -121,7 +121,7 @@ def _run(desk: Desk) -> str:
     """Run a stage in a process of its own, so that what breaks one leaves the others whole."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["harness.campaign.metric", "harness.cli.compute", "benchmarks.cases"]
+        ["harness.campaign.metric", "harness.cli.compute", "benchmarks.cases", "torch._inductor"]
     )
     process = context.Process(target=_do, args=(desk,))
     process.start()

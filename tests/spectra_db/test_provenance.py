@@ -7,7 +7,6 @@ import pytest
 from click.testing import CliRunner
 
 from harness.cli import main
-from harness.leaderboard import tables
 from harness.leaderboard.statistics import measurements
 from spectra_db import manifest, store
 from spectra_db.loading import NotFound, load
@@ -75,9 +74,8 @@ def test_the_command_prints_it_and_json_has_the_same(source):
         assert sha256 in output
 
 
-def test_every_measurement_of_the_leaderboard_leads_to_spectra_and_runs():
-    data = tables.read(None)
-    entered = measurements(data.models, data.heterogeneity, data.gaps)
+def test_every_measurement_of_the_leaderboard_leads_to_spectra_and_runs(bundled):
+    entered = measurements(bundled.models, bundled.heterogeneity, bundled.gaps)
     entered = entered[entered["enters"] & (entered["metric"] == "js0")]
     assert entered["model"].nunique() >= 44
     for model, ours in entered.groupby("model"):

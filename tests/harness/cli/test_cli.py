@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -270,11 +269,9 @@ def test_an_interruption_says_that_the_same_command_continues(tmp_path, monkeypa
 
 def test_a_terminal_without_unicode_gets_question_marks():
     """As cp1252 of Windows has no ⁰, and the C locale no ×."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "harness", "describe", "cnn-digits"]
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert b"16 ? 1 ? 3 ? 3" in done.stdout
+    done = CliRunner(charset="ascii").invoke(main, ["describe", "cnn-digits"])
+    assert done.exit_code == 0, done.stderr
+    assert "16 ? 1 ? 3 ? 3" in done.stdout
 
 
 ENTRY = """

@@ -42,6 +42,12 @@ def made(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch) -> None:
+    """Let intervals be of fewer draws; those of the release are made before any test."""
+    monkeypatch.setitem(statistics.leaderboard.__kwdefaults__, "num_draws", 400)
+
+
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
     """Return a copy of it, to be changed."""
@@ -240,9 +246,9 @@ def _perceptron(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def release():
-    data = tables.read(None)
-    return data, statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+def release(bundled):
+    board = statistics.leaderboard(bundled.models, bundled.heterogeneity, bundled.gaps)
+    return bundled, board
 
 
 def test_the_readme_has_the_verdict_on_the_campaign():

@@ -160,13 +160,14 @@ def test_a_reading_that_a_model_lacks_is_left_out_of_its_row_alone(source, monke
     assert small["readings"]["js0 raw"]["values"][place] > 0
 
 
-def test_correlations_come_with_the_leaderboard_s_intervals():
+def test_correlations_come_with_the_leaderboard_s_intervals(bundled, monkeypatch):
+    monkeypatch.setattr(tables, "read", lambda source: bundled)
+    monkeypatch.setitem(statistics.leaderboard.__kwdefaults__, "num_draws", 200)  # here and there
     values = figures.fig7(BUNDLED).values
-    data = tables.read(BUNDLED)
-    rows = data.heterogeneity
+    rows = bundled.heterogeneity
     at_init = rows[(rows["stage"] == "init") & (rows["metric"] == "js0_paper")]
-    small = data.models[data.models["tier"] == "small"]
-    board = statistics.leaderboard(small, at_init, data.gaps)
+    small = bundled.models[bundled.models["tier"] == "small"]
+    board = statistics.leaderboard(small, at_init, bundled.gaps)
     row = board[board["statistic"] == "spearman"]
     row = row[(row["metric"] == "js0_paper") & (row["scale"] == "raw") & (row["left_out"] == "")]
     found = values["js0_paper raw"]

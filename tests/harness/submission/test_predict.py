@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from tests.harness.leaderboard.tables import made_up
 MEASURES = ("gradient_rms_spread", "lambda_rms_spread", "trace_spread")
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """Return tables of 24 models whose gap each cheap measure tells."""
+    out = tmp_path_factory.mktemp("made")
     generator = np.random.default_rng(0)
     level = np.linspace(-0.6, 0.6, 24)
     values = {m: 10 ** (level + 0.05 * generator.normal(size=24)) for m in MEASURES}
@@ -29,8 +31,14 @@ def folder(tmp_path):
     families = [f"f{i // 2}" for i in range(24)]
     tables = ("models", "heterogeneity", "gaps")
     for table, rows in zip(tables, made_up(values, gaps, families, errors=1e-3), strict=True):
-        store.write(tmp_path / "data", table, rows)
-    return tmp_path / "data"
+        store.write(out, table, rows)
+    return out
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """Return a copy of them, to be changed."""
+    return shutil.copytree(made, tmp_path / "data")
 
 
 def call(*arguments: object):

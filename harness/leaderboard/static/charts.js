@@ -33,6 +33,16 @@ function shortNames(names) {
   return new Map(names.map((name, i) => [name, parts[i].slice(shared).join(".")]));
 }
 
+// A name of at most so many letters: layers' numbers and the end tell names apart, and tips have the whole.
+function cropped(name, letters) {
+  const parts = name.split(".");
+  for (let i = 0; i < parts.length - 1 && parts.join(".").length > letters; i += 1) {
+    if (!/^\d/.test(parts[i])) parts[i] = parts[i].slice(0, 1);
+  }
+  const short = parts.join(".");
+  return short.length > letters ? `…${short.slice(1 - letters)}` : short;
+}
+
 // -- densities
 
 function curve(packed, bins) {
@@ -148,7 +158,7 @@ function drawScales(target, data, stages, domain) {
     style: STYLE,
     color,
     x: { type: "log", domain, label: "rms eigenvalue →", grid: true, ticks: Math.round((width - margin) / 70), tickFormat: (t) => (isPower(t) ? power(t) : "") },
-    y: { type: "band", domain: names, label: null, axis: row < 12 ? null : "left", tickSize: 0, tickFormat: (name) => short.get(name) },
+    y: { type: "band", domain: names, label: null, axis: row < 12 ? null : "left", tickSize: 0, tickFormat: (name) => cropped(short.get(name), Math.floor((margin - 12) / 6.4)) },
     ariaLabel: `rms eigenvalue of each of ${names.length} blocks at ${known.join(" and ")}`,
     marks: [
       Plot.ruleY(points, Plot.groupY({ x1: "min", x2: "max" }, { x1: "value", x2: "value", y: "name", strokeOpacity: 0.3 })),
@@ -171,8 +181,11 @@ function drawHeatmap(target, heatmap, stage, top = Math.max(...pairsOf(heatmap),
   const short = shortNames(names);
   const cells = names.flatMap((a, i) => names.map((b, j) => ({ a, b, value: values[i][j] / 1000 })));
   const font = names.length > 40 ? 8 : 11;
-  const margin = font * 0.62 * Math.max(...[...short.values()].map((n) => n.length)) + 14;
   const room = Math.min(target.clientWidth || 700, 900);
+  // Names are whole but on a phone, where they would leave no room for the map.
+  const letters = Math.min(Math.max(...[...short.values()].map((n) => n.length)), room < 500 ? 20 : Infinity);
+  const margin = font * 0.62 * letters + 14;
+  const tickFormat = (name) => cropped(short.get(name), letters);
   const side = Math.max(font + 1, Math.min(28, (room - margin - 24) / names.length));
   const size = Math.round(side * names.length);
   const style = { ...STYLE, fontSize: `${font}px` };
@@ -185,8 +198,8 @@ function drawHeatmap(target, heatmap, stage, top = Math.max(...pairsOf(heatmap),
     marginRight: 24,
     padding: 0,
     style,
-    x: { domain: names, tickRotate: -90, label: null, tickFormat: (n) => short.get(n) },
-    y: { domain: names, label: null, tickFormat: (n) => short.get(n) },
+    x: { domain: names, tickRotate: -90, label: null, tickFormat },
+    y: { domain: names, label: null, tickFormat },
     color: { scheme: "cividis", domain: [0, top] },
     ariaLabel: `Distances between the blocks at ${stage}, mean ${d3.mean(pairsOf(heatmap)).toFixed(3)}`,
     marks: [Plot.cell(cells, { x: "a", y: "b", fill: "value", tip: true, title: (c) => `${c.a}\n${c.b}\n${c.value.toFixed(3)}` })],

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spectra_db import merged, project, store
+from spectra_db.heterogeneity import METRICS
 from spectra_db.schema import KEYS, PROTOCOL_VERSION, TABLES
 
 if TYPE_CHECKING:
@@ -83,23 +84,21 @@ def render(folder: Path, version: str) -> str:
     configs = {name: f"{name}/*.parquet" for name in rows}
     if of_hub:
         configs = {name: f"{merged.FOLDER}/{name}.parquet" for name in of_hub}
-    return (
-        _environment()
-        .get_template("hub.md.jinja" if of_hub else "card.md.jinja")
-        .render(
-            version=version,
-            protocol_version=PROTOCOL_VERSION,
-            num_models=len(computed),
-            example=min(with_spectra, default="MODEL"),
-            configs=configs,
-            picture=merged.PICTURE,
-            project=project,
-            size_category=_size_category(sum(rows.values())),
-            tables=[_table(table, rows[table]) for table in rows],
-            families=_families(computed),
-            pending=models[models["status"] != "ok"].to_dict("records"),
-            tasks=_tasks(computed),
-        )
+    template = _environment().get_template("hub.md.jinja" if of_hub else "card.md.jinja")
+    return template.render(
+        version=version,
+        protocol_version=PROTOCOL_VERSION,
+        num_models=len(computed),
+        example=min(with_spectra, default="MODEL"),
+        configs=configs,
+        picture=merged.PICTURE,
+        project=project,
+        metrics=METRICS,
+        size_category=_size_category(sum(rows.values())),
+        tables=[_table(table, rows[table]) for table in rows],
+        families=_families(computed),
+        pending=models[models["status"] != "ok"].to_dict("records"),
+        tasks=_tasks(computed),
     )
 
 

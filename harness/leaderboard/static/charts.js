@@ -181,11 +181,8 @@ function drawHeatmap(target, heatmap, stage, top = Math.max(...pairsOf(heatmap),
   const short = shortNames(names);
   const cells = names.flatMap((a, i) => names.map((b, j) => ({ a, b, value: values[i][j] / 1000 })));
   const font = names.length > 40 ? 8 : 11;
+  const margin = font * 0.62 * Math.max(...[...short.values()].map((n) => n.length)) + 14;
   const room = Math.min(target.clientWidth || 700, 900);
-  // Names are whole but on a phone, where they would leave no room for the map.
-  const letters = Math.min(Math.max(...[...short.values()].map((n) => n.length)), room < 500 ? 20 : Infinity);
-  const margin = font * 0.62 * letters + 14;
-  const tickFormat = (name) => cropped(short.get(name), letters);
   const side = Math.max(font + 1, Math.min(28, (room - margin - 24) / names.length));
   const size = Math.round(side * names.length);
   const style = { ...STYLE, fontSize: `${font}px` };
@@ -198,8 +195,8 @@ function drawHeatmap(target, heatmap, stage, top = Math.max(...pairsOf(heatmap),
     marginRight: 24,
     padding: 0,
     style,
-    x: { domain: names, tickRotate: -90, label: null, tickFormat },
-    y: { domain: names, label: null, tickFormat },
+    x: { domain: names, tickRotate: -90, label: null, tickFormat: (n) => short.get(n) },
+    y: { domain: names, label: null, tickFormat: (n) => short.get(n) },
     color: { scheme: "cividis", domain: [0, top] },
     ariaLabel: `Distances between the blocks at ${stage}, mean ${d3.mean(pairsOf(heatmap)).toFixed(3)}`,
     marks: [Plot.cell(cells, { x: "a", y: "b", fill: "value", tip: true, title: (c) => `${c.a}\n${c.b}\n${c.value.toFixed(3)}` })],

@@ -16,7 +16,7 @@ from harness.leaderboard import preview, report
 from harness.leaderboard.site import build
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import read
-from spectra_db import project, store
+from spectra_db import card, project, store
 from spectra_db.loading import NotFound
 from spectra_db.schema import TABLES
 from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row
@@ -165,6 +165,7 @@ def test_pages_introduce_themselves_to_who_links_to_them(page):
         [said] = re.findall(rf'<meta (?:name|property)="{name}" content="([^"]+)"', text)
         assert len(said) > 30
     assert 'rel="icon" href="data:image/svg+xml' in text
+    assert html.escape(card.bibtex(None), quote=False) in text.replace("&#39;", "'")
 
 
 def test_a_link_to_a_page_shows_the_picture_of_the_verdict_where_the_site_has_an_address(

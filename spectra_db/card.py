@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spectra_db import merged, project, store
+from spectra_db.heterogeneity import METRICS
 from spectra_db.schema import KEYS, PROTOCOL_VERSION, TABLES
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 # The order of the card and of the Hub's menu, the default first.
 _TABLES = {
@@ -65,8 +69,6 @@ _UNKNOWN = ("see the entry", "not recorded here")
 
 def render(folder: Path, version: str) -> str:
     """Return the card of the tables in a folder; merged ones make it the Hub's page."""
-    import jinja2
-
     paths = {table: sorted((folder / table).glob("*.parquet")) for table in _TABLES}
     models = pd.concat(
         [store.read(path, "models").to_pandas() for path in paths["models"]], ignore_index=True
@@ -78,18 +80,12 @@ def render(folder: Path, version: str) -> str:
     }
     computed = models[models["status"] == "ok"]
     with_spectra = [path.stem for path in paths["spectra"]]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    environment.filters["plain"] = plain
     of_hub = merged.names(folder)
     configs = {name: f"{name}/*.parquet" for name in rows}
     if of_hub:
         configs = {name: f"{merged.FOLDER}/{name}.parquet" for name in of_hub}
-    return environment.get_template("hub.md.jinja" if of_hub else "card.md.jinja").render(
+    template = _environment().get_template("hub.md.jinja" if of_hub else "card.md.jinja")
+    return template.render(
         version=version,
         protocol_version=PROTOCOL_VERSION,
         num_models=len(computed),
@@ -97,12 +93,32 @@ def render(folder: Path, version: str) -> str:
         configs=configs,
         picture=merged.PICTURE,
         project=project,
+        metrics=METRICS,
         size_category=_size_category(sum(rows.values())),
         tables=[_table(table, rows[table]) for table in rows],
         families=_families(computed),
         pending=models[models["status"] != "ok"].to_dict("records"),
         tasks=_tasks(computed),
     )
+
+
+def bibtex(version: str | None) -> str:
+    """Return how to cite the dataset, of a version where it is known, and the paper."""
+    template = _environment().get_template("cite.bib.jinja")
+    return template.render(version=version, project=project)
+
+
+def _environment() -> Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["plain"] = plain
+    return environment
 
 
 def plain(text: str) -> str:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe & Ito's palette, told apart by the colour-blind; in grey by the dashes.
-_OPTIMIZERS = {
-    "sgd": ("SGD with momentum", "#0072B2", "--"),
-    "adamw": ("AdamW", "#D55E00", "-"),
+# Of Okabe & Ito's palette, told apart by the colour-blind; in grey by dashes and markers. Every
+# figure of the project draws the optimizers so, those of the pages too.
+OPTIMIZERS = {
+    "sgd": ("SGD with momentum", "#0072B2", "--", "o"),
+    "adamw": ("AdamW", "#D55E00", "-", "s"),
 }
 WIDTH = 7.0  # inches, of a page of two columns
 _STYLE: dict[Any, Any] = {
@@ -180,7 +181,7 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
     ours = None if gaps is None else gaps[gaps["model"].isin(models)]
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, (optimizer, (title, colour, dashes)) in zip(axes, _OPTIMIZERS.items(), strict=True):
+    for ax, (optimizer, (title, colour, dashes, _)) in zip(axes, OPTIMIZERS.items(), strict=True):
         rates = () if ours is None else ours[BEST_RATES[optimizer]].to_numpy()
         of_it = losses["optimizer"] == optimizer
         diverged = losses.loc[of_it & losses["diverged"].eq(True), "lr"].unique()

@@ -30,7 +30,7 @@ def verdict(readme: Path | None, source: Path | None, as_json: bool) -> None:
 
     found = ranking(folder_of(source))
     if readme is not None:
-        write_part(readme, found.verdict.sentence)
+        write_part(readme, f"**{found.verdict.plain}.** {found.verdict.sentence}")
         click.echo(f"written: {readme}", err=True)
     if as_json:
         facts = {

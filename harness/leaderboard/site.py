@@ -17,12 +17,12 @@ import pandas as pd
 import spectra_db
 from harness import registry
 from harness.errors import UserError
-from harness.leaderboard import docs, entries, model_page, report
+from harness.leaderboard import docs, entries, model_page, preview, report
 from harness.leaderboard.export import export
 from harness.leaderboard.ranking import ranking
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
-from spectra_db import store
+from spectra_db import card, manifest, project, store
 from spectra_db.heterogeneity import LEADING, METRICS, is_leading
 from spectra_db.loading import folder_of
 from spectra_db.schema import TABLES
@@ -97,6 +97,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     with_page = {model["model"] for model in models if model["has_page"]}
     for row in standings:
         row["has_page"] = row["model"] in with_page
+    preview.write(out, found.verdict, standings)
     verified = [model["model"] for model in archive if model["provenance"] == "verified"]
     _write(out / "index.html", environment, "index.html", {
         "models": archive,
@@ -105,6 +106,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "num_pending": len(main.data.pending),
         "has_board": len(board) > 0,
         "stages": in_order(main.joined["stage"]),
+        "bibtex": card.bibtex(_version(source)),
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
         "entries": standings,
@@ -114,6 +116,12 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     _write_js(out / "data" / "index.js", index_data(archive, main.joined, board, standings))
     _write(out / "compare.html", environment, "compare.html", {"models": models})
     return out / "index.html"
+
+
+def _version(source: Path | str | None) -> str | None:
+    """Return the version of the release that a source is, None where it is none."""
+    known = manifest.read(folder_of(source, paths=[manifest.NAME]))
+    return known.version if known else None
 
 
 def _example(models: list[dict[str, Any]]) -> str | None:
@@ -177,6 +185,8 @@ def _environment(data: Dataset, pages: list[docs.Page]) -> jinja2.Environment:
         "protocol_version": spectra_db.PROTOCOL_VERSION,
         "pages": {page.name: page for page in pages},
         "project_links": _project_links(),
+        "site": project.SITE,
+        "preview": preview,
     }
     return environment
 

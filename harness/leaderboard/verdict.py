@@ -37,6 +37,9 @@ REFUTES_BELOW = 0.25
 SUPPORTS, REFUTES, UNDECIDED, NOTHING = (
     "supports", "refutes as a predictor at this scale", "undecided", "nothing is ranked",
 )  # fmt: skip
+_PLAIN = {
+    SUPPORTS: "Yes", REFUTES: "No", UNDECIDED: "Not decided", NOTHING: "Not known yet",
+}  # fmt: skip
 _NAME = "JS⁰ of raw eigenvalues at initialisation"
 
 
@@ -78,6 +81,11 @@ class Verdict:
     measures: pd.DataFrame
     pairs: pd.DataFrame
     chances: pd.DataFrame
+
+    @property
+    def plain(self) -> str:
+        """The answer to whether J tells what Adam gains, in the words of a newcomer."""
+        return _PLAIN[self.answer]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from harness.registry.entry import ModelEntry
 from harness.tasks.base import Data
 from harness.training import train
 from harness.training.gap import SEEDS, relative_gap
+from spectra_db import plot
 from spectra_db.loading import optional
 
 if TYPE_CHECKING:
@@ -231,12 +232,12 @@ def _scales(model: nn.Module, factors: Mapping[str, float]) -> dict[str, Tensor]
 def _draw(values: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 3.2), layout="constrained")
     ax = figure.subplots()
-    styles = {"SGD": ("#D55E00", "o")}
-    colours = ("#0072B2", "#56B4E9", "#009E73")
-    for (stage, p), colour in zip(VARIANTS, colours, strict=True):
-        styles[f"{stage}, p = {p:g}"] = (colour, "s")
+    styles = {"SGD": (plot.OPTIMIZERS["sgd"][1], "o")}
+    looks = (("#D55E00", "s"), ("#E69F00", "^"), ("#009E73", "D"))
+    for (stage, p), look in zip(VARIANTS, looks, strict=True):
+        styles[f"{stage}, p = {p:g}"] = look
     for i, found in enumerate(values.values()):
         gaps = {"SGD": found["sgd_gap"]}
         gaps |= {k: v["gap"] for k, v in found.items() if k != "sgd_gap"}
@@ -247,7 +248,7 @@ def _draw(values: Mapping[str, Any]) -> Figure:
                 ax.errorbar(x, gap["value"], 2 * gap["error"], fmt=marker, color=colour,
                             capsize=2, label=label)  # fmt: skip
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.set_xticks(range(len(values)), list(values), fontsize=8, rotation=15)
+    ax.set_xticks(range(len(values)), list(values), rotation=15)
     ax.set_ylabel("gap to AdamW (± 2 standard errors)")
-    ax.legend(fontsize=8, frameon=False, ncols=4, loc="best")
+    ax.legend(ncols=4, loc="best")
     return figure

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
 _SCALE = "lambda10"  # what blocks are compared by in the claims
-_SGD, _ADAM = "#D55E00", "#0072B2"
-_OPTIMIZERS = (("sgd", "SGD", _SGD), ("adamw", "AdamW", _ADAM))
-_DASHES = {"sgd": "--", "adamw": "-"}  # told apart in grey
+_OPTIMIZERS = tuple(
+    (name, label, *plot.OPTIMIZERS[name][1:])
+    for name, label in (("sgd", "SGD"), ("adamw", "AdamW"))
+)
 # Scales of the sweep whose training curves are drawn.
 CURVES_OF = (1, 4, 7, 9, 12, 15)
 # Every metric in each of its readings, the first the metric: Table 1 is set beside all.
@@ -134,7 +135,10 @@ def fig4(source: release.Source) -> Result:
               for model in table.index[table["class"] == kind][:3]]  # fmt: skip
     if not chosen:
         return Result(missing=("initial spectra of CNNs and Transformers",))
-    figure = Figure(figsize=(plot.WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 5.0), layout="constrained")
+    figure.get_layout_engine().set(
+        hspace=0.12
+    )  # squares leave none for the titles of the second row
     axes = figure.subplots(2, 3, squeeze=False).ravel()
     for ax in axes[len(chosen) :]:
         ax.set_axis_off()
@@ -170,10 +174,10 @@ def fig5(source: release.Source) -> Result:
     left.plot(found["c"], found["js0 raw"], "s--", color="gray", label="JS⁰ (raw)")
     left.set(xlabel="c", ylabel="JS⁰", ylim=(0, 1.05))
     left.legend()
-    for optimizer, label, colour in _OPTIMIZERS:
-        middle.plot(found["c"], found[optimizer], "o-", color=colour, label=label)
+    for optimizer, label, colour, dashes, marker in _OPTIMIZERS:
+        middle.plot(found["c"], found[optimizer], marker + dashes, color=colour, label=label)
         edge = found[found[f"{optimizer}_edge"] != ""]
-        middle.plot(edge["c"], edge[optimizer], "o", color=colour, markerfacecolor="white")
+        middle.plot(edge["c"], edge[optimizer], marker, color=colour, markerfacecolor="white")
     middle.set(xlabel="c (open: best rate at the grid's edge)")
     middle.set(ylabel="test accuracy after one epoch")
     middle.legend()
@@ -262,9 +266,13 @@ def fig7(source: release.Source) -> Result:
         return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
     values: dict[str, Any] = {"num_models": len(both), "num_families": both["family"].nunique()}
     values |= _with_intervals(source)
-    figure = Figure(figsize=(plot.WIDTH, 4.6), layout="constrained")
-    ax = figure.subplots()
-    markers = {"CNN": ("o", _SGD), "Transformer": ("s", _ADAM), "other": ("^", "gray")}
+    figure = Figure(figsize=(plot.WIDTH, 4.2), layout="constrained")
+    ax, key = figure.subplots(1, 2, width_ratios=(4, 1))
+    markers = {
+        "CNN": ("o", plot.KINDS["conv"]),
+        "Transformer": ("s", plot.KINDS["query"]),
+        "other": ("^", "gray"),
+    }
     for kind, (marker, colour) in markers.items():
         part = both[both["class"] == kind]
         if len(part):
@@ -272,14 +280,14 @@ def fig7(source: release.Source) -> Result:
                 part["js0 lambda10"], part["gap"], 2 * part["standard_error"], 2 * part["error"],
                 fmt=marker, color=colour, label=kind, elinewidth=0.5, alpha=0.8,
             )  # fmt: skip
-    for i, (model, x, y) in enumerate(
-        both[["js0 lambda10", "gap"]].sort_values("gap").itertuples()
-    ):
-        # By turns above and below: neighbours in the gap are labelled apart.
-        ax.annotate(
-            str(model), (x, y), xytext=(3, 3 if i % 2 else -6), textcoords="offset points",
-            fontsize=5,
-        )  # fmt: skip
+    ordered = both.sort_values("gap", ascending=False)
+    for i, (_, x, y) in enumerate(ordered[["js0 lambda10", "gap"]].itertuples()):
+        # Names would hide each other: numbers, by turns around their points.
+        place = ((4, 3), (4, -8), (-9, 3), (-9, -8))[i % 4]
+        ax.annotate(f"{i + 1}", (x, y), xytext=place, textcoords="offset points", fontsize=6)
+    names = "\n".join(f"{i + 1} {model}" for i, model in enumerate(ordered.index))
+    key.text(0, 1, names, fontsize=6, linespacing=1.5, va="top", transform=key.transAxes)
+    key.set_axis_off()
     ax.set(xlabel="JS⁰ at initialisation", ylabel="gap of protocol 1 (± 2 standard errors)")
     ax.axhline(0, color="black", linewidth=0.6)
     ax.legend()
@@ -458,13 +466,15 @@ def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]
     for ax in axes[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes, models, strict=False):
-        for stage, colour in (("init", "#0072B2"), ("final", "#E69F00")):
+        for stage, colour, dashes in (("init", "#0072B2", "-"), ("final", "#E69F00", "--")):
             if (model, stage) in spectra:
                 curve = density(spectra[model, stage], scale=_SCALE)["__full__"]
                 x, y = curve.index.to_numpy(), curve.to_numpy()
                 # Broken where the lattice has gaps.
                 apart = np.diff(x, prepend=x[0]) > 1.5 * np.diff(x).min()
-                ax.plot(x, np.where(apart, np.nan, y), color=colour, label=stage, linewidth=1)
+                ax.plot(
+                    x, np.where(apart, np.nan, y), dashes, color=colour, label=stage, linewidth=1
+                )
         ax.set_title(model, fontsize=7)
     axes[0].set(yscale="log", ylim=(1e-6, 20))
     axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
@@ -519,13 +529,13 @@ def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: Mapping[Hashable, Any]) -> N
     """
     losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
     lost = []
-    for optimizer, label, colour in _OPTIMIZERS:
+    for optimizer, label, colour, dashes, _ in _OPTIMIZERS:
         of_it = losses[losses["optimizer"] == optimizer]
         part = of_it[(of_it["lr"] == gap[BEST_RATES[optimizer]]) & of_it["seed"].isin(SEEDS)]
         for _, one in part.sort_values("step").groupby("seed"):
             ax.plot(one["step"], one["value"], color=colour, linewidth=0.4, alpha=0.5)
         curve = part.groupby("step")["value"].mean()
-        ax.plot(curve.index, curve, _DASHES[optimizer], color=colour, label=label, linewidth=1.2)
+        ax.plot(curve.index, curve, dashes, color=colour, label=label, linewidth=1.2)
         rates = sorted(of_it.loc[of_it["diverged"].eq(True), "lr"].unique())
         if rates:
             lost.append(f"{label} {', '.join(f'{lr:.2g}' for lr in rates)}")

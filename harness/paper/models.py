@@ -20,6 +20,7 @@ from harness.paper.quadratic import (
     steps_to,
 )
 from harness.paper.result import Result
+from spectra_db import plot
 from spectra_db.densities import blocks_of
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ TITLES = {
     "case4": "case 4: three blocks alike",
 }
 _LINES = {
-    "gd": ("gradient descent", "#D55E00"),
-    "adam": ("Adam, β₂ = 1", "#0072B2"),
-    "adam099": ("Adam, β₂ = 0.99", "#009E73"),
+    "gd": ("gradient descent", *plot.OPTIMIZERS["sgd"][1:]),
+    "adam": ("Adam, β₂ = 1", *plot.OPTIMIZERS["adamw"][1:]),
+    "adam099": ("Adam, β₂ = 0.99", "#009E73", ":", "^"),
 }
 
 
@@ -195,24 +196,23 @@ def _race(blocks: tuple[Array, ...]) -> tuple[dict[str, tuple[Array, Array]], di
 def _draw_race(curves: dict[str, dict[str, tuple[Array, Array]]]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 2.4), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     for ax, (name, title) in zip(axes, TITLES.items(), strict=True):
-        ax.set_title(title, fontsize=9)
-        ax.tick_params(labelsize=8)
+        ax.set_title(title)
         if name not in curves:
             ax.text(0.5, 0.5, "not in this release", transform=ax.transAxes, ha="center")
             continue
-        for key, (label, colour) in _LINES.items():
+        for key, (label, colour, dashes, _) in _LINES.items():
             times, losses = curves[name][key]
-            ax.plot(times + 1, losses, color=colour, label=label, linewidth=1.4)
+            ax.plot(times + 1, losses, dashes, color=colour, label=label, linewidth=1.4)
     axes[0].set(xscale="log", yscale="log", ylim=(1e-12, 30))
     for ax in axes[1:]:
         ax.set_xscale("log")
     handles, labels = next(ax for ax in reversed(axes) if ax.lines).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
-    figure.supxlabel("step + 1", fontsize=9)
-    axes[0].set_ylabel("L(w) / L(w₀)", fontsize=9)
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    figure.supxlabel("step + 1", fontsize=8)
+    axes[0].set_ylabel("L(w) / L(w₀)")
     return figure
 
 
@@ -223,15 +223,14 @@ def _histograms(source: release.Source, case: str, name: str) -> Result:
     if found is None:
         return Result(missing=tuple(m for m in cases(source)[2] if m.startswith(case)))
     model, names, spectra = found
-    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 2.0), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     for ax, block, values in zip(axes, names, spectra, strict=True):
         ax.hist(values, bins=np.geomspace(1, KAPPA, 31), color="#0072B2")
-        ax.set_title(block, fontsize=8)
+        ax.set_title(block, fontsize=7)
         ax.set_xscale("log")
-        ax.tick_params(labelsize=7)
-    axes[0].set_ylabel("eigenvalues", fontsize=9)
-    figure.supxlabel(f"eigenvalue, mapped to [1, {KAPPA:g}] ({model})", fontsize=9)
+    axes[0].set_ylabel("eigenvalues")
+    figure.supxlabel(f"eigenvalue, mapped to [1, {KAPPA:g}] ({model})", fontsize=8)
     ranges = {
         n: [float(s.min()), float(np.median(s)), float(s.max())]
         for n, s in zip(names, spectra, strict=True)
@@ -242,7 +241,7 @@ def _histograms(source: release.Source, case: str, name: str) -> Result:
 def _draw_complexity(values: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.8, 3.0), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     titles: Sequence[tuple[str, str]] = (
         ("heterogeneous", "κ_l ≤ 3 in every block"),
@@ -251,12 +250,12 @@ def _draw_complexity(values: dict[str, Any]) -> Figure:
     for ax, (family, title) in zip(axes, titles, strict=True):
         found = values[family]
         for key, line in (("gradient_descent", "gd"), ("adam", "adam")):
-            label, colour = _LINES[line]
-            slope = found[f"{key}_slope"]
-            ax.plot(found["kappa"], found[key], "o-", color=colour, label=f"{label}: κ^{slope:.2f}")
+            label, colour, dashes, marker = _LINES[line]
+            said = f"{label}: κ^{found[f'{key}_slope']:.2f}"
+            ax.plot(found["kappa"], found[key], marker + dashes, color=colour, label=said)
         ax.set(xscale="log", yscale="log")
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title)
         ax.set_xlabel("κ of the whole Hessian")
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend()
     axes[0].set_ylabel(f"steps to {TOLERANCE:g} of the loss")
     return figure

@@ -15,6 +15,7 @@ from harness.training import climb
 from harness.training.gap import SEEDS
 from harness.training.grid import GRID_SEED
 from harness.training.loop import OPTIMIZERS
+from spectra_db import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,20 +134,21 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Draw accuracies and best rates of both optimizers against c."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(plot.WIDTH, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     c = [found["c"] for found in rows]
-    for optimizer, colour in zip(OPTIMIZERS, ("#D55E00", "#0072B2"), strict=True):
+    for optimizer in OPTIMIZERS:
+        _, colour, dashes, marker = plot.OPTIMIZERS[optimizer]
         mine = [found[optimizer] for found in rows]
         grid, free = ([m[key][0]["accuracy"] for m in mine] for key in ("grid", "free"))
         rates = [m["free"][0]["lr"] for m in mine]
-        left.plot(c, grid, "--", color=colour, label=f"{optimizer}, 1e-4 to 1e-1")
-        left.plot(c, free, "o-", color=colour, label=f"{optimizer}, rates free")
-        right.semilogy(c, rates, "o-", color=colour, label=optimizer)
+        left.plot(c, grid, dashes, color=colour, linewidth=0.7, label=f"{optimizer}, 1e-4 to 1e-1")
+        left.plot(c, free, marker + dashes, color=colour, label=f"{optimizer}, rates free")
+        right.semilogy(c, rates, marker + dashes, color=colour, label=optimizer)
     right.axhspan(1e-4, 1e-1, color="gray", alpha=0.15, label="the paper's grid")
     left.set(xlabel="c", ylabel="test accuracy after one epoch", ylim=(0, 1))
     right.set(xlabel="c", ylabel="best learning rate")
     for ax in (left, right):
         ax.set_xticks(SCALES[::2])
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend()
     return figure

@@ -69,6 +69,8 @@ def test_the_page_opens_on_the_overview_and_cites_as_the_project_does(made):
         assert (made / config["data_files"][0]["path"]).name == f"{name}.parquet"
     assert (made / merged.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert merged.PICTURE in text
+    for column in pd.read_parquet(merged.path_of(made, merged.OVERVIEW)).columns:
+        assert f"`{column}`" in text
     assert f"author = {{{{{project.AUTHORS}}}}}" in text
     assert f"year   = {{{project.YEAR}}}" in text
     assert f"`{project.DATASET}` is a placeholder" in text

@@ -33,6 +33,16 @@ function shortNames(names) {
   return new Map(names.map((name, i) => [name, parts[i].slice(shared).join(".")]));
 }
 
+// A name of at most so many letters: layers' numbers and the end tell names apart, and tips have the whole.
+function cropped(name, letters) {
+  const parts = name.split(".");
+  for (let i = 0; i < parts.length - 1 && parts.join(".").length > letters; i += 1) {
+    if (!/^\d/.test(parts[i])) parts[i] = parts[i].slice(0, 1);
+  }
+  const short = parts.join(".");
+  return short.length > letters ? `…${short.slice(1 - letters)}` : short;
+}
+
 // -- densities
 
 function curve(packed, bins) {
@@ -148,7 +158,7 @@ function drawScales(target, data, stages, domain) {
     style: STYLE,
     color,
     x: { type: "log", domain, label: "rms eigenvalue →", grid: true, ticks: Math.round((width - margin) / 70), tickFormat: (t) => (isPower(t) ? power(t) : "") },
-    y: { type: "band", domain: names, label: null, axis: row < 12 ? null : "left", tickSize: 0, tickFormat: (name) => short.get(name) },
+    y: { type: "band", domain: names, label: null, axis: row < 12 ? null : "left", tickSize: 0, tickFormat: (name) => cropped(short.get(name), Math.floor((margin - 12) / 6.4)) },
     ariaLabel: `rms eigenvalue of each of ${names.length} blocks at ${known.join(" and ")}`,
     marks: [
       Plot.ruleY(points, Plot.groupY({ x1: "min", x2: "max" }, { x1: "value", x2: "value", y: "name", strokeOpacity: 0.3 })),

@@ -48,6 +48,26 @@ function namesAt(data, x, y) {
   return [...d3.group(data, (p) => p.family).values()].map((ps) => d3.greatest(ps, away));
 }
 
+// Names by where they stand beside their points, [dx, dy, anchor]: where they hide least of other names and points.
+const SPOTS = [[0, -11, "middle"], [0, 13, "middle"], [9, 0, "start"], [-9, 0, "end"]];
+
+function placeNames(named, data, textOf, x, y) {
+  const boxes = [];
+  const boxOf = (p, [dx, dy, anchor]) => {
+    const wide = 7 * textOf(p).length;
+    const left = x(p) + dx - { start: 0, middle: wide / 2, end: wide }[anchor];
+    return [left, y(p) + dy - 6, left + wide, y(p) + dy + 6];
+  };
+  const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  const hidden = (box) => 10 * d3.sum(boxes, (b) => meet(b, box)) +
+    d3.sum(data, (p) => meet([x(p) - 5, y(p) - 5, x(p) + 5, y(p) + 5], box));
+  return d3.group(named, (p) => {
+    const spot = d3.least(SPOTS, (s) => hidden(boxOf(p, s)));
+    boxes.push(boxOf(p, spot));
+    return spot;
+  });
+}
+
 function placeOf(values, log, pixels) {
   const f = log ? Math.log : Number;
   const [low, high] = d3.extent(values, f);
@@ -56,8 +76,10 @@ function placeOf(values, log, pixels) {
 
 // Points of {x, y, xLow, xHigh, yLow, yHigh, family, full, href, said}.
 function pointChart(data, { width, height, x, y, marks = [], ariaLabel, names }) {
-  const [px, py] = [placeOf(data.map((p) => p.x), x.type === "log", width), placeOf(data.map((p) => p.y), false, height)];
-  const named = names === "all" ? data : namesAt(data, (p) => px(p.x), (p) => py(p.y));
+  const [px, py] = [placeOf(data.map((p) => p.x), x.type === "log", width - 80), placeOf(data.map((p) => -p.y), false, height - 64)];
+  const at = [(p) => px(p.x), (p) => py(-p.y)];
+  const named = names === "all" ? data : namesAt(data, ...at);
+  const textOf = (p) => (names === "all" ? p.model : p.family);
   const shared = { x: "x", y: "y", stroke: "family", symbol: "family", r: 5, strokeWidth: 1.5, href: "href", ariaLabel: "said" };
   return Plot.plot({
     width, height, marginLeft: 52, marginBottom: 44, marginRight: 28,
@@ -73,8 +95,9 @@ function pointChart(data, { width, height, x, y, marks = [], ariaLabel, names })
       Plot.ruleY(data, { y: "y", x1: "xLow", x2: "xHigh", stroke: "family", strokeOpacity: 0.6 }),
       Plot.dot(data.filter((p) => p.full), { ...shared, fill: "family" }),
       Plot.dot(data.filter((p) => !p.full), { ...shared, fill: "none" }),
-      Plot.text(named, { x: "x", y: "y", text: names === "all" ? "model" : "family", dy: -11, fontSize: 11,
-        fill: "currentColor", stroke: "var(--back)", strokeWidth: 3, paintOrder: "stroke", ariaHidden: "true" }),
+      ...[...placeNames(named, data, textOf, ...at)].map(([[dx, dy, textAnchor], some]) => Plot.text(some, {
+        x: "x", y: "y", text: textOf, dx, dy, textAnchor, fontSize: 11,
+        fill: "currentColor", stroke: "var(--back)", strokeWidth: 3, paintOrder: "stroke", ariaHidden: "true" })),
       Plot.tip(data, Plot.pointer({ x: "x", y: "y", title: "said", maxRadius: 30, pointerEvents: "none" })),
     ],
   });
@@ -119,7 +142,7 @@ function pictureOfSpeedups(known, width) {
     style: { fontSize: "13px", background: "transparent" },
     color: COLOURS,
     x: { domain: [-2.1, 2.1], ticks: [-2, -1, 0, 1, 2], tickFormat: (t) => (t === 0 ? "as many" : `${2 ** Math.abs(t)}×`),
-      label: "← AdamW needs more steps · SGD needs more →", labelAnchor: "center", labelArrow: "none", grid: true },
+      label: width < 450 ? "← AdamW slower · SGD slower →" : "← AdamW needs more steps · SGD needs more →", labelAnchor: "center", labelArrow: "none", grid: true },
     y: { domain: data.map((e) => e.model), label: null, tickSize: 0 },
     ariaLabel: `Speed-ups: ${data.map((e) => e.said).join("; ")}`,
     marks: [

@@ -99,7 +99,7 @@ function drawTuned() {
   target.replaceChildren(Plot.plot({
     width: Math.max(300, Math.min(target.clientWidth || 700, 900)),
     height: 320,
-    marginRight: 60,
+    marginRight: 70,
     marginLeft: 46,
     marginBottom: 36,
     style: STYLE,

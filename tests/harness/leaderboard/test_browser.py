@@ -237,7 +237,7 @@ def test_the_first_screen_says_the_verdict_and_draws_measure_against_speed_up(
     shutil.copytree(folder, tmp_path / "in")
     store.write(tmp_path / "in", "models", [model_row(n, tier="ranked") for n in names])
     shown = tab.open(build(tmp_path / "in", tmp_path / "out"))
-    assert shown.inner_text(".verdict").startswith("Supported: JS⁰ of raw eigenvalues")
+    assert shown.inner_text(".verdict").startswith("Yes. Supported: JS⁰ of raw eigenvalues")
     assert "against J, 18 entries" in shown.get_attribute("#picture svg", "aria-label")
     assert "cifar-vit" in shown.text_content("#picture")
     assert column(shown, "measures", 0)[0] == "JS⁰ of raw eigenvalues (J)"
@@ -271,7 +271,7 @@ def test_a_phone_scrolls_downwards_alone(tab, page, where):  # noqa: F811
     assert shown.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_on_a_phone_the_first_column_stays_and_three_others_are_seen(tab, page):  # noqa: F811
+def test_on_a_phone_the_first_column_stays_and_the_results_are_seen(tab, page):  # noqa: F811
     tab.page.set_viewport_size({"width": 390, "height": 800})
     shown = tab.open(page)
     table = shown.locator("#models")
@@ -283,7 +283,19 @@ def test_on_a_phone_the_first_column_stays_and_three_others_are_seen(tab, page):
     ends = table.locator("thead th").evaluate_all(
         "cells => cells.map(c => c.getBoundingClientRect().right)"
     )
-    assert ends[3] <= 390
+    assert 0 < ends[4] < ends[5] <= 390  # JS⁰ and the gap
+
+
+def test_names_of_points_do_not_hide_each_other(tab, page):  # noqa: F811
+    shown = tab.open(page)
+    boxes = shown.locator("#scatter svg [aria-hidden] text").evaluate_all(
+        "names => names.map(n => n.getBoundingClientRect()).map(b => [b.x, b.y, b.right, b.bottom])"
+    )
+    assert len(boxes) == 5  # families
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        for other in boxes[:i]:
+            apart = right < other[0] or other[2] < left or bottom < other[1] or other[3] < top
+            assert apart, (boxes[i], other)
 
 
 def test_at_1280_the_page_stands_in_the_middle(tab, page):  # noqa: F811

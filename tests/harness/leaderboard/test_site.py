@@ -3,6 +3,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import pytest
 
 import spectra_db
 from harness.errors import UserError
-from harness.leaderboard import report
+from harness.leaderboard import preview, report
 from harness.leaderboard.site import build
 from harness.leaderboard.statistics import leaderboard, measurements
 from harness.leaderboard.tables import read
-from spectra_db import store
+from spectra_db import card, project, store
 from spectra_db.loading import NotFound
 from spectra_db.schema import TABLES
 from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row, speedup_row
@@ -164,6 +165,19 @@ def test_pages_introduce_themselves_to_who_links_to_them(page):
         [said] = re.findall(rf'<meta (?:name|property)="{name}" content="([^"]+)"', text)
         assert len(said) > 30
     assert 'rel="icon" href="data:image/svg+xml' in text
+    assert html.escape(card.bibtex(None), quote=False) in text.replace("&#39;", "'")
+
+
+def test_a_link_to_a_page_shows_the_picture_of_the_verdict_where_the_site_has_an_address(
+    page, tmp_path, monkeypatch
+):
+    picture = page.with_name(preview.NAME).read_bytes()
+    assert struct.unpack(">2I", picture[16:24]) == preview.SIZE  # of PNG's first chunk
+    assert "og:image" not in page.read_text(encoding="utf-8")
+    monkeypatch.setattr(project, "SITE", "https://host/path")
+    store.write(tmp_path, "models", [model_row("m")])
+    text = build(tmp_path, tmp_path).read_text(encoding="utf-8")
+    assert f'"og:image" content="https://host/path/{preview.NAME}"' in text
 
 
 def test_code_names_of_scales_are_put_in_words(page):

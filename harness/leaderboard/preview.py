@@ -1,0 +1,89 @@
+"""The picture that a link to the site shows where it is posted: the verdict, and what it is of."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.leaderboard.verdict import Verdict
+from spectra_db import plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "preview.png"
+SIZE = (1200, 630)  # pixels: what Open Graph's readers show whole
+_QUESTION = "Does a network's Hessian tell beforehand that it needs Adam?"
+_POINTS_OF_BOTH = 3  # as many as make a plot of one against the other
+_RANKED, _REFERENCE = "#0b57a4", "#6e7b8b"
+
+
+@plot.style()
+def write(folder: Path, verdict: Verdict, standings: list[dict[str, Any]]) -> None:
+    """Draw the verdict with the entries that are measured, J against speed-up where both are known.
+
+    Args:
+        folder: Where the picture goes, as NAME.
+        verdict: What it says.
+        standings: As `entries.standings` returns them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(SIZE[0] / 100, SIZE[1] / 100))
+    lines = textwrap.wrap(verdict.sentence, 88, max_lines=3, placeholder=" …")
+    for y, text, size, weight in (
+        (0.93, _QUESTION, 20, "bold"),
+        (0.83, f"{verdict.plain}.", 20, "bold"),
+        (0.745, "\n".join(lines), 16, "normal"),
+    ):
+        colour = _RANKED if text == f"{verdict.plain}." else "#1c1e21"
+        figure.text(0.04, y, text, size=size, weight=weight, va="top", color=colour)
+    figure.text(0.96, 0.03, "Hessian Spectra", size=15, ha="right", color=_REFERENCE)
+    known = [row for row in standings if row["y"] is not None]
+    both = [row for row in known if row["J"] is not None]
+    if known:
+        whole = len(both) >= _POINTS_OF_BOTH
+        ax = figure.add_axes((0.09 if whole else 0.2, 0.14, 0.86 if whole else 0.74, 0.4))
+        (_draw_both if whole else _draw_speedups)(ax, both if whole else known[:8])
+        ax.tick_params(labelsize=13)
+    figure.savefig(folder / NAME, dpi=100)
+
+
+def _draw_both(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    """Draw J against speed-up, a family named at its first point."""
+    named: set[str] = set()
+    for row in rows:
+        ax.errorbar(row["J"], row["y"], _ends(row), row["J_error"], **_marker(row))
+        if row["family"] not in named:
+            place = {"xytext": (6, 5), "textcoords": "offset points", "size": 12}
+            ax.annotate(row["family"], (row["J"], row["y"]), **place)
+        named.add(row["family"])
+    ax.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
+    ax.set_xlabel("J: JS⁰ of raw eigenvalues at initialisation", size=14)
+    ax.set_ylabel("log₂ of SGD's steps\nover AdamW's", size=14)
+
+
+def _draw_speedups(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    """Draw a line for each entry, the largest speed-up above."""
+    for i, row in enumerate(rows):
+        ax.errorbar(row["y"], -i, xerr=_ends(row), **_marker(row))
+    ax.set_yticks([-i for i in range(len(rows))], [row["model"] for row in rows])
+    ax.set(xlim=(-2.1, 2.1), ylim=(0.6 - len(rows), 0.6))
+    ax.set_xticks([-2, -1, 0, 1, 2], ["4×", "2×", "as many", "2×", "4×"])
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("← steps that AdamW needs more · that SGD needs more →", size=14)
+
+
+def _ends(row: dict[str, Any]) -> list[list[float]] | None:
+    """Return how far the interval goes down and up; None for a bound, which has none."""
+    if row["low"] is None or row["high"] is None:
+        return None
+    return [[row["y"] - row["low"]], [row["high"] - row["y"]]]
+
+
+def _marker(row: dict[str, Any]) -> dict[str, Any]:
+    """Return how a point is drawn: filled if it is ranked, open if a reference."""
+    colour = _RANKED if row["ranked"] else _REFERENCE
+    face = colour if row["ranked"] else "white"
+    return {"fmt": "o", "color": colour, "markersize": 9, "markerfacecolor": face, "capsize": 3}

@@ -27,17 +27,17 @@ from tests.harness.estimator.models import cross_entropy, num_terms, problem, sp
 
 OPTIONS = {"product": "differences", "dtype": "float64", "num_probes": 1, "num_steps": 4}
 CASES = ("gpt", "empty shards", "batch statistics", "copies of shards")
-BLOCKS_OF_GPT = ("wte.weight", "h.1.attn.qkv.weight[v]", "h.0.norm1.bias")
 
 
 def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
     """Return (model, microbatches, settings) of a case."""
-    if case == "gpt":  # wte is tied to the head, wpe frozen, and norm1.bias diagonalised
+    if case == "gpt":  # wte is tied to the head, and wpe frozen
         model, batch = problem("gpt", 8)
         model.wpe.requires_grad_(False)
-        blocks = [b for b in find_blocks(model, "all") if b.name in BLOCKS_OF_GPT]
-        further = {"blocks": blocks, "exact_size": 20, "num_probes": 2}
-        return model, split(batch, (5, 3)), OPTIONS | further | {"batch_weights": num_terms}
+        named = {block.name: block for block in find_blocks(model)}
+        blocks = [named["wte.weight"], named["h.1.attn.qkv.weight[v]"]]
+        further = {"blocks": blocks, "batch_weights": num_terms}
+        return model, split(batch, (5, 3)), OPTIONS | further
     if case == "batch statistics":
         model, batch = problem("cnn", 8)
         further = {"blocks": find_blocks(model)[:1], "norm_mode": "train", "exact_size": 0}
@@ -45,9 +45,10 @@ def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
     _, batch = problem("mlp", 5)
     torch.manual_seed(2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Tanh(), nn.Linear(3, 4)).double()
-    # Blocks of 3 and 4 parameters, that Lanczos exhausts.
-    blocks = "weights" if case == "copies of shards" else "all"
-    return model, [batch], OPTIONS | {"blocks": blocks, "exact_size": 0}
+    # One bias is diagonalised, the other exhausted by Lanczos.
+    blocks = find_blocks(model, "all")
+    further = {"blocks": blocks[2:3] if case == "copies of shards" else blocks, "exact_size": 3}
+    return model, [batch], OPTIONS | further
 
 
 def sharded(case: str) -> nn.Module:
@@ -57,8 +58,7 @@ def sharded(case: str) -> nn.Module:
     if case == "copies of shards":
         mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("r", "s"))
         options["mesh"] = mesh
-    for layer in getattr(model, "h", model[1:2] if isinstance(model, nn.Sequential) else ()):
-        fully_shard(layer, **options)
+    fully_shard(model[1] if isinstance(model, nn.Sequential) else model.h[1], **options)
     return fully_shard(model, **options)
 
 
@@ -115,14 +115,13 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _sizes() -> dict[str, tuple[int, int, int]]:
-    """Return of each block its size, and those of a probe and of a product in this process."""
-    model, batches, settings = inputs("gpt")
-    model = sharded("gpt")
-    objective = Objective(model, cross_entropy, batches, num_terms)
-    found = {}
+    """Return of each weight its size, and those of a probe and of a product in this process."""
+    model, batches, _ = inputs("empty shards")
+    fully_shard(model)
+    objective, blocks, found = Objective(model, cross_entropy, batches), find_blocks(model), {}
     how = Settings(dtype="float64", product="differences")
-    with opened(objective, settings["blocks"], how) as hessian:
-        for i, block in enumerate(settings["blocks"]):
+    with opened(objective, blocks, how) as hessian:
+        for i, block in enumerate(blocks):
             probe = hessian.shard(i, draw_probe(block.num_params, 0, "gaussian").double())
             [product] = hessian.products([(i, probe)])
             found[block.name] = (block.num_params, len(probe), len(product))

@@ -69,13 +69,13 @@ def test_the_model_is_as_it_was_bit_for_bit(made):
 
 def test_a_process_keeps_its_shard_of_vectors(made):
     sizes = facts(made, "sizes")
-    for name in sharded_job.BLOCKS_OF_GPT:
+    for name in ("1.weight", "3.weight"):
         (whole,) = {of[name][0] for of in sizes}
         probes, products = ([of[name][i] for of in sizes] for i in (1, 2))
         assert probes == products
         assert sum(probes) == whole
-    tokens = [of["wte.weight"][1] // 8 for of in sizes]
-    assert tokens == {2: [6, 5], 4: [3, 3, 3, 2]}[len(sizes)]
+    rows = [of["1.weight"][1] // 36 for of in sizes]
+    assert rows == {2: [2, 1], 4: [1, 1, 1, 0]}[len(sizes)]
 
 
 @pytest.mark.parametrize("name", sharded_job.ERRORS)

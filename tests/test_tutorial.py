@@ -5,11 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -20,33 +17,26 @@ import spectra_db
 from harness.cli import main
 from spectra_db.loading import BUNDLED
 from spectra_db.release import release
+from tests.processes import Process
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
-# Runs what it is given on standard input, a block at a time, and separates what they print.
+# Runs code a block at a time, and separates what they print.
 RUN = """
-import json, sys
-names = {"__name__": "tutorial"}
-for block in json.load(sys.stdin):
+names = {{"__name__": "tutorial"}}
+for block in {blocks}:
     exec(compile(block, "page", "exec"), names)
     print("--- end of block ---", flush=True)
 """
 
 
-def printed(run, blocks, **options):
+def printed(run, blocks):
     """Return what each block prints, run by `run` in one process."""
-    answer = run(RUN, input=json.dumps(blocks), **options)
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout.split("--- end of block ---\n")[:-1]
-
-
-def here(code, env, **options):
-    """Run Python code in this environment."""
-    env = os.environ | env | {"PYTHONPATH": str(ROOT)}
-    options = {"capture_output": True, "text": True, "timeout": 500, "env": env} | options
-    return subprocess.run([sys.executable, "-c", code], **options)
+    code, output, errors = run(RUN.format(blocks=blocks))
+    assert code == 0, errors
+    return output.split("--- end of block ---\n")[:-1]
 
 
 def lines(text):
@@ -67,7 +57,7 @@ def lines(text):
     ],
 )
 def test_a_page_reads_by_the_base_install_and_does_what_it_says(
-    tmp_path, base_install, page, beyond, images
+    tmp_path, monkeypatch, base_install, page, beyond, images
 ):
     text = (ROOT / page).read_text(encoding="utf-8")
     reading, parts = FENCE.findall(text.partition(beyond)[0]), FENCE.findall(text)
@@ -75,8 +65,18 @@ def test_a_page_reads_by_the_base_install_and_does_what_it_says(
     count = [language for language, _ in reading].count("python")
     blocks = [code for language, code in parts if language == "python"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    output = printed(base_install.run, blocks[:count], cwd=tmp_path, env=offline)
-    output += printed(here, ["import spectra_db", *blocks[count:]], cwd=tmp_path, env=offline)[1:]
+    monkeypatch.chdir(tmp_path)
+
+    def by_the_base_install(code):
+        answer = base_install.run(code, env=offline)
+        return answer.returncode, answer.stdout, answer.stderr
+
+    def here(code):
+        (tmp_path / "printed").mkdir()
+        return Process([code], offline, tmp_path / "printed").communicate()
+
+    output = printed(by_the_base_install, blocks[:count])
+    output += printed(here, ["import spectra_db", *blocks[count:]])[1:]
     compared = 0
     for i, (language, text) in enumerate(parts):
         if language == "text":

@@ -51,9 +51,12 @@ class Ledger:
         except FileNotFoundError:
             rows = TABLES[table].empty_table().to_pandas()
         else:  # a file is replaced as a whole, by another inode
-            at = state.st_ino, state.st_mtime_ns, state.st_size
-            rows = _select(path, table, at, tuple(columns.items()))
-        return rows.copy(deep=False)
+            rows = _read(path, table, (state.st_ino, state.st_mtime_ns, state.st_size))
+            rows = rows.copy(deep=False)
+        kept = np.ones(len(rows), dtype=bool)
+        for column, value in columns.items():
+            kept &= rows[column].to_numpy() == value
+        return rows[kept] if columns else rows
 
     def write(
         self, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]], *, replace: bool = False
@@ -97,15 +100,3 @@ class Ledger:
 def _read(path: Path, table: str, state: tuple[int, int, int]) -> pd.DataFrame:
     """Read a file in a state of it; whoever changes what it returns changes a copy."""
     return store.read(path, table).to_pandas()
-
-
-@lru_cache(maxsize=256)  # a run asks for the same few rows before and after each unit
-def _select(
-    path: Path, table: str, state: tuple[int, int, int], columns: tuple[tuple[str, Any], ...]
-) -> pd.DataFrame:
-    """Return the rows of a file in a state of it that have some values."""
-    rows = _read(path, table, state)
-    kept = np.ones(len(rows), dtype=bool)
-    for column, value in columns:
-        kept &= rows[column].to_numpy() == value
-    return rows[kept] if columns else rows

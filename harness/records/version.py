@@ -40,15 +40,15 @@ def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> N
     out = ledger.folder
     runs = ledger.rows("training", entry.name)
     spectra = ledger.rows("spectra", entry.name)
-    batches = spectra["batch_size"][spectra["status"].isin(["ok", "zero"])]
+    spectra = spectra[spectra["status"].isin(["ok", "zero"])]
     if entry.trains and entry.recipe is not None:
-        ends = runs["step"][(runs["split"] == "train") & (runs["step"] > 0) & ~runs["diverged"]]
-        if strange := set(ends) - {entry.recipe.num_steps}:
+        ends = runs.loc[(runs["split"] == "train") & (runs["step"] > 0) & ~runs["diverged"]]
+        if strange := set(ends["step"]) - {entry.recipe.num_steps}:
             raise UserError(
                 f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
                 f"{entry.recipe.num_steps}: name another --out"
             )
-    if strange := set(batches) - {entry.hessian_batch_size}:
+    if strange := set(spectra["batch_size"]) - {entry.hessian_batch_size}:
         raise UserError(
             f"{out} holds spectra of {entry.name} on {min(strange)} samples, its batch has "
             f"{entry.hessian_batch_size}: name another --out"
@@ -61,7 +61,7 @@ def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> N
                 f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
                 f"{', '.join(map(str, sorted(allowed)))}: name another --out"
             )
-    if not (len(runs) or len(batches) or len(trials)):
+    if not (len(runs) or len(spectra) or len(trials)):
         return
     _check_note(entry, out)
     models = ledger.rows("models", entry.name)

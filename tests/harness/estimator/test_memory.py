@@ -51,7 +51,7 @@ def run(samples, **options):
 run(1)  # what is loaded and allocated once
 """
 BUDGETS = """
-batch = tuple(t[:32].reshape(64, 64) for t in batch)
+long, batch = batch, tuple(t[:32].reshape(64, 64) for t in batch)
 found = []
 for mebibytes in (40, 160):
     before = size(1)
@@ -60,6 +60,7 @@ for mebibytes in (40, 160):
 print(json.dumps(found))
 """
 LIMITED = """
+batch = long
 free = run(64)
 limit = size(0) + (60 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -71,15 +72,20 @@ print(json.dumps([
 """
 
 
-def measured(*code: str):
+@pytest.fixture(scope="module")
+def measured():
+    """Return what a process of its own found of budgets, and of a limit of its memory."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc, and limits a process as Linux does")
     # Large tensors are mapped each on its own, so that a process holds what its tensors do. By
     # default the allocator of C takes them from a heap that doesn't shrink, with gaps.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(
-        [sys.executable, "-c", "".join(code)], text=True, capture_output=True, env=env, check=False
-    )
+        [sys.executable, "-c", HEAD + TRANSFORMER + BUDGETS + LIMITED],
+        text=True, capture_output=True, env=env, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_peak_memory_grows_with_the_steps_only_when_reorthogonalising():
@@ -104,9 +110,8 @@ def test_peak_memory_grows_with_the_steps_only_when_reorthogonalising():
     assert kept - many >= 1.5 * 2 * (30 - 3) * (4 * 200**2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_stays_within_the_budget():
-    found = measured(HEAD, TRANSFORMER, BUDGETS)
+def test_peak_memory_stays_within_the_budget(measured):
+    found, _ = measured
     for budget, peak, _ in found:
         assert peak <= budget
     sizes = [size for _, _, size in found]
@@ -114,9 +119,8 @@ def test_peak_memory_stays_within_the_budget():
     assert sizes[-1] < 64
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
-def test_out_of_memory_halves_the_microbatch_is_recorded_and_changes_nothing_else():
-    (whole, nodes), (halved, same) = measured(HEAD, TRANSFORMER, LIMITED)
+def test_out_of_memory_halves_the_microbatch_is_recorded_and_changes_nothing_else(measured):
+    _, ((whole, nodes), (halved, same)) = measured
     assert whole == 64
     assert 1 <= halved < 64
     torch.testing.assert_close(torch.tensor(same), torch.tensor(nodes), rtol=1e-3, atol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from harness import registry
+from harness.leaderboard import site
 from harness.leaderboard.report import ranking
 from harness.leaderboard.site import build
 from harness.leaderboard.statistics import leaderboard
@@ -245,6 +246,7 @@ def test_the_first_screen_says_the_verdict_and_draws_measure_against_speed_up(
 
 def test_no_two_families_look_alike(tab, tmp_path, monkeypatch):
     monkeypatch.setitem(leaderboard.__kwdefaults__, "num_draws", 20)  # no interval is looked at
+    monkeypatch.setattr(site, "_write_model", lambda *_: None)  # nor a model's page
     families = [f"family-{i}" for i in range(20)]
     x = np.linspace(0.1, 1, 20)
     tables = made_up({"js0": x}, x / 10, families)
@@ -340,6 +342,7 @@ def test_those_who_do_not_see_are_told(tab, page):  # noqa: F811
 
 def test_two_hundred_models_are_all_there(tab, tmp_path, monkeypatch):
     monkeypatch.setitem(leaderboard.__kwdefaults__, "num_draws", 20)  # no interval is looked at
+    monkeypatch.setattr(site, "_write_model", lambda *_: None)  # nor a model's page
     generator = np.random.default_rng(0)
     x = generator.lognormal(size=200)
     families = [f"family-{i % 15}" for i in range(200)]

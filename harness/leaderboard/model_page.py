@@ -96,9 +96,8 @@ def _readings(distances: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
         without = without_each(distances)
         found |= {"extreme": without.idxmin(), "without": round(float(without.min()), 4)}
     kinds = rows.drop_duplicates("block").set_index("block")["block_kind"]
-    inner = [
-        name for name in map(str, distances) if kinds[name] not in ("embedding", "position", "head")
-    ]
+    ends = kinds.index[kinds.isin(["embedding", "position", "head"])]
+    inner = [name for name in distances if name not in ends]
     if 2 <= len(inner) < len(distances):
         pairs = distances.loc[inner, inner].to_numpy()[np.triu_indices(len(inner), 1)]
         found["inner"] = round(float(pairs.mean()), 4)

@@ -92,10 +92,10 @@ class Layout:
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], blocks: Sequence[Block]) -> None:
         self.blocks = [
-            [_local_part(part, parameters[part.parameter]) for part in block.parts]
+            [_local_part(part, _sharded(parameters[part.parameter])) for part in block.parts]
             for block in blocks
         ]
-        mesh = parameters[blocks[0].parts[0].parameter].device_mesh
+        mesh = _sharded(parameters[blocks[0].parts[0].parameter]).device_mesh
         self.copies = mesh.size() // mesh.size(mesh.ndim - 1)
 
     def shard(self, index: int, vector: torch.Tensor) -> torch.Tensor:
@@ -117,9 +117,13 @@ def reshard(model: nn.Module) -> None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's shard, to be changed in place."""
-    assert isinstance(tensor, DTensor)
     with torch.no_grad():
-        return tensor.to_local()
+        return _sharded(tensor).to_local()
+
+
+def _sharded(tensor: torch.Tensor) -> DTensor:
+    assert isinstance(tensor, DTensor)
+    return tensor
 
 
 def _local_part(part: Part, parameter: DTensor) -> LocalPart:

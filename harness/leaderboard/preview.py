@@ -56,8 +56,8 @@ def _draw_both(ax: Axes, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         ax.errorbar(row["J"], row["y"], _ends(row), row["J_error"], **_marker(row))
         if row["family"] not in named:
-            place = {"xytext": (6, 5), "textcoords": "offset points", "size": 12}
-            ax.annotate(row["family"], (row["J"], row["y"]), **place)
+            at = (row["J"], row["y"])
+            ax.annotate(row["family"], at, xytext=(6, 5), textcoords="offset points", size=12)
         named.add(row["family"])
     ax.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
     ax.set_xlabel("J: JS⁰ of raw eigenvalues at initialisation", size=14)

@@ -135,10 +135,9 @@ def fig4(source: release.Source) -> Result:
               for model in table.index[table["class"] == kind][:3]]  # fmt: skip
     if not chosen:
         return Result(missing=("initial spectra of CNNs and Transformers",))
-    figure = Figure(figsize=(plot.WIDTH, 5.0), layout="constrained")
-    figure.get_layout_engine().set(
-        hspace=0.12
-    )  # squares leave none for the titles of the second row
+    figure = Figure(figsize=(plot.WIDTH, 5.0))
+    # Squares leave no room for the titles of the second row.
+    figure.set_layout_engine("constrained", hspace=0.12)
     axes = figure.subplots(2, 3, squeeze=False).ravel()
     for ax in axes[len(chosen) :]:
         ax.set_axis_off()

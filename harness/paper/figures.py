@@ -201,11 +201,9 @@ def fig14(source: release.Source) -> Result:
     for ax, row in zip(axes, shown.to_dict("records"), strict=False):
         model = f"mlp-mnist-c{row['c']}"
         _draw_curves(ax, optional("training", source, model=model), gaps.loc[model].to_dict())
-        ax.set_title(
-            f"c = {row['c']}: SGD {row['sgd_lr']:g}, AdamW {row['adamw_lr']:g}", fontsize=8
-        )
+        ax.set_title(f"c = {row['c']}: SGD {row['sgd_lr']:.2g}, AdamW {row['adamw_lr']:.2g}")
         ax.set_yscale("log")
-    axes[0].legend()
+    axes[0].legend(loc="lower left")
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("loss of the minibatch at the best rates", fontsize=8)
     columns = ["c", *(f"{o}{end}" for o in ("sgd", "adamw") for end in ("", "_lr", "_edge"))]
@@ -537,7 +535,10 @@ def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: Mapping[Hashable, Any]) -> N
         ax.plot(curve.index, curve, dashes, color=colour, label=label, linewidth=1.2)
         rates = sorted(of_it.loc[of_it["diverged"].eq(True), "lr"].unique())
         if rates:
-            lost.append(f"{label} {', '.join(f'{lr:.2g}' for lr in rates)}")
+            said = ", ".join(f"{lr:.2g}" for lr in rates)
+            if len(rates) > 3:
+                said = f"{len(rates)} rates from {rates[0]:.2g} to {rates[-1]:.2g}"
+            lost.append(f"{label} {said}")
     if lost:
         said = "diverged at\n" + "\n".join(lost)
         ax.text(

@@ -36,7 +36,7 @@ def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
         model.wpe.requires_grad_(False)
         named = {block.name: block for block in find_blocks(model)}
         blocks = [named["wte.weight"], named["h.1.attn.qkv.weight[v]"]]
-        further = {"blocks": blocks, "batch_weights": num_terms}
+        further = {"blocks": blocks, "exact_size": 0, "batch_weights": num_terms}
         return model, split(batch, (5, 3)), OPTIONS | further
     if case == "batch statistics":
         model, batch = problem("cnn", 8)

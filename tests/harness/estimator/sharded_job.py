@@ -141,7 +141,7 @@ ERRORS = {
     "sync": "no gradients came back",
     "mixed": "the sharded model computes in {torch.bfloat16}",
     "parallel": "the model's parameters are DTensors, but not of fully_shard",
-    "rest": "the parameter 3.weight is not sharded",
+    "rest": "the parameter 3.bias is not sharded",
     "hook": "the parameter 1.weight has a hook",
     "device": "the parameter 1.weight is on cpu, and device is 'meta'",
     "recorder": "a Recorder takes no model that is sharded",

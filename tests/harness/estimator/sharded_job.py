@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from harness import Recorder, estimate_spectra, find_blocks
+from harness import Block, Recorder, estimate_spectra, find_blocks
 from harness.errors import UserError
 from harness.estimator.batches import Batch
 from harness.estimator.objective import Objective
@@ -36,8 +36,9 @@ def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
         model, batch = problem("gpt", 8)
         model.wpe.requires_grad_(False)
         named = {block.name: block for block in find_blocks(model)}
-        blocks = [named["wte.weight"], named["h.1.attn.qkv.weight[v]"]]
-        further = {"blocks": blocks, "exact_size": 0, "batch_weights": num_terms}
+        parts = (*named["wte.weight"].parts, *named["h.1.attn.qkv.weight[v]"].parts)
+        block = Block("both", "layer", parts, 88 + 64, (88 + 64,))
+        further = {"blocks": [block], "exact_size": 0, "batch_weights": num_terms}
         return model, split(batch, (5, 3)), OPTIONS | further
     if case == "batch statistics":
         model, batch = problem("cnn", 8)

@@ -119,7 +119,7 @@ class ShardedHessian(DifferenceHessian):
         whole = shards.new_zeros(len(shards), n)
         whole[:, self.shard(index, torch.arange(n, device=whole.device))] = shards
         dist.all_reduce(whole)
-        return whole / self.inner.copies
+        return whole / self.differences.inner.copies
 
 
 class _ShardedDifferences(Differences):

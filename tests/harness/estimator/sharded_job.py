@@ -177,11 +177,18 @@ def _error(name: str) -> str:
         model.set_requires_gradient_sync(False)
     elif name == "hook":
         model[1].weight.register_post_accumulate_grad_hook(lambda p: None)
+    before = [_shard(p).clone() for p in model.parameters()]
     try:
         if name == "recorder":
             Recorder("nowhere", "mine", cross_entropy, batches, every=1)(model, 0)
         else:
             estimate_spectra(model, cross_entropy, batches, **settings)
     except UserError as error:
+        assert all(map(torch.equal, before, map(_shard, model.parameters())))
         return str(error)
     return "nothing"
+
+
+def _shard(parameter: nn.Parameter) -> torch.Tensor:
+    """Return what of a parameter, sharded or not, lies in this process."""
+    return getattr(parameter, "to_local", parameter.detach)()

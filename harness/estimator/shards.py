@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,7 @@ class Layout:
         copies: In how many processes each entry lies.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], blocks: Sequence[Block]) -> None:
+    def __init__(self, parameters: Mapping[str, Any], blocks: Sequence[Block]) -> None:
         self.blocks = [
             [_local_part(part, _sharded(parameters[part.parameter])) for part in block.parts]
             for block in blocks

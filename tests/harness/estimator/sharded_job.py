@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from harness import Recorder, estimate_spectra, find_blocks
+from harness import Block, Recorder, estimate_spectra, find_blocks
 from harness.errors import UserError
 from harness.estimator.batches import Batch
 from harness.estimator.objective import Objective
@@ -25,8 +25,9 @@ from harness.estimator.probes import draw_probe
 from harness.estimator.settings import Settings
 from tests.harness.estimator.models import cross_entropy, num_terms, problem, split
 
-OPTIONS = {"product": "differences", "dtype": "float64", "num_probes": 1, "num_steps": 4}
-CASES = ("gpt", "empty shards", "batch statistics", "copies of shards")
+OPTIONS = {"product": "differences", "dtype": "float64", "num_probes": 1, "num_steps": 3}
+# What so many processes do.
+CASES = {2: ("gpt", "batch statistics"), 4: ("gpt", "empty shards", "copies of shards")}
 
 
 def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
@@ -35,8 +36,9 @@ def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
         model, batch = problem("gpt", 8)
         model.wpe.requires_grad_(False)
         named = {block.name: block for block in find_blocks(model)}
-        blocks = [named["wte.weight"], named["h.1.attn.qkv.weight[v]"]]
-        further = {"blocks": blocks, "exact_size": 0, "batch_weights": num_terms}
+        parts = (*named["wte.weight"].parts, *named["h.1.attn.qkv.weight[v]"].parts)
+        block = Block("both", "layer", parts, 88 + 64, (88 + 64,))
+        further = {"blocks": [block], "exact_size": 0, "batch_weights": num_terms}
         return model, split(batch, (5, 3)), OPTIONS | further
     if case == "batch statistics":
         model, batch = problem("cnn", 8)
@@ -46,8 +48,9 @@ def inputs(case: str) -> tuple[nn.Module, list[Batch], dict[str, Any]]:
     torch.manual_seed(2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Tanh(), nn.Linear(3, 4)).double()
     # One bias is diagonalised, the other exhausted by Lanczos.
-    blocks = find_blocks(model, "all")
-    further = {"blocks": blocks[2:3] if case == "copies of shards" else blocks, "exact_size": 3}
+    weight, short, other, bias = find_blocks(model, "all")
+    blocks = [other] if case == "copies of shards" else [weight, short, bias]
+    further = {"blocks": blocks, "exact_size": 3, "num_steps": 5}
     return model, [batch], OPTIONS | further
 
 
@@ -70,16 +73,17 @@ def alone(case: str) -> pd.DataFrame:
 
 
 def work(folder: Path, program: str) -> None:
-    """Do all cases, as process 0 leave FOLDER/CASE.pickle; then run a program."""
+    """Do the cases, leave FOLDER/CASE-RANK.pickle and FOLDER/RANK.json; two run a program too."""
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # The program meets the others at torchrun's port.
     dist.init_process_group("gloo", f"file://{folder}/met", rank=rank, world_size=size)
-    facts: dict[str, Any] = {"changed": {case: _changed(case, folder) for case in CASES}}
-    facts |= {"sizes": _sizes(), "errors": {name: _error(name) for name in ERRORS}}
+    facts: dict[str, Any] = {"changed": {case: _changed(case, folder) for case in CASES[size]}}
+    facts |= {"sizes": _sizes(), "errors": {name: _error(name) for name in ERRORS if size == 2}}
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     dist.destroy_process_group()
-    exec(program, {"__name__": "__main__"})
+    if size == 2:
+        exec(program, {"__name__": "__main__"})
 
 
 def _changed(case: str, folder: Path) -> list[str]:
@@ -138,7 +142,7 @@ ERRORS = {
     "sync": "no gradients came back",
     "mixed": "the sharded model computes in {torch.bfloat16}",
     "parallel": "the model's parameters are DTensors, but not of fully_shard",
-    "rest": "the parameter 3.weight is not sharded",
+    "rest": "the parameter 3.bias is not sharded",
     "hook": "the parameter 1.weight has a hook",
     "device": "the parameter 1.weight is on cpu, and device is 'meta'",
     "recorder": "a Recorder takes no model that is sharded",
@@ -173,11 +177,18 @@ def _error(name: str) -> str:
         model.set_requires_gradient_sync(False)
     elif name == "hook":
         model[1].weight.register_post_accumulate_grad_hook(lambda p: None)
+    before = [_shard(p).clone() for p in model.parameters()]
     try:
         if name == "recorder":
             Recorder("nowhere", "mine", cross_entropy, batches, every=1)(model, 0)
         else:
             estimate_spectra(model, cross_entropy, batches, **settings)
     except UserError as error:
+        assert all(map(torch.equal, before, map(_shard, model.parameters())))
         return str(error)
     return "nothing"
+
+
+def _shard(parameter: nn.Parameter) -> torch.Tensor:
+    """Return what of a parameter, sharded or not, lies in this process."""
+    return getattr(parameter, "to_local", parameter.detach)()

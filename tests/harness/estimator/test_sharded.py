@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from harness.estimator.blocks import Part
 from harness.estimator.shards import LocalPart
 
-from . import sharded_job
+from .sharded_job import CASES, ERRORS, alone
 from .test_distributed import ROOT, TIMINGS, started
 
 PROGRAM = re.search(
@@ -22,35 +24,40 @@ PROGRAM = re.search(
 )
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def made(request, tmp_path_factory) -> tuple[Path, int]:
-    """Return the folder of what the job's processes made, and how many they were."""
-    folder = tmp_path_factory.mktemp(f"sharded{request.param}")
-    code = "import os; from pathlib import Path; from tests.harness.estimator import sharded_job; "
-    code += f"os.chdir({str(folder)!r}); sharded_job.work(Path({str(folder)!r}), {PROGRAM[1]!r})"
-    processes = started(request.param, folder / "printed", code)
-    for process in processes:
-        ended, _, errors = process.communicate()
-        assert ended == 0, errors
-    return folder, request.param
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[[int], Path]:
+    """Return what gives the folder of what so many processes made, who start once."""
+
+    @cache
+    def of(size: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"sharded{size}")
+        code = "import os; from pathlib import Path; from tests.harness.estimator.sharded_job "
+        code += f"import work; os.chdir({str(folder)!r}); work(Path.cwd(), {PROGRAM[1]!r})"
+        for process in started(size, folder / "printed", code):
+            ended, _, errors = process.communicate()
+            assert ended == 0, errors
+        return folder
+
+    return of
 
 
-def facts(made: tuple[Path, int], name: str) -> list:
+def facts(folder: Path, name: str) -> list:
     """Return what each process says."""
-    folder, size = made
-    return [json.loads((folder / f"{rank}.json").read_text())[name] for rank in range(size)]
+    paths = sorted(folder.glob("?.json"))
+    return [json.loads(path.read_text())[name] for path in paths]
 
 
-@pytest.mark.parametrize("case", sharded_job.CASES)
-def test_rows_are_those_of_one_process_within_the_stated_error(made, case):
-    folder, size = made
+@pytest.mark.parametrize(
+    ("size", "case"), [(size, case) for size, cases in CASES.items() for case in cases]
+)
+def test_rows_are_those_of_one_process_within_the_stated_error(made, size, case):
     first, *others = (
-        pd.read_pickle(folder / f"{case}-{rank}.pickle").drop(columns=TIMINGS)
+        pd.read_pickle(made(size) / f"{case}-{rank}.pickle").drop(columns=TIMINGS)
         for rank in range(size)
     )
     for other in others:
         pd.testing.assert_frame_equal(first, other, check_exact=True)
-    expected = sharded_job.alone(case).drop(columns=TIMINGS)
+    expected = alone(case).drop(columns=TIMINGS)
     rounded = ["alphas", "betas", "nodes", "weights", "product_error", "microbatch_size"]
     pd.testing.assert_frame_equal(first.drop(columns=rounded), expected.drop(columns=rounded))
     for row, one in zip(first.itertuples(), expected.itertuples(), strict=True):
@@ -62,30 +69,31 @@ def test_rows_are_those_of_one_process_within_the_stated_error(made, case):
         np.testing.assert_allclose(row.alphas[:2], one.alphas[:2], atol=2 * error * scale)
 
 
-def test_the_model_is_as_it_was_bit_for_bit(made):
-    for changed in facts(made, "changed"):
-        assert changed == {case: [] for case in sharded_job.CASES}
+@pytest.mark.parametrize("size", CASES)
+def test_the_model_is_as_it_was_bit_for_bit(made, size):
+    for changed in facts(made(size), "changed"):
+        assert changed == {case: [] for case in CASES[size]}
 
 
-def test_a_process_keeps_its_shard_of_vectors(made):
-    sizes = facts(made, "sizes")
+@pytest.mark.parametrize(("size", "rows"), [(2, [2, 1]), (4, [1, 1, 1, 0])])
+def test_a_process_keeps_its_shard_of_vectors(made, size, rows):
+    sizes = facts(made(size), "sizes")
     for name in ("1.weight", "3.weight"):
         (whole,) = {of[name][0] for of in sizes}
         probes, products = ([of[name][i] for of in sizes] for i in (1, 2))
         assert probes == products
         assert sum(probes) == whole
-    rows = [of["1.weight"][1] // 36 for of in sizes]
-    assert rows == {2: [2, 1], 4: [1, 1, 1, 0]}[len(sizes)]
+    assert [of["1.weight"][1] // 36 for of in sizes] == rows
 
 
-@pytest.mark.parametrize("name", sharded_job.ERRORS)
+@pytest.mark.parametrize("name", ERRORS)
 def test_what_can_not_be_had_is_said_in_all_processes(made, name):
-    for said in facts(made, "errors"):
-        assert said[name].startswith(sharded_job.ERRORS[name])
+    for said in facts(made(2), "errors"):
+        assert said[name].startswith(ERRORS[name])
 
 
 def test_the_program_of_the_documentation_leaves_rows(made):
-    rows = pd.read_parquet(made[0] / "rows.parquet")
+    rows = pd.read_parquet(made(2) / "rows.parquet")
     assert set(rows["product"]) == {"differences"}
     assert set(rows["status"]) == {"ok"}
 

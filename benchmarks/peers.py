@@ -187,7 +187,9 @@ def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
     for column in ("GFLOP", "s", "CPU s", "time / ours", "CPU / ours"):
         table.add_column(column, justify="right")
     for name in names or CASES:
-        asked = [way for way in ways or PEERS if name == "gpt-10m" or PEERS[way] != jax_linearize]
+        asked = [way for way in ways or PEERS if PEERS[way] != jax_linearize or name == "gpt-10m"]
+        if not asked:
+            raise click.UsageError(f"JAX has no {name} here: pass --case gpt-10m")
         # Each beside ours on the same work, which is the first of its kind.
         base = {way: next(iter(kind)) for kind in (BLOCKS, FULL) for way in kind if way in asked}
         steps = {way: PEERS[way](CASES[name]()) for way in dict.fromkeys([*base.values(), *base])}

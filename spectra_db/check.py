@@ -118,9 +118,10 @@ def _fits(folder: Path) -> Iterator[str]:
         for path in paths:
             if table != "leaderboard" and path.stem not in models:
                 yield f"{path}: table models has no model {path.stem}"
-        # Who reads a table's files as one, such as polars, is refused then.
-        for path in paths[1:]:
-            if store.columns_of(path) != store.columns_of(paths[0]):
+        # Who reads a table's files as one, such as polars, is refused where they differ.
+        columns = [store.columns_of(path) for path in paths]
+        for path, names in zip(paths, columns, strict=True):
+            if names != columns[0]:
                 yield f"{path}: has other columns than {paths[0].name}; release the folder again"
     made = read["spectra"][read["spectra"]["status"].isin(["ok", "zero"])]
     yield from _without(made, read["runs"], ["model", "run_id"], folder / "spectra", "runs")

@@ -135,11 +135,11 @@ TABLES: dict[str, pa.Schema] = {
             _column(
                 "product",
                 _TEXT,
-                "autograd, or differences of gradients; null before 0.13.0: autograd",
-                since="0.13.0",
+                "autograd, or differences of gradients; null: autograd",
+                since="0.14.0",
             ),
             _column(
-                "product_error", _FLOAT, "Relative error of differences, else null", since="0.13.0"
+                "product_error", _FLOAT, "Relative error of differences, else null", since="0.14.0"
             ),
             _STATUS,
             _REASON,

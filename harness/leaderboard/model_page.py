@@ -146,13 +146,13 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
     trials = optional("trials", source, model=name)
     ends = pd.DataFrame(columns=["optimizer", "seed", "value"])
     if len(trials):
-        runs, best = _of_trials(trials), _best_rates("speedups", name, source)
-        scored = optional("speedups", source, model=name)["num_seeds"]
-        runs = runs[runs["seed"] <= (scored.iloc[0] if len(scored) else 0)]  # no tuning seeds
+        result = optional("speedups", source, model=name)
+        best, scored = _best_rates(result), result["num_seeds"].max() if len(result) else 0
+        runs = _of_trials(trials[trials["seed"] <= scored])  # without those of tuning but the first
         loss = f"loss on a fixed training subset, in runs of {trials['num_steps'].min():,} steps"
     else:
         rows = optional("training", source, model=name)
-        best = _best_rates("gaps", name, source)
+        best = _best_rates(optional("gaps", source, model=name))
         rows = rows[rows["metric"] == "loss"]
         runs, loss = rows[rows["split"] == "batch"], "loss of the minibatch"
         ends = rows[rows["split"] == "train"].sort_values("step")
@@ -186,10 +186,10 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
     }
 
 
-def _best_rates(table: str, name: str, source: Path | str | None) -> dict[str, float]:
-    """Return each optimizer's best rate as the table of the result has it, if it has."""
-    rows = optional(table, source, model=name)
-    return {o: float(rows[c].iloc[0]) for o, c in BEST_RATES.items() if rows[c].notna().any()}
+def _best_rates(result: pd.DataFrame) -> dict[str, float]:
+    """Return each optimizer's best rate as a model's row of `speedups` or `gaps` has it."""
+    known = {o: result[c].dropna() for o, c in BEST_RATES.items()}
+    return {optimizer: float(rates.iloc[0]) for optimizer, rates in known.items() if len(rates)}
 
 
 def _of_trials(trials: pd.DataFrame) -> pd.DataFrame:

@@ -36,7 +36,7 @@ def leaderboard(
     """Tell which measure of heterogeneity predicts the SGD-Adam gap."""
     from harness.cli.display import print_leaderboard
     from harness.errors import UserError
-    from harness.leaderboard import report, statistics, tables
+    from harness.leaderboard import derived, report, statistics, tables
     from harness.leaderboard.export import export
     from spectra_db.schema import PROTOCOL_VERSION
     from spectra_db.words import STAGES
@@ -44,7 +44,7 @@ def leaderboard(
     if stage not in STAGES:
         raise UserError(f"--stage is {stage!r}; choose one of {', '.join(STAGES)}")
     data = tables.read(source, registry_dir=registry)
-    board = statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+    board = derived.leaderboard(data)
     if out is not None:
         for path in export(data, board, out):
             click.echo(f"written: {path}", err=True)

@@ -14,6 +14,13 @@ from spectra_db import store
 from spectra_db.derived import Derive
 
 
+def leaderboard(data: tables.Dataset) -> pd.DataFrame:
+    """Return table `leaderboard`: a release's own, else made from the other tables."""
+    if len(data.leaderboard):
+        return data.leaderboard
+    return statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
+
+
 def derive(folder: Path, registry_dir: Path | None = None) -> None:
     """Write the table that is derived from all models of a folder together: `leaderboard`."""
     board = _board(registry_dir, folder)

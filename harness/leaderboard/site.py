@@ -18,9 +18,10 @@ import spectra_db
 from harness import registry
 from harness.errors import UserError
 from harness.leaderboard import docs, entries, model_page, preview, report
+from harness.leaderboard.derived import leaderboard
 from harness.leaderboard.export import export
 from harness.leaderboard.ranking import ranking
-from harness.leaderboard.statistics import leaderboard, measurements
+from harness.leaderboard.statistics import measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
 from spectra_db import card, manifest, project, store
 from spectra_db.heterogeneity import LEADING, METRICS, is_leading
@@ -67,7 +68,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         UserError: The folder can't be written to.
     """
     main = _Part.of(source)
-    board = leaderboard(main.data.models, main.data.heterogeneity, main.data.gaps)
+    board = leaderboard(main.data)
     campaign = entries.folder_of_entries(source)
     parts = [main] + ([_Part.of(campaign)] if campaign == entries.CAMPAIGN else [])
     models = [model for part in parts for model in part.models]

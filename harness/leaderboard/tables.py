@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import spectra_db
 from harness.registry import entries
 from harness.registry.entry import partition_of
 from spectra_db import heterogeneity as measures
+from spectra_db import manifest
 from spectra_db.derived import standard
 from spectra_db.loading import folder_of, optional
 from spectra_db.schema import SPECTRUM
@@ -38,12 +42,15 @@ class Dataset:
             takes per block that is sampled.
         gaps: Table `gaps`.
         runs: Table `runs`.
+        leaderboard: Table `leaderboard` of a release, which follows from its others and whose
+            `dataset check` makes it anew; none of a folder that still grows.
     """
 
     models: pd.DataFrame
     heterogeneity: pd.DataFrame
     gaps: pd.DataFrame
     runs: pd.DataFrame
+    leaderboard: pd.DataFrame
 
     @property
     def pending(self) -> pd.DataFrame:
@@ -91,12 +98,13 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
     has_gap = set(gaps.loc[gaps["status"] == "ok", "model"])
     with_biases = metrics["model"].isin(paper & has_gap) & (metrics["partition"] == "paper")
     if with_biases.any():
-        derived = [
-            _of_weights(str(model), ours, source)
-            for model, ours in metrics[with_biases].groupby("model")
-        ]
+        of_model = [ours for _, ours in metrics[with_biases].groupby("model")]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy holds no lock
+            derived = list(threads.map(partial(_of_weights, source), of_model))
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
-    verified = verified_models(folder_of(source, paths=[NOTE, "*/*.parquet"]))
+    folder = folder_of(source, paths=[NOTE, "*/*.parquet"])
+    verified = verified_models(folder)
+    board = optional("leaderboard", source)
     attention = set(spectra.loc[spectra["block_kind"].isin(_ATTENTION), "model"])
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
@@ -109,6 +117,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         heterogeneity=metrics.assign(block_products=_block_products(metrics, spectra)),
         gaps=gaps,
         runs=optional("runs", source),
+        leaderboard=board if manifest.read(folder) else board[:0],
     )
 
 
@@ -144,8 +153,9 @@ def _one_spectrum(metrics: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
     return order[kept].drop(columns="rank").reset_index(drop=True)
 
 
-def _of_weights(model: str, ours: pd.DataFrame, source: Path | str | None) -> pd.DataFrame:
+def _of_weights(source: Path | str | None, ours: pd.DataFrame) -> pd.DataFrame:
     """Return the metrics of partition `weights` of a model whose spectra have biases too."""
+    model = str(ours["model"].iloc[0])
     rows = spectra_db.load("spectra", source=source, model=model, partition="paper")
     blocks = optional("blocks", source, model=model)
     parts = []

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from harness.registry.entry import Recipe
 from harness.training import grid
@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 
 SEEDS = (1, 2, 3)
 CONFIDENCE = 0.95
-QUANTILE = float(student.ppf((1 + CONFIDENCE) / 2, len(SEEDS) - 1))
+QUANTILE = float(stdtrit(len(SEEDS) - 1, (1 + CONFIDENCE) / 2))
 THRESHOLD = 0.1  # "Adam needed", fixed beforehand together with the two standard errors
 LEAST_PROGRESS = 0.1  # of R: what AdamW must gain in every seed for an entry to count
 # Columns that need R.

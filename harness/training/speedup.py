@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from harness.registry.entry import SpeedupRecipe
 from harness.training import climb
@@ -296,7 +296,7 @@ def crossing(ends: Sequence[Sample], target: Sample) -> Crossing:
     places = np.linspace(-_REACH, _REACH, 1201)
     segments = np.clip(np.floor(places), 0, top - 1).astype(int)
     mean, variances, freedom = _behind(ends, target, places, segments)
-    half_width = student.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(variances)
+    half_width = stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(variances)
     with np.errstate(divide="ignore", invalid="ignore"):
         z = mean / half_width
     low, high = places[z < 1].min(initial=value), places[z > -1].max(initial=value)

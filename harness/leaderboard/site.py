@@ -98,7 +98,8 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     with_page = {model["model"] for model in models if model["has_page"]}
     for row in standings:
         row["has_page"] = row["model"] in with_page
-    preview.write(out, found.verdict, standings)
+    if project.SITE:
+        preview.write(out, found.verdict, standings)
     verified = [model["model"] for model in archive if model["provenance"] == "verified"]
     _write(out / "index.html", environment, "index.html", {
         "models": archive,

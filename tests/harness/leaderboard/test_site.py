@@ -171,12 +171,13 @@ def test_pages_introduce_themselves_to_who_links_to_them(page):
 def test_a_link_to_a_page_shows_the_picture_of_the_verdict_where_the_site_has_an_address(
     page, tmp_path, monkeypatch
 ):
-    picture = page.with_name(preview.NAME).read_bytes()
-    assert struct.unpack(">2I", picture[16:24]) == preview.SIZE  # of PNG's first chunk
     assert "og:image" not in page.read_text(encoding="utf-8")
+    assert not page.with_name(preview.NAME).exists()
     monkeypatch.setattr(project, "SITE", "https://host/path")
     store.write(tmp_path, "models", [model_row("m")])
     text = build(tmp_path, tmp_path).read_text(encoding="utf-8")
+    picture = (tmp_path / preview.NAME).read_bytes()
+    assert struct.unpack(">2I", picture[16:24]) == preview.SIZE  # of PNG's first chunk
     assert f'"og:image" content="https://host/path/{preview.NAME}"' in text
 
 

@@ -104,7 +104,8 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
     folder = folder_of(source, paths=[NOTE, "*/*.parquet"])
     verified = verified_models(folder)
-    board = optional("leaderboard", source)
+    # That of a folder that grows may be of other rows, or of an earlier protocol: it is not read.
+    board = optional("leaderboard", source) if manifest.read(folder) else pd.DataFrame()
     attention = set(spectra.loc[spectra["block_kind"].isin(_ATTENTION), "model"])
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
@@ -117,7 +118,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
         heterogeneity=metrics.assign(block_products=_block_products(metrics, spectra)),
         gaps=gaps,
         runs=optional("runs", source),
-        leaderboard=board if manifest.read(folder) else board[:0],
+        leaderboard=board,
     )
 
 

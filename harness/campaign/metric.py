@@ -168,9 +168,7 @@ def take_moments(
         command=command,
         on_progress=on_progress,
     )
-    here = {"stage": problem.stage, "init_seed": problem.init_seed}
-    here |= {"partition": settings.partition}
-    rows = larger.rows("heterogeneity", problem.entry.name, **here)
+    rows = larger.rows("heterogeneity", problem.entry.name, **_place(problem, settings))
     rows = rows[rows["metric"].isin(that_need(MOMENTS, GRADIENT))]
     ledger.write("heterogeneity", rows)
     return rows
@@ -233,12 +231,21 @@ def take_batch_error(
         found.append(half.rows("heterogeneity", part.entry.name).set_index(keys))
     first, second = (rows["corrected"].fillna(rows["value"]) for rows in found)
     difference = (first - second).abs().rename("batch_error").reset_index()
-    # Metrics on a larger batch say nothing of these halves.
-    size = sum(part.batch_size for part in parts)
-    whole = ledger.rows("heterogeneity", parts[0].entry.name, batch_size=size)
+    # Metrics on a larger batch say nothing of these halves; the folders hold other seeds too.
+    here = _place(parts[0], settings) | {"batch_size": sum(part.batch_size for part in parts)}
+    whole = ledger.rows("heterogeneity", parts[0].entry.name, **here)
     rows = whole.drop(columns="batch_error").merge(difference, on=keys)
     ledger.write("heterogeneity", rows)
     return rows
+
+
+def _place(problem: Problem, settings: Settings) -> dict[str, object]:
+    """Return what tells a problem's rows of table `heterogeneity` from a model's others."""
+    return {
+        "stage": problem.stage,
+        "init_seed": problem.init_seed,
+        "partition": settings.partition,
+    }
 
 
 def _known(problem: Problem, settings: Settings, ledger: Ledger) -> pd.DataFrame | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -101,11 +102,18 @@ def test_the_batch_error_is_the_difference_of_the_metrics_on_two_halves(tmp_path
         halves.append(spectra_db.js0(rows).corrected)
     assert js0 == pytest.approx(abs(halves[0] - halves[1]), abs=1e-6)
     # The whole batch's spectrum stands alone, and nothing is taken twice.
-    assert spectra_db.load("spectra", source=tmp_path)["batch_hash"].nunique() == 1
+    assert len(set(spectra_db.load("spectra", source=tmp_path)["batch_hash"])) == 1
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("halves/*/spectra/*.parquet")}
     assert len(stamps) == 2
     assert call(tmp_path, *arguments, "--batch-error") == shown
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    # Another seed in the same folder has an error of its own, and leaves the first one's.
+    first = spectra_db.load("heterogeneity", source=tmp_path)
+    shown = call(tmp_path, *arguments, "--batch-error", "--seed", "2")
+    rows = spectra_db.load("heterogeneity", source=tmp_path)
+    other = rows[(rows["metric"] == "js0") & (rows["scale"] == "own_rms") & rows["init_seed"].eq(2)]
+    assert f"js0 of the batch's halves: {other['batch_error'].item():.4f} apart" in shown
+    pd.testing.assert_frame_equal(rows[rows["init_seed"] == 1].reset_index(drop=True), first)
 
 
 def test_the_batch_error_refuses_what_it_has_no_meaning_for(tmp_path):

@@ -4,11 +4,11 @@ READY := .venv/.ready
 OLDEST := .venv-oldest/bin/python
 OLD_READY := .venv-oldest/.ready
 
-.PHONY: demo test test-oldest try-oldest lint gate campaign predictors bench bench-check bench-peers dashboard accuracy paper sweep leaderboard site clean
+.PHONY: demo test test-slow test-oldest try-oldest lint gate campaign predictors bench bench-check bench-peers dashboard accuracy paper sweep leaderboard site clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[test]'
 	touch $@
 
 # Trains the demo models, takes their spectra and shows them in build/demo/index.html.
@@ -18,8 +18,14 @@ demo: $(READY)
 
 # One thread per worker: the tests' models are too small to share. Each worker takes its tests in
 # their order, so that a module's set-up is made once; who is done first takes over from the other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(TESTS) -m 'not slow'
+
+# Whole programs, killed and continued, in a browser, by several processes; intervals that cover.
+test-slow: $(READY)
+	$(TESTS) -m slow
 
 # The lowest versions that pyproject allows; what tests/oldest.txt lacks, such as torch, is .venv's.
 $(OLD_READY): tests/oldest.txt $(READY)

@@ -1,7 +1,8 @@
 """How far estimates are from the truth, measured: `make accuracy` writes docs/accuracy.md.
 
-Each piece is kept in build/accuracy, so that the command goes on where it was stopped; about 20
-minutes of one core in all. Needs no data but what comes with the packages.
+Each piece is kept in build/accuracy, so that the command goes on where it was stopped; about 40
+minutes of one core in all, half of them for the GPT of 10.8 million parameters. Needs no
+data but what comes with the packages.
 """
 
 from __future__ import annotations
@@ -326,7 +327,7 @@ def full() -> pd.DataFrame:
 
 
 def rows_of(
-    blocks: pd.DataFrame, runs: dict[str, list[Recurrence]], probes: range, num_steps: int
+    blocks: pd.DataFrame, runs: dict[str, list[Recurrence]], probes: Sequence[int], num_steps: int
 ) -> pd.DataFrame:
     """Return rows of table `spectra` from some probes' leading steps; exact ones as they are."""
     rows = []
@@ -359,6 +360,7 @@ def estimate(
 @click.option("--page", type=click.Path(path_type=Path), default=Path("docs/accuracy.md"))
 def main(pieces: Path, page: Path) -> None:
     """Measure the estimator's errors and write the page about them."""
+    from benchmarks import few
     from benchmarks.continued import UPDATES, continued, section
     from benchmarks.study_page import NAMES, render
 
@@ -389,7 +391,13 @@ def main(pieces: Path, page: Path) -> None:
         truths={
             kind: spectra_db.js0(rows, scale="lambda10").value for kind, rows in truths.items()
         },
-        continued=section(cases),
+        sections=[
+            section(cases),
+            few.section(
+                {k: kept(f"few-{k}", lambda k=k: few.few(truths[k])) for k in KINDS},
+                kept("large", few.large_rows).assign(reason=None),
+            ),
+        ],
         sizes={kind: list(rows["num_params"]) for kind, rows in truths.items()},
         repeated={k: kept(f"repeated-{k}", lambda k=k: repeated(truths[k])) for k in KINDS},
         scaled={k: kept(f"scaled-{k}", lambda k=k: scaled(truths[k])) for k in KINDS},

@@ -39,7 +39,7 @@ of at most 1,000 parameters too, which the protocol diagonalises: real spectra a
 
 {scaled}
 
-{continued}
+{sections}
 ## To a tolerance
 
 `harness spectrum --tol 0.02` of JS⁰ on the same nets, with real products and three seeds. Within:
@@ -131,7 +131,7 @@ def render(
     repeated: Mapping[str, pd.DataFrame],
     scaled: Mapping[str, pd.DataFrame],
     exact_heads: Mapping[str, pd.DataFrame],
-    continued: str,
+    sections: Sequence[str],
     tolerance: Mapping[str, pd.DataFrame],
     reference: Mapping[str, pd.DataFrame],
     arithmetic: Mapping[str, pd.DataFrame],
@@ -150,7 +150,7 @@ def render(
         repeated="\n\n".join(_repeated(NAMES[k], rows, truths[k]) for k, rows in repeated.items()),
         coverage=_coverage(repeated, truths),
         scaled=_scaled(scaled, exact_heads, truths),
-        continued=continued,
+        sections="\n".join(sections),
         tolerance=_tolerance(tolerance),
         reference_numbers=", ".join(
             f"{name} {rows['seconds'].iloc[0]:.2g} s of processor a step "

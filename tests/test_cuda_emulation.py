@@ -83,6 +83,7 @@ def shrunk(name: str) -> ModelEntry:
     return replace(entry, task_options=dict(entry.task_options) | small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_spectrum_of_every_family_is_that_of_the_cpu(data_root, family):
     problem = load_problem(shrunk(FAMILIES[family]), data_root=data_root, batch_size=2)
@@ -172,6 +173,7 @@ def _sampled(monkeypatch) -> None:
     monkeypatch.setattr(Settings, "is_exact", lambda self, num_params: False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_sampled")
 def test_a_campaign_runs_whole(tmp_path):
     entry = replace(find("tiny-gpt", rehearse=True), num_steps=1)
@@ -182,6 +184,7 @@ def test_a_campaign_runs_whole(tmp_path):
     assert set(load_table("spectra", source=tmp_path)["device"]) == {NAME}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_sampled")
 def test_the_stages_that_compute_run_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "ARITHMETICS", {

@@ -31,7 +31,10 @@ def _commands(block: str) -> list[tuple[str, list[str]]]:
     return [(part.splitlines()[0], part.splitlines()[1:]) for part in parts]
 
 
-@pytest.mark.parametrize(("page", "num_commands"), [("add-a-model.md", 10), ("architecture.md", 2)])
+@pytest.mark.parametrize(
+    ("page", "num_commands"),
+    [pytest.param("add-a-model.md", 10, marks=pytest.mark.slow), ("architecture.md", 2)],
+)
 def test_a_page_does_what_it_says(tmp_path, monkeypatch, page, num_commands):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

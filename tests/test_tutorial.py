@@ -111,6 +111,7 @@ def test_the_code_for_the_hub_calls_what_is_there():
         assert arguments["revision"].startswith("v")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cells = json.loads((ROOT / "docs" / "your-model.ipynb").read_text(encoding="utf-8"))["cells"]

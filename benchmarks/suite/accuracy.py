@@ -8,11 +8,15 @@ from scipy.stats import wasserstein_distance
 
 import spectra_db
 from benchmarks.cases import KINDS, small
+from benchmarks.few import few, products_within
+from benchmarks.study import exact
 from harness import estimate_spectra
 
 NUM_PROBES, NUM_STEPS = 3, 40
 # A relative error below this is as good as none; asv compares ratios.
 FLOOR = 1e-4
+# More products a block than these to 2 % are an error, which `make bench-check` reports.
+MOST_PRODUCTS = {"gpt": 30, "vit": 40}
 
 
 def exact_and_estimated(kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -76,6 +80,23 @@ class Accuracy:
 
     for _track in (track_js0_error, track_second_moment_error, track_wasserstein_error):
         _track.unit = "relative error"  # type: ignore[attr-defined]
+
+
+class Few:
+    """Products a block until JS⁰ by λ10 is within 2 %, of nets whose spectra are known."""
+
+    params = (list(MOST_PRODUCTS),)
+    param_names = ("model",)
+    timeout = 1800
+
+    def track_products(self, kind: str) -> int:
+        errors = few(exact(kind).assign(reason=None), ["lambda10"])
+        products = products_within(errors, "lambda10")
+        if products is None or products > MOST_PRODUCTS[kind]:
+            raise ValueError(f"{products} products; at most {MOST_PRODUCTS[kind]} are allowed")
+        return products
+
+    track_products.unit = "products"  # type: ignore[attr-defined]
 
 
 def _per_block(rows: pd.DataFrame, function: object) -> pd.Series:

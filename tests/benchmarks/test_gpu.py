@@ -51,12 +51,14 @@ def said(out: Path, stage: str, item: str) -> dict:
     return Desk(out, out, "cpu", rehearse=True, stage=stage).known(item)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_does_every_stage(rehearsed):
     ends = [x for x in report(rehearsed) if x["item"] == "end"]
     assert [(x["stage"], x["status"]) for x in ends] == [(name, "done") for name in drive.STAGES]
     assert not [x for x in report(rehearsed) if x["item"] == "error"]
 
 
+@pytest.mark.slow
 def test_the_devices_rows_are_compared_in_every_arithmetic(rehearsed):
     found = said(rehearsed, "rows", TINY)
     assert found["agree"]
@@ -68,6 +70,7 @@ def test_the_devices_rows_are_compared_in_every_arithmetic(rehearsed):
     assert found["against_float64"]["float32"]["first"] > 0
 
 
+@pytest.mark.slow
 def test_products_are_measured_against_a_matrix_product(rehearsed):
     for name in ("gpt float32", "gpt TF32", "cnn float32", "cnn TF32"):
         assert said(rehearsed, "products", f"{name} steps")["share_of_matmul"] > 0
@@ -76,6 +79,7 @@ def test_products_are_measured_against_a_matrix_product(rehearsed):
     assert said(rehearsed, "products", "gpt deviation")["largest"] < 1e-5
 
 
+@pytest.mark.slow
 def test_the_campaign_was_killed_and_finished_by_the_same_command(rehearsed):
     assert said(rehearsed, "campaign", "kill")["units_done"] >= 2
     continued = said(rehearsed, "campaign", "continuation")
@@ -83,6 +87,7 @@ def test_the_campaign_was_killed_and_finished_by_the_same_command(rehearsed):
     assert continued["rows"] > continued["rows_before"] > 0
 
 
+@pytest.mark.slow
 def test_tables_come_home_in_few_files(rehearsed, tmp_path):
     files = list(rehearsed.rglob("*"))
     assert len(files) <= 8
@@ -94,6 +99,7 @@ def test_tables_come_home_in_few_files(rehearsed, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(rehearsed, monkeypatch):
     before = (rehearsed / "report.jsonl").read_text()
     command = ["gpu", "--rehearse", "--out", str(rehearsed), "--minutes", "60"]

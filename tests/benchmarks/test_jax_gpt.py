@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.cases import CROSS_ENTROPY, Case, gpt, tokens
@@ -11,6 +12,7 @@ from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 
 
+@pytest.mark.slow
 def test_jax_multiplies_as_we_do():
     case = Case(gpt(11, 6, num_layers=1, num_heads=2, width=8), CROSS_ENTROPY, tokens(11, 2, 6))
     blocks = {b.name: b for b in find_blocks(case.model)}

@@ -72,6 +72,7 @@ def test_js0_is_unchanged_when_blocks_are_multiplied_but_not_if_raw():
     assert raw[1] > raw[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_probes", [3, 5])
 def test_small_js0_is_corrected_and_its_90_percent_intervals_cover(num_probes):
     spectra = [power_of_normal(n, a) for n, a in ((500, 1.05), (800, 1.0), (1200, 0.9))]
@@ -84,6 +85,7 @@ def test_small_js0_is_corrected_and_its_90_percent_intervals_cover(num_probes):
     assert 0.80 <= coverage(truth, estimates) <= 0.97
 
 
+@pytest.mark.slow
 def test_large_js0_is_corrected_and_its_90_percent_intervals_cover():
     rng = np.random.default_rng(0)
     spectra = [
@@ -100,6 +102,7 @@ def test_large_js0_is_corrected_and_its_90_percent_intervals_cover():
     assert 0.80 <= coverage(truth, estimates) <= 0.97
 
 
+@pytest.mark.slow
 def test_intervals_cover_where_the_noise_of_lambda10_dominates():
     # Its bias is negative here and isn't corrected (docs/protocol.md, Error): the correction of
     # the other, positive part may leave the estimate a little farther, not more.
@@ -112,6 +115,7 @@ def test_intervals_cover_where_the_noise_of_lambda10_dominates():
     assert 0.80 <= coverage(truth, estimates) <= 0.97
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread_of_repeated_estimates():
     # λ10 jumps between nodes, which doubles a plain jackknife's error at 10 probes.
     spectra = [power_of_normal(n, a) for n, a in ((500, 1.1), (800, 1.0), (1200, 0.8))]

@@ -198,6 +198,7 @@ def test_what_the_token_may_not_see_is_told_with_the_remedy(published, python):
     assert "hf_wrongtoken" not in found
 
 
+@pytest.mark.slow
 def test_no_message_holds_what_is_secret(published, python, releases):
     address = f"http://user:pass-word@{NOWHERE.removeprefix('http://')}"
     for env in (

@@ -74,6 +74,7 @@ def test_the_command_prints_it_and_json_has_the_same(source):
         assert sha256 in output
 
 
+@pytest.mark.slow
 def test_every_measurement_of_the_leaderboard_leads_to_spectra_and_runs(bundled):
     entered = measurements(bundled.models, bundled.heterogeneity, bundled.gaps)
     entered = entered[entered["enters"] & (entered["metric"] == "js0")]

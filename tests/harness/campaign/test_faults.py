@@ -68,6 +68,7 @@ def check_valid(out: Path) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_in_flight(tmp_path):
     draw, undisturbed = random.Random(1), tmp_path / "undisturbed"
     recipe = replace(RECIPE, num_steps=4, eval_size=64)
@@ -105,6 +106,7 @@ class LastFirst(Job):
         return super().missing(entry)[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_quick_workers")
 def test_neither_order_nor_jobs_change_a_bit(tmp_path, whole):
     assert do(tmp_path / "two", tiny(), jobs=2)[0] == {}

@@ -20,6 +20,7 @@ def gpu_of(unit: Unit, on_progress: object) -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "taken"), [(["5", "GPU-7"], {"5", "GPU-7"}), (["5"], {"5"})])
 def test_workers_take_the_gpus_that_their_parent_counted(monkeypatch, gpus, taken):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(gpus))

@@ -79,6 +79,7 @@ def test_a_tolerance_that_is_not_met_is_a_failure_that_keeps_what_was_reached(tm
     assert set(rows["num_steps"]) <= {0, 5}
 
 
+@pytest.mark.slow
 def test_the_batch_error_is_the_difference_of_the_metrics_on_two_halves(tmp_path):
     arguments = ["--num-probes", "3", "--num-steps", "8", "--no-gram"]
     shown = call(tmp_path, *arguments, "--batch-error")

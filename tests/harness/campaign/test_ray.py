@@ -32,6 +32,7 @@ def tasks() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_campaign_on_ray_makes_the_same_rows_though_a_worker_is_killed(
     whole, tmp_path, monkeypatch
 ):

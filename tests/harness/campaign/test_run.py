@@ -579,6 +579,7 @@ def runs(pid: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_command_leaves_no_worker_and_continues(tmp_path, stop):
     out = tmp_path / "out"

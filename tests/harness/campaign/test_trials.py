@@ -98,6 +98,7 @@ def test_runs_of_other_lengths_are_of_another_version_of_the_entry(whole):
         list(missing(other, Ledger(whole)))
 
 
+@pytest.mark.slow
 def test_an_entry_that_starts_from_another_waits_for_its_weights_which_are_kept(tmp_path):
     first = replace(TINY, name="first", stages=("init", "final"))
     quick = replace(RECIPE, num_steps=10)

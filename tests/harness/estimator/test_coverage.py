@@ -30,6 +30,7 @@ def net(activation: type[nn.Module], width: int, depth: int) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "width", "depth", "square_alone", "is_small"),
     [(nn.Identity, 32, 3, True, True), (nn.Tanh, 40, 2, False, False)],

@@ -67,6 +67,7 @@ def made(request, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", job.CASES)
 def test_several_processes_make_the_rows_of_one(made, case):
     rows, expected = pd.read_pickle(made / f"{case}.pickle"), job.alone(case)
@@ -88,12 +89,14 @@ def test_several_processes_make_the_rows_of_one(made, case):
         np.testing.assert_allclose(row.alphas[first], other.alphas[first], atol=1e-12 * scale)
 
 
+@pytest.mark.slow
 def test_the_recorded_microbatch_is_the_largest_piece_that_was_computed(made):
     size = int(made.name.removeprefix("job")[0])
     rows = pd.read_pickle(made / "samples of uneven microbatches.pickle")
     assert set(rows["microbatch_size"]) == {4 // size}
 
 
+@pytest.mark.slow
 def test_the_gradient_is_summed_over_the_processes(made):
     model, batches, settings = job.inputs("samples of uneven microbatches")
     whole = block_hessian(
@@ -219,6 +222,7 @@ def check_that_it_continues(out: Path, arguments: list[object]) -> None:
 LOST = ("another process of the job was lost", "the same command continues")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_torchrun_ends_the_job_with_a_clear_message_and_it_continues(
     tmp_path, spectrum
 ):

@@ -110,6 +110,7 @@ def test_peak_memory_grows_with_the_steps_only_when_reorthogonalising():
     assert kept - many >= 1.5 * 2 * (30 - 3) * (4 * 200**2)
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_within_the_budget(measured):
     found, _ = measured
     for budget, peak, _ in found:
@@ -119,6 +120,7 @@ def test_peak_memory_stays_within_the_budget(measured):
     assert sizes[-1] < 64
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_microbatch_is_recorded_and_changes_nothing_else(measured):
     _, ((whole, nodes), (halved, same)) = measured
     assert whole == 64

@@ -47,6 +47,7 @@ def facts(folder: Path, name: str) -> list:
     return [json.loads(path.read_text())[name] for path in paths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "case"), [(size, case) for size, cases in CASES.items() for case in cases]
 )

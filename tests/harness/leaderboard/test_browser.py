@@ -23,6 +23,8 @@ from tests.harness.leaderboard.test_site import (  # noqa: F401
     tables_folder,
 )
 
+pytestmark = pytest.mark.slow  # a browser and pages of its own
+
 
 def column(tab_page, table: str, number: int) -> list[str]:
     return tab_page.eval_on_selector_all(

@@ -74,6 +74,7 @@ def test_a_result_that_was_altered_is_refused_by_name(tmp_path):
         result.load("fig8", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_section_by_the_command_leaves_numbers_figures_and_page(tmp_path):
     answer = CliRunner().invoke(main, ["paper", "table2", "--out", str(tmp_path)])
     assert answer.exit_code == 0, answer.output

@@ -47,6 +47,7 @@ def of_few_data(entry: ModelEntry) -> ModelEntry:
     return replace(entry, task_options={**entry.task_options, **few})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_network_has_second_derivatives_of_its_parameters_shapes(
     name: str, data_root: Path
@@ -64,6 +65,7 @@ def test_a_large_network_has_second_derivatives_of_its_parameters_shapes(
     assert [p.shape for p in products] == [p.shape for p in parameters]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
     entry: ModelEntry, data_root: Path, tmp_path: Path

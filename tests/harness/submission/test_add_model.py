@@ -109,6 +109,7 @@ def test_a_model_of_torch_is_added_outside_the_tree_and_found_by_every_command(r
     assert "in_proj_weight[q]" not in described.stderr
 
 
+@pytest.mark.slow
 def test_the_installed_program_finds_the_entry_from_anywhere(registry, tmp_path, monkeypatch):
     added("encoder", "strangers:Encoder", "digits", registry)
     monkeypatch.chdir(Path(catalogue.__file__).parents[2])

@@ -51,6 +51,7 @@ def test_weights_are_the_model_s_whatever_is_before_their_names(trained, tmp_pat
     assert found.train_run.startswith("weights-")
 
 
+@pytest.mark.slow
 def test_the_spectrum_of_weights_is_that_of_the_model_that_has_them(trained, tmp_path):
     path, out = save("safetensors", trained, tmp_path), tmp_path / "tables"
     command = ["spectrum", "mine", "--from", GPT, "--task", TASK, "--weights", str(path)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from .test_submit import NAME, add, call, finished, place, refused, sealed, submission, submitted
 
 __all__ = ["finished", "place", "sealed", "submission"]  # fixtures
@@ -17,6 +19,7 @@ def stands(place, *more):
     return row["stands"], row["next"]
 
 
+@pytest.mark.slow
 def test_an_entry_goes_from_draft_to_submitted(place):
     source = ("--source", place / "out")
     assert stands(place, *source) == (

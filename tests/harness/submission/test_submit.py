@@ -305,6 +305,7 @@ def test_what_forward_alone_imports_is_submitted_too_and_missed_where_it_is_not(
         sys.modules.pop("helper", None)
 
 
+@pytest.mark.slow
 def test_a_model_that_starts_from_another_s_weights_can_be_submitted(place):
     registry, out = place / "registry", place / "out"
     path = registry / f"{NAME}.py"

@@ -54,6 +54,7 @@ def test_sound_networks_pass_every_check(entry, factory):
     assert "equal to the dense Hessian" in found["dense"].text
 
 
+@pytest.mark.slow
 def test_the_demo_models_pass_every_check():
     for name in ("vit-digits", "gpt-pydoc"):
         found = findings(catalogue.get(name), budget=60.0)

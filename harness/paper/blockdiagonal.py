@@ -15,6 +15,7 @@ from harness import tasks
 from harness.estimator import Block, find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.probes import draw_probe, probe_seed
+from harness.paper.drawing import heat_map, panels
 from harness.paper.quadratic import Array
 from harness.paper.release import Source
 from harness.paper.result import Result
@@ -134,7 +135,7 @@ def fig2(source: Source) -> Result:
     task = tasks.get("pydoc", context=CONTEXT)
     data = task.load()
     values: dict[str, Any] = {}
-    panels = {}
+    matrices = {}
     for depth in DEPTHS:
         for start in STARTS:
             with torch.random.fork_rng(devices=[]):
@@ -148,13 +149,13 @@ def fig2(source: Source) -> Result:
             for stage in ("at the start", "trained"):
                 matrix = mean_absolute(tiny_hessian(model.double(), *batch))
                 model.float()
-                panels[depth, f"{start}, {stage}"] = matrix
+                matrices[depth, f"{start}, {stage}"] = matrix
                 values[f"{depth} layers, {start}, {stage}"] = _contrast(matrix)
                 for _ in range(NUM_STEPS if stage == "at the start" else 0):
                     optimizer.zero_grad()
                     task.loss(model, next(stream)).backward()
                     optimizer.step()
-    return Result(values, {"fig2": _draw_tiny(panels)})
+    return Result(values, {"fig2": _draw_tiny(matrices)})
 
 
 def _contrast(matrix: Array) -> dict[str, float]:
@@ -317,15 +318,13 @@ def _checkpoint(source: Source, model: str, stage: str) -> Path:
     return checkpoint_path(Path(source or ".") / "checkpoints", model, 1, stage)
 
 
-def _draw_tiny(panels: Mapping[tuple[int, str], Array]) -> Figure:
+def _draw_tiny(matrices: Mapping[tuple[int, str], Array]) -> Figure:
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
-    rows = list(dict.fromkeys(name for _, name in panels))
-    figure = Figure(figsize=(9.6, 2.8 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(DEPTHS))
-    for (depth, name), matrix in panels.items():
-        ax = axes[rows.index(name), DEPTHS.index(depth)]
+    rows = list(dict.fromkeys(name for _, name in matrices))
+    figure, axes = panels(2.8 * len(rows), len(rows), len(DEPTHS), width=9.6)
+    for (depth, name), matrix in matrices.items():
+        ax = axes.reshape(len(rows), -1)[rows.index(name), DEPTHS.index(depth)]
         top = matrix.max()
         image = ax.imshow(matrix, cmap="cividis", norm=LogNorm(top / 1e4, top))
         ax.set_title(f"{depth} layers, {name}", fontsize=9)
@@ -345,29 +344,24 @@ def _draw_tiny(panels: Mapping[tuple[int, str], Array]) -> Figure:
 
 def _draw_coupling(records: Mapping[str, dict[str, Any]]) -> Figure:
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     models = [m for m in MODELS if any(f"{m}-{s}" in records for s in STAGES)]
-    figure = Figure(figsize=(2.5 * len(models) + 0.8, 5.4), layout="constrained")
-    axes = figure.subplots(2, len(models), squeeze=False)
+    figure, axes = panels(5.4, 2, len(models), width=2.5 * len(models) + 0.8)
+    columns = axes.reshape(2, -1).T
     image = None
-    for column, model in enumerate(models):
-        for row, stage in enumerate(STAGES):
-            ax = axes[row, column]
+    for model, column in zip(models, columns, strict=True):
+        for stage, ax in zip(STAGES, column, strict=True):
             record = records.get(f"{model}-{stage}")
             if record is None:
                 ax.set_axis_off()
                 ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, fontsize=8)
                 continue
-            image = ax.imshow(record["coupling"], cmap="cividis", norm=LogNorm(0.1, 100))
+            image = heat_map(ax, record["coupling"], norm=LogNorm(0.1, 100))
             share = f"{record['diagonal_share']:.0%} in the diagonal blocks"
             ax.set_title(f"{model}, {stage}\n{share}", fontsize=8)
             ax.tick_params(labelsize=7)
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.set_major_locator(MaxNLocator(6, integer=True))
     if image is not None:
         label = "‖H_kl‖ / √(‖H_kk‖ ‖H_ll‖)"
-        figure.colorbar(image, ax=list(axes[:, -1]), label=label, shrink=0.7)
+        figure.colorbar(image, ax=list(columns[-1]), label=label, shrink=0.7)
     figure.supxlabel("block", fontsize=9)
     return figure

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from harness import tasks
 from harness.estimator import find_blocks
 from harness.paper import release
+from harness.paper.drawing import panels
 from harness.paper.result import Result
 from harness.registry import get
 from harness.registry.entry import ModelEntry
@@ -230,10 +231,7 @@ def _scales(model: nn.Module, factors: Mapping[str, float]) -> dict[str, Tensor]
 
 
 def _draw(values: Mapping[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(plot.WIDTH, 3.2), layout="constrained")
-    ax = figure.subplots()
+    figure, (ax,) = panels(3.2)
     styles = {"SGD": (plot.OPTIMIZERS["sgd"][1], "o")}
     looks = (("#D55E00", "s"), ("#E69F00", "^"), ("#009E73", "D"))
     for (stage, p), look in zip(VARIANTS, looks, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from harness import registry
 from harness.leaderboard import report, statistics, tables
 from harness.paper import release
 from harness.paper.claims import READINGS
+from harness.paper.drawing import heat_map, panels
 from harness.paper.result import Result
 from harness.training import grid
 from harness.training.gap import SEEDS
@@ -26,10 +27,12 @@ from spectra_db.schema import BEST_RATES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 CNNS = ("resnet", "vgg", "convnext")
 TRANSFORMERS = ("gpt", "llama", "bert", "vit")
 _SCALE = "lambda10"  # what blocks are compared by in the claims
+_COMPARED = ("CNN", "Transformer")
 _OPTIMIZERS = tuple(
     (name, label, *plot.OPTIMIZERS[name][1:])
     for name, label in (("sgd", "SGD"), ("adamw", "AdamW"))
@@ -69,22 +72,13 @@ def fig1(source: release.Source) -> Result:
     if not spectra:
         return Result(missing=("full spectra",))
     classes = _classes(source)
-    chosen = [
-        [model for model in dict.fromkeys(m for m, _ in spectra) if classes.get(model) == kind][:3]
-        for kind in ("CNN", "Transformer")
-    ]
-    values = {
-        "init": _between(spectra, classes, "init"),
-        "final": _between(spectra, classes, "final"),
-    }
-    models = [model for group in chosen for model in group]
-    missing = tuple(
-        f"a full spectrum of a {kind}" for kind, group in
-        zip(("CNN", "Transformer"), chosen, strict=True) if not group
-    )  # fmt: skip
-    return Result(
-        {k: v for k, v in values.items() if v}, {"fig1": _overlay(spectra, models)}, missing
-    )
+    every = dict.fromkeys(model for model, _ in spectra)
+    chosen = {kind: [m for m in every if classes.get(m) == kind][:3] for kind in _COMPARED}
+    found = {stage: _between(spectra, classes, stage) for stage in ("init", "final")}
+    values = {stage: distances for stage, distances in found.items() if distances}
+    models = [model for group in chosen.values() for model in group]
+    missing = tuple(f"a full spectrum of a {kind}" for kind in _COMPARED if not chosen[kind])
+    return Result(values, {"fig1": _overlay(spectra, models)}, missing)
 
 
 def fig3(source: release.Source) -> Result:
@@ -116,14 +110,10 @@ def fig3(source: release.Source) -> Result:
 
 def fig4(source: release.Source) -> Result:
     """Show heat maps of JS distances of CNNs and Transformers, and compare JS⁰ of all models."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     table = _metrics_table(source)
     values: dict[str, Any] = {}
     for name, column in (("js0", "js0 lambda10"), ("js0_paper", "js0_paper lambda10")):
-        groups = [table.loc[table["class"] == kind, column].dropna()
-                  for kind in ("CNN", "Transformer")]  # fmt: skip
+        groups = [table.loc[table["class"] == kind, column].dropna() for kind in _COMPARED]
         if min(map(len, groups)) >= 2:
             cnn, transformer = groups
             values[name] = {
@@ -131,24 +121,17 @@ def fig4(source: release.Source) -> Result:
                 "transformer": {str(k): float(v) for k, v in transformer.items()},
                 "p_value": float(mannwhitneyu(transformer, cnn, alternative="greater").pvalue),
             }
-    chosen = [str(model) for kind in ("CNN", "Transformer")
-              for model in table.index[table["class"] == kind][:3]]  # fmt: skip
+    chosen = [str(m) for kind in _COMPARED for m in table.index[table["class"] == kind][:3]]
     if not chosen:
         return Result(missing=("initial spectra of CNNs and Transformers",))
-    figure = Figure(figsize=(plot.WIDTH, 5.0))
+    figure, axes = panels(5.0, 2, 3, used=len(chosen))
     # Squares leave no room for the titles of the second row.
     figure.set_layout_engine("constrained", hspace=0.12)
-    axes = figure.subplots(2, 3, squeeze=False).ravel()
-    for ax in axes[len(chosen) :]:
-        ax.set_axis_off()
     for ax, model in zip(axes, chosen, strict=False):
-        distances = pairwise_js(release.spectrum(source, str(model)), scale=_SCALE)
-        image = ax.imshow(distances, cmap="cividis", vmin=0, vmax=1)
+        image = _draw_distances(ax, source, model)
         facts = table.loc[model].to_dict()
         title = f"{model}\n{facts['class']}, JS⁰ {facts['js0 lambda10']:.3f}"
         ax.set_title(title, fontsize=8)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(6, integer=True))
     figure.colorbar(image, ax=list(axes), label="Jensen-Shannon distance", shrink=0.6)
     figure.supxlabel("block, in the order of the network", fontsize=8)
     missing = () if len(values) else ("two CNNs and two Transformers",)
@@ -157,8 +140,6 @@ def fig4(source: release.Source) -> Result:
 
 def fig5(source: release.Source) -> Result:
     """Show the sweep of perceptrons: heterogeneity, and SGD against Adam, against the scale c."""
-    from matplotlib.figure import Figure
-
     found = _sweep(source)
     if len(found) < 5:
         return Result(missing=(f"the MLP sweep ({len(found)} of 15 models)",))
@@ -167,8 +148,7 @@ def fig5(source: release.Source) -> Result:
         values[f"c against {name}"] = _spearman(found["c"], found[name])
     for name in READINGS:
         values[f"{name} against accuracy_gap"] = _spearman(found[name], found["accuracy_gap"])
-    figure = Figure(figsize=(plot.WIDTH, 2.3), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure, (left, middle, right) = panels(2.3, 1, 3)
     left.plot(found["c"], found["js0 lambda10"], "o-", color="black", label="JS⁰ (by λ10)")
     left.plot(found["c"], found["js0 raw"], "s--", color="gray", label="JS⁰ (raw)")
     left.set(xlabel="c", ylabel="JS⁰", ylim=(0, 1.05))
@@ -188,19 +168,13 @@ def fig5(source: release.Source) -> Result:
 
 def fig14(source: release.Source) -> Result:
     """Show training curves of SGD and AdamW on some of the scaled perceptrons."""
-    from matplotlib.figure import Figure
-
     found, gaps = _sweep(source), _gaps(source)
     shown = found[found["c"].isin(CURVES_OF)] if len(found) else found
     if len(shown) < 2:
         return Result(missing=(f"training runs of the MLP sweep ({len(found)} of 15 models)",))
-    figure = Figure(figsize=(plot.WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots(2, 3, squeeze=False).ravel()
-    for ax in axes[len(shown) :]:
-        ax.set_axis_off()
+    figure, axes = panels(3.6, 2, 3, used=len(shown))
     for ax, row in zip(axes, shown.to_dict("records"), strict=False):
-        model = f"mlp-mnist-c{row['c']}"
-        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model].to_dict())
+        _draw_curves(ax, source, f"mlp-mnist-c{row['c']}", gaps)
         ax.set_title(f"c = {row['c']}: SGD {row['sgd_lr']:.2g}, AdamW {row['adamw_lr']:.2g}")
         ax.set_yscale("log")
     axes[0].legend(loc="lower left")
@@ -214,9 +188,6 @@ def fig14(source: release.Source) -> Result:
 
 def fig6(source: release.Source) -> Result:
     """Compare a pretrained GPT before fine-tuning with the same one from scratch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     table, gaps = _metrics_table(source), _gaps(source)
     lacking = [m for m in (PRETRAINED, SCRATCH) if m not in table.index or m not in gaps.index]
     if lacking:
@@ -230,41 +201,28 @@ def fig6(source: release.Source) -> Result:
         }
         for model in (PRETRAINED, SCRATCH)
     }
-    figure = Figure(figsize=(plot.WIDTH, 4.4), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for row, model in enumerate((PRETRAINED, SCRATCH)):
-        image = axes[row, 0].imshow(
-            pairwise_js(release.spectrum(source, model), scale=_SCALE),
-            cmap="cividis",
-            vmin=0,
-            vmax=1,
-        )
-        axes[row, 0].set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=8)
-        axes[row, 0].set(xlabel="block", ylabel="block")
-        for axis in (axes[row, 0].xaxis, axes[row, 0].yaxis):
-            axis.set_major_locator(MaxNLocator(6, integer=True))
-        figure.colorbar(image, ax=axes[row, 0], label="JS distance", shrink=0.8)
-        _draw_curves(
-            axes[row, 1], optional("training", source, model=model), gaps.loc[model].to_dict()
-        )
-        axes[row, 1].set_title(f"gap {values[model]['gap']:.3f}", fontsize=8)
-        axes[row, 1].set(xlabel="step", ylabel="loss of the minibatch")
-    axes[0, 1].legend()
+    figure, axes = panels(4.4, 2, 2)
+    for left, right, model in zip(axes[::2], axes[1::2], (PRETRAINED, SCRATCH), strict=True):
+        image = _draw_distances(left, source, model)
+        left.set_title(f"{model}, JS⁰ {values[model]['js0']:.3f}", fontsize=8)
+        left.set(xlabel="block", ylabel="block")
+        figure.colorbar(image, ax=left, label="JS distance", shrink=0.8)
+        _draw_curves(right, source, model, gaps)
+        right.set_title(f"gap {values[model]['gap']:.3f}", fontsize=8)
+        right.set(xlabel="step", ylabel="loss of the minibatch")
+    axes[1].legend()
     return Result(values, {"fig6": figure})
 
 
 def fig7(source: release.Source) -> Result:
     """Set the SGD-Adam gap against JS⁰ for all models that have both."""
-    from matplotlib.figure import Figure
-
     both = _metrics_table(source).join(_gaps(source), how="inner")
     both = both[both["tier"] == "small"]
     if len(both) < 5:
         return Result(missing=(f"at least 5 models of tier small ({len(both)})",))
     values: dict[str, Any] = {"num_models": len(both), "num_families": both["family"].nunique()}
     values |= _with_intervals(source)
-    figure = Figure(figsize=(plot.WIDTH, 4.2), layout="constrained")
-    ax, key = figure.subplots(1, 2, width_ratios=(4, 1))
+    figure, (ax, key) = panels(4.2, 1, 2, width_ratios=(4, 1))
     markers = {
         "CNN": ("o", plot.KINDS["conv"]),
         "Transformer": ("s", plot.KINDS["query"]),
@@ -454,14 +412,11 @@ def _between(
 
 def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]) -> Figure:
     """Draw full spectra, start and end in one panel per model."""
-    from matplotlib.figure import Figure
-
     columns = min(6, len(models))
     rows = ceil(len(models) / columns)
-    figure = Figure(figsize=(plot.WIDTH, 1.5 * rows + 0.7), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for ax in axes[len(models) :]:
-        ax.set_axis_off()
+    figure, axes = panels(
+        1.5 * rows + 0.7, rows, columns, used=len(models), sharex=True, sharey=True
+    )
     for ax, model in zip(axes, models, strict=False):
         for stage, colour, dashes in (("init", "#0072B2", "-"), ("final", "#E69F00", "--")):
             if (model, stage) in spectra:
@@ -486,8 +441,6 @@ def _overlay(spectra: dict[tuple[str, str], pd.DataFrame], models: Sequence[str]
 
 def _curves(source: release.Source, kind: str, name: str) -> Result:
     """Draw the training curves at the best rates, and list the gaps, of one class."""
-    from matplotlib.figure import Figure
-
     classes, gaps = _classes(source), _gaps(source)
     tiers = release.models(source)["tier"]
     models = [m for m in gaps.index if classes[m] == kind and tiers[m] != "demo"]
@@ -502,12 +455,9 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
             values[model] |= {"error": facts["gap_from_reference_error"]}
     columns = min(4, len(models))
     rows = ceil(len(models) / columns)
-    figure = Figure(figsize=(plot.WIDTH, 1.6 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(models) :]:
-        ax.set_axis_off()
+    figure, axes = panels(1.6 * rows + 0.4, rows, columns, used=len(models))
     for ax, model in zip(axes, models, strict=False):
-        _draw_curves(ax, optional("training", source, model=model), gaps.loc[model].to_dict())
+        _draw_curves(ax, source, model, gaps)
         found = values[model]
         text = found["answer"]
         if "gap" in found:
@@ -519,11 +469,17 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     return Result({"models": values}, {name: figure})
 
 
-def _draw_curves(ax: Axes, runs: pd.DataFrame, gap: Mapping[Hashable, Any]) -> None:
+def _draw_distances(ax: Axes, source: release.Source, model: str) -> AxesImage:
+    distances = pairwise_js(release.spectrum(source, model), scale=_SCALE)
+    return heat_map(ax, distances, vmin=0, vmax=1)
+
+
+def _draw_curves(ax: Axes, source: release.Source, model: str, gaps: pd.DataFrame) -> None:
     """Draw the minibatch losses at the rates of the gap: its seeds thin, their mean thick.
 
     Rates of the grid that diverged are named in the panel.
     """
+    runs, gap = optional("training", source, model=model), gaps.loc[model]
     losses = runs[(runs["metric"] == "loss") & (runs["split"] == "batch")]
     lost = []
     for optimizer, label, colour, dashes, _ in _OPTIMIZERS:

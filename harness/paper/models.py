@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.paper import release, theory
+from harness.paper.drawing import panels
 from harness.paper.quadratic import (
     BLOCK_SIZE,
     KAPPA,
@@ -24,8 +25,6 @@ from spectra_db import plot
 from spectra_db.densities import blocks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.figure import Figure
 
 SEED = 0
@@ -194,10 +193,7 @@ def _race(blocks: tuple[Array, ...]) -> tuple[dict[str, tuple[Array, Array]], di
 
 
 def _draw_race(curves: dict[str, dict[str, tuple[Array, Array]]]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(plot.WIDTH, 2.4), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True)
+    figure, axes = panels(2.4, 1, 4, sharey=True)
     for ax, (name, title) in zip(axes, TITLES.items(), strict=True):
         ax.set_title(title)
         if name not in curves:
@@ -217,14 +213,11 @@ def _draw_race(curves: dict[str, dict[str, tuple[Array, Array]]]) -> Figure:
 
 
 def _histograms(source: release.Source, case: str, name: str) -> Result:
-    from matplotlib.figure import Figure
-
     found = sampled_case(source, case)
     if found is None:
         return Result(missing=tuple(m for m in cases(source)[2] if m.startswith(case)))
     model, names, spectra = found
-    figure = Figure(figsize=(plot.WIDTH, 2.0), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True)
+    figure, axes = panels(2.0, 1, 4, sharey=True)
     for ax, block, values in zip(axes, names, spectra, strict=True):
         ax.hist(values, bins=np.geomspace(1, KAPPA, 31), color="#0072B2")
         ax.set_title(block, fontsize=7)
@@ -239,15 +232,9 @@ def _histograms(source: release.Source, case: str, name: str) -> Result:
 
 
 def _draw_complexity(values: dict[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(plot.WIDTH, 2.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    titles: Sequence[tuple[str, str]] = (
-        ("heterogeneous", "κ_l ≤ 3 in every block"),
-        ("homogeneous", "κ_l = κ in every block"),
-    )
-    for ax, (family, title) in zip(axes, titles, strict=True):
+    figure, axes = panels(2.8, 1, 2, sharey=True)
+    titles = {"heterogeneous": "κ_l ≤ 3 in every block", "homogeneous": "κ_l = κ in every block"}
+    for ax, (family, title) in zip(axes, titles.items(), strict=True):
         found = values[family]
         for key, line in (("gradient_descent", "gd"), ("adam", "adam")):
             label, colour, dashes, marker = _LINES[line]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.paper.drawing import panels
 from harness.training import climb
 from harness.training.gap import SEEDS
 from harness.training.grid import GRID_SEED
@@ -132,10 +133,7 @@ def row(c: int, runs: Sequence[Row]) -> Row:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw accuracies and best rates of both optimizers against c."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(plot.WIDTH, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(2.8, 1, 2)
     c = [found["c"] for found in rows]
     for optimizer in OPTIMIZERS:
         _, colour, dashes, marker = plot.OPTIMIZERS[optimizer]

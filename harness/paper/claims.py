@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 REPRODUCED, PARTLY = "reproduced", "partly"
@@ -84,19 +85,13 @@ def _proposition1(v: Values) -> Verdict:
     return _graded([holds]), ours, note
 
 
-def _theorem1(key: str, other: str) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        counts = v["theorem1"]
-        broken = sum(c[key] for c in counts.values())
-        draws = sum(c["num_draws"] for c in counts.values())
-        each = ", ".join(f"{name} {c[key]} of {c['num_draws']}" for name, c in counts.items())
-        return (
-            _graded([not broken]),
-            f"violated in {each}",
-            (other if broken else f"no violation in {draws:,} draws of 50 steps"),
-        )
-
-    return rule
+def _theorem1(key: str, v: Values, *, slip: str = "") -> Verdict:
+    counts = v["theorem1"]
+    broken = sum(c[key] for c in counts.values())
+    draws = sum(c["num_draws"] for c in counts.values())
+    each = ", ".join(f"{name} {c[key]} of {c['num_draws']}" for name, c in counts.items())
+    note = slip if broken else f"no violation in {draws:,} draws of 50 steps"
+    return _graded([not broken]), f"violated in {each}", note
 
 
 def _ratio(v: Values) -> Verdict:
@@ -140,29 +135,26 @@ def _proposition2(v: Values) -> Verdict:
     return _graded([holds]), ours, note
 
 
-def _case(name: str, *, adam_wins: bool) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        steps, draws = v[name], v["draws"][name]
-        # Of the figure's draws, at the best of a grid of rates: gradient descent over Adam.
-        decaying = float(steps["steps_gd"]) / float(steps["steps_adam099"])
-        ours = (
-            f"gradient descent {_count(draws['gradient_descent'])} steps, Adam "
-            f"{_count(draws['adam'])} (β₂ = 1): ratio {draws['ratio']:.3g} (10 to 90 %: "
-            f"{draws['ratio_q10']:.2g} to {draws['ratio_q90']:.3g}); in the figure's draws "
-            f"{_count(steps['steps_gd'])}, and {_count(steps['steps_adam099'])} with β₂ = 0.99: "
-            f"{decaying:.3g}"
-        )
-        model = f"of {steps['model']}; " if "model" in steps else ""
-        note = f"{model}steps to {v['tolerance']:g} of the loss, medians of {v['num_draws']} draws"
-        ratios = (draws["ratio"], decaying)
-        if adam_wins:
-            note += "; faster: a ratio above 1 in 90 % of the draws; partly: above 2 for one β₂"
-            part = PARTLY if max(ratios) > 2 else NOT_REPRODUCED
-            return (REPRODUCED if draws["ratio_q10"] > 1 else part), ours, note
-        alike = [1 / 5 < ratio < 5 for ratio in ratios]
-        return _graded(alike), ours, f"{note}; alike: both ratios between 1/5 and 5"
-
-    return rule
+def _case(name: str, v: Values, *, adam_wins: bool) -> Verdict:
+    steps, draws = v[name], v["draws"][name]
+    # Of the figure's draws, at the best of a grid of rates: gradient descent over Adam.
+    decaying = float(steps["steps_gd"]) / float(steps["steps_adam099"])
+    ours = (
+        f"gradient descent {_count(draws['gradient_descent'])} steps, Adam "
+        f"{_count(draws['adam'])} (β₂ = 1): ratio {draws['ratio']:.3g} (10 to 90 %: "
+        f"{draws['ratio_q10']:.2g} to {draws['ratio_q90']:.3g}); in the figure's draws "
+        f"{_count(steps['steps_gd'])}, and {_count(steps['steps_adam099'])} with β₂ = 0.99: "
+        f"{decaying:.3g}"
+    )
+    model = f"of {steps['model']}; " if "model" in steps else ""
+    note = f"{model}steps to {v['tolerance']:g} of the loss, medians of {v['num_draws']} draws"
+    ratios = (draws["ratio"], decaying)
+    if adam_wins:
+        note += "; faster: a ratio above 1 in 90 % of the draws; partly: above 2 for one β₂"
+        part = PARTLY if max(ratios) > 2 else NOT_REPRODUCED
+        return (REPRODUCED if draws["ratio_q10"] > 1 else part), ours, note
+    alike = [1 / 5 < ratio < 5 for ratio in ratios]
+    return _graded(alike), ours, f"{note}; alike: both ratios between 1/5 and 5"
 
 
 def _count(steps: float | str) -> str:
@@ -257,47 +249,41 @@ def _four_blocks(v: Values) -> Verdict:
     return status, ours, "mean JS distance of four blocks, by λ10; reproduced: 1.5 times as large"
 
 
-def _heterogeneous(metric: str) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        found = v[metric]
-        cnn, transformer = found["cnn"].values(), found["transformer"].values()
-        ours = (
-            f"CNNs {min(cnn):.3g} to {max(cnn):.3g} ({len(cnn)} models), Transformers "
-            f"{min(transformer):.3g} to {max(transformer):.3g} ({len(transformer)})"
-        )
-        note = f"one-sided Mann-Whitney p = {found['p_value']:.2g}"
-        if min(transformer) > max(cnn):
-            return REPRODUCED, ours, note
-        return (PARTLY if found["p_value"] < 0.05 else NOT_REPRODUCED), ours, note
-
-    return rule
+def _heterogeneous(metric: str, v: Values) -> Verdict:
+    found = v[metric]
+    cnn, transformer = found["cnn"].values(), found["transformer"].values()
+    ours = (
+        f"CNNs {min(cnn):.3g} to {max(cnn):.3g} ({len(cnn)} models), Transformers "
+        f"{min(transformer):.3g} to {max(transformer):.3g} ({len(transformer)})"
+    )
+    note = f"one-sided Mann-Whitney p = {found['p_value']:.2g}"
+    if min(transformer) > max(cnn):
+        return REPRODUCED, ours, note
+    return (PARTLY if found["p_value"] < 0.05 else NOT_REPRODUCED), ours, note
 
 
-def _table1(column: str, what: str) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        found = v[column]
-        known = f"{len(found['systems'])} of {len(v['systems'])} {what}"
-        if len(found["systems"]) < 4:
-            without = ", ".join(s for s in v["systems"] if s not in found["systems"])
-            return NOT_TESTED, "too few in this release", f"{known}; without {without}"
-        readings = found["readings"]
-        best = sorted(readings, key=lambda name: -readings[name]["rho"])[:2]
-        named = dict.fromkeys([*READINGS, *best])
-        ours = "; ".join(f"{name} ρ = {readings[name]['rho']:.2f}" for name in named)
-        nearest = min(readings, key=lambda name: readings[name]["factor"])
-        note = (
-            "definition unpublished: neither paper nor code says which eigenvalues, scale, grid or "
-            f"sum; Spearman with Table 1 of four readings of JS⁰ and the best two of "
-            f"{len(readings)}, {known}; nearest in size is {nearest}, off by a factor of "
-            f"{readings[nearest]['factor']:.3g} on average; batches are in the table below"
-        )
-        return NOT_TESTABLE, ours, note
-
-    return rule
+def _table1(column: str, what: str, v: Values) -> Verdict:
+    found = v[column]
+    known = f"{len(found['systems'])} of {len(v['systems'])} {what}"
+    if len(found["systems"]) < 4:
+        without = ", ".join(s for s in v["systems"] if s not in found["systems"])
+        return NOT_TESTED, "too few in this release", f"{known}; without {without}"
+    readings = found["readings"]
+    best = sorted(readings, key=lambda name: -readings[name]["rho"])[:2]
+    named = dict.fromkeys([*READINGS, *best])
+    ours = "; ".join(f"{name} ρ = {readings[name]['rho']:.2f}" for name in named)
+    nearest = min(readings, key=lambda name: readings[name]["factor"])
+    note = (
+        "definition unpublished: neither paper nor code says which eigenvalues, scale, grid or "
+        f"sum; Spearman with Table 1 of four readings of JS⁰ and the best two of "
+        f"{len(readings)}, {known}; nearest in size is {nearest}, off by a factor of "
+        f"{readings[nearest]['factor']:.3g} on average; batches are in the table below"
+    )
+    return NOT_TESTABLE, ours, note
 
 
 def _sweep_gap(v: Values) -> Verdict:
-    status, ours, note = _rising("c against gap", "c against accuracy_gap")(v)
+    status, ours, note = _rising(["c against gap", "c against accuracy_gap"], v)
     edges = _edges(v["rows"])
     if not edges:
         return status, ours, note
@@ -349,31 +335,25 @@ def _sweep_curves(v: Values) -> Verdict:
     return (PARTLY if unaffected or falls else NOT_REPRODUCED), ours, note
 
 
-def _rising(*names: str) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        found = [v[name] for name in names]
-        ours = "; ".join(f"{n}: ρ = {f['rho']:.2f}" for n, f in zip(names, found, strict=True))
-        rises = [f["rho"] > 0.5 and f["p_value"] < 0.05 for f in found]
-        note = f"Spearman over {v['num_models']} models; reproduced: all above 0.5 with p < 0.05"
-        return _graded(rises), ours, note
-
-    return rule
+def _rising(names: Sequence[str], v: Values) -> Verdict:
+    found = [v[name] for name in names]
+    ours = "; ".join(f"{n}: ρ = {f['rho']:.2f}" for n, f in zip(names, found, strict=True))
+    rises = [f["rho"] > 0.5 and f["p_value"] < 0.05 for f in found]
+    note = f"Spearman over {v['num_models']} models; reproduced: all above 0.5 with p < 0.05"
+    return _graded(rises), ours, note
 
 
-def _pretrained(key: str) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        pretrained, scratch = v["gpt-nano-sft"], v["gpt-nano-books"]
-        difference = scratch[key] - pretrained[key]
-        error = (scratch[f"{key}_error"] ** 2 + pretrained[f"{key}_error"] ** 2) ** 0.5
-        ours = ", ".join(
-            f"{name} {x[key]:.3f} ± {x[f'{key}_error']:.3f}"
-            for name, x in (("pretrained", pretrained), ("from scratch", scratch))
-        )
-        note = "our GPT on books, then on instructions; not GPT-2, whose weights can't be had here"
-        sure = REPRODUCED if difference > 2 * error else PARTLY
-        return (sure if difference > 0 else NOT_REPRODUCED), ours, note
-
-    return rule
+def _pretrained(key: str, v: Values) -> Verdict:
+    pretrained, scratch = v["gpt-nano-sft"], v["gpt-nano-books"]
+    difference = scratch[key] - pretrained[key]
+    error = (scratch[f"{key}_error"] ** 2 + pretrained[f"{key}_error"] ** 2) ** 0.5
+    ours = ", ".join(
+        f"{name} {x[key]:.3f} ± {x[f'{key}_error']:.3f}"
+        for name, x in (("pretrained", pretrained), ("from scratch", scratch))
+    )
+    note = "our GPT on books, then on instructions; not GPT-2, whose weights can't be had here"
+    sure = REPRODUCED if difference > 2 * error else PARTLY
+    return (sure if difference > 0 else NOT_REPRODUCED), ours, note
 
 
 def _gap_against_js0(v: Values) -> Verdict:
@@ -389,27 +369,24 @@ def _gap_against_js0(v: Values) -> Verdict:
     return UNDECIDED, "; ".join(texts), note
 
 
-def _adam_needed(wanted: str) -> Callable[[Values], Verdict]:
-    def rule(v: Values) -> Verdict:
-        models = {m: x for m, x in v["models"].items() if x["answer"] in ("yes", "no", "unclear")}
-        ours = ", ".join(
-            f"{m} {x['gap']:.2f} ± {x['error']:.2f} ({x['answer']})" for m, x in models.items()
-        )
-        answers = [x["answer"] for x in models.values()]
-        said, unclear = answers.count(wanted), answers.count("unclear")
-        idle = ", ".join(m for m, x in v["models"].items() if x["answer"] == "not trained")
-        note = (
-            "gap from R, after a few hundred steps, of models that count as trained; Adam needed: "
-            f"its 95 % interval is above 0.1 (yes) or below (no); {wanted} in {said} of "
-            f"{len(models)}, unclear in {unclear}"
-        ) + (f"; not trained: {idle}" if idle else "")
-        if not models:
-            return NOT_TESTED, "not in this release", "no gap from R of a trained model"
-        if 2 * unclear >= len(models):
-            return UNDECIDED, ours, note
-        return _graded([a == wanted for a in answers], partly=0.5), ours, note
-
-    return rule
+def _adam_needed(wanted: str, v: Values) -> Verdict:
+    models = {m: x for m, x in v["models"].items() if x["answer"] in ("yes", "no", "unclear")}
+    ours = ", ".join(
+        f"{m} {x['gap']:.2f} ± {x['error']:.2f} ({x['answer']})" for m, x in models.items()
+    )
+    answers = [x["answer"] for x in models.values()]
+    said, unclear = answers.count(wanted), answers.count("unclear")
+    idle = ", ".join(m for m, x in v["models"].items() if x["answer"] == "not trained")
+    note = (
+        "gap from R, after a few hundred steps, of models that count as trained; Adam needed: "
+        f"its 95 % interval is above 0.1 (yes) or below (no); {wanted} in {said} of "
+        f"{len(models)}, unclear in {unclear}"
+    ) + (f"; not trained: {idle}" if idle else "")
+    if not models:
+        return NOT_TESTED, "not in this release", "no gap from R of a trained model"
+    if 2 * unclear >= len(models):
+        return UNDECIDED, ours, note
+    return _graded([a == wanted for a in answers], partly=0.5), ours, note
 
 
 def _causal(v: Values) -> Verdict:
@@ -449,14 +426,14 @@ CLAIMS = (
         "JS distances between blocks are larger in Transformers than in CNNs (js0)",
         "larger in every Transformer",
         "fig4",
-        _heterogeneous("js0"),
+        partial(_heterogeneous, "js0"),
     ),
     Claim(
         "Figure 4",
         "The same in our reading of the paper's units (js0_paper)",
         "larger in every Transformer",
         "fig4",
-        _heterogeneous("js0_paper"),
+        partial(_heterogeneous, "js0_paper"),
     ),
     Claim(
         "Table 1",
@@ -464,14 +441,14 @@ CLAIMS = (
         "83.23, ViT-base 286.41",
         "this order",
         "table1",
-        _table1("ours", "systems at their real size"),
+        partial(_table1, "ours", "systems at their real size"),
     ),
     Claim(
         "Table 1, small kin",
         "The same order among small models",
         "–",
         "table1",
-        _table1("small", "systems by their small kin"),
+        partial(_table1, "small", "systems by their small kin"),
     ),
     Claim(
         "Figure 5",
@@ -485,21 +462,21 @@ CLAIMS = (
         "Heterogeneity grows with the scale",
         "JS⁰ grows",
         "fig5",
-        _rising(*(f"c against {name}" for name in READINGS)),
+        partial(_rising, [f"c against {name}" for name in READINGS]),
     ),
     Claim(
         "Figure 6",
         "A pretrained GPT is less heterogeneous than one from scratch",
         "18.84 against 83.23",
         "fig6",
-        _pretrained("js0"),
+        partial(_pretrained, "js0"),
     ),
     Claim(
         "Figure 6",
         "and SGD falls less behind in fine-tuning it",
         "SGD close to Adam",
         "fig6",
-        _pretrained("gap"),
+        partial(_pretrained, "gap"),
     ),
     Claim(
         "Figure 7",
@@ -508,8 +485,14 @@ CLAIMS = (
         "fig7",
         _gap_against_js0,
     ),
-    Claim("Figure 9", "On CNNs SGD is on par", "on par", "fig9", _adam_needed("no")),
-    Claim("Figure 10", "On Transformers it is worse", "worse on all", "fig10", _adam_needed("yes")),
+    Claim("Figure 9", "On CNNs SGD is on par", "on par", "fig9", partial(_adam_needed, "no")),
+    Claim(
+        "Figure 10",
+        "On Transformers it is worse",
+        "worse on all",
+        "fig10",
+        partial(_adam_needed, "yes"),
+    ),
     Claim(
         "Figure 14",
         "As the perceptron is scaled Adam's training is unaffected and SGD's gets worse",
@@ -543,28 +526,28 @@ CLAIMS = (
         "With a Transformer's block spectra Adam is faster than gradient descent",
         "Adam faster by far (Fig. 8)",
         "fig8",
-        _case("case1", adam_wins=True),
+        partial(_case, "case1", adam_wins=True),
     ),
     Claim(
         "Section 3, case 2",
         "With a CNN's block spectra both are alike",
         "similar (Fig. 8)",
         "fig8",
-        _case("case2", adam_wins=False),
+        partial(_case, "case2", adam_wins=False),
     ),
     Claim(
         "Section 3, case 3",
         "With blocks {1, 2, 3}, {99, 100, 101}, {4998, 4999, 5000} Adam is faster",
         "Adam faster by far (Fig. 8)",
         "fig8",
-        _case("case3", adam_wins=True),
+        partial(_case, "case3", adam_wins=True),
     ),
     Claim(
         "Section 3, case 4",
         "With the same eigenvalues dealt out evenly both are alike",
         "similar (Fig. 8)",
         "fig8",
-        _case("case4", adam_wins=False),
+        partial(_case, "case4", adam_wins=False),
     ),
     Claim(
         "Proposition 1, as printed",
@@ -585,14 +568,18 @@ CLAIMS = (
         "L(w_{t+1}) ≤ max_l (1 − 1/(r κ_l)) L(w_t) for Adam with β₂ = 1",
         "proved",
         "theory",
-        _theorem1("violations_proof", ""),
+        partial(_theorem1, "violations_proof"),
     ),
     Claim(
         "Theorem 1, with the stated η = min 1/C_{l,1}",
         "The same",
         "stated",
         "theory",
-        _theorem1("violations_statement", "a slip of the statement: the proof uses min C_{l,1}"),
+        partial(
+            _theorem1,
+            "violations_statement",
+            slip="a slip of the statement: the proof uses min C_{l,1}",
+        ),
     ),
     Claim(
         "After Theorem 1",

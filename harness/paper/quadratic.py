@@ -6,6 +6,7 @@ All minimise L(w) = ½ wᵀHw, with H block diagonal, from a standard Gaussian w
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,16 +164,14 @@ def steps_to(
     target = tolerance * shares.sum()
     if (logs >= 0).any():
         return float("inf")
-    low, high = 0, 1
-    while shares @ np.exp(logs * high) > target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if shares @ np.exp(logs * middle) > target:
-            low = middle
-        else:
-            high = middle
-    return float(high)
+
+    def reached(t: int) -> bool:
+        return bool(shares @ np.exp(logs * t) <= target)
+
+    high = 1
+    while not reached(high):
+        high *= 2
+    return float(bisect_left(range(high), True, high // 2 + 1, high, key=reached))
 
 
 def least_steps(

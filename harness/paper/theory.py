@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -133,11 +134,9 @@ def initial_ratio_probability(
 ) -> float:
     """Return the share of draws of case 3 with r ≤ limit."""
     rng = np.random.default_rng(seed)
-    count = 0
-    for _ in range(num_draws):
-        quadratic = case3(rng, orthonormal=orthonormal)
-        count += initial_ratio(quadratic, rng.standard_normal(len(quadratic.hessian))) <= limit
-    return count / num_draws
+    drawn = (case3(rng, orthonormal=orthonormal) for _ in range(num_draws))
+    ratios = (initial_ratio(q, rng.standard_normal(len(q.hessian))) for q in drawn)
+    return sum(ratio <= limit for ratio in ratios) / num_draws
 
 
 def preconditioned_conditions(
@@ -220,14 +219,8 @@ def complexity(
     }
     result: dict[str, dict[str, list[float] | float]] = {}
     for name, spectra in families.items():
-        descent, adam = [], []
-        for kappa in kappas:
-            rng = np.random.default_rng(seed)
-            steps = np.array(
-                [_both(from_spectra(spectra(kappa), rng), rng, tolerance) for _ in range(num_draws)]
-            )
-            descent.append(float(np.median(steps[:, 0])))
-            adam.append(float(np.median(steps[:, 1])))
+        steps = [_steps(spectra(kappa), num_draws, seed, tolerance) for kappa in kappas]
+        descent, adam = np.median(steps, axis=1).T.tolist()
         slopes = [float(np.polyfit(np.log(kappas), np.log(s), 1)[0]) for s in (descent, adam)]
         result[name] = {
             "kappa": kappas,
@@ -255,13 +248,11 @@ def steps_of_cases(
     """
     result = {}
     for name, blocks in spectra.items():
-        rng = np.random.default_rng(seed)
-        pairs = [_both(from_spectra(blocks, rng), rng, tolerance) for _ in range(num_draws)]
-        steps = np.array(pairs)
-        ratio = steps[:, 0] / steps[:, 1]
+        descent, adam = _steps(blocks, num_draws, seed, tolerance).T
+        ratio = descent / adam
         result[name] = {
-            "gradient_descent": float(np.median(steps[:, 0])),
-            "adam": float(np.median(steps[:, 1])),
+            "gradient_descent": float(np.median(descent)),
+            "adam": float(np.median(adam)),
             "ratio_q10": float(np.quantile(ratio, 0.1)),
             "ratio": float(np.median(ratio)),
             "ratio_q90": float(np.quantile(ratio, 0.9)),
@@ -277,10 +268,14 @@ def given_cases() -> dict[str, tuple[Array, ...]]:
     }
 
 
-def _both(quadratic: Quadratic, rng: np.random.Generator, tolerance: float) -> tuple[float, float]:
-    """Return the steps of gradient descent at η = 2/(μ + L) and of Adam at its best η."""
-    H = quadratic.hessian
-    start = rng.standard_normal(len(H))
-    low, high = quadratic.extremes
-    descent = steps_to(H, start, np.ones(len(H)), 2 / (low + high), tolerance)
-    return descent, least_steps(H, start, np.abs(H @ start), tolerance)[0]
+def _steps(spectra: Sequence[Array], num_draws: int, seed: int, tolerance: float) -> Array:
+    """Return the steps of gradient descent at η = 2/(μ + L) and of Adam at its best η, (D, 2)."""
+    rng = np.random.default_rng(seed)
+    steps = []
+    for _ in range(num_draws):
+        quadratic = from_spectra(spectra, rng)
+        H = quadratic.hessian
+        start = rng.standard_normal(len(H))
+        descent = steps_to(H, start, np.ones(len(H)), 2 / sum(quadratic.extremes), tolerance)
+        steps.append((descent, least_steps(H, start, np.abs(H @ start), tolerance)[0]))
+    return np.array(steps)

@@ -161,12 +161,12 @@ def fig2(source: Source) -> Result:
 def _contrast(matrix: Array) -> dict[str, float]:
     """Compare the diagonal blocks with the others; 1 would be no structure at all."""
     diagonal = np.diag(matrix)
-    others = matrix[~np.eye(len(matrix), dtype=bool)]
+    off = ~np.eye(len(matrix), dtype=bool)
     # What a block would have if H were u uᵀ: as large as its row and its column allow.
     scaled = matrix / np.sqrt(np.outer(diagonal, diagonal))
-    between = scaled[~np.eye(len(matrix), dtype=bool)]
+    between = scaled[off]
     return {
-        "diagonal_over_others": float(diagonal.mean() / others.mean()),
+        "diagonal_over_others": float(diagonal.mean() / matrix[off].mean()),
         "median_scaled": float(np.median(between)),
         "largest_scaled": float(between.max()),
     }
@@ -174,12 +174,12 @@ def _contrast(matrix: Array) -> dict[str, float]:
 
 def units(source: Source) -> list[str]:
     """List the spectra to measure: all models at init, and at the end where trained weights lie."""
-    found = []
-    for model in MODELS:
-        for stage in STAGES:
-            if stage == "init" or _checkpoint(source, model, stage).is_file():
-                found.append(f"{model}-{stage}")
-    return found
+    return [
+        f"{model}-{stage}"
+        for model in MODELS
+        for stage in STAGES
+        if stage == "init" or _checkpoint(source, model, stage).is_file()
+    ]
 
 
 def forecast(todo: Sequence[str], data_root: Path | None) -> str:
@@ -227,7 +227,7 @@ def squared_norms(problem: Problem, blocks: Sequence[Block], *, num_probes: int)
     parameters = [named[name] for name in names]
     total = np.zeros((num_probes, len(blocks), len(blocks)))
     with fixed_arithmetic(model):
-        columns: dict[tuple[int, int], list[Tensor]] = {}
+        columns: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         for batch in problem.batches:
             terms = problem.task.num_terms(batch)
             loss = problem.loss_fn(model, batch) * (terms / problem.num_terms)
@@ -246,10 +246,9 @@ def squared_norms(problem: Problem, blocks: Sequence[Block], *, num_probes: int)
                         outputs, parameters, shaped, retain_graph=True, materialize_grads=True
                     )
                     so_far = columns.get((probe, column))
-                    columns[probe, column] = [
-                        p if so_far is None else p + s
-                        for p, s in zip(products, so_far or products, strict=True)
-                    ]
+                    if so_far is not None:
+                        products = tuple(map(torch.add, products, so_far))
+                    columns[probe, column] = products
         for (probe, column), found in columns.items():
             by_name = dict(zip(names, found, strict=True))
             for row, block in enumerate(blocks):

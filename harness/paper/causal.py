@@ -75,10 +75,12 @@ def forecast(todo: Sequence[str], data_root: Path | None) -> str:
 
 def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[str, Any]:
     """Train one model at one variant: rates on seed 0, then seeds 1 to 3 at the best."""
-    model, stage, power = _parts(unit)
+    model, stage, text = unit.rsplit("-", 2)
+    power = float(text.removeprefix("p"))
     entry = get(model)
     data = tasks.get(entry.task, **entry.task_options).load(data_root)
-    factors = block_factors(_curvatures(source, model, stage), power)
+    curvatures = _curvatures(source, model, stage)
+    factors = block_factors(curvatures, power)
     [plain] = optional("gaps", source, model=model).to_dict("records")
     grid: dict[int, float] = {}
 
@@ -95,20 +97,14 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
             wanted = [best - 1 if best == min(grid) else best + 1]
     losses = [final(best, seed) for seed in SEEDS]
     runs = optional("training", source, model=model)
-    init, sgd, adam = (
-        [_stored(runs, *what, seed) for seed in SEEDS]
-        for what in (
-            ("sgd", plain["sgd_lr"], False),
-            ("sgd", plain["sgd_lr"], True),
-            ("adamw", plain["adam_lr"], True),
-        )
-    )
-    spread = float(np.std(np.log10(_curvatures(source, model, stage))))
+    init = _stored(runs, "sgd", plain["sgd_lr"], at_end=False)
+    sgd = _stored(runs, "sgd", plain["sgd_lr"])
+    adam = _stored(runs, "adamw", plain["adam_lr"])
     return {
         "model": model,
         "stage": stage,
         "power": power,
-        "spread": spread,
+        "spread": float(np.std(np.log10(curvatures))),
         "rates": [plain["sgd_lr"] * RATIO**k for k in sorted(grid)],
         "grid_losses": [grid[k] for k in sorted(grid)],
         "lr": plain["sgd_lr"] * RATIO**best,
@@ -179,26 +175,21 @@ def closed_share(losses: Sequence[float], sgd: Sequence[float], adam: Sequence[f
 def summarise(records: Mapping[str, dict[str, Any]], source: release.Source) -> Result:
     """Gather the measured variants by model."""
     values: dict[str, Any] = {}
-    for unit in [_unit(m, s, p) for m in MODELS for s, p in VARIANTS]:
+    wanted = [_unit(m, s, p) for m in MODELS for s, p in VARIANTS]
+    for unit in wanted:
         if unit in records:
             record = records[unit]
             found = values.setdefault(record["model"], {"sgd_gap": record["sgd_gap"]})
             found[f"{record['stage']}, p = {record['power']:g}"] = {
                 key: record[key] for key in ("spread", "lr", "gap", "closed")
             }
-    missing = [_unit(m, s, p) for m in MODELS for s, p in VARIANTS
-               if _unit(m, s, p) not in records]  # fmt: skip
+    missing = [unit for unit in wanted if unit not in records]
     figures = {"causal": _draw(values)} if values else {}
     return Result({"models": values} if values else {}, figures, tuple(missing))
 
 
 def _unit(model: str, stage: str, power: float) -> str:
     return f"{model}-{stage}-p{power:g}"
-
-
-def _parts(unit: str) -> tuple[str, str, float]:
-    model, stage, power = unit.rsplit("-", 2)
-    return model, stage, float(power.removeprefix("p"))
 
 
 def _curvatures(source: release.Source, model: str, stage: str) -> pd.Series:
@@ -208,11 +199,11 @@ def _curvatures(source: release.Source, model: str, stage: str) -> pd.Series:
     return pd.Series(largest.to_numpy(dtype=float), index=blocks["block"].to_numpy())
 
 
-def _stored(runs: pd.DataFrame, optimizer: str, lr: float, end: bool, seed: int) -> float:
-    """Return the first or last loss on the training subset of a run of the release."""
-    kept = (runs["optimizer"] == optimizer) & np.isclose(runs["lr"], lr) & (runs["seed"] == seed)
-    kept &= (runs["split"] == "train") & (runs["metric"] == "loss") & ((runs["step"] > 0) == end)
-    return float(runs.loc[kept, "value"].iloc[0])
+def _stored(runs: pd.DataFrame, optimizer: str, lr: float, *, at_end: bool = True) -> list[float]:
+    """Return the last losses on the training subset of the release's runs, or the first ones."""
+    kept = (runs["optimizer"] == optimizer) & np.isclose(runs["lr"], lr)
+    kept &= (runs["split"] == "train") & (runs["metric"] == "loss") & ((runs["step"] > 0) == at_end)
+    return [float(runs.loc[kept & (runs["seed"] == seed), "value"].iloc[0]) for seed in SEEDS]
 
 
 def _scales(model: nn.Module, factors: Mapping[str, float]) -> dict[str, Tensor]:

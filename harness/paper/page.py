@@ -31,8 +31,7 @@ def write(out: Path, titles: Mapping[str, str]) -> Path:
     _write(path, render(folder, titles))
     sweep = result.load("sweep", folder)
     if sweep is not None and sweep["values"]:
-        template = _environment().get_template("mlp-sweep.md")
-        _write(out / "mlp-sweep.md", template.render(**sweep))
+        _write(out / "mlp-sweep.md", _template("mlp-sweep.md").render(**sweep))
     return path
 
 
@@ -43,21 +42,14 @@ def render(folder: Path, titles: Mapping[str, str]) -> str:
     for claim in claims.CLAIMS:
         status, ours, note = claims.verdict(claim, records[claim.section])
         rows.append({"claim": claim, "status": status, "ours": ours, "note": note})
-    return (
-        _environment()
-        .get_template("paper.md")
-        .render(
-            rows=rows,
-            counts=Counter(row["status"] for row in rows),
-            statuses=claims.STATUSES,
-            sections={
-                name: {"title": title, "record": records[name]} for name, title in titles.items()
-            },
-        )
+    sections = {name: {"title": title, "record": records[name]} for name, title in titles.items()}
+    counts = Counter(row["status"] for row in rows)
+    return _template("paper.md").render(
+        rows=rows, counts=counts, statuses=claims.STATUSES, sections=sections
     )
 
 
-def _environment() -> jinja2.Environment:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("harness.paper"),
         trim_blocks=True,
@@ -67,7 +59,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["cell"] = _cell
     environment.filters["number"] = _number
-    return environment
+    return environment.get_template(name)
 
 
 def _write(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,12 @@ def _with_recipe(entry: ModelEntry, kind: type[Recipe] = Recipe, **changed: Any)
 # What is otherwise than in the release's sweep, and for which optimizers.
 Change = Callable[[ModelEntry], ModelEntry]
 VARIANTS: dict[str, tuple[Change, Sequence[str]]] = {
-    "last layer not scaled": (lambda e: replace(e, factory=_FACTORY("HiddenScaled")), OPTIMIZERS),
-    "pixels in [0, 1]": (lambda e: replace(e, factory=_FACTORY("UnitPixels")), OPTIMIZERS),
-    "rate decays by a cosine": (lambda e: _with_recipe(e, schedule="cosine"), OPTIMIZERS),
-    "SGD without momentum": (lambda e: _with_recipe(e, _Plain), ("sgd",)),
+    "last layer not scaled": (partial(replace, factory=_FACTORY("HiddenScaled")), OPTIMIZERS),
+    "pixels in [0, 1]": (partial(replace, factory=_FACTORY("UnitPixels")), OPTIMIZERS),
+    "rate decays by a cosine": (partial(_with_recipe, schedule="cosine"), OPTIMIZERS),
+    "SGD without momentum": (partial(_with_recipe, kind=_Plain), ("sgd",)),
     "c in the initial weights": (
-        lambda e: replace(e, factory=_FACTORY("initially_scaled")),
+        partial(replace, factory=_FACTORY("initially_scaled")),
         OPTIMIZERS,
     ),
 }
@@ -198,9 +199,8 @@ def summarise(records: Mapping[str, dict[str, Any]], source: release.Source) -> 
     settings = [readings.setting(name, reading, sweep) for name, reading in READINGS.items()]
     for i, name in enumerate(VARIANTS):
         runs = {c: measured[f"v{i}-c{c}"] for c in VARIANT_SCALES if f"v{i}-c{c}" in measured}
-        for c in (
-            runs.keys() & sweep.keys()
-        ):  # without AdamW's of its own a variant changes SGD alone
+        # Without AdamW's of its own a variant changes SGD alone.
+        for c in runs.keys() & sweep.keys():
             own = {run["optimizer"] for run in runs[c]}
             runs[c] += [run for run in sweep[c] if run["optimizer"] not in own]
         if runs:

@@ -17,7 +17,7 @@ initialisation and data), so that this errs to the wide side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,9 +79,8 @@ class Trials:
 
     def __init__(self, rows: pd.DataFrame, recipe: SpeedupRecipe) -> None:
         self.rows, self.recipe = rows, recipe
-        self._by_key: dict[tuple[str, int, int, float], Any] = {
-            (row.optimizer, row.num_steps, row.seed, row.lr): row for row in _tuples(rows)
-        }
+        every: Iterable[Any] = rows.itertuples()
+        self._runs = {Trial(r.optimizer, r.num_steps, r.lr, r.seed): r for r in every}
 
     def start(self, optimizer: str) -> float:
         """Return the rate at which the climb begins."""
@@ -89,12 +88,12 @@ class Trials:
 
     def scores(self, optimizer: str, seed: int = CLIMB_SEED) -> dict[int, climb.Score]:
         """Return the scores of the runs of T steps on one seed, the climb's unless named, by k."""
-        start, found = self.start(optimizer), {}
-        for (name, num_steps, of, lr), row in self._by_key.items():
-            if (name, num_steps, of) == (optimizer, self.recipe.num_steps, seed):
-                k = round(climb.PER_DECADE * math.log10(lr / start))
-                found[k] = _score(row)
-        return found
+        start, steps = self.start(optimizer), self.recipe.num_steps
+        return {
+            round(climb.PER_DECADE * math.log10(trial.lr / start)): _score(row)
+            for trial, row in self._runs.items()
+            if (trial.optimizer, trial.num_steps, trial.seed) == (optimizer, steps, seed)
+        }
 
     def means(self, optimizer: str) -> dict[int, climb.Score]:
         """Return the mean scores of the rates that all tuning seeds have run at T, by k."""
@@ -117,18 +116,20 @@ class Trials:
             return self.best_rate(optimizer)
         steps = length * self.recipe.num_steps
         tried = self.long_rates(optimizer)
-        return min(tried, key=lambda lr: _score(self._by_key[optimizer, steps, CLIMB_SEED, lr]))
+        return min(
+            tried, key=lambda lr: _score(self._runs[Trial(optimizer, steps, lr, CLIMB_SEED)])
+        )
 
     def missing(self, optimizer: str, length: int, lr: float, seeds: Sequence[int]) -> list[Trial]:
         """Return those runs that are not there."""
         steps = length * self.recipe.num_steps
-        keys = [(optimizer, steps, seed, lr) for seed in seeds]
-        return [Trial(o, n, r, s) for o, n, s, r in keys if (o, n, s, r) not in self._by_key]
+        wanted = [Trial(optimizer, steps, lr, seed) for seed in seeds]
+        return [trial for trial in wanted if trial not in self._runs]
 
     def column(self, name: str, optimizer: str, length: int, seeds: Sequence[int]) -> np.ndarray:
         """Return a column of the runs at the chosen rate, over seeds; nan where it is null."""
         steps, lr = length * self.recipe.num_steps, self.rate_at(optimizer, length)
-        found = [getattr(self._by_key[optimizer, steps, seed, lr], name) for seed in seeds]
+        found = [getattr(self._runs[Trial(optimizer, steps, lr, seed)], name) for seed in seeds]
         return np.array(found, dtype=float)
 
     def losses(self, optimizer: str, length: int, seeds: Sequence[int]) -> Sample:
@@ -139,12 +140,8 @@ class Trials:
 
     def num_seeds(self, optimizer: str, length: int) -> int:
         """Count the scored seeds that are there, from the first without a gap."""
-        lr, count = self.rate_at(optimizer, length), 0
-        while not self.missing(optimizer, length, lr, MORE_SEEDS[: count + 1]):
-            count += 1
-            if count == len(MORE_SEEDS):
-                break
-        return count
+        absent = self.missing(optimizer, length, self.rate_at(optimizer, length), MORE_SEEDS)
+        return MORE_SEEDS.index(absent[0].seed) if absent else len(MORE_SEEDS)
 
 
 def pending(rows: pd.DataFrame, recipe: SpeedupRecipe) -> list[Trial]:
@@ -157,10 +154,7 @@ def pending(rows: pd.DataFrame, recipe: SpeedupRecipe) -> list[Trial]:
     Raises:
         climb.NoBestRate: No learning rate is best.
     """
-    for stage in _stages(Trials(rows, recipe)):
-        if stage:
-            return stage
-    return []
+    return next(filter(None, _stages(Trials(rows, recipe))), [])
 
 
 def _stages(trials: Trials) -> Iterator[list[Trial]]:
@@ -192,10 +186,6 @@ def _stages(trials: Trials) -> Iterator[list[Trial]]:
         for optimizer in OPTIMIZERS:
             yield trials.missing(optimizer, 1, trials.best_rate(optimizer), MORE_SEEDS)
         yield trials.missing(slower, 2, trials.rate_at(slower, 2), MORE_SEEDS)
-
-
-def _tuples(rows: pd.DataFrame) -> Iterator[Any]:
-    yield from rows.itertuples()
 
 
 def _score(row: Any) -> climb.Score:

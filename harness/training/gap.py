@@ -86,8 +86,8 @@ def gap(
         todo = "; ".join(f"{name} at {rest}" for name, rest in left.items() if rest)
         return row | {"status": "pending", "reason": f"learning rates not run on seed 0: {todo}"}
     losses = {
-        optimizer: [_final_loss(rows, optimizer, rates[optimizer], seed) for seed in SEEDS]
-        for optimizer in rates
+        optimizer: [grid.final_losses(rows, optimizer, seed).get(lr) for seed in SEEDS]
+        for optimizer, lr in rates.items()
     }
     absent = [
         f"{name} seed {seed}"
@@ -95,14 +95,14 @@ def gap(
         for seed, value in zip(SEEDS, values, strict=True)
         if value is None
     ]
-    row["num_seeds"] = sum(
-        s is not None and a is not None for s, a in zip(losses["sgd"], losses["adamw"], strict=True)
-    )
+    row["num_seeds"] = sum(None not in pair for pair in zip(*losses.values(), strict=True))
     if absent:
         return row | {"status": "pending", "reason": f"not run: {', '.join(absent)}"}
 
     sgd, adam = (np.array(losses[name], dtype=float) for name in ("sgd", "adamw"))
-    init = np.array([_init_loss(rows, seed) for seed in SEEDS])
+    starts = rows[(rows["step"] == 0) & (rows["split"] == "train") & (rows["metric"] == "loss")]
+    # The loss before the first step, which both optimizers share.
+    init = np.array([starts.loc[starts["seed"] == seed, "value"].mean() for seed in SEEDS])
     row |= {"sgd_loss": sgd.mean(), "adam_loss": adam.mean(), "init_loss": init.mean()}
     if reference is not None:
         row |= _from_reference(sgd, adam, np.array([reference(loss) for loss in init]))
@@ -164,15 +164,3 @@ def relative_gap(losses: ArrayLike, adam: ArrayLike, init: ArrayLike) -> tuple[f
     residuals = (ours - best) - value * progress  # by the delta method
     error = residuals.std(ddof=1) / (math.sqrt(len(ours)) * progress.mean())
     return float(value), float(error)
-
-
-def _final_loss(rows: pd.DataFrame, optimizer: str, lr: float | None, seed: int) -> float | None:
-    """Return the final loss of one run, None where it was not made."""
-    losses = grid.final_losses(rows, optimizer, seed)
-    return None if lr is None or lr not in losses.index else float(losses[lr])
-
-
-def _init_loss(rows: pd.DataFrame, seed: int) -> float:
-    """Return the loss before the first step, which both optimizers share."""
-    at_init = (rows["step"] == 0) & (rows["split"] == "train") & (rows["metric"] == "loss")
-    return float(rows[at_init & (rows["seed"] == seed)]["value"].mean())

@@ -51,11 +51,8 @@ def grid_losses(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> pd.Series
         rows: table `training` of one model.
     """
     losses = final_losses(rows, optimizer)
-    below = above = 0
-    if recipe.extend_grid:
-        below = _count(recipe, optimizer, losses, -1)
-        above = _count(recipe, optimizer, losses, recipe.num_lrs)
-    rates = [_rate(recipe, optimizer, k) for k in range(-below, recipe.num_lrs + above)]
+    ks = _extended(recipe, optimizer, losses) if recipe.extend_grid else range(recipe.num_lrs)
+    rates = [_rate(recipe, optimizer, k) for k in ks]
     found = losses.index.to_numpy(dtype=float)
     return losses[np.isclose(found[:, None], rates, rtol=1e-4).any(1)]
 
@@ -98,18 +95,13 @@ def extend(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
         optimizer: "sgd" or "adamw".
         rows: table `training` of one model with the recipe's grid complete.
     """
-    losses = final_losses(rows, optimizer)
-    below = _count(recipe, optimizer, losses, -1)
-    above = _count(recipe, optimizer, losses, recipe.num_lrs)
-    if not recipe.extend_grid or below + above >= MAX_EXTENSIONS:
-        return []
+    ks = _extended(recipe, optimizer, final_losses(rows, optimizer))
     chosen = best(rows, optimizer, recipe)
-    if chosen is None:
+    if not recipe.extend_grid or len(ks) - recipe.num_lrs >= MAX_EXTENSIONS or chosen is None:
         return []
-    if np.isclose(chosen, _rate(recipe, optimizer, -below), rtol=1e-4):
-        return [_rate(recipe, optimizer, -below - 1)]
-    if np.isclose(chosen, _rate(recipe, optimizer, recipe.num_lrs - 1 + above), rtol=1e-4):
-        return [_rate(recipe, optimizer, recipe.num_lrs + above)]
+    for edge, beyond in ((ks[0], ks[0] - 1), (ks[-1], ks[-1] + 1)):
+        if np.isclose(chosen, _rate(recipe, optimizer, edge), rtol=1e-4):
+            return [_rate(recipe, optimizer, beyond)]
     return []
 
 
@@ -130,9 +122,11 @@ def _has(losses: pd.Series, lr: float) -> bool:
     return bool(np.isclose(losses.index.to_numpy(dtype=float), lr, rtol=1e-4).any())
 
 
-def _count(recipe: Recipe, optimizer: str, losses: pd.Series, k: int) -> int:
-    """Count the rates already run from k outwards (down from -1, up from num_lrs)."""
-    count, step = 0, -1 if k < 0 else 1
-    while _has(losses, _rate(recipe, optimizer, k + step * count)):
-        count += 1
-    return count
+def _extended(recipe: Recipe, optimizer: str, losses: pd.Series) -> range:
+    """Return the k of the recipe's grid and of the rates run beyond its ends without a gap."""
+    low, high = 0, recipe.num_lrs
+    while _has(losses, _rate(recipe, optimizer, low - 1)):
+        low -= 1
+    while _has(losses, _rate(recipe, optimizer, high)):
+        high += 1
+    return range(low, high)

@@ -112,8 +112,7 @@ def train(
     if not math.isfinite(init_loss):
         raise ValueError(f"model {entry.name!r} has a loss of {init_loss} before the first step")
 
-    values: list[tuple[int, str, str, float]] = []  # step, split, metric, value
-    values += _measured(0, "train", init_loss, init_score)
+    values = _measured(0, "train", init_loss, init_score)
     stage_rows: list[dict[str, Any]] = []
     scored = task.metric == "accuracy" and task.size(data, "test") > 0
     stage_at: dict[str, int] = {}
@@ -178,18 +177,9 @@ def train(
     final_loss = init_loss if diverged else final_loss
     values += _measured(step, "train", final_loss, final_score)
     shared = {"model": entry.name, "optimizer": optimizer, "lr": lr, "seed": seed}
-    rows = [
-        {
-            **shared,
-            "step": at,
-            "split": split,
-            "metric": metric,
-            "value": value,
-            "diverged": diverged,
-            "protocol_version": PROTOCOL_VERSION,
-        }
-        for at, split, metric, value in values
-    ]
+    shared |= {"diverged": diverged, "protocol_version": PROTOCOL_VERSION}
+    names = ("step", "split", "metric", "value")
+    rows = [shared | dict(zip(names, measured, strict=True)) for measured in values]
     seconds = time.perf_counter() - started
     return TrainingRun(rows, stage_rows, init_loss, final_loss, final_score, diverged, seconds)
 
@@ -304,7 +294,7 @@ def evaluate_test(
 def _measured(
     step: int, split: str, loss: float, score: float | None
 ) -> list[tuple[int, str, str, float]]:
-    """List what is finite of a loss and a score; a table has no place for nan."""
+    """List step, split, metric and value of what is finite; a table has no place for nan."""
     pairs = [("loss", loss)] + ([] if score is None else [("accuracy", score)])
     return [(step, split, metric, value) for metric, value in pairs if math.isfinite(value)]
 

@@ -153,7 +153,8 @@ def load_problem(
         entry=entry,
         stage=stage,
         model=model,
-        loss_fn=_loss_of(task),
+        # A loss that a task of someone's own defines has no parts.
+        loss_fn=SplitLoss(task.logits, task.loss_of) if type(task).loss is Task.loss else task.loss,
         batches=batches,
         task=task,
         step=step,
@@ -165,10 +166,3 @@ def load_problem(
         num_terms=sum(map(task.num_terms, batches)),
         data_source=f"{data.source}, sha256 {data.checksum[:12]}",
     )
-
-
-def _loss_of(task: Task) -> LossFn:
-    """Return the task's loss in two parts; as it is where a task of someone's own defines it."""
-    if type(task).loss is not Task.loss:
-        return task.loss
-    return SplitLoss(task.logits, task.loss_of)

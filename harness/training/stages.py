@@ -116,13 +116,10 @@ def initial_model(
                 f"{entry.name!r} starts from {entry.pretrained!r}, which is not trained yet "
                 f"({where}); run: harness run {entry.pretrained}"
             )
-        load(model, path, entry=_in_registry(entry.pretrained))
+        # None for an entry that is not of the tree, whose folder is not known here.
+        known = next((e for e in registry.entries() if e.name == entry.pretrained), None)
+        load(model, path, entry=known)
     return model
-
-
-def _in_registry(name: str) -> ModelEntry | None:
-    """Return an entry of the tree; None for others, whose folder is not known here."""
-    return next((entry for entry in registry.entries() if entry.name == name), None)
 
 
 def entry_hash(entry: ModelEntry) -> str:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,21 +160,14 @@ def renew_batch_norm(model: nn.Module, task: Task, batches: list[Batch]) -> None
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    with _cumulative(norms):
-        model.train()
-        for batch in batches:
-            task.logits(model, batch)
-
-
-@contextmanager
-def _cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let batch norms average over all that they see, from now on."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
+        norm.momentum = None  # the average over all that it sees
     try:
-        yield
+        model.train()
+        for batch in batches:
+            task.logits(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

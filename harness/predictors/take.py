@@ -123,14 +123,13 @@ def _take_family(
     command: str,
 ) -> None:
     begin = time.perf_counter()
-    source = source_of(problem)
     if family == "spectrum":
         parts, facts = _from_store(problem, settings, ledger)
     else:
         parts = _measure(problem, settings, family, data_root)
-        facts = _facts(problem) | {"batch_hash": source["batch_hash"]}
+        facts = _facts(problem)
     asked = {"predictors": family}
-    run = describe_run(source | settings.key | asked, settings, command)
+    run = describe_run(source_of(problem) | settings.key | asked, settings, command)
     shared = {
         "model": problem.entry.name,
         "init_seed": problem.init_seed,
@@ -178,15 +177,15 @@ def _from_store(
     found = [stored_rows(problem, settings, some, any_batch=True) for some in ledgers]
     whole, first, second = ({} if rows.empty else of_spectrum(rows) for rows in found)
     if not whole:
-        return (whole, first, second), _facts(problem) | {"batch_hash": batch_hash(problem.batches)}
+        return (whole, first, second), _facts(problem)
     row = found[0].iloc[0]
-    facts = {c: row[c] for c in ("batch_size", "num_terms", "batch_hash", "data_source")}
-    return (whole, first, second), facts
+    return (whole, first, second), {fact: row[fact] for fact in _facts(problem)}
 
 
 def _facts(problem: Problem) -> dict[str, Any]:
     names = ("batch_size", "num_terms", "data_source")
-    return {name: getattr(problem, name) for name in names}
+    facts = {name: getattr(problem, name) for name in names}
+    return facts | {"batch_hash": batch_hash(problem.batches)}
 
 
 def _rows(family: str, parts: Parts) -> Iterator[dict[str, Any]]:

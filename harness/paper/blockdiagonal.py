@@ -327,15 +327,11 @@ def _draw_tiny(matrices: Mapping[tuple[int, str], Array]) -> Figure:
         top = matrix.max()
         image = ax.imshow(matrix, cmap="cividis", norm=LogNorm(top / 1e4, top))
         ax.set_title(f"{depth} layers, {name}", fontsize=9)
-        count = len(matrix)
-        if depth == DEPTHS[0]:
-            labels = [f"{i // 3} {list(GROUPS)[i % 3]}" for i in range(count)]
-            ax.set_yticks(range(count), labels, fontsize=8)
-            ax.set_xticks(range(count), labels, fontsize=8, rotation=90)
-        else:
-            ticks = range(0, count, 3)
-            ax.set_xticks(ticks, [f"{i // 3}" for i in ticks], fontsize=8)
-            ax.set_yticks(ticks, [f"{i // 3}" for i in ticks], fontsize=8)
+        every = depth == DEPTHS[0]
+        ticks = range(0, len(matrix), 1 if every else 3)
+        labels = [f"{i // 3} {list(GROUPS)[i % 3]}" if every else f"{i // 3}" for i in ticks]
+        ax.set_xticks(ticks, labels, fontsize=8, rotation=90 if every else 0)
+        ax.set_yticks(ticks, labels, fontsize=8)
         figure.colorbar(image, ax=ax, shrink=0.8)
     figure.supxlabel("layer (groups QK, VP, MLP); colour: mean |entry| of H", fontsize=9)
     return figure

@@ -275,10 +275,9 @@ def table1(source: release.Source) -> Result:
         for reading in EVERY_READING:
             numbers = [None if pd.isna(x) else float(x) for x in found[reading]]
             readings[reading] = {"values": numbers}
-            known = [i for i, number in enumerate(numbers) if number is not None]
+            known = pd.DataFrame({"theirs": paper, "ours": numbers}, dtype=float).dropna()
             if len(known) >= 4:
-                ours = pd.Series([numbers[i] for i in known])
-                theirs = pd.Series([paper[i] for i in known])
+                theirs, ours = known["theirs"], known["ours"]
                 readings[reading] |= _spearman(theirs, ours) | {"factor": _factor(theirs, ours)}
         systems = [system for (system, *_), _ in there]
         values[column] = {

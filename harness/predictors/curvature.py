@@ -78,25 +78,21 @@ def of_full(problem: Problem, settings: Settings) -> dict[str, Value]:
     with problem.hessian(replace(settings, partition="full")) as hessian:
         [block] = hessian.blocks
         gradient = hessian.gradient()
-        pieces = [gradient[part.parameter] for part in block.parts]
-        shapes = [hessian.parameter(part.parameter) for part in block.parts]
-        g = torch.cat(
-            [
-                torch.zeros_like(p).flatten() if piece is None else piece.flatten()
-                for piece, p in zip(pieces, shapes, strict=True)
-            ]
-        )
+        names = [part.parameter for part in block.parts]
+        found = [(gradient[name], hessian.parameter(name)) for name in names]
+        pieces = [torch.zeros_like(p) if piece is None else piece for piece, p in found]
+        g = torch.cat([piece.flatten() for piece in pieces])
         probes = _Probes(problem, block.num_params, g)
         signs = probes.rademacher()
         vectors = [g, g.sign(), *signs, *probes.cauchy()]
-        found = hessian.products([(0, v) for v in vectors])
+        products = hessian.products([(0, v) for v in vectors])
         largest, steps = largest_eigenvalue(
             lambda v: hessian.products([(0, v)])[0], probes.gaussian()
         )
     first = 2 + NUM_RADEMACHER
-    return sharpness(g, found[0], found[1]) | {
-        "diagonal_ratio": diagonal_ratio(signs, found[2:first]),
-        "linf_smoothness": linf_smoothness(found[first:], largest, steps),
+    return sharpness(g, products[0], products[1]) | {
+        "diagonal_ratio": diagonal_ratio(signs, products[2:first]),
+        "linf_smoothness": linf_smoothness(products[first:], largest, steps),
     }
 
 
@@ -121,12 +117,9 @@ class _Probes:
 
     def cauchy(self) -> list[Tensor]:
         """Return vectors of independent standard Cauchy entries, over d."""
-        generators = [torch.Generator().manual_seed(s) for s in self._seeds("cauchy", NUM_CAUCHY)]
-        empty = [torch.empty(self._num_params) for _ in generators]
-        return [
-            (v.cauchy_(generator=generator) / self._num_params).to(self._like)
-            for v, generator in zip(empty, generators, strict=True)
-        ]
+        d, seeds = self._num_params, self._seeds("cauchy", NUM_CAUCHY)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [(torch.empty(d).cauchy_(generator=g) / d).to(self._like) for g in generators]
 
     def _seeds(self, kind: str, count: int) -> list[int]:
         return [probe_seed(*self._named, f"{FULL_BLOCK}/{kind}", i) for i in range(count)]

@@ -305,27 +305,16 @@ def _behind(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return how far losses between two lengths are above a target, the variance, its freedom.
 
-    Args:
-        ends: Losses at the lengths.
-        target: The losses to be reached.
-        places: In log2 of the length, shape (n,).
-        segments: The lengths that each lies after, shape (n,).
-
-    Returns:
-        Three arrays (n,); Welch and Satterthwaite's degrees of freedom.
+    At places in log2 of the length, shape (n,), and so are the three arrays, each after the length
+    that `segments` names. The freedom is Welch and Satterthwaite's.
     """
     part = places - segments
     means = np.array([sample.mean for sample in ends])
     variances = np.array([sample.variance for sample in ends])
     counts = np.array([len(sample.values) for sample in ends])
     mean = (1 - part) * means[segments] + part * means[segments + 1] - target.mean
-    terms = np.stack(
-        [
-            (1 - part) ** 2 * variances[segments],
-            part**2 * variances[segments + 1],
-            np.full_like(part, target.variance),
-        ]
-    )
+    first, second = (1 - part) ** 2 * variances[segments], part**2 * variances[segments + 1]
+    terms = np.stack([first, second, np.full_like(part, target.variance)])
     others = np.full_like(counts[segments], len(target.values))
     freedoms = np.stack([counts[segments], counts[segments + 1], others]) - 1
     total, spread = terms.sum(0), (terms**2 / freedoms).sum(0)

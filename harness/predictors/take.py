@@ -73,8 +73,25 @@ def take(
         if on_progress is not None:
             on_progress(done, len(steps))
         problem = load(entry, seed, data_root, ledger)
-        if not _is_done(problem, family, ledger):
-            _take_family(problem, settings, family, data_root, ledger, command)
+        if _is_done(problem, family, ledger):
+            continue
+        begin = time.perf_counter()
+        if family == "spectrum":
+            parts, facts = _from_store(problem, settings, ledger)
+        else:
+            parts, facts = _measure(problem, settings, family, data_root), _facts(problem)
+        asked = {"predictors": family}
+        run = describe_run(source_of(problem) | settings.key | asked, settings, command)
+        facts |= {
+            "model": entry.name,
+            "init_seed": seed,
+            "protocol_version": VERSIONS["predictors"],
+            "seconds": time.perf_counter() - begin,
+            "run_id": run["run_id"],
+        }
+        version.note(entry, ledger)
+        ledger.write("runs", [run])
+        ledger.write("predictors", [facts | row for row in _rows(family, parts)])
     if on_progress is not None:
         on_progress(len(steps), len(steps))
     return ledger.rows("predictors", entry.name)
@@ -112,34 +129,6 @@ def _is_done(problem: Problem, family: str, ledger: Ledger) -> bool:
     rows = ledger.rows("predictors", problem.entry.name, **of)
     rows = rows[rows["status"].isin(["ok", "failed"])]
     return family != "spectrum" and names <= set(rows["predictor"])
-
-
-def _take_family(
-    problem: Problem,
-    settings: Settings,
-    family: str,
-    data_root: Path | None,
-    ledger: Ledger,
-    command: str,
-) -> None:
-    begin = time.perf_counter()
-    if family == "spectrum":
-        parts, facts = _from_store(problem, settings, ledger)
-    else:
-        parts = _measure(problem, settings, family, data_root)
-        facts = _facts(problem)
-    asked = {"predictors": family}
-    run = describe_run(source_of(problem) | settings.key | asked, settings, command)
-    shared = {
-        "model": problem.entry.name,
-        "init_seed": problem.init_seed,
-        "protocol_version": VERSIONS["predictors"],
-        "seconds": time.perf_counter() - begin,
-        "run_id": run["run_id"],
-    }
-    version.note(problem.entry, ledger)
-    ledger.write("runs", [run])
-    ledger.write("predictors", [shared | facts | row for row in _rows(family, parts)])
 
 
 def _measure(problem: Problem, settings: Settings, family: str, data_root: Path | None) -> Parts:

@@ -6,11 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from spectra_db.load import BUNDLED
-
 from harness.leaderboard.derived import derive, derived_of_release
 from spectra_db import check
 from spectra_db.diff import compare
+from spectra_db.loading import BUNDLED
 from spectra_db.release import release
 from spectra_db.schema import TABLES
 

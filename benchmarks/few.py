@@ -7,20 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 
 import spectra_db
 from benchmarks.cases import gpt_10m
-from benchmarks.study import rows_of, sampled
+from benchmarks.study import TOLERANCE, rows_of, runs_of, sampled
 from benchmarks.study_page import NAMES, percent, table
 from harness import estimate_spectra
-from harness.estimator.lanczos import Recurrence
 
 # Probes × steps, by products, and how often each is sampled.
 LADDER = ((2, 8), (2, 10), (3, 8), (3, 10), (4, 8), (5, 8), (4, 12), (5, 12), (4, 20))
 REPETITIONS = 36
 SCALES = ("lambda10", "raw", "own_rms")
-TOLERANCE = 0.02
 # Of the large GPT: seeds of its probes, and the steps of the first probe and of the others.
 SEEDS, LONG, SHORT = (1, 2, 3, 4, 5), 40, 10
 _LARGE = "GPT of 10.8 M"
@@ -76,13 +73,7 @@ def large(rows: pd.DataFrame) -> pd.DataFrame:
     The truth is the value of all five × SHORT. Where `truncation` holds, the error is that of the
     first probe after so many steps, against its LONG.
     """
-    runs = {
-        str(name): [
-            Recurrence(torch.empty(0), None, list(r.alphas), list(r.betas), None, r.breakdown)
-            for r in group.itertuples()
-        ]
-        for name, group in rows.groupby("block")
-    }
+    runs = runs_of(rows)
     blocks = rows[rows["probe"] == 0]
 
     def value(probes: Sequence[int], num_steps: int, scale: str) -> float:

@@ -195,13 +195,7 @@ def reference(entry: ModelEntry, num_samples: int) -> pd.DataFrame:
     )
     seconds = (time.process_time() - begin) / (REFERENCE[0] * REFERENCE[1])
     sampled = rows[rows["method"] == "slq"]
-    runs: dict[str, list[Recurrence]] = {
-        str(name): [
-            Recurrence(torch.empty(0), None, list(r.alphas), list(r.betas), None, r.breakdown)
-            for r in group.itertuples()
-        ]
-        for name, group in sampled.groupby("block")
-    }
+    runs = runs_of(sampled)
     blocks = {"num_blocks": rows["block"].nunique(), "num_sampled": len(runs), "seconds": seconds}
     numbers = {"num_probes": REFERENCE[0], "num_steps": REFERENCE[1]}
     found = [blocks | estimate(rows) | numbers]
@@ -324,6 +318,17 @@ def full() -> pd.DataFrame:
     near_zero = truth[1][np.abs(truth[0]) < 0.02 * rms].sum()
     size = runs["float32"]["num_params"].iloc[0]
     return pd.DataFrame(found).assign(num_params=size, near_zero=near_zero)
+
+
+def runs_of(rows: pd.DataFrame) -> dict[str, list[Recurrence]]:
+    """Return the recurrences of sampled rows, by block, in the order of the rows."""
+    return {
+        str(name): [
+            Recurrence(torch.empty(0), None, list(r.alphas), list(r.betas), None, r.breakdown)
+            for r in group.itertuples()
+        ]
+        for name, group in rows.groupby("block")
+    }
 
 
 def rows_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,12 @@ def test_every_folder_has_its_place_in_the_order():
     assert folders == set(FOLDERS)
     loose = {path.stem for path in (ROOT / "harness").glob("*.py")}
     assert loose == {"__init__", "__main__", "errors"}
+
+
+@pytest.mark.parametrize("path", _files("benchmarks"), ids=lambda path: path.name)
+def test_every_benchmark_module_imports(path):
+    """Also what asv alone loads: a name that is gone would stay unseen until somebody measures."""
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 def test_the_harness_imports_neither_benchmarks_nor_tests():

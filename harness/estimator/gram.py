@@ -173,8 +173,9 @@ def _warn_of_wrong_derivatives(hessian: BlockHessian) -> None:
     """Warn of blocks for which the derivative of the gradient is not its slope.
 
     A second derivative that is wrong hides a bend: the block then seems linear. One product with
-    all blocks as one, on few samples, is compared with differences of the gradient, as far as two
-    of these agree. They want a copy of the model; where there is no memory for it, none is made.
+    all blocks as one, on few samples, is compared with differences of the gradient: it is right
+    with the first that agrees, and wrong where two agree with each other and not with it. They want
+    a copy of the model; where there is no memory for it, none is made.
     """
     few = [piece for piece, _ in islice(hessian.pieces(), _PIECES)]
     joint = hessian.of(hessian.loss_fn, few).joined()

@@ -342,8 +342,9 @@ def _windows(
     ends = np.cumsum([0, *(len(nodes) * len(offsets) for nodes, _ in rules)], dtype=np.int32)
     shape = (len(rules), len(lattice))
     matrix = scipy.sparse.csr_array((values.ravel(), columns.ravel(), ends), shape=shape)
-    matrix.sum_duplicates()
-    return matrix
+    by_point = matrix.tocsc()  # sorts by counting, where sum_duplicates of rows would compare
+    by_point.sum_duplicates()
+    return by_point.tocsr()
 
 
 def global_max(blocks: Sequence[BlockSpectrum]) -> float:

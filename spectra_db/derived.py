@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from spectra_db import store
+from spectra_db import followed, store
 from spectra_db.heterogeneity import GRADIENT, MOMENTS, metrics, that_need
 from spectra_db.schema import KEYS, SPECTRUM, TABLES, VERSIONS
 
@@ -46,7 +46,8 @@ def differences(
 
     Args:
         folder: Folder of tables, each valid.
-        derived: Table ↦ what makes it from others.
+        derived: Table ↦ what makes it from others. What DERIVED makes is not made again where the
+            same bytes were found to follow before (`followed`).
         on_progress: Called with (files done, files in all).
         models: Compare their files alone; None: all.
     """
@@ -65,11 +66,19 @@ def differences(
 def _of_file(folder: Path, derived: Mapping[str, Derive], path: Path) -> list[str]:
     table = path.parent.name
     stored = store.read(path, table).to_pandas()
+    # Others depend on more than the model's tables.
+    alone = derived[table] is DERIVED.get(table)
+    note = followed.note_of(folder, table, path.stem) if alone else None
+    if note is not None and note.exists():
+        return []
     try:
         expected = derived[table](folder, stored)
     except ValueError as error:
         return [f"{path}: it can't be made anew from other tables: {error}"]
-    return [f"{path}: {reason}" for reason in unlike(table, stored, expected)]
+    found = [f"{path}: {reason}" for reason in unlike(table, stored, expected)]
+    if note is not None and not found:
+        followed.write(note)
+    return found
 
 
 def unlike(table: str, stored: pd.DataFrame, expected: pd.DataFrame) -> Iterator[str]:

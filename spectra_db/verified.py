@@ -41,7 +41,7 @@ def mark(root: Path, agreed: Mapping[str, Extent], wrong: Collection[str]) -> No
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     notes = _read(root) | {
-        model: {"tables_sha256": _digest(root, model), **asdict(extent), "verified": now}
+        model: {"tables_sha256": digest_of(root, model), **asdict(extent), "verified": now}
         for model, extent in agreed.items()
     }
     _write(root, {model: note for model, note in notes.items() if model not in wrong})
@@ -52,7 +52,7 @@ def verified_models(root: Path) -> dict[str, Extent]:
     return {
         model: Extent(*(int(note[name]) for name in _COUNTS))
         for model, note in _read(root).items()
-        if note["tables_sha256"] == _digest(root, model)
+        if note["tables_sha256"] == digest_of(root, model)
     }
 
 
@@ -62,8 +62,8 @@ def copy(source: Path, target: Path) -> None:
     kept = {
         model: note | {"tables_sha256": digest}
         for model, note in notes.items()
-        if note["tables_sha256"] == _digest(source, model)
-        and (digest := _digest(target, model)) is not None
+        if note["tables_sha256"] == digest_of(source, model)
+        and (digest := digest_of(target, model)) is not None
     }
     if notes:
         _write(target, kept)
@@ -93,7 +93,7 @@ def _write(root: Path, notes: dict[str, dict[str, Any]]) -> None:
         part.write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _digest(root: Path, model: str) -> str | None:
+def digest_of(root: Path, model: str) -> str | None:
     """Return a sha256 of all tables of a model; None where it has no spectra."""
     try:
         paths = {table: store.path_of(root, table, model) for table in TABLES}

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from spectra_db import check, manifest, store, verified
+from spectra_db import check, followed, manifest, store, verified
+from spectra_db.derived import DERIVED
 from spectra_db.loading import BUNDLED
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
@@ -399,6 +400,53 @@ def test_what_other_tables_do_not_give_is_found_though_all_hashes_are_right(
     found = "\n".join(check.problems(out))
     assert f"{table}/digits-cnn.parquet: " in found
     assert message in found
+
+
+@pytest.fixture
+def made_anew(monkeypatch, tmp_path):
+    """Return the tables that are made anew, in turn; nothing was found to follow before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = []
+    for table, derive in list(DERIVED.items()):
+        monkeypatch.setitem(
+            DERIVED, table, lambda *a, t=table, d=derive: (made.append(t), d(*a))[1]
+        )
+    return made
+
+
+def test_what_was_found_to_follow_is_not_made_anew_but_with_other_bytes(tmp_path, made_anew):
+    source, out = write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data"
+    release(source, out, "0.1.0")
+    assert check.problems(out) == []
+    assert sorted(made_anew) == ["heterogeneity", "stages"]
+    copied = Path(shutil.copytree(out, tmp_path / "copied"))
+    assert check.problems(copied) == []
+    assert len(made_anew) == 2
+
+    rows = store.read(source / "heterogeneity/digits-cnn.parquet", "heterogeneity").to_pandas()
+    (source / "heterogeneity/digits-cnn.parquet").unlink()
+    store.write(source, "heterogeneity", rows.assign(value=0.9))
+    release(source, tmp_path / "forged", "0.1.0")
+    for _ in range(2):  # what does not follow is not noted
+        [problem] = check.problems(tmp_path / "forged")
+        assert "rows are not what other tables give" in problem
+
+
+def test_code_that_changed_finds_out_again(tmp_path, made_anew, monkeypatch):
+    release(write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data", "0.1.0")
+    check.problems(tmp_path / "data")
+    monkeypatch.setattr(followed, "_code", lambda: ["another"])
+    assert check.problems(tmp_path / "data") == []
+    assert sorted(made_anew) == ["heterogeneity"] * 2 + ["stages"] * 2
+
+
+def test_a_cache_that_can_not_be_written_to_is_none(tmp_path, made_anew, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    release(write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data", "0.1.0")
+    for _ in range(2):
+        assert check.problems(tmp_path / "data") == []
+    assert sorted(made_anew) == ["heterogeneity"] * 2 + ["stages"] * 2
 
 
 @pytest.mark.skipif(not (BUNDLED / "manifest.json").exists(), reason="no release is bundled")

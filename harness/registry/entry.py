@@ -267,15 +267,12 @@ class ModelEntry:
             except UserError as error:  # says what to do already
                 raise UserError(f"entry {self.name!r}: {error}") from error
             except Exception as error:
-                side = model_options.get("image_size")
-                hint = (
-                    ""
-                    if side is None
-                    else (
+                hint = ""
+                if (side := model_options.get("image_size")) is not None:
+                    hint = (
                         f". If the images, {side} × {side}, are not of its size: option "
                         "image_size of the task resizes them"
                     )
-                )
                 raise UserError(
                     f"entry {self.name!r}: {self.factory} failed with {type(error).__name__}: "
                     f"{error}; its arguments were {options}{hint}"

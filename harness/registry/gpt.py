@@ -8,22 +8,31 @@ from typing import Any
 from harness.registry.entry import ModelEntry, Recipe
 from harness.registry.recipes import BOOKS, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
 
-_GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners"
+_GPT: dict[str, Any] = {
+    "family": "gpt",
+    "factory": "harness.registry.networks.transformer:GPT",
+    "reference": "Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
+    **OWN,
+}
 _LLAMA = "Touvron et al. 2023, arXiv 2302.13971"
-_GPT = "harness.registry.networks.transformer:GPT"
-_LIBRARY = "harness.registry.networks.libraries:llama"
-_NANO: dict[str, Any] = {"num_layers": 3, "num_heads": 4, "width": 96}
-_LONG: dict[str, Any] = {
+_LIBRARY: dict[str, Any] = {
+    "family": "llama",
+    "factory": "harness.registry.networks.libraries:llama",
+    **TRANSFORMERS,
+    **SMALL,
+}
+_NANO: dict[str, Any] = {
+    "options": {"num_layers": 3, "num_heads": 4, "width": 96},
     "hessian_batch_size": 16,
     "recipe": replace(LANGUAGE, batch_size=8, eval_size=512),
+    **_GPT,
+    **SMALL,
 }
 
 ENTRIES = (
     ModelEntry(
         name="gpt-pydoc",
-        family="gpt",
         tier="demo",
-        factory=_GPT,
         options={"num_layers": 2, "num_heads": 4, "width": 32},
         task="pydoc",
         task_options={"context": 32},
@@ -40,86 +49,61 @@ ENTRIES = (
         ),
         stages=("init", "final"),
         full_stages=("init", "final"),
-        reference=_GPT2,
         description="Two layers of width 32 on the characters of Python's documentation",
-        **OWN,
+        **_GPT,
     ),
     ModelEntry(
         name="gpt-2x64-shakespeare",
-        family="gpt",
-        factory=_GPT,
         options={"num_layers": 2, "num_heads": 4, "width": 64},
-        reference=_GPT2,
         description="Two layers of width 64, tied",
-        **OWN,
+        **_GPT,
         **SMALL,
         **SHAKESPEARE,
     ),
     ModelEntry(
         name="gpt-2x128-shakespeare",
-        family="gpt",
-        factory=_GPT,
         options={"num_layers": 2, "num_heads": 4, "width": 128},
-        reference=_GPT2,
         description="Two layers of width 128, tied",
-        **OWN,
+        **_GPT,
         **SMALL,
         **SHAKESPEARE,
     ),
     ModelEntry(
         name="gpt-6x48-untied-shakespeare",
-        family="gpt",
-        factory=_GPT,
         options={"num_layers": 6, "num_heads": 4, "width": 48, "tied": False},
-        reference=_GPT2,
         description="Six layers of width 48, embedding and head apart",
-        **OWN,
+        **_GPT,
         **SMALL,
         **SHAKESPEARE,
     ),
     ModelEntry(
         name="gpt-2x64-wikitext",
-        family="gpt",
-        factory=_GPT,
         options={"num_layers": 2, "num_heads": 4, "width": 64, "bias": True},
         task="wikitext",
         task_options={"context": 64, "tokenizer": "word", "vocab_size": 2048},
         hessian_batch_size=32,
         recipe=LANGUAGE,
-        reference=_GPT2,
         description="Two layers of width 64 with biases, tied, on 2,048 words",
-        **OWN,
+        **_GPT,
         **SMALL,
     ),
     ModelEntry(
         name="gpt-nano-books",
-        family="gpt",
-        factory=_GPT,
-        options=_NANO,
-        reference=_GPT2,
         description="Three layers of width 96, tied; the pretraining of gpt-nano-sft",
-        **OWN,
-        **SMALL,
-        **BOOKS | _LONG | {"task_options": {"context": 128}},
+        task="books",
+        task_options={"context": 128},
+        **_NANO,
     ),
     ModelEntry(
         name="gpt-nano-sft",
-        family="gpt",
-        factory=_GPT,
-        options=_NANO,
         task="sft",
         task_options={"corpus": "dolly", "tokenizer": "char", "context": 128},
         pretrained="gpt-nano-books",
-        reference=_GPT2,
         description="gpt-nano-books fine-tuned on instructions; stands in for gpt2-sft",
-        **OWN,
-        **SMALL,
-        **_LONG,
+        **_NANO,
     ),
     ModelEntry(
         name="llama-2x64-shakespeare",
-        family="llama",
-        factory=_LIBRARY,
         options={
             "hidden_size": 64,
             "intermediate_size": 176,
@@ -128,14 +112,11 @@ ENTRIES = (
         },
         reference=_LLAMA,
         description="Two layers of width 64, embedding and head apart",
-        **TRANSFORMERS,
-        **SMALL,
+        **_LIBRARY,
         **SHAKESPEARE,
     ),
     ModelEntry(
         name="llama-gqa-4x64-books",
-        family="llama",
-        factory=_LIBRARY,
         options={
             "hidden_size": 64,
             "intermediate_size": 176,
@@ -146,8 +127,7 @@ ENTRIES = (
         },
         reference=f"{_LLAMA}; grouped queries: Ainslie et al. 2023, arXiv 2305.13245",
         description="Four layers of width 64 with grouped queries, tied",
-        **TRANSFORMERS,
-        **SMALL,
+        **_LIBRARY,
         **BOOKS,
     ),
 )

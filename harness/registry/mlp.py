@@ -11,14 +11,19 @@ training loss, the paper by test accuracy, which is another result: docs/mlp-swe
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from harness.registry.entry import ModelEntry, Recipe
 from harness.registry.recipes import CIFAR10, IMAGES, MNIST, OWN, SMALL
 
 _FACTORY = "harness.registry.networks.mlp:MLP"
-_PAPER = "Zhang et al. 2024, arXiv 2402.16788"
-_PERCEPTRON = "Rumelhart, Hinton & Williams 1986, Nature 323, 533-536"
-
+_SMALL: dict[str, Any] = {
+    "family": "mlp",
+    "factory": _FACTORY,
+    "reference": "Rumelhart, Hinton & Williams 1986, Nature 323, 533-536",
+    **OWN,
+    **SMALL,
+}
 _SWEEP = Recipe(
     num_steps=468,  # an epoch of 60,000 images, its ragged last batch dropped
     batch_size=128,
@@ -32,24 +37,16 @@ _SWEEP = Recipe(
 ENTRIES = (
     ModelEntry(
         name="mlp-mnist",
-        family="mlp",
-        factory=_FACTORY,
         options={"widths": (256, 128)},
-        reference=_PERCEPTRON,
         description="Two hidden layers, 256 and 128",
-        **OWN,
-        **SMALL,
+        **_SMALL,
         **MNIST | {"recipe": replace(IMAGES, batch_size=128)},
     ),
     ModelEntry(
         name="mlp-deep-cifar10",
-        family="mlp",
-        factory=_FACTORY,
         options={"widths": (128, 128, 128, 128, 128)},
-        reference=_PERCEPTRON,
         description="Five hidden layers of 128",
-        **OWN,
-        **SMALL,
+        **_SMALL,
         **CIFAR10 | {"recipe": replace(IMAGES, batch_size=128)},
     ),
     *(
@@ -63,7 +60,7 @@ ENTRIES = (
             hessian_batch_size=1024,
             recipe=_SWEEP,
             stages=("init", "final"),
-            reference=_PAPER,
+            reference="Zhang et al. 2024, arXiv 2402.16788",
             description=f"Hidden layers of 300, 128 and 64, each layer's output scaled by {c}",
             **OWN,
         )

@@ -24,10 +24,6 @@ from harness.registry.recipes import OWN, TIMM, TORCHVISION, TRANSFORMERS
 _PAPER = "Zhang et al. 2024, arXiv 2402.16788"
 _GPT = "harness.registry.networks.transformer:GPT"
 _GPT2 = f"Radford et al. 2019, Language Models are Unsupervised Multitask Learners; {_PAPER}"
-_GPT2_OPTIONS: dict[str, Any] = {"context": 1024, "num_layers": 12, "num_heads": 12, "width": 768}
-_GPT2_LAYERS = ("wte.weight", "h.0.*", "h.3.*", "h.7.*", "h.11.*")
-# One sequence of 512 of GPT-2's 1,024 positions: half the cost of a whole context.
-_SEQUENCE: dict[str, Any] = {"tokenizer": "gpt2", "context": 512}
 
 # 90 epochs of 1,281,167 images, 5,004 batches of 256 each.
 _IMAGENET_RECIPE = Recipe(
@@ -58,7 +54,20 @@ _IMAGENET: dict[str, Any] = {
     "moments_batch_size": 16,
     "recipe": _IMAGENET_RECIPE,
 }
-_LANGUAGE: dict[str, Any] = {**_PAPER_TIER, "recipe": _GPT2_RECIPE}
+_GPT2_124M: dict[str, Any] = {
+    **_PAPER_TIER,
+    "family": "gpt",
+    "factory": _GPT,
+    "options": {"context": 1024, "num_layers": 12, "num_heads": 12, "width": 768},
+    # One sequence of 512 of GPT-2's 1,024 positions: half the cost of a whole context.
+    "task_options": {"tokenizer": "gpt2", "context": 512},
+    "hessian_batch_size": 1,
+    "moments_batch_size": 4,
+    "paper_blocks": ("wte.weight", "h.0.*", "h.3.*", "h.7.*", "h.11.*"),
+    "recipe": _GPT2_RECIPE,
+    "reference": _GPT2,
+    **OWN,
+}
 
 ENTRIES = (
     ModelEntry(
@@ -157,51 +166,24 @@ ENTRIES = (
     ),
     ModelEntry(
         name="gpt2-openwebtext",
-        family="gpt",
-        factory=_GPT,
-        options=_GPT2_OPTIONS,
         task="openwebtext",
-        task_options=_SEQUENCE,
-        hessian_batch_size=1,
-        moments_batch_size=4,
-        paper_blocks=_GPT2_LAYERS,
         status="pending",
         reason="OpenWebText is only on the Hub, out of reach here; "
         "stand-ins: gpt2-wikitext, gpt2-books",
-        reference=_GPT2,
         description="GPT-2 (124 M, no biases, tied) on OpenWebText",
-        **OWN,
-        **_LANGUAGE,
+        **_GPT2_124M,
     ),
     ModelEntry(
         name="gpt2-wikitext",
-        family="gpt",
-        factory=_GPT,
-        options=_GPT2_OPTIONS,
         task="wikitext",
-        task_options=_SEQUENCE,
-        hessian_batch_size=1,
-        moments_batch_size=4,
-        paper_blocks=_GPT2_LAYERS,
-        reference=_GPT2,
         description="GPT-2 (124 M, no biases, tied) on WikiText-2; stands in for gpt2-openwebtext",
-        **OWN,
-        **_LANGUAGE,
+        **_GPT2_124M,
     ),
     ModelEntry(
         name="gpt2-books",
-        family="gpt",
-        factory=_GPT,
-        options=_GPT2_OPTIONS,
         task="books",
-        task_options=_SEQUENCE,
-        hessian_batch_size=1,
-        moments_batch_size=4,
-        paper_blocks=_GPT2_LAYERS,
-        reference=_GPT2,
         description="GPT-2 (124 M, no biases, tied) on books; stands in for gpt2-openwebtext",
-        **OWN,
-        **_LANGUAGE,
+        **_GPT2_124M,
     ),
     ModelEntry(
         name="gpt2-sft",

@@ -7,6 +7,7 @@ or 4,096 tokens a step. Their spectra and predictors are taken at initialisation
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +16,7 @@ from harness.registry.recipes import OWN, TIMM, TRANSFORMERS
 
 _NETWORKS = "harness.registry.networks"
 _RESNET = "He et al. 2016, arXiv 1512.03385, section 4.2"
-_VGG = "Simonyan & Zisserman 2015, arXiv 1409.1556"
-_CONVNEXT = "Liu et al. 2022, arXiv 2201.03545"
 _VIT = "Dosovitskiy et al. 2021, arXiv 2010.11929"
-_MIXER = "Tolstikhin et al. 2021, arXiv 2105.01601"
-_PERCEPTRON = "Rumelhart, Hinton & Williams 1986, Nature 323, 533-536"
-_GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners"
-_LLAMA = "Touvron et al. 2023, arXiv 2302.13971"
-_MAMBA = "Gu & Dao 2023, arXiv 2312.00752"
-_LSTM = "Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735-1780"
-_BERT = "Devlin et al. 2019, arXiv 1810.04805"
 _BARCODES = "Kunstner et al. 2024, arXiv 2402.19449"
 
 _IMAGES = SpeedupRecipe(num_steps=800, batch_size=256, sgd_lr=0.1, adamw_lr=3e-3)
@@ -95,7 +87,7 @@ _LANGUAGE = ModelEntry(
     family="gpt",
     factory=f"{_NETWORKS}.transformer:GPT",
     options=_GPT,
-    reference=_GPT2,
+    reference="Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
     description="Two layers of width 32 on BPE of 2,048 tokens, tied",
     **OWN,
     **_BPE,
@@ -112,7 +104,7 @@ _WIDE = ModelEntry(
         "tie_word_embeddings": True,
         "initializer_range": _INIT_STD,
     },
-    reference=_LLAMA,
+    reference="Touvron et al. 2023, arXiv 2302.13971",
     description="Two layers of width 32 on BPE of 2,048 tokens, tied",
     **TRANSFORMERS,
     **_BPE,
@@ -131,7 +123,7 @@ _RANKED = (
         family="vgg",
         factory=f"{_NETWORKS}.convolutional:cnn",
         options={"widths": (8, 16, 32), "convs_per_stage": 2, "batch_norm": True},
-        reference=_VGG,
+        reference="Simonyan & Zisserman 2015, arXiv 1409.1556",
         description="Six 3×3 convolutions of 8, 16 and 32 channels with BatchNorm",
         **OWN,
         **_CIFAR,
@@ -148,7 +140,7 @@ _RANKED = (
             "kernel_sizes": 3,
             "ls_init_value": None,
         },
-        reference=_CONVNEXT,
+        reference="Liu et al. 2022, arXiv 2201.03545",
         description="Four ConvNeXt blocks in four stages, 3×3 kernels, no layer scale",
         **TIMM,
         **_CIFAR,
@@ -166,7 +158,7 @@ _RANKED = (
         family="mixer",
         factory=f"{_NETWORKS}.libraries:mixer",
         options={"patch_size": 8, "num_blocks": 3, "embed_dim": 48, "mlp_ratio": (0.5, 4.0)},
-        reference=_MIXER,
+        reference="Tolstikhin et al. 2021, arXiv 2105.01601",
         description="Three layers of width 48 on 8×8 patches, with a head that is not zero",
         **TIMM,
         **_CIFAR,
@@ -176,7 +168,7 @@ _RANKED = (
         family="mlp",
         factory=f"{_NETWORKS}.mlp:MLP",
         options={"widths": (128, 128, 128, 128, 128)},
-        reference=_PERCEPTRON,
+        reference="Rumelhart, Hinton & Williams 1986, Nature 323, 533-536",
         description="Five hidden layers of 128",
         **OWN,
         **_CIFAR,
@@ -221,7 +213,7 @@ _RANKED = (
         family="mamba",
         factory=f"{_NETWORKS}.libraries:mamba",
         options={"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1},
-        reference=_MAMBA,
+        reference="Gu & Dao 2023, arXiv 2312.00752",
         description="One layer of width 32 with states of size 4, tied",
         **TRANSFORMERS,
         **_BPE,
@@ -231,7 +223,7 @@ _RANKED = (
         family="lstm",
         factory=f"{_NETWORKS}.recurrent:LSTM",
         options={"width": 32, "num_layers": 1},
-        reference=_LSTM,
+        reference="Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735-1780",
         description="One layer of width 32, embedding and head apart",
         **OWN,
         **_BPE,
@@ -247,7 +239,7 @@ _RANKED = (
             "intermediate_size": 128,
             "initializer_range": _INIT_STD,
         },
-        reference=_BERT,
+        reference="Devlin et al. 2019, arXiv 1810.04805",
         description="Two layers of width 32 on BPE of 2,048 tokens, masked, tied",
         **TRANSFORMERS,
         **_BPE | {"task": "masked-books", "task_options": {"titles": _NOVELS}},
@@ -255,35 +247,19 @@ _RANKED = (
 )
 
 
-def _small_batch(entry: ModelEntry) -> ModelEntry:
-    """Return an entry with an eighth of the batch and eight times the steps: as many samples."""
-    assert entry.speedup is not None
-    recipe = replace(
-        entry.speedup,
-        num_steps=8 * entry.speedup.num_steps,
-        batch_size=entry.speedup.batch_size // 8,
-    )
-    return replace(
-        entry,
-        name=f"{entry.name}-small-batch",
-        tier="reference",
-        speedup=recipe,
-        description=f"{entry.name} with an eighth of the batch and eight times the steps",
-    )
-
-
-def _long_memory(entry: ModelEntry) -> ModelEntry:
-    """Return an entry with 0.98 for the momentum of both optimizers."""
-    assert entry.speedup is not None
-    recipe = entry.speedup
-    recipe = replace(recipe, momentum=0.98, adamw_betas=(0.98, recipe.adamw_betas[1]))
-    return replace(
-        entry,
-        name=f"{entry.name}-momentum98",
-        tier="reference",
-        speedup=recipe,
-        description=f"{entry.name} with a momentum of 0.98 in both optimizers",
-    )
+def _varied(
+    suffix: str, difference: str, vary: Callable[[SpeedupRecipe], SpeedupRecipe]
+) -> Iterator[ModelEntry]:
+    """Yield references: some of the ranked entries, with another recipe."""
+    for entry in (_RESNET8, _VISION, _LANGUAGE, _WIDE):
+        assert entry.speedup is not None
+        yield replace(
+            entry,
+            name=f"{entry.name}-{suffix}",
+            tier="reference",
+            speedup=vary(entry.speedup),
+            description=f"{entry.name} with {difference}",
+        )
 
 
 def _softmax(frequencies: str) -> ModelEntry:
@@ -315,8 +291,18 @@ _REFERENCES = (
     ),
     _softmax("balanced"),
     _softmax("zipf"),
-    *map(_small_batch, (_RESNET8, _VISION, _LANGUAGE, _WIDE)),
-    *map(_long_memory, (_RESNET8, _VISION, _LANGUAGE, _WIDE)),
+    *_varied(
+        "small-batch",
+        "an eighth of the batch and eight times the steps",
+        lambda recipe: replace(
+            recipe, num_steps=8 * recipe.num_steps, batch_size=recipe.batch_size // 8
+        ),
+    ),
+    *_varied(
+        "momentum98",
+        "a momentum of 0.98 in both optimizers",
+        lambda recipe: replace(recipe, momentum=0.98, adamw_betas=(0.98, recipe.adamw_betas[1])),
+    ),
 )
 
 ENTRIES = _RANKED + _REFERENCES

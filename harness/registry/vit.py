@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from harness.registry.entry import ModelEntry, Recipe
 from harness.registry.recipes import CIFAR10, MNIST, OWN, SMALL, TIMM
 
 _VIT = "Dosovitskiy et al. 2021, arXiv 2010.11929"
-_FACTORY = "harness.registry.networks.transformer:ViT"
+_OURS: dict[str, Any] = {"factory": "harness.registry.networks.transformer:ViT", **OWN}
 # Many blocks on many patches: 64 images keep a spectrum under two core-minutes.
-_HESSIAN = {"hessian_batch_size": 64}
+_SMALL: dict[str, Any] = {"family": "vit", "hessian_batch_size": 64, **SMALL}
+_WIDTH_48 = {"patch_size": 4, "num_layers": 3, "num_heads": 4, "width": 48}
 
 ENTRIES = (
     ModelEntry(
         name="vit-digits",
         family="vit",
         tier="demo",
-        factory=_FACTORY,
         options={"patch_size": 2, "num_layers": 2, "num_heads": 4, "width": 32},
         task="digits",
         hessian_batch_size=128,
@@ -31,39 +33,26 @@ ENTRIES = (
         full_stages=("init", "final"),
         reference=_VIT,
         description="Two pre-norm layers of width 32 on 2×2 patches of 8×8 digits",
-        **OWN,
+        **_OURS,
     ),
     ModelEntry(
         name="vit-cifar10",
-        family="vit",
-        factory=_FACTORY,
-        options={"patch_size": 4, "num_layers": 3, "num_heads": 4, "width": 48},
+        options=_WIDTH_48,
         reference=_VIT,
         description="Three pre-norm layers of width 48 on 4×4 patches",
-        **OWN,
-        **SMALL,
-        **CIFAR10 | _HESSIAN,
+        **_OURS,
+        **CIFAR10 | _SMALL,
     ),
     ModelEntry(
         name="vit-postnorm-cifar10",
-        family="vit",
-        factory=_FACTORY,
-        options={
-            "patch_size": 4,
-            "num_layers": 3,
-            "num_heads": 4,
-            "width": 48,
-            "pre_norm": False,
-        },
+        options={**_WIDTH_48, "pre_norm": False},
         reference=f"{_VIT}; norms as in Vaswani et al. 2017, arXiv 1706.03762",
         description="Three post-norm layers of width 48 on 4×4 patches",
-        **OWN,
-        **SMALL,
-        **CIFAR10 | _HESSIAN,
+        **_OURS,
+        **CIFAR10 | _SMALL,
     ),
     ModelEntry(
         name="vit-cls-mnist",
-        family="vit",
         factory="timm.models.vision_transformer:VisionTransformer",
         options={
             "img_size": 28,
@@ -76,7 +65,6 @@ ENTRIES = (
         reference=_VIT,
         description="Six pre-norm layers of width 64 on 7×7 patches, read out at a class token",
         **TIMM,
-        **SMALL,
-        **MNIST | _HESSIAN,
+        **MNIST | _SMALL,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.registry.entry import ModelEntry, Recipe
-from harness.registry.recipes import CIFAR10, MNIST, OWN, SMALL, TIMM
+from harness.registry.recipes import CIFAR10, DEMO, MNIST, OWN, SMALL, TIMM
 
 _NETWORKS = "harness.registry.networks.convolutional"
 _CNN: dict[str, Any] = {
@@ -41,7 +41,6 @@ ENTRIES = (
     ModelEntry(
         name="cnn-digits",
         family="cnn",
-        tier="demo",
         options={"widths": (16, 32, 32)},
         task="digits",
         hessian_batch_size=256,
@@ -53,10 +52,9 @@ ENTRIES = (
             warmup_steps=10,
             eval_size=1024,
         ),
-        stages=("init", "final"),
-        full_stages=("init", "final"),
         description="Three 3×3 convolutions with ReLU on 8×8 digits",
         **_CNN,
+        **DEMO,
     ),
     ModelEntry(
         name="vgg7-cifar10",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness.registry.entry import ModelEntry, Recipe
-from harness.registry.recipes import BOOKS, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
+from harness.registry.recipes import BOOKS, DEMO, LANGUAGE, OWN, SHAKESPEARE, SMALL, TRANSFORMERS
 
 _GPT: dict[str, Any] = {
     "family": "gpt",
@@ -15,6 +15,12 @@ _GPT: dict[str, Any] = {
     **OWN,
 }
 _LLAMA = "Touvron et al. 2023, arXiv 2302.13971"
+_LLAMA_LAYERS: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _LIBRARY: dict[str, Any] = {
     "family": "llama",
     "factory": "harness.registry.networks.libraries:llama",
@@ -32,7 +38,6 @@ _NANO: dict[str, Any] = {
 ENTRIES = (
     ModelEntry(
         name="gpt-pydoc",
-        tier="demo",
         options={"num_layers": 2, "num_heads": 4, "width": 32},
         task="pydoc",
         task_options={"context": 32},
@@ -47,10 +52,9 @@ ENTRIES = (
             warmup_steps=60,
             eval_size=256,
         ),
-        stages=("init", "final"),
-        full_stages=("init", "final"),
         description="Two layers of width 32 on the characters of Python's documentation",
         **_GPT,
+        **DEMO,
     ),
     ModelEntry(
         name="gpt-2x64-shakespeare",
@@ -104,12 +108,7 @@ ENTRIES = (
     ),
     ModelEntry(
         name="llama-2x64-shakespeare",
-        options={
-            "hidden_size": 64,
-            "intermediate_size": 176,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
+        options=_LLAMA_LAYERS,
         reference=_LLAMA,
         description="Two layers of width 64, embedding and head apart",
         **_LIBRARY,
@@ -118,10 +117,8 @@ ENTRIES = (
     ModelEntry(
         name="llama-gqa-4x64-books",
         options={
-            "hidden_size": 64,
-            "intermediate_size": 176,
+            **_LLAMA_LAYERS,
             "num_hidden_layers": 4,
-            "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
         },

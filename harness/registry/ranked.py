@@ -41,6 +41,7 @@ _CIFAR: dict[str, Any] = {
     "microbatch_size": 128,
     "num_steps": _STEPS,
     "speedup": _IMAGES,
+    **OWN,
 }
 # Half of the 20,000 images are of ten classes, half of 2,000 classes of five.
 _CODES: dict[str, Any] = {
@@ -57,6 +58,7 @@ _BPE: dict[str, Any] = {
     "microbatch_size": 32,
     "num_steps": _STEPS,
     "speedup": _TEXT,
+    **OWN,
 }
 # GPT-2 starts at 0.02 at a width of 768: at 32 the same part of 1/√width is 0.02 √(768/32).
 _INIT_STD = 0.098
@@ -69,7 +71,6 @@ _RESNET8 = ModelEntry(
     options={"widths": (8, 16, 32)},
     reference=_RESNET,
     description="Three residual blocks of 8, 16 and 32 channels with BatchNorm",
-    **OWN,
     **_CIFAR,
 )
 _VISION = ModelEntry(
@@ -79,7 +80,6 @@ _VISION = ModelEntry(
     options={"patch_size": 8, "num_layers": 3, "num_heads": 4, "width": 48},
     reference=_VIT,
     description="Three pre-norm layers of width 48 on 8×8 patches",
-    **OWN,
     **_CIFAR,
 )
 _LANGUAGE = ModelEntry(
@@ -89,7 +89,6 @@ _LANGUAGE = ModelEntry(
     options=_GPT,
     reference="Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
     description="Two layers of width 32 on BPE of 2,048 tokens, tied",
-    **OWN,
     **_BPE,
 )
 _WIDE = ModelEntry(
@@ -106,8 +105,7 @@ _WIDE = ModelEntry(
     },
     reference="Touvron et al. 2023, arXiv 2302.13971",
     description="Two layers of width 32 on BPE of 2,048 tokens, tied",
-    **TRANSFORMERS,
-    **_BPE,
+    **_BPE | TRANSFORMERS,
 )
 
 _RANKED = (
@@ -125,7 +123,6 @@ _RANKED = (
         options={"widths": (8, 16, 32), "convs_per_stage": 2, "batch_norm": True},
         reference="Simonyan & Zisserman 2015, arXiv 1409.1556",
         description="Six 3×3 convolutions of 8, 16 and 32 channels with BatchNorm",
-        **OWN,
         **_CIFAR,
     ),
     ModelEntry(
@@ -142,8 +139,7 @@ _RANKED = (
         },
         reference="Liu et al. 2022, arXiv 2201.03545",
         description="Four ConvNeXt blocks in four stages, 3×3 kernels, no layer scale",
-        **TIMM,
-        **_CIFAR,
+        **_CIFAR | TIMM,
     ),
     _VISION,
     replace(
@@ -160,8 +156,7 @@ _RANKED = (
         options={"patch_size": 8, "num_blocks": 3, "embed_dim": 48, "mlp_ratio": (0.5, 4.0)},
         reference="Tolstikhin et al. 2021, arXiv 2105.01601",
         description="Three layers of width 48 on 8×8 patches, with a head that is not zero",
-        **TIMM,
-        **_CIFAR,
+        **_CIFAR | TIMM,
     ),
     ModelEntry(
         name="cifar-mlp",
@@ -170,7 +165,6 @@ _RANKED = (
         options={"widths": (128, 128, 128, 128, 128)},
         reference="Rumelhart, Hinton & Williams 1986, Nature 323, 533-536",
         description="Five hidden layers of 128",
-        **OWN,
         **_CIFAR,
     ),
     replace(
@@ -215,8 +209,7 @@ _RANKED = (
         options={"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1},
         reference="Gu & Dao 2023, arXiv 2312.00752",
         description="One layer of width 32 with states of size 4, tied",
-        **TRANSFORMERS,
-        **_BPE,
+        **_BPE | TRANSFORMERS,
     ),
     ModelEntry(
         name="bpe-lstm",
@@ -225,7 +218,6 @@ _RANKED = (
         options={"width": 32, "num_layers": 1},
         reference="Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735-1780",
         description="One layer of width 32, embedding and head apart",
-        **OWN,
         **_BPE,
     ),
     ModelEntry(
@@ -241,8 +233,7 @@ _RANKED = (
         },
         reference="Devlin et al. 2019, arXiv 1810.04805",
         description="Two layers of width 32 on BPE of 2,048 tokens, masked, tied",
-        **TRANSFORMERS,
-        **_BPE | {"task": "masked-books", "task_options": {"titles": _NOVELS}},
+        **_BPE | TRANSFORMERS | {"task": "masked-books", "task_options": {"titles": _NOVELS}},
     ),
 )
 

@@ -19,6 +19,11 @@ TIMM: dict[str, Any] = {"source": "timm", "licence": "Apache-2.0"}
 TORCHVISION: dict[str, Any] = {"source": "torchvision", "licence": "BSD-3-Clause"}
 TRANSFORMERS: dict[str, Any] = {"source": "transformers", "licence": "Apache-2.0"}
 
+DEMO: dict[str, Any] = {
+    "tier": "demo",
+    "stages": ("init", "final"),
+    "full_stages": ("init", "final"),
+}
 SMALL: dict[str, Any] = {"tier": "small", "stages": STAGES, "full_stages": ("init", "final")}
 
 # Convolutions train with SGD at larger rates than AdamW's; both ranges have the best inside.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.registry.entry import ModelEntry, Recipe
-from harness.registry.recipes import CIFAR10, MNIST, OWN, SMALL, TIMM
+from harness.registry.recipes import CIFAR10, DEMO, MNIST, OWN, SMALL, TIMM
 
 _VIT = "Dosovitskiy et al. 2021, arXiv 2010.11929"
 _OURS: dict[str, Any] = {"factory": "harness.registry.networks.transformer:ViT", **OWN}
@@ -17,7 +17,6 @@ ENTRIES = (
     ModelEntry(
         name="vit-digits",
         family="vit",
-        tier="demo",
         options={"patch_size": 2, "num_layers": 2, "num_heads": 4, "width": 32},
         task="digits",
         hessian_batch_size=128,
@@ -29,11 +28,10 @@ ENTRIES = (
             warmup_steps=10,
             eval_size=1024,
         ),
-        stages=("init", "final"),
-        full_stages=("init", "final"),
         reference=_VIT,
         description="Two pre-norm layers of width 32 on 2×2 patches of 8×8 digits",
         **_OURS,
+        **DEMO,
     ),
     ModelEntry(
         name="vit-cifar10",

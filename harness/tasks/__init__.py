@@ -79,8 +79,8 @@ def listing() -> list[dict[str, str]]:
     rows = []
     for name in names():
         task, (data, terms) = _ours(name), TASKS.get(name, ("", ""))
-        row = {"name": name, "predicts": kind_of(task), "size": task.extent, "data": data}
-        rows.append(row | {"terms": terms})
+        of = {"predicts": kind_of(task), "size": task.extent, "data": data, "terms": terms}
+        rows.append({"name": name, **of})
     return rows
 
 
@@ -122,11 +122,14 @@ def get(name: str, **options: Any) -> Task:
             )
     made = task(**options)
     for option in allowed:
-        if not _is_hashable(value := getattr(made, option)):  # what is loaded once needs a key
+        value = getattr(made, option)
+        try:
+            hash(value)  # what is loaded once needs a key
+        except TypeError:
             raise UserError(
                 f"task {name!r}: {option} is {value!r}; it must be text, a number, true, false, "
                 "none or a tuple of these"
-            )
+            ) from None
     return made
 
 
@@ -145,14 +148,6 @@ def _kinds(hint: Any, value: Any) -> list[str] | None:
         return None
     fits = type(value) in plain or (float in plain and type(value) is int)
     return None if fits else [_KINDS[kind] for kind in plain]
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _own(name: str) -> type[Task]:

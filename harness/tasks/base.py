@@ -175,6 +175,30 @@ class Task(ABC):
         return count
 
 
+@dataclass(frozen=True)
+class Classification(Task):
+    """Classify samples; a batch is (inputs, labels (B,) int64)."""
+
+    metric: ClassVar[str] = "accuracy"
+
+    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
+        """Gather; nothing here is random."""
+        inputs, labels = data.part(split)
+        return inputs[indices], labels[indices]
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the cross entropy over the samples."""
+        return functional.cross_entropy(logits, batch[1])
+
+    def score_of(self, logits: Tensor, batch: Batch) -> float:
+        """Return the fraction of samples whose largest logit is the label's."""
+        return float((logits.argmax(-1) == batch[1]).float().mean())
+
+    def num_terms(self, batch: Batch) -> int:
+        """Count the samples."""
+        return len(batch[0])
+
+
 # Models whose forward has been seen: whether it gives all logits only if it gets targets.
 _wants_targets: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 

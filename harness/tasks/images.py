@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.tasks import sources
-from harness.tasks.base import Batch, Data, Task, check_sizes
+from harness.tasks.base import Batch, Classification, Data, check_sizes
 
 
 @dataclass(frozen=True)
-class ImageTask(Task):
+class ImageTask(Classification):
     """Classify images; a batch is (images (B, C, H, W) float32, labels (B,) int64).
 
     Images are kept as bytes and normalised per channel when they are drawn:
@@ -36,7 +35,6 @@ class ImageTask(Task):
     test_size: int | None = None
     image_size: int | None = None
 
-    metric: ClassVar[str] = "accuracy"
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
     max_pixel: ClassVar[int] = 255
@@ -46,27 +44,15 @@ class ImageTask(Task):
 
     def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
         """Gather, normalise, resize; nothing here is random."""
-        pixels, labels = data.part(split)
+        pixels, labels = super().take(data, split, indices, generator)
         shift = torch.tensor(self.mean).view(-1, 1, 1) * self.max_pixel
         scale = 1 / (torch.tensor(self.std).view(-1, 1, 1) * self.max_pixel)
-        images = pixels[indices].float().sub_(shift).mul_(scale)
+        images = pixels.float().sub_(shift).mul_(scale)
         if self.image_size is not None:
             images = functional.interpolate(
                 images, size=[self.image_size] * 2, mode="bilinear", antialias=True
             )
-        return images, labels[indices]
-
-    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Average the cross entropy over the images."""
-        return functional.cross_entropy(logits, batch[1])
-
-    def score_of(self, logits: Tensor, batch: Batch) -> float:
-        """Return the fraction of images whose largest logit is the label's."""
-        return float((logits.argmax(-1) == batch[1]).float().mean())
-
-    def num_terms(self, batch: Batch) -> int:
-        """Count the images."""
-        return len(batch[0])
+        return images, labels
 
     def _data(self, train: Batch, test: Batch, source: str, checksum: str, classes: int) -> Data:
         side = self.image_size or train[0].shape[-1]
@@ -99,15 +85,10 @@ class Digits(ImageTask):
         checksum = sources.sha256([pixels.tobytes(), labels.astype(np.int64).tobytes()])
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
         x, y = torch.from_numpy(pixels)[order], torch.from_numpy(labels.astype(np.int64))[order]
-        train, test = (x[:-360], y[:-360]), (x[-360:], y[-360:])
+        train = tuple(t[:-360][: self.train_size] for t in (x, y))
+        test = tuple(t[-360:][: self.test_size] for t in (x, y))
         source = f"scikit-learn {sklearn.__version__} load_digits"
-        return self._data(
-            tuple(t[: self.train_size] for t in train),
-            tuple(t[: self.test_size] for t in test),
-            source,
-            checksum,
-            10,
-        )
+        return self._data(train, test, source, checksum, 10)
 
 
 @dataclass(frozen=True)
@@ -126,12 +107,12 @@ class ParquetImages(ImageTask):
 
     def read(self, root: Path | None) -> Data:
         """Decode as many images as are asked for, from the data root or the Hub."""
-        sizes = dict(zip(("train", "test"), (self.train_size, self.test_size), strict=True))
+        sizes = {"train": self.train_size, "test": self.test_size}
         paths = [f"{self.folder}/{split}.parquet" for split in self.splits]
         if files := sources.find(root, *paths):
             source, checksum = sources.file_source(files)
             parts = [
-                self._decode(*_read_parquet(file, sizes[split]))
+                self._decode(file, sizes[split])
                 for split, file in zip(self.splits, files, strict=True)
             ]
         else:
@@ -147,11 +128,15 @@ class ParquetImages(ImageTask):
         test = parts[1] if len(parts) > 1 else tuple(t[:0] for t in train)
         return self._data(train, test, source, checksum, self.num_classes)
 
-    def _decode(self, images: Iterable[bytes], labels: Iterable[int]) -> Batch:
+    def _decode(self, file: Path, size: int | None) -> Batch:
+        import pyarrow.parquet as pq
         from PIL import Image
 
-        arrays = [self.pixels(Image.open(io.BytesIO(image))) for image in images]
-        return torch.from_numpy(np.stack(arrays)), torch.tensor(list(labels), dtype=torch.int64)
+        table = pq.read_table(file, columns=["image", "label"])
+        table = table if size is None else table.slice(0, max(1, size))  # one tells the shape
+        encoded = [io.BytesIO(image["bytes"]) for image in table["image"].to_pylist()]
+        images = np.stack([self.pixels(Image.open(image)) for image in encoded])
+        return torch.from_numpy(images), torch.tensor(table["label"].to_pylist())
 
     def _hub(self, hub: Any, revision: str, sizes: dict[str, int | None]) -> list[Batch]:
         parts: list[Batch] = []
@@ -159,9 +144,9 @@ class ParquetImages(ImageTask):
             rows = hub.load_dataset(self.repo, split=split, revision=revision, streaming=True)
             if (size := sizes[split]) is not None:
                 rows = rows.take(max(1, size))  # one tells the shape
+            image, label = self.columns
             images, labels = zip(
-                *((self.pixels(row[self.columns[0]]), row[self.columns[1]]) for row in rows),
-                strict=True,
+                *((self.pixels(row[image]), row[label]) for row in rows), strict=True
             )
             parts.append((torch.from_numpy(np.stack(images)), torch.tensor(labels)))
         return parts
@@ -240,12 +225,3 @@ class ImageNet(ParquetImages):
             left, top = (width - 224) // 2, (height - 224) // 2
             image = image.crop((left, top, left + 224, top + 224))
         return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
-
-
-def _read_parquet(file: Path, size: int | None) -> tuple[list[bytes], list[int]]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(file, columns=["image", "label"])
-    table = table if size is None else table.slice(0, max(1, size))  # one tells the shape
-    images = [image["bytes"] for image in table["image"].to_pylist()]
-    return images, table["label"].to_pylist()

@@ -8,17 +8,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import Batch, Data, Task, check_sizes
+from harness.tasks.base import Classification, Data, check_sizes
 
 _FREQUENCIES = ("balanced", "zipf")
 
 
 @dataclass(frozen=True)
-class GaussianClasses(Task):
+class GaussianClasses(Classification):
     """Classify noise; a batch is (inputs (B, dimension) float32, labels (B,) int64).
 
     Inputs are drawn from N(mean, I), independently of the labels, whose counts are as equal as can
@@ -47,7 +46,6 @@ class GaussianClasses(Task):
 
     name: ClassVar[str] = "gaussian-classes"
     extent: ClassVar[str] = "2,048 of 128 dimensions, 256 classes, drawn"
-    metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         check_sizes(self, num_classes=2, dimension=1, num_samples=1, seed=0)
@@ -84,20 +82,3 @@ class GaussianClasses(Task):
         weights = 1 / ranks if self.frequencies == "zipf" else torch.ones_like(ranks)
         ends = (weights.cumsum(0) / weights.sum() * (self.num_samples - self.num_classes)).round()
         return 1 + ends.diff(prepend=torch.zeros(1, dtype=torch.float64)).long()
-
-    def take(self, data: Data, split: str, indices: Tensor, generator: torch.Generator) -> Batch:
-        """Gather; nothing here is random."""
-        inputs, labels = data.part(split)
-        return inputs[indices], labels[indices]
-
-    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Average the cross entropy over the samples."""
-        return functional.cross_entropy(logits, batch[1])
-
-    def score_of(self, logits: Tensor, batch: Batch) -> float:
-        """Return the fraction of samples whose largest logit is the label's."""
-        return float((logits.argmax(-1) == batch[1]).float().mean())
-
-    def num_terms(self, batch: Batch) -> int:
-        """Count the samples."""
-        return len(batch[0])

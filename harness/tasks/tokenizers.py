@@ -92,7 +92,21 @@ class Words:
         return np.fromiter((get(word, self.unknown) for word in words), np.int64, len(words))
 
 
-class Gpt2:
+class _ByteLevel:
+    """Encode by a byte-level BPE of the library."""
+
+    _bpe: Any
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode a text, each distinct word once, which takes a sixth of the time."""
+        words = _CUT.split(text)
+        distinct = list(dict.fromkeys(words))
+        codes = (encoding.ids for encoding in self._bpe.encode_batch(distinct))
+        ids = dict(zip(distinct, codes, strict=True))
+        return np.fromiter(chain.from_iterable(map(ids.__getitem__, words)), dtype=np.int64)
+
+
+class Gpt2(_ByteLevel):
     """Encode by GPT-2's byte-level BPE (50,257 ids), read from `gpt2_bpe/` or the Hub."""
 
     vocab_size = 50_257
@@ -102,19 +116,11 @@ class Gpt2:
         from tokenizers import ByteLevelBPETokenizer
 
         vocab, merges = (file.read_text("utf-8") for file in _gpt2_files(root, task))
-        pairs = [
-            (first, second)
-            for first, _, second in (line.partition(" ") for line in merges.splitlines()[1:])
-            if second
-        ]
-        self._bpe: Any = ByteLevelBPETokenizer(json.loads(vocab), pairs)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Encode the whole text."""
-        return _encode(self._bpe, text)
+        pairs = [tuple(line.split(" ", 1)) for line in merges.splitlines()[1:] if " " in line]
+        self._bpe = ByteLevelBPETokenizer(json.loads(vocab), pairs)
 
 
-class BytePairs:
+class BytePairs(_ByteLevel):
     """Encode by a byte-level BPE that is trained on the text itself.
 
     The 256 bytes come first, then the pairs that the training text merges most often (Sennrich et
@@ -137,7 +143,7 @@ class BytePairs:
 
         if vocab_size < (least := 256 + len(self.special)):
             raise UserError(f"vocab_size is {vocab_size}; a BPE of bytes needs at least {least}")
-        self._bpe: Any = ByteLevelBPETokenizer()
+        self._bpe = ByteLevelBPETokenizer()
         self._bpe.train_from_iterator(
             _CUT.split(text),
             vocab_size=vocab_size,
@@ -148,19 +154,6 @@ class BytePairs:
         model = json.loads(self._bpe.to_str())["model"]
         tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
         self.checksum = sources.sha256([json.dumps([tokens, model["merges"]]).encode()])
-
-    def encode(self, text: str) -> np.ndarray:
-        """Encode the whole text."""
-        return _encode(self._bpe, text)
-
-
-def _encode(bpe: Any, text: str) -> np.ndarray:
-    """Encode a text, each distinct word once, which takes a sixth of the time."""
-    words = _CUT.split(text)
-    distinct = list(dict.fromkeys(words))
-    codes = (encoding.ids for encoding in bpe.encode_batch(distinct))
-    ids = dict(zip(distinct, codes, strict=True))
-    return np.fromiter(chain.from_iterable(map(ids.__getitem__, words)), dtype=np.int64)
 
 
 def _gpt2_files(root: Path | None, task: str) -> list[Path]:

@@ -14,6 +14,7 @@ _GPT: dict[str, Any] = {
     "reference": "Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
     **OWN,
 }
+_SHAKESPEARE: dict[str, Any] = {**_GPT, **SMALL, **SHAKESPEARE}
 _LLAMA = "Touvron et al. 2023, arXiv 2302.13971"
 _LLAMA_LAYERS: dict[str, Any] = {
     "hidden_size": 64,
@@ -60,25 +61,19 @@ ENTRIES = (
         name="gpt-2x64-shakespeare",
         options={"num_layers": 2, "num_heads": 4, "width": 64},
         description="Two layers of width 64, tied",
-        **_GPT,
-        **SMALL,
-        **SHAKESPEARE,
+        **_SHAKESPEARE,
     ),
     ModelEntry(
         name="gpt-2x128-shakespeare",
         options={"num_layers": 2, "num_heads": 4, "width": 128},
         description="Two layers of width 128, tied",
-        **_GPT,
-        **SMALL,
-        **SHAKESPEARE,
+        **_SHAKESPEARE,
     ),
     ModelEntry(
         name="gpt-6x48-untied-shakespeare",
         options={"num_layers": 6, "num_heads": 4, "width": 48, "tied": False},
         description="Six layers of width 48, embedding and head apart",
-        **_GPT,
-        **SMALL,
-        **SHAKESPEARE,
+        **_SHAKESPEARE,
     ),
     ModelEntry(
         name="gpt-2x64-wikitext",

@@ -10,6 +10,7 @@ from harness.registry.recipes import CIFAR10, MNIST, SMALL, TIMM
 _MIXER: dict[str, Any] = {
     "family": "mixer",
     "factory": "harness.registry.networks.libraries:mixer",
+    "hessian_batch_size": 64,
     "reference": "Tolstikhin et al. 2021, arXiv 2105.01601",
     **TIMM,
     **SMALL,
@@ -20,14 +21,12 @@ ENTRIES = (
         name="mixer-cifar10",
         options={"patch_size": 4, "num_blocks": 4, "embed_dim": 64, "mlp_ratio": (0.5, 4.0)},
         description="Four layers of width 64 on 4×4 patches, with a head that is not zero",
-        **_MIXER,
-        **CIFAR10 | {"hessian_batch_size": 64},
+        **CIFAR10 | _MIXER,
     ),
     ModelEntry(
         name="mixer-mnist",
         options={"patch_size": 4, "num_blocks": 6, "embed_dim": 48, "mlp_ratio": (0.5, 2.0)},
         description="Six layers of width 48 on 4×4 patches, with a head that is not zero",
-        **_MIXER,
-        **MNIST | {"hessian_batch_size": 64},
+        **MNIST | _MIXER,
     ),
 )

@@ -20,6 +20,7 @@ _FACTORY = "harness.registry.networks.mlp:MLP"
 _SMALL: dict[str, Any] = {
     "family": "mlp",
     "factory": _FACTORY,
+    "recipe": replace(IMAGES, batch_size=128),
     "reference": "Rumelhart, Hinton & Williams 1986, Nature 323, 533-536",
     **OWN,
     **SMALL,
@@ -39,15 +40,13 @@ ENTRIES = (
         name="mlp-mnist",
         options={"widths": (256, 128)},
         description="Two hidden layers, 256 and 128",
-        **_SMALL,
-        **MNIST | {"recipe": replace(IMAGES, batch_size=128)},
+        **MNIST | _SMALL,
     ),
     ModelEntry(
         name="mlp-deep-cifar10",
         options={"widths": (128, 128, 128, 128, 128)},
         description="Five hidden layers of 128",
-        **_SMALL,
-        **CIFAR10 | {"recipe": replace(IMAGES, batch_size=128)},
+        **CIFAR10 | _SMALL,
     ),
     *(
         ModelEntry(

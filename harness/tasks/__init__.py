@@ -114,7 +114,10 @@ def get(name: str, **options: Any) -> Task:
             f"task {name!r} has no option {', '.join(unknown)}; "
             f"its options are: {', '.join(allowed) or 'none'}"
         )
-    hints = _hints(task)
+    try:
+        hints = get_type_hints(task)
+    except Exception:  # its author's can't be resolved
+        hints = {}
     for option, value in options.items():
         if (allowed_kinds := _kinds(hints.get(option), value)) is not None:
             raise UserError(
@@ -131,14 +134,6 @@ def get(name: str, **options: Any) -> Task:
                 "none or a tuple of these"
             ) from None
     return made
-
-
-def _hints(task: type[Task]) -> dict[str, Any]:
-    """Return the types of a task's options, none where its author's can't be resolved."""
-    try:
-        return get_type_hints(task)
-    except Exception:
-        return {}
 
 
 def _kinds(hint: Any, value: Any) -> list[str] | None:

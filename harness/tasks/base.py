@@ -199,6 +199,30 @@ class Classification(Task):
         return len(batch[0])
 
 
+@dataclass(frozen=True)
+class SomeTokens(Task):
+    """Predict some tokens; a batch is (inputs, targets), both (B, T) int64, -100 for the others."""
+
+    metric: ClassVar[str] = "loss"
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Average the cross entropy over the targets that are not -100; logits are (B, T, V).
+
+        Raises:
+            ValueError: every target is -100, so that the mean would be 0/0.
+        """
+        targets = batch[1]
+        if not bool((targets != IGNORED).any()):
+            raise ValueError("the batch has no term: every target is -100; use larger microbatches")
+        return functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+        )
+
+    def num_terms(self, batch: Batch) -> int:
+        """Count the targets that are not -100."""
+        return int((batch[1] != IGNORED).sum())
+
+
 # Models whose forward has been seen: whether it gives all logits only if it gets targets.
 _wants_targets: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -281,21 +305,6 @@ def check_sizes(task: Task, **least: int) -> None:
                 f"task {task.name!r}: {name} is {value!r}; it must be a whole number of at "
                 f"least {low}"
             )
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Average the cross entropy over the targets that are not -100.
-
-    Args:
-        logits: (B, T, V).
-        targets: (B, T) token ids, or -100 where no prediction is asked.
-
-    Raises:
-        ValueError: every target is -100, so that the mean would be 0/0.
-    """
-    if not bool((targets != IGNORED).any()):
-        raise ValueError("the batch has no term: every target is -100; use larger microbatches")
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def target_entropy(task: Task, batch: Batch) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,7 +118,7 @@ class ParquetImages(ImageTask):
             ]
         else:
             parts, source = sources.from_hub(
-                self.name, root, paths, self.repo, lambda hub, rev: self._hub(hub, rev, sizes)
+                self.name, root, paths, self.repo, lambda load: self._hub(load, sizes)
             )
             checksum = sources.sha256(t.numpy().tobytes() for part in parts for t in part)
         parts = [
@@ -138,10 +139,10 @@ class ParquetImages(ImageTask):
         images = np.stack([self.pixels(Image.open(image)) for image in encoded])
         return torch.from_numpy(images), torch.tensor(table["label"].to_pylist())
 
-    def _hub(self, hub: Any, revision: str, sizes: dict[str, int | None]) -> list[Batch]:
+    def _hub(self, load: Callable[..., Any], sizes: dict[str, int | None]) -> list[Batch]:
         parts: list[Batch] = []
         for split in self.splits:
-            rows = hub.load_dataset(self.repo, split=split, revision=revision, streaming=True)
+            rows = load(split=split, streaming=True)
             if (size := sizes[split]) is not None:
                 rows = rows.take(max(1, size))  # one tells the shape
             image, label = self.columns

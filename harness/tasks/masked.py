@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import IGNORED, Batch, Data, Task, check_sizes, token_loss
+from harness.tasks.base import IGNORED, Batch, Data, SomeTokens, check_sizes
 from harness.tasks.text import BOOKS, Books
 from harness.tasks.tokenizers import BytePairs, Words
 
@@ -22,7 +22,7 @@ FIRST_TEST_MOVIE = 555  # movies m0 to m554 train, m555 to m616 test: by movie, 
 
 
 @dataclass(frozen=True)
-class MaskedTask(Task):
+class MaskedTask(SomeTokens):
     """Guess the masked tokens of sequences; a batch is (inputs, targets), both (B, context) int64.
 
     Targets are -100 where no token was chosen. In each sequence round(mask_fraction * context) of
@@ -36,7 +36,6 @@ class MaskedTask(Task):
     context: int = 64
     mask_fraction: float = 0.15
 
-    metric: ClassVar[str] = "loss"
     causal: ClassVar[bool | None] = False
 
     def __post_init__(self) -> None:
@@ -64,14 +63,6 @@ class MaskedTask(Task):
         inputs = torch.where(chosen & (fate < MASKED), mask, tokens)
         inputs = torch.where(chosen & (fate >= 1 - REPLACED), words, inputs)
         return inputs, torch.where(chosen, tokens, IGNORED)
-
-    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Average the cross entropy over the chosen tokens."""
-        return token_loss(logits, batch[1])
-
-    def num_terms(self, batch: Batch) -> int:
-        """Count the chosen tokens."""
-        return int((batch[1] != IGNORED).sum())
 
     def pack(self, ids: Tensor) -> Tensor:
         """Cut a stream of ids (N,) into sequences, its rest dropped."""

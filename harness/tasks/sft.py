@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import IGNORED, Batch, Data, Task, check_sizes, token_loss
+from harness.tasks.base import IGNORED, Batch, Data, SomeTokens, check_sizes
 from harness.tasks.tokenizers import Tokenizer, make_tokenizer
 
 # Files of the data root (the second, where there is one, is the test split) and the Hub's id.
@@ -26,7 +26,7 @@ _CORPORA: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @dataclass(frozen=True)
-class Instructions(Task):
+class Instructions(SomeTokens):
     """Predict responses; a batch is (inputs, targets), both (B, context) int64.
 
     Targets are -100 outside the response, so the loss is over response tokens alone, the one that
@@ -47,7 +47,6 @@ class Instructions(Task):
 
     name: ClassVar[str] = "sft"
     extent: ClassVar[str] = "2,000 or 6,400 instructions"
-    metric: ClassVar[str] = "loss"
     causal: ClassVar[bool | None] = True
 
     def __post_init__(self) -> None:
@@ -65,22 +64,14 @@ class Instructions(Task):
             parts = [_read_jsonl(file) for file in files]
         else:
             rows, source = sources.from_hub(
-                self.name,
-                root,
-                paths,
-                repo,
-                lambda hub, revision: list(
-                    hub.load_dataset(repo, split="train", revision=revision)
-                ),
+                self.name, root, paths, repo, lambda load: list(load(split="train"))
             )
             checksum = sources.sha256([json.dumps(rows, sort_keys=True).encode()])
             parts = [rows]
         if len(parts) == 1:
             cut = int(0.9 * len(parts[0]))
             parts = [parts[0][:cut], parts[0][cut:]]
-        tokenizer = make_tokenizer(
-            self.tokenizer, "", vocab_size=None, alphabet=None, root=root, task=self.name
-        )
+        tokenizer = make_tokenizer(self.tokenizer, "", root=root, task=self.name)
         train, test = (self._encode(rows, tokenizer) for rows in parts)
         options = {"vocab_size": tokenizer.vocab_size, "context": self.context}
         return Data(train, test, source, checksum, options)
@@ -89,14 +80,6 @@ class Instructions(Task):
         """Gather sequences; nothing here is random."""
         inputs, targets = data.part(split)
         return inputs[indices], targets[indices]
-
-    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Average the cross entropy over the response tokens."""
-        return token_loss(logits, batch[1])
-
-    def num_terms(self, batch: Batch) -> int:
-        """Count the response tokens."""
-        return int((batch[1] != IGNORED).sum())
 
     def _encode(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> Batch:
         sequences, marks = [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def from_hub(
     root: Path | None,
     paths: Iterable[str],
     repo: str,
-    read: Callable[[Any, str], Any],
+    read: Callable[[Callable[..., Any]], Any],
 ) -> tuple[Any, str]:
     """Read a data set from the Hub at its present revision.
 
@@ -62,7 +63,8 @@ def from_hub(
         root: the data root that lacks `paths`, for the message.
         paths: what the data root should hold, for the message.
         repo: the data set's id on the Hub.
-        read: called with the imported `datasets` and the revision; returns what the task needs.
+        read: called with `datasets.load_dataset` of this data set at that revision; returns what
+            the task needs.
 
     Returns:
         What `read` returned, and a source text that names the id and the resolved revision.
@@ -77,7 +79,8 @@ def from_hub(
 
     try:
         revision = HfApi().dataset_info(repo, timeout=10).sha or "main"
-        return read(datasets, revision), f"Hub {repo} at {revision}"
+        load = partial(datasets.load_dataset, repo, revision=revision)
+        return read(load), f"Hub {repo} at {revision}"
     # What the network stack raises differs between versions of the Hub's client.
     except Exception as error:
         hint = f"the Hub data set {repo} was tried and failed ({reason_of(error)[:160]})"

@@ -7,10 +7,10 @@ Each corpus can be read by characters, by words, by a byte-level BPE of its own 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -220,20 +220,12 @@ class WikiText(TextTask):
             note = "trained on the validation split"
         else:
             repo, paths = "Salesforce/wikitext", ["wikitext2/train.txt", "wikitext2/test.txt"]
-            (train, test), source = sources.from_hub(
-                self.name,
-                root,
-                paths,
-                repo,
-                lambda hub, revision: [
-                    "".join(
-                        hub.load_dataset(repo, "wikitext-2-v1", split=split, revision=revision)[
-                            "text"
-                        ]
-                    )
-                    for split in ("train", "test")
-                ],
-            )
+
+            def read(load: Callable[..., Any]) -> list[str]:
+                splits = ("train", "test")
+                return ["".join(load("wikitext-2-v1", split=split)["text"]) for split in splits]
+
+            (train, test), source = sources.from_hub(self.name, root, paths, repo, read)
             return Corpus(train, test, source, sources.sha256([train.encode(), test.encode()]))
         train, test = (file.read_text("utf-8") for file in files)
         return Corpus(train, test, *sources.file_source(files, note))
@@ -263,18 +255,12 @@ class OpenWebText(TextTask):
         paths, repo = ["openwebtext/train.txt"], "Skylion007/openwebtext"
         if files := sources.find(root, *paths):
             return Corpus(*_cut(files[0].read_text("utf-8")), *sources.file_source(files))
-        text, source = sources.from_hub(
-            self.name,
-            root,
-            paths,
-            repo,
-            lambda hub, revision: "\n".join(
-                row["text"]
-                for row in hub.load_dataset(
-                    repo, split="train", revision=revision, streaming=True
-                ).take(self.documents)
-            ),
-        )
+
+        def read(load: Callable[..., Any]) -> str:
+            rows = load(split="train", streaming=True).take(self.documents)
+            return "\n".join(row["text"] for row in rows)
+
+        text, source = sources.from_hub(self.name, root, paths, repo, read)
         source += f", first {self.documents} documents"
         return Corpus(*_cut(text), source, sources.sha256([text.encode()]))
 

@@ -174,8 +174,8 @@ def make_tokenizer(
     kind: str,
     text: str,
     *,
-    vocab_size: int | None,
-    alphabet: str | None,
+    vocab_size: int | None = None,
+    alphabet: str | None = None,
     root: Path | None,
     task: str,
 ) -> Tokenizer:

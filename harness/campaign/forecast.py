@@ -133,13 +133,17 @@ def measured(
     size = min(problem.microbatch_size, max(1, round(_SAMPLE_FLOPS / max(per_sample, 1))))
     batch = take(problem.batches[0], 0, size)
 
+    def synchronize() -> None:
+        if target.type == "cuda":
+            torch.cuda.synchronize(target)
+
     def seconds(work: Callable[[], Any], repeats: int) -> float:
         work()
-        _synchronize(target)
+        synchronize()
         begin = clock()
         for _ in range(repeats):
             work()
-        _synchronize(target)
+        synchronize()
         return (clock() - begin) / repeats
 
     def repeats(flops: float) -> int:
@@ -201,10 +205,3 @@ def throughput_of(
 
     memory = device_memory(torch.device(device))
     return Throughput(tflops * 1e12, tflops * 1e12, memory, f"given: {tflops:g} TFLOP/s")
-
-
-def _synchronize(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)

@@ -103,7 +103,8 @@ def _missing_runs(
         if done and (optimizer, seed) == ("adamw", STAGE_SEED) and not _diverged(entry, rows):
             # Checkpoints are no part of the tables: make them again where a spectrum needs them,
             # or where they are of another rate.
-            done = _stage_rates(entry, ledger) <= {best} and all(
+            stages = ledger.rows("stages", entry.name, optimizer="adamw", seed=STAGE_SEED)
+            done = set(stages["lr"]) <= {best} and all(
                 _is_kept(entry, ledger, stage) or has_spectrum(entry, ledger, stage, partition)
                 for stage in entry.stages
                 for partition in partitions_of(entry, stage)
@@ -111,12 +112,6 @@ def _missing_runs(
             )
         if not done:
             yield Unit(entry.name, "train", optimizer, best or 0.0, seed, ready=best is not None)
-
-
-def _stage_rates(entry: ModelEntry, ledger: Ledger) -> set[float]:
-    """Return the learning rates of the run that the stages were last taken from, at most one."""
-    rows = ledger.rows("stages", entry.name, optimizer="adamw", seed=STAGE_SEED)
-    return set(rows["lr"])
 
 
 def _diverged(entry: ModelEntry, rows: pd.DataFrame) -> bool:
@@ -129,7 +124,6 @@ def _diverged(entry: ModelEntry, rows: pd.DataFrame) -> bool:
 
 
 def _is_kept(entry: ModelEntry, ledger: Ledger, stage: str) -> bool:
-    """Tell whether the checkpoint of a stage is there."""
     return ledger.checkpoint(entry.name, stage, STAGE_SEED).exists()
 
 

@@ -55,11 +55,11 @@ def run_entries(
             removed.
         UserError: The folder holds results of another version of an entry.
     """
-    ledger, live = job.ledger, [survey.entry for survey in surveys if survey.reason is None]
+    ledger, able = job.ledger, [survey for survey in surveys if survey.reason is None]
+    live = [survey.entry for survey in able]
     try:
-        for survey in surveys:
-            if survey.reason is None:
-                version.check(survey.entry, ledger, survey.num_params)
+        for survey in able:
+            version.check(survey.entry, ledger, survey.num_params)
         pace = Pace({survey.entry.name: survey.unit_flops for survey in surveys})
         agenda = Agenda(live, job, on_event, partial(_finish, job), pace)
         for survey in surveys:
@@ -69,7 +69,13 @@ def run_entries(
             ledger.write("models", [describe_model(survey.entry, *counts, survey.reason)])
         if engine is None:
             job = replace(job, sharers=sharers(jobs, job.device))
-        drive(agenda, _engine(engine, partial(execute, job=job), agenda, jobs, job.device))
+        do = partial(execute, job=job)
+        if engine is not None:
+            drive(agenda, engine(do))
+        elif jobs == 1:
+            drive(agenda, Here(do, agenda.progress))
+        else:
+            drive(agenda, Workers(do, jobs, spread=job.device == "cuda"))
         for entry in live:
             _finish(job, entry, agenda.failed)
         return agenda.failed
@@ -77,21 +83,6 @@ def run_entries(
         if (stop := output_error(ledger.folder, error)) is not None:
             raise stop from error
         raise
-
-
-def _engine(
-    make: Callable[[Execute], Engine] | None,
-    do: Execute,
-    agenda: Agenda,
-    jobs: int,
-    device: str | None,
-) -> Engine:
-    """Return what does the units: as asked for, else this process or so many workers."""
-    if make is not None:
-        return make(do)
-    if jobs == 1:
-        return Here(do, agenda.progress)
-    return Workers(do, jobs, spread=device == "cuda")
 
 
 def _finish(job: Job, entry: ModelEntry, failed: Mapping[Unit, str]) -> None:
@@ -106,7 +97,9 @@ def _finish(job: Job, entry: ModelEntry, failed: Mapping[Unit, str]) -> None:
     for unit in missing(entry, ledger) if reasons else ():
         if unit.kind == "spectrum" and not unit.ready:
             note_failure(unit, job, f"its stage was not trained: {reasons[0]}")
-    entropy = _target_entropy(entry, job)
+    task, data = tasks.get(entry.task, **entry.task_options), job.data(entry)
+    size = min(entry.recipe.eval_size, task.size(data, "train"))
+    entropy = target_entropy(task, task.fixed(data, "train", size))
     row = gap(
         entry.name,
         ledger.rows("training", entry.name),
@@ -117,12 +110,3 @@ def _finish(job: Job, entry: ModelEntry, failed: Mapping[Unit, str]) -> None:
     if reasons:
         row |= {"status": "failed", "reason": reasons[0]}
     ledger.write("gaps", [row])
-
-
-def _target_entropy(entry: ModelEntry, job: Job) -> float | None:
-    """Return the entropy of the targets over the subset that an entry's final losses are of."""
-    assert entry.recipe is not None
-    task = tasks.get(entry.task, **entry.task_options)
-    data = job.data(entry)
-    size = min(entry.recipe.eval_size, task.size(data, "train"))
-    return target_entropy(task, task.fixed(data, "train", size))

@@ -136,18 +136,13 @@ def write_derived(
         )
     if nonzero >= 2:
         found = metrics(rows, block_rows=pd.DataFrame(summaries), names=names)
-        if problem.batch_size < (problem.entry.moments_batch_size or 0):
-            found = _without_moments(found, problem, ledger)
+        larger = problem.entry.moments_batch_size
+        if larger is not None and problem.batch_size < larger:  # of which the folder's are kept
+            keys = list(KEYS["heterogeneity"])
+            kept = ledger.rows("heterogeneity", problem.entry.name, batch_size=larger)[keys]
+            known = pd.MultiIndex.from_frame(found[keys]).isin(pd.MultiIndex.from_frame(kept))
+            found = found[~known]
         ledger.write("heterogeneity", found)
-
-
-def _without_moments(found: pd.DataFrame, problem: Problem, ledger: Ledger) -> pd.DataFrame:
-    """Leave out the metrics that the folder holds of the entry's larger batch."""
-    entry = problem.entry
-    stored = ledger.rows("heterogeneity", entry.name, batch_size=entry.moments_batch_size)
-    keys = list(KEYS["heterogeneity"])
-    larger = pd.MultiIndex.from_frame(stored[keys])
-    return found[~pd.MultiIndex.from_frame(found[keys]).isin(larger)]
 
 
 def source_of(problem: Problem) -> dict[str, Any]:

@@ -78,7 +78,6 @@ def survey(entry: ModelEntry, data_root: Path | None) -> Survey:
 
 
 def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
-    """Count what an entry costs, as `survey`."""
     from harness.training import load_problem
 
     # The pretraining's weights change no cost, and may not be there yet.

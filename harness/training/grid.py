@@ -84,19 +84,9 @@ def pending(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
     """
     losses = final_losses(rows, optimizer)
     missing = [lr for lr in learning_rates(recipe, optimizer) if not _has(losses, lr)]
-    return missing or extend(recipe, optimizer, rows)
-
-
-def extend(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> list[float]:
-    """Return the one rate beyond the edge at which the best is, or none.
-
-    Args:
-        recipe: gives the range; `extend_grid` False forbids it.
-        optimizer: "sgd" or "adamw".
-        rows: table `training` of one model with the recipe's grid complete.
-    """
-    ks = _extended(recipe, optimizer, final_losses(rows, optimizer))
-    chosen = best(rows, optimizer, recipe)
+    if missing:
+        return missing
+    ks, chosen = _extended(recipe, optimizer, losses), best(rows, optimizer, recipe)
     if not recipe.extend_grid or len(ks) - recipe.num_lrs >= MAX_EXTENSIONS or chosen is None:
         return []
     for edge, beyond in ((ks[0], ks[0] - 1), (ks[-1], ks[-1] + 1)):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,12 +80,9 @@ class Problem:
         """Return what a spectrum costs, from one product per block on one sample."""
         return forecast(self.objective, self.blocks(settings.partition), settings)
 
-    @contextmanager
-    def hessian(self, settings: Settings) -> Iterator[BlockHessian]:
-        """Yield the block Hessian, in its fixed arithmetic."""
-        blocks = self.blocks(settings.partition)
-        with opened(self.objective, blocks, settings) as hessian:
-            yield hessian
+    def hessian(self, settings: Settings) -> AbstractContextManager[BlockHessian]:
+        """Open the block Hessian, in its fixed arithmetic."""
+        return opened(self.objective, self.blocks(settings.partition), settings)
 
     def on(self, batches: list[Batch]) -> Problem:
         """Return the problem on other samples."""

@@ -243,10 +243,6 @@ class Crossing:
     censored: bool
     longest: int
 
-    def mirrored(self) -> Crossing:
-        """Return the same with the roles exchanged."""
-        return replace(self, value=-self.value, low=-self.high, high=-self.low)
-
 
 def _speedup(trials: Trials, num_seeds: int, num_long: int) -> Crossing:
     """Return y from seeds 1 to `num_seeds` at T, 1 to `num_long` at 2T, three at 4T."""
@@ -258,8 +254,9 @@ def _speedup(trials: Trials, num_seeds: int, num_long: int) -> Crossing:
             break
         seeds = MORE_SEEDS[:num_long] if length == 2 else LONG_SEEDS
         ends.append(trials.losses(slower, length, seeds))
-    found = crossing(ends, target)
-    return found if slower == "sgd" else found.mirrored()
+    y = crossing(ends, target)
+    # Where AdamW is behind the roles are exchanged.
+    return y if slower == "sgd" else replace(y, value=-y.value, low=-y.high, high=-y.low)
 
 
 def crossing(ends: Sequence[Sample], target: Sample) -> Crossing:

@@ -29,14 +29,10 @@ from harness.tasks.masked import MaskedTask
 
 # Bytes per parameter that training with AdamW takes at least: weight, gradient, two moments.
 _TRAINING_BYTES = 16
-_TASKS: dict[str, dict[str, Any]] = {
-    "cifar10": recipes.CIFAR10,
-    "mnist": recipes.MNIST,
-    "tiny-shakespeare": recipes.SHAKESPEARE,
-    "books": recipes.BOOKS,
+_USUAL = (recipes.CIFAR10, recipes.MNIST, recipes.SHAKESPEARE, recipes.BOOKS)
+_TASK_OPTIONS: dict[str, dict[str, Any]] = {
+    usual["task"]: usual["task_options"] for usual in _USUAL
 }
-_IMAGES: dict[str, Any] = {"recipe": recipes.IMAGES, "hessian_batch_size": 128}
-_LANGUAGE: dict[str, Any] = {"recipe": recipes.LANGUAGE, "hessian_batch_size": 32}
 _EVAL_TOKENS = 65_536
 
 
@@ -116,7 +112,7 @@ def draft(
         UserError: Something of it can't be; the data are missing; the factory can't be called.
     """
     task_name, options = parse_options(task_text)
-    options = dict(_TASKS.get(task_name, {}).get("task_options", {})) | options
+    options = _TASK_OPTIONS.get(task_name, {}) | options
     task = tasks.get(task_name, **options)
     source = parse_source(source_text, task)
     if isinstance(task, ImageTask) and isinstance(side := source.options.get("img_size"), int):
@@ -141,18 +137,15 @@ def draft(
     entry = ModelEntry(
         **{
             "name": name,
-            "family": source.family,
+            **vars(source),
             "tier": "small",
-            "factory": source.factory,
-            "options": source.options,
             "task": task_name,
             "task_options": options,
-            "source": source.source,
             "reference": f"{TODO}: the paper or page that defines the architecture",
             "licence": source.licence or f"{TODO}: the licence of the architecture's code",
             "description": f"{source_text.partition('?')[0]} on {task_name}",
             "stages": recipes.SMALL["stages"],
-            **_sizes(task_name, task, data),
+            **_sizes(task, data),
             **given,
         }
     )
@@ -187,7 +180,14 @@ def _recipe_changes(given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"--recipe {part!r}: {name} must be {kind}, as in the entry's file")
     for name in ("sgd_lrs", "adamw_lrs"):
         if (text := given.pop(name, None)) is not None:
-            changes[name] = _rates(f"--{name.replace('_', '-')}", text)
+            try:
+                low, high = (float(part) for part in text.split(","))
+            except ValueError:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {text!r}; write the lowest and the highest: "
+                    "0.01,1"
+                ) from None
+            changes[name] = low, high
     names = {"train_steps": "num_steps", "batch_size": "batch_size"}
     return changes | {new: given.pop(old) for old, new in names.items() if old in given}
 
@@ -201,31 +201,18 @@ def _fits(kind: str, value: Any) -> bool:
     return not is_bool and any(isinstance(value, allowed[k]) for k in kind.split(" | "))
 
 
-def _rates(option: str, text: str) -> tuple[float, float]:
-    """Read "LOW,HIGH"."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} is {text!r}; write the lowest and the highest: 0.01,1") from None
-    return low, high
-
-
-def _sizes(task_name: str, task: Task, data: Data) -> dict[str, Any]:
+def _sizes(task: Task, data: Data) -> dict[str, Any]:
     """Choose the recipe and the Hessian's batch, as far as the data go."""
     images = task.metric == "accuracy"
-    usual = _TASKS.get(task_name) or (_IMAGES if images else _LANGUAGE)
-    recipe, batch = usual["recipe"], usual["hessian_batch_size"]
+    recipe, batch = (recipes.IMAGES, 128) if images else (recipes.LANGUAGE, 32)
     if not images:
         samples = _EVAL_TOKENS // data.model_options.get("context", 64)
         recipe = replace(recipe, eval_size=max(1, samples))
     if isinstance(task, MaskedTask):  # a seventh of the words are terms
         batch *= 2
     available = task.size(data, "train")
-    if available < recipe.eval_size:
-        recipe = replace(recipe, eval_size=available)
-    if available < recipe.batch_size:
-        recipe = replace(recipe, batch_size=available)
-    return {"recipe": recipe, "hessian_batch_size": min(batch, available)}
+    least = {name: min(getattr(recipe, name), available) for name in ("eval_size", "batch_size")}
+    return {"recipe": replace(recipe, **least), "hessian_batch_size": min(batch, available)}
 
 
 def check_size(entry: ModelEntry, data: Data) -> int | None:

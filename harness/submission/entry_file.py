@@ -112,20 +112,16 @@ _FIELDS = {name: _DEFAULTS[name] for name in _ORDER}
 
 def _recipe(value: Recipe, uses: set[str]) -> str:
     """Name a recipe of the registry, with what differs from it."""
-    base, differs = min(
-        ((name, _differences(value, known)) for name, known in _RECIPES.items()),
-        key=lambda pair: len(pair[1]),
-    )
+    differs = {
+        base: {k: v for k, v in vars(value).items() if v != getattr(known, k)}
+        for base, known in _RECIPES.items()
+    }
+    base = min(differs, key=lambda name: len(differs[name]))
     uses.add(base)
-    if not differs:
+    if not differs[base]:
         return base
     uses.add("replace")
-    return f"replace({base}, {', '.join(f'{k}={_literal(v)}' for k, v in differs.items())})"
-
-
-def _differences(value: Recipe, known: Recipe) -> dict[str, Any]:
-    names = [f.name for f in fields(Recipe)]
-    return {n: getattr(value, n) for n in names if getattr(value, n) != getattr(known, n)}
+    return f"replace({base}, {', '.join(f'{k}={_literal(v)}' for k, v in differs[base].items())})"
 
 
 def _literal(value: Any, before: int = 0) -> str:

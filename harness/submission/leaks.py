@@ -26,8 +26,14 @@ def leaks(s: Subject) -> str:
 
 
 def _of_targets(s: Subject, model: nn.Module) -> str:
-    if (place := _place_of_targets(s)) is None:
+    if (targets := s.task.targets(s.mates)) is None:
         return ""
+    flat = [t.flatten() for t in s.mates]
+    # Which tensors of a batch, the first left out, are the targets.
+    alike = [i for i, t in enumerate(flat) if i and torch.equal(t[t != IGNORED], targets)]
+    if not alike:
+        return ""
+    place = alike[-1]
     batch = tuple(t.flip(0) if i == place else t for i, t in enumerate(s.mates))
     if _moved(s.task.logits(model, batch), s.task.logits(model, s.mates)).any():
         raise Failed(
@@ -36,16 +42,6 @@ def _of_targets(s: Subject, model: nn.Module) -> str:
             "let `targets` of the task return None)"
         )
     return "the logits don't know the targets"
-
-
-def _place_of_targets(s: Subject) -> int | None:
-    """Return which tensor of a batch, the first left out, the targets are; None if none is."""
-    targets = s.task.targets(s.mates)
-    if targets is None:
-        return None
-    flat = [t.flatten() for t in s.mates]
-    alike = [i for i, t in enumerate(flat) if i and torch.equal(t[t != IGNORED], targets)]
-    return alike[-1] if alike else None
 
 
 def _of_tokens(s: Subject, model: nn.Module) -> str:

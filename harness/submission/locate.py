@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,7 @@ def with_wrong_gradient(
     Such are custom functions with a backward of their own mind, straight-through estimators and
     detached parts. The model is altered and put back, up to rounding.
     """
-    tolerance = TOLERANCES[precision]
-    return _first(model, loss_fn, batch, lambda call: _compare_slope(call, tolerance))
+    return _first(model, loss_fn, batch, partial(_compare_slope, tolerance=TOLERANCES[precision]))
 
 
 def with_wrong_second_derivative(
@@ -59,8 +59,8 @@ def with_wrong_second_derivative(
 
     Such are custom functions whose backward computes with what autograd does not follow.
     """
-    tolerance = TOLERANCES[precision]
-    return _first(model, loss_fn, batch, lambda call: _compare_slope(call, tolerance, second=True))
+    check = partial(_compare_slope, tolerance=TOLERANCES[precision], second=True)
+    return _first(model, loss_fn, batch, check)
 
 
 def with_batch_mates(model: nn.Module, loss_fn: LossFn, batch: Batch) -> str | None:
@@ -112,19 +112,14 @@ def _first(
 def _calls(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Iterator[Call]:
     """Yield modules with the arguments of their last call, the innermost first."""
     calls: dict[str, Call] = {}
+    names = {module: name for name, module in model.named_modules()}
 
-    def remember(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Copies: what follows may write into them.
-            kept = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs))
-            calls[name] = (name, module, *kept)
+    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # Copies: what follows may write into them.
+        kept = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs))
+        calls[names[module]] = (names[module], module, *kept)
 
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(remember(name), with_kwargs=True)
-        for name, module in model.named_modules()
-    ]
+    hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in names]
     try:
         with torch.no_grad():
             loss_fn(model, batch)
@@ -139,11 +134,7 @@ def _calls(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Iterator[Call]:
 def _leaves(call: Call) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
     """Return what a module depends on, and a function that computes its outputs from them."""
     _, module, args, kwargs = call
-    inputs = [
-        t.requires_grad_()
-        for t in tree_leaves((args, kwargs))
-        if isinstance(t, torch.Tensor) and t.is_floating_point()
-    ]
+    inputs = [t.requires_grad_() for t in _floating((args, kwargs))]
     known = {id(t) for t in inputs}
 
     def outputs() -> list[torch.Tensor]:
@@ -151,8 +142,7 @@ def _leaves(call: Call) -> tuple[list[torch.Tensor], Callable[[], list[torch.Ten
         fresh = tree_map_only(
             torch.Tensor, lambda t: t.clone() if id(t) in known else t, (args, kwargs)
         )
-        found = tree_leaves(module(*fresh[0], **fresh[1]))
-        return [t for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        return _floating(module(*fresh[0], **fresh[1]))
 
     weights = [p for p in module.parameters() if p.requires_grad and p.is_floating_point()]
     return inputs + weights, outputs
@@ -200,13 +190,11 @@ def _compare_slope(call: Call, tolerance: float, *, second: bool = False) -> Non
             total = _dot(outputs(), onto)
             if not second:
                 return total
-            gradients = _gradients(total, leaves, create_graph=True)
-            parts = [(g, v) for g, v in zip(gradients, across, strict=True) if g is not None]
-            return _dot(*zip(*parts, strict=True)) if parts else 0 * total
+            return _dot(_gradients(total, leaves, create_graph=True), across)
 
     here = value()
     gradients = _gradients(here, leaves)
-    pairs = [(g, v) for g, v in zip(gradients, directions, strict=True) if g is not None]
+    pairs = list(zip(gradients, directions, strict=True))
     slope = sum(float((g * v).sum()) for g, v in pairs)
     size = sum(float(g.norm() * v.norm()) for g, v in pairs) + 1e-3 * abs(here.item())
     scale = sum(float(t.detach().norm()) for t in leaves) or 1.0
@@ -224,11 +212,11 @@ def _compare_slope(call: Call, tolerance: float, *, second: bool = False) -> Non
 
 def _gradients(
     total: torch.Tensor, leaves: list[torch.Tensor], *, create_graph: bool = False
-) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of a sum, None each where it does not depend on a leaf."""
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of a sum, zeros where it does not depend on a leaf."""
     if not total.requires_grad:
-        return (None,) * len(leaves)
-    return torch.autograd.grad(total, leaves, create_graph=create_graph, allow_unused=True)
+        return tuple(torch.zeros_like(t) for t in leaves)
+    return torch.autograd.grad(total, leaves, create_graph=create_graph, materialize_grads=True)
 
 
 def _dot(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -255,8 +243,11 @@ def _compare_halves(call: Call) -> None:
 
 def finite(tree: Any) -> bool:
     """Tell whether all floating tensors of a tree are finite."""
-    leaves = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return all(bool(torch.isfinite(t).all()) for t in leaves)
+    return all(bool(torch.isfinite(t).all()) for t in _floating(tree))
+
+
+def _floating(tree: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _describe(name: str, module: nn.Module) -> str:

@@ -66,14 +66,14 @@ def outside_problem(
     problem = load_problem(entry, "init", seed, data_root=data_root)
     if weights is None:
         return problem
-    path = _of_hub(weights) if OF_HUB.fullmatch(weights) and not Path(weights).exists() else None
-    path = path or Path(weights)
+    path = Path(weights)
+    if OF_HUB.fullmatch(weights) and not path.exists():
+        path = _of_hub(weights)
     load_weights(problem.model, read_weights(path), weights)
     return replace(problem, stage=STAGE, train_run=f"weights-{sha256_of(path)[:12]}")
 
 
 def _of_hub(repo: str) -> Path:
-    """Fetch the weights of a model on the Hub."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -102,15 +102,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"--weights {path} can't be read as a state_dict ({reason_of(error)}); write one with "
             "safetensors.torch.save_file(model.state_dict(), ...)"
         ) from error
-    inner = [
-        found[k] for k in _INSIDE if isinstance(found, dict) and isinstance(found.get(k), dict)
-    ]
-    found = (inner or [found])[0]
-    tensors = (
-        {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if isinstance(found, dict)
-        else {}
-    )
+    tensors: dict[str, Tensor] = {}
+    if isinstance(found, dict):
+        found = next((found[k] for k in _INSIDE if isinstance(found.get(k), dict)), found)
+        tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"--weights {path} holds a {type(found).__name__} without tensors by name")
     return tensors

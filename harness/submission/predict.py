@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,13 +141,12 @@ def measure(
         parts = rules(hessian, settings, source, on_progress=on_progress)
         rows = gathered(parts, hessian.blocks)
         summaries = pd.DataFrame(block_summaries(hessian, rows))
-    nonzero = rows.loc[rows["status"] == "ok", "block"].nunique()
-    if nonzero < 2:
+    names = rows.loc[rows["status"] == "ok", "block"].unique().tolist()
+    if len(names) < 2:
         raise UserError(
-            f"{entry.name!r} has {nonzero} blocks that are not exactly zero at initialisation; "
+            f"{entry.name!r} has {len(names)} blocks that are not exactly zero at initialisation; "
             "heterogeneity is between at least two"
         )
-    names = rows.loc[rows["status"] == "ok", "block"].unique().tolist()
     estimates = {
         "gradient_rms_spread": gradient_rms_spread(summaries, names),
         "lambda_rms_spread": spread(rows, "lambda_rms"),
@@ -167,26 +166,15 @@ def measure(
     return found, spent
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a model is predicted from.
-
-    Attributes:
-        every: The leaderboard's models.
-        others: Those but for the model itself.
-        age: How old the data are.
-    """
-
-    every: classifier.Examples
-    others: classifier.Examples
-    age: str
+# The leaderboard's models, those but for the model itself, and how old the data are.
+Known = tuple[classifier.Examples, classifier.Examples, str]
 
 
 def read_known(entry: ModelEntry, source: Path | str | None, *, with_js0: bool) -> Known:
     """Read the leaderboard's models that a model is predicted from.
 
     Args:
-        entry: The model; its own rows of the leaderboard are left out.
+        entry: The model.
         source: Tables of the leaderboard.
         with_js0: JS⁰ is among the measures.
 
@@ -199,7 +187,7 @@ def read_known(entry: ModelEntry, source: Path | str | None, *, with_js0: bool) 
     every = classifier.Examples.of(measured, classifier.WITH_JS0 if with_js0 else classifier.CHEAP)
     others = every.only(np.array([name != entry.name for name in every.names], dtype=bool))
     classifier.check(others)
-    return Known(every, others, data.age)
+    return every, others, data.age
 
 
 def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, Any]:
@@ -219,7 +207,7 @@ def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, A
     Raises:
         UserError: A measure is not positive.
     """
-    every, others = known.every, known.others
+    every, others, age = known
     rows, names = found.set_index("metric"), list(every.measures)
     corrected = rows["corrected"].where(rows["corrected"] > 0, rows["value"])
     value = corrected.loc[names].to_numpy(np.float64)
@@ -253,7 +241,7 @@ def predict(entry: ModelEntry, found: pd.DataFrame, known: Known) -> dict[str, A
         "reasons": reasons,
         "held_out": test,
         "worth": worth(test),
-        "data": known.age,
+        "data": age,
     }
     return result
 

@@ -114,7 +114,8 @@ def _take_a_step(s: Subject, told: str) -> None:
     rate = s.entry.recipe.adamw_lrs[0]
     for _ in range(2):  # the second step moves what is behind a branch that starts at zero
         loss = s.task.loss(s.model, s.mates)
-        for p, g in zip(parameters, _gradient(loss, parameters), strict=True):
+        gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        for p, g in zip(parameters, gradient, strict=True):
             p.data.sub_(g.sign(), alpha=rate)  # as AdamW's first step
     hessian = s.hessian(torch.float32)
     found = _products(s, hessian)
@@ -127,10 +128,6 @@ def _take_a_step(s: Subject, told: str) -> None:
         f"the first. After two steps {len(alive)} of {len(found)} blocks have a Hessian that isn't "
         "zero; the checks that follow are of the model there"
     )
-
-
-def _gradient(loss: torch.Tensor, parameters: list[nn.Parameter]) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
 
 
 def symmetric(s: Subject) -> str:
@@ -165,9 +162,8 @@ def differences(s: Subject) -> str:
         tolerance = locate.TOLERANCES[s.precision]
         until = s.time_for(0.5)
         for some in s.in_time(_shuffled(len(vectors)), lambda: until):
-            for i, product in zip(
-                some, hessian.products([(i, vectors[i]) for i in some]), strict=True
-            ):
+            found = hessian.products([(i, vectors[i]) for i in some])
+            for i, product in zip(some, found, strict=True):
                 error, is_wrong = _deviation(hessian, i, vectors[i], product.double(), tolerance)
                 done += 1
                 if error <= tolerance:

@@ -26,41 +26,28 @@ def render(entry: ModelEntry, data: Path) -> str:
     [model] = optional("models", data).to_dict("records")
     runs, spectra = optional("runs", data), optional("spectra", data)
     products, seconds = int(spectra["num_products"].sum()), float(spectra["seconds"].sum())
-    lines = [
+    paragraphs = [
         f"# {entry.name}",
-        "",
         *_rehearsal(entry),
         f"{plain(entry.description)}. Architecture: {plain(entry.reference)}. Code: "
         f"{plain(entry.source)}, licence {plain(entry.licence)}.",
-        "",
         f"Family {entry.family}, task {entry.task}, {model['num_params']:,} parameters, "
         f"{model['num_blocks']} blocks of partition {entry.partition}, protocol "
         f"{model['protocol_version']}.",
-        "",
         "## Heterogeneity",
-        "",
-        *_heterogeneity(entry, data),
-        "",
+        _heterogeneity(entry, data),
         "## Training",
-        "",
-        *_gap(data),
-        "",
+        _gap(data),
         "## Where it would stand",
-        "",
-        *_standing(entry, data),
-        "",
+        _standing(entry, data),
         "## How it was made",
-        "",
         f"{products:,} Hessian-vector products in {seconds / 60:.1f} minutes; code "
         f"{_values(runs, 'code_version')}; torch {_values(runs, 'torch_version')}; device "
         f"{_values(runs, 'device')}. Data: {_values(spectra, 'data_source')}.",
-        "",
         "To recompute a sample of it, which executes the code in `entry/`:",
-        "",
         "    harness verify FOLDER --registry FOLDER/entry",
-        "",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _rehearsal(entry: ModelEntry) -> list[str]:
@@ -68,18 +55,18 @@ def _rehearsal(entry: ModelEntry) -> list[str]:
     if not entry.is_rehearsal or entry.recipe is None:
         return []
     steps = entry.recipe.num_steps
-    return [f"**A rehearsal: runs of {steps} steps. These numbers are no results.**", ""]
+    return [f"**A rehearsal: runs of {steps} steps. These numbers are no results.**"]
 
 
 def _values(rows: pd.DataFrame, column: str) -> str:
     return plain(", ".join(sorted(set(rows[column].astype(str))))) or "not recorded"
 
 
-def _heterogeneity(entry: ModelEntry, data: Path) -> list[str]:
+def _heterogeneity(entry: ModelEntry, data: Path) -> str:
     """Return JS⁰ by stage, as a table."""
     rows = optional("heterogeneity", data, partition=entry.partition, **_JS0)
     if rows.empty:
-        return ["There is none: fewer than two blocks have a spectrum."]
+        return "There is none: fewer than two blocks have a spectrum."
     lines = ["| stage | JS⁰ | standard error | blocks | zero blocks |", "|---|---|---|---|---|"]
     order = {stage: i for i, stage in enumerate(STAGES)}
     for row in rows.sort_values("stage", key=lambda c: c.map(order)).to_dict("records"):
@@ -89,28 +76,27 @@ def _heterogeneity(entry: ModelEntry, data: Path) -> list[str]:
         lines.append(
             f"| {row['stage']} | {number} | {row['num_blocks']} | {row['num_zero_blocks']} |"
         )
-    return lines
+    return "\n".join(lines)
 
 
-def _gap(data: Path) -> list[str]:
-    """Return the gap in words."""
+def _gap(data: Path) -> str:
     rows = optional("gaps", data)
     if rows.empty:
-        return ["Not trained."]
+        return "Not trained."
     [row] = rows.to_dict("records")
     if row["status"] != "ok":
-        return [f"The SGD-Adam gap is {row['status']}: {plain(row['reason'])}."]
+        return f"The SGD-Adam gap is {row['status']}: {plain(row['reason'])}."
     edge = "; a best rate lies at the edge of its grid" if row["at_edge"] else ""
     needed = "needed" if row["adam_needed"] else "not needed"
-    return [
+    return (
         f"SGD-Adam gap {row['gap']:.3f} ± {row['standard_error']:.3f} over {row['num_seeds']} "
         f"seeds: Adam is {needed}. From a loss of {row['init_loss']:.4f}, SGD reaches "
         f"{row['sgd_loss']:.4f} at {row['sgd_lr']:.2g}, AdamW {row['adam_loss']:.4f} at "
         f"{row['adam_lr']:.2g}{edge}."
-    ]
+    )
 
 
-def _standing(entry: ModelEntry, data: Path) -> list[str]:
+def _standing(entry: ModelEntry, data: Path) -> str:
     """Return the model's place among those of the bundled release, by JS⁰ and by gap."""
     lines = []
     asked: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -127,7 +113,7 @@ def _standing(entry: ModelEntry, data: Path) -> list[str]:
             continue
         value = float(mine.iloc[0][column])
         lines.append(f"- {what} {value:.3f}: {_place(value, others, column)}.")
-    return lines or ["There is no release with such models to compare it with."]
+    return "\n".join(lines) or "There is no release with such models to compare it with."
 
 
 def _place(value: float, others: pd.DataFrame, column: str) -> str:

@@ -91,16 +91,14 @@ def parse_source(text: str, task: Task) -> Source:
         raise UserError(_of_hub(name or place))
     if not (place and name):
         raise UserError(f"{text!r} names no model; {_FORMS}")
-    if place == "timm":
-        family = re.sub(r"\d\d+$", "", name.partition(".")[0].partition("_")[0])  # resnet18
-        given = {"model_name": name, **options}
-        return Source(f"{_LIBRARIES}:timm_model", given, family, _library("timm"), "Apache-2.0")
-    if place == "transformers":
+    if place in ("timm", "transformers"):
+        family = name.replace("_", "-")
         given = {"model_type": name, "head": _head(task), **options}
-        source = _library("transformers")
-        return Source(
-            f"{_LIBRARIES}:transformers_model", given, name.replace("_", "-"), source, "Apache-2.0"
-        )
+        if place == "timm":
+            family = re.sub(r"\d\d+$", "", name.partition(".")[0].partition("_")[0])  # resnet18
+            given = {"model_name": name, **options}
+        source = f"{place} {version(place)}"
+        return Source(f"{_LIBRARIES}:{place}_model", given, family, source, "Apache-2.0")
     if not all(word.isidentifier() for word in [*place.split("."), name]):
         raise UserError(f"{text!r} names no model; {_FORMS}")
     return Source(head, options, place.rpartition(".")[2].lower().replace("_", "-"), place, "")
@@ -217,10 +215,6 @@ def _head(task: Task) -> str:
     if task.metric == "accuracy":
         return "ImageClassification"
     return "MaskedLM" if isinstance(task, MaskedTask) else "CausalLM"
-
-
-def _library(name: str) -> str:
-    return f"{name} {version(name)}"
 
 
 def _said(error: Exception) -> str:

@@ -12,7 +12,6 @@ Reading one executes nothing of it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -28,14 +27,14 @@ import pandas as pd
 import torch
 
 from harness.errors import UserError
-from harness.estimator import find_blocks
 from harness.estimator.checks import take
 from harness.records.derived import derived
+from harness.records.ledger import Ledger
 from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
 from harness.submission.verify import verify
 from harness.training.problem import load_problem
-from harness.training.stages import STAGE_SEED
+from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import check, store
 from spectra_db.derived import DERIVED, Derive
 from spectra_db.files import sha256_of, swap, whole
@@ -207,9 +206,7 @@ def _check_tables(
     problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
     facts = {name: getattr(entry, name) for name in _FACTS}
     facts["num_params"] = sum(p.numel() for p in problem.model.parameters())
-    found = find_blocks(
-        problem.model, entry.partition, paper_blocks=entry.paper_blocks, kinds=entry.blocks
-    )
+    found = problem.blocks(entry.partition)
     facts["num_blocks"] = len(found)
     for name, value in facts.items():
         if row[name] != value:
@@ -270,7 +267,6 @@ def modules_in(folder: Path) -> Iterator[Path]:
 
 
 def _write_entry(entry: ModelEntry, registry: Path | None, code: list[Path], folder: Path) -> None:
-    """Write the entry's file and the modules beside it."""
     folder.mkdir()
     for path in code:
         assert registry is not None
@@ -291,14 +287,12 @@ def _write_entry(entry: ModelEntry, registry: Path | None, code: list[Path], fol
 
 def _copy_checkpoints(entry: ModelEntry, source: Path, staging: Path) -> None:
     """Copy the weights that table `stages` lists, as far as they are there and are those."""
-    path = store.path_of(source, "stages", entry.name)
-    rows = store.read(path, "stages").to_pylist() if path.is_file() else []
-    for row in rows:
-        name = Path("checkpoints") / entry.name / f"adamw-seed{row['seed']}"
-        original = source / name / f"{row['stage']}.safetensors"
+    for row in Ledger(source).rows("stages", entry.name).to_dict("records"):
+        name = checkpoint_path("checkpoints", entry.name, row["seed"], row["stage"])
+        original, copy = source / name, staging / name
         if original.is_file() and sha256_of(original) == row["checkpoint_sha256"]:
-            (staging / name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(original, staging / name / original.name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(original, copy)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
@@ -346,9 +340,6 @@ def _wrong_content(folder: Path, model: str, made: Mapping[str, Derive]) -> Iter
 
 def _files(folder: Path) -> list[str]:
     """Return the relative paths of all files and links but submission.json."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        paths = [Path(place) / name for name in [*names, *folders]]
-        found += [path for path in paths if path.is_symlink() or not path.is_dir()]
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     names = [path.relative_to(folder).as_posix() for path in found]
     return sorted(name for name in names if name != NAME)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
@@ -41,31 +40,11 @@ _PIECES = 2  # what is wrong with a model is wrong with few samples
 # Pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 Roots = Sequence[tuple[Batch, torch.Tensor]]
 Factors = tuple[torch.Tensor, torch.Tensor]
+Rule = tuple[list[float], list[float]]  # nodes and weights
 Way = Callable[[BlockHessian, Roots, Sequence[int]], dict[int, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Eigenvalues:
-    """The spectrum of a block.
-
-    Attributes:
-        index: Of the block.
-        nonzero: The eigenvalues that are not zero, ascending, float64; as many as the rank.
-        num_passes: Backward passes over the whole batch that its rows took.
-    """
-
-    index: int
-    nonzero: torch.Tensor
-    num_passes: int
-
-    def rule(self, num_params: int) -> tuple[list[float], list[float]]:
-        """Return nodes and weights of the block of so many parameters, one node for all zeros."""
-        nodes = self.nonzero.tolist()
-        zeros, weights = num_params - len(nodes), [1.0 / num_params] * len(nodes)
-        return ([0.0, *nodes], [zeros / num_params, *weights]) if zeros else (nodes, weights)
-
-
-def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalues]:
+def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int, Rule, int]]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
 
     The matrix is A Aᵀ, or Aᵀ A where the block has fewer parameters than there are rows, of at most
@@ -76,6 +55,10 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalu
     Args:
         hessian: The products; it holds the whole batch.
         indices: The blocks to look at.
+
+    Yields:
+        A block's index, its nodes, ascending, and weights, one node 0 for all zeros, and the
+        backward passes over the whole batch that its rows took.
 
     Raises:
         UserError: The loss is not in two parts.
@@ -109,7 +92,7 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[Eigenvalu
                 group.append(left.pop(0))
             for i, matrix in way(hessian, roots, group).items():
                 fitting.remove(i)
-                yield Eigenvalues(i, _nonzero(matrix, hessian.blocks[i], hessian.dtype), passes)
+                yield i, _rule(matrix, hessian.blocks[i], hessian.dtype), passes
 
 
 def _bytes_of_rows(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
@@ -299,16 +282,14 @@ def _of_layers(
         back = [torch.autograd.grad(z, outputs, u, **kept) for u in root]
         pulled = dict(zip(traces, zip(*back, strict=True), strict=True))
         for (i, layer), [row] in zip(mine.items(), expected, strict=True):
-            found = places(layer, *traces[i]) if i in traces else None
-            if found is not None:
-                X, channels = found
+            inputs = places(layer, *traces[i]) if i in traces else None
+            if inputs is not None:
+                X, channels = inputs
                 U = torch.stack(pulled[i]).movedim(channels + 1, -1).flatten(1, -2)
-                mixed = (torch.tensordot(mixture, U, 1).T @ X).flatten()
-                found = found if agrees(mixed, row) else None
-            if found is None:
-                del factors[i]
-            else:
-                factors[i].append((U, X))
+                if agrees((torch.tensordot(mixture, U, 1).T @ X).flatten(), row):
+                    factors[i].append((U, X))
+                    continue
+            del factors[i]
     return {i: _matrix_of(some, hessian.blocks[i].num_params) for i, some in factors.items()}
 
 
@@ -365,15 +346,16 @@ def _add_gram(total: torch.Tensor, columns: torch.Tensor) -> None:
     total[half:, half:].addmm_(wide[half:], wide[half:].T)
 
 
-def _nonzero(matrix: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:
-    """Return the eigenvalues of a Gram matrix that are not zero to rounding."""
+def _rule(matrix: torch.Tensor, block: Block, dtype: torch.dtype) -> Rule:
+    """Return nodes and weights of a Gram matrix, one node for all that is zero to rounding."""
     if not torch.isfinite(matrix).all():
         raise FloatingPointError(
             f"the derivative of the outputs by block {block.name!r} is not finite; use a wider "
             "dtype or look for inf or nan in it"
         )
     values = torch.linalg.eigvalsh(matrix, UPLO="L").cpu()
-    if not len(values):  # the criterion is linear
-        return values
     rounding = max(len(values) * 2.0**-52, (_ROUNDING * torch.finfo(dtype).eps) ** 2)
-    return values[values > rounding * values[-1]]
+    # None where the criterion is linear.
+    nodes = values[values > rounding * values[-1:]].tolist()
+    zeros, weights = block.num_params - len(nodes), [1.0 / block.num_params] * len(nodes)
+    return ([0.0, *nodes], [zeros / block.num_params, *weights]) if zeros else (nodes, weights)

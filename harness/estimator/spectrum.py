@@ -27,7 +27,6 @@ from harness.estimator.settings import Settings, check_names, whole_number
 from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
-_MATRICES = {"hessian": "the block's Hessian", "ggn": "the block's Gauss-Newton matrix"}
 Row = dict[str, Any]
 OnProgress = Callable[[int, int], None]
 
@@ -287,31 +286,23 @@ def _groups(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
         yield group
 
 
-def _slq_row(
-    plan: _Plan,
-    index: int,
-    probe: int,
-    seed: int,
-    state: lanczos.Recurrence,
-    seconds: float,
-) -> Row:
-    """Make the row of one block and probe."""
-    nodes, weights = gauss_rule(state.alphas, state.betas)
+def _row(plan: _Plan, index: int, rule: gram.Rule, num_products: int, seconds: float) -> Row:
+    """Make a row of a block; what is not given is as of an exact spectrum."""
     block = plan.hessian.blocks[index]
     return plan.shared | {
         "block": block.name,
-        "probe": probe,
+        "probe": 0,
         "block_kind": block.kind,
         "num_params": block.num_params,
-        "method": "slq",
-        "probe_seed": seed,
-        "num_steps": len(state.alphas),
-        "breakdown": state.breakdown,
-        "alphas": list(state.alphas),  # the recurrence may go on
-        "betas": list(state.betas),
-        "nodes": nodes.tolist(),
-        "weights": weights.tolist(),
-        "num_products": len(state.alphas),
+        "method": "exact",
+        "probe_seed": 0,
+        "num_steps": 0,
+        "breakdown": False,
+        "alphas": [],
+        "betas": [],
+        "nodes": rule[0],
+        "weights": rule[1],
+        "num_products": num_products,
         "seconds": seconds,
         "peak_bytes": peak_bytes(plan.hessian.device),
         "product_error": plan.hessian.product_error(index),
@@ -320,15 +311,30 @@ def _slq_row(
     }
 
 
+def _slq_row(
+    plan: _Plan, index: int, probe: int, seed: int, state: lanczos.Recurrence, seconds: float
+) -> Row:
+    """Make the row of one block and probe."""
+    nodes, weights = gauss_rule(state.alphas, state.betas)
+    steps = len(state.alphas)
+    return _row(plan, index, (nodes.tolist(), weights.tolist()), steps, seconds) | {
+        "probe": probe,
+        "method": "slq",
+        "probe_seed": seed,
+        "num_steps": steps,
+        "breakdown": state.breakdown,
+        "alphas": list(state.alphas),  # the recurrence may go on
+        "betas": list(state.betas),
+    }
+
+
 def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
     """Yield the rows of blocks whose spectra are those of Gram matrices; return their names."""
     begin = time.perf_counter()
     done, hessian = set(), plan.hessian
-    for found in gram.spectra(hessian, [i for i, _ in plan.todo]):
-        block = hessian.blocks[found.index]
-        rule = found.rule(block.num_params)
-        yield [_exact_row(plan, found.index, rule, found.num_passes, begin)]
-        done.add(block.name)
+    for index, rule, num_passes in gram.spectra(hessian, [i for i, _ in plan.todo]):
+        yield [_exact_row(plan, index, rule, num_passes, begin)]
+        done.add(hessian.blocks[index].name)
         begin = time.perf_counter()
     return done
 
@@ -348,55 +354,26 @@ def _diagonalised(plan: _Plan, index: int) -> Row:
     return _exact_row(plan, index, (nodes, [1.0 / len(nodes)] * len(nodes)), n, begin)
 
 
-def _exact_row(
-    plan: _Plan,
-    index: int,
-    rule: tuple[list[float], list[float]],
-    num_products: int,
-    begin: float,
-) -> Row:
-    """Make the row of a block whose eigenvalues are known."""
-    block, (nodes, weights) = plan.hessian.blocks[index], rule
-    zero = nodes == [0.0]
-    reason = _reason_of_zero(plan, index, _MATRICES[plan.settings.operator]) if zero else None
-    return (
-        plan.shared
-        | {
-            "block": block.name,
-            "probe": 0,
-            "block_kind": block.kind,
-            "num_params": block.num_params,
-            "method": "exact",
-            "probe_seed": 0,
-            "num_steps": 0,
-            "breakdown": False,
-            "alphas": [],
-            "betas": [],
-            "nodes": nodes,
-            "weights": weights,
-            "num_products": num_products,
-            "seconds": time.perf_counter() - begin,
-            "peak_bytes": peak_bytes(plan.hessian.device),
-            "product_error": plan.hessian.product_error(index),
-            "microbatch_size": plan.hessian.microbatch_size,
-        }
-        | ({"status": "zero", "reason": reason} if zero else {})
-    )
+def _exact_row(plan: _Plan, index: int, rule: gram.Rule, num_products: int, begin: float) -> Row:
+    """Make the row of a block whose eigenvalues are known, of status `zero` where all are 0."""
+    is_zero = rule[0] == [0.0]
+    zero = {"status": "zero", "reason": _reason_of_zero(plan, index)} if is_zero else {}
+    return _row(plan, index, rule, num_products, time.perf_counter() - begin) | zero
 
 
 def _unless_zero(plan: _Plan, index: int, rows: list[Row]) -> list[Row]:
     """Replace the probes of an exactly zero block by its one row of status `zero`."""
     if any(row["alphas"] != [0.0] or row["betas"] != [0.0] for row in rows):
         return rows
-    matrix = _MATRICES[plan.settings.operator]
-    reason = _reason_of_zero(plan, index, f"every product with {matrix}")
+    reason = _reason_of_zero(plan, index, "every product with ")
     products = sum(row["num_products"] for row in rows)
     return [rows[0] | {"status": "zero", "reason": reason, "num_products": products}]
 
 
-def _reason_of_zero(plan: _Plan, index: int, what: str) -> str:
+def _reason_of_zero(plan: _Plan, index: int, what: str = "") -> str:
     """Return why a block is of status zero; warn if its gradient changes all the same."""
     is_hessian = plan.settings.operator == "hessian"
+    what += "the block's Hessian" if is_hessian else "the block's Gauss-Newton matrix"
     if not is_hessian or not plan.hessian.differences.is_nonzero(index):
         return f"{what} is exactly zero"
     if not plan.hessian.is_autograd:

@@ -332,8 +332,7 @@ def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | Non
     n = row["num_params"]
     if row["num_products"] == n:  # one for each parameter
         return None
-    for found in gram.spectra(hessian, [0]):
-        nodes, weights = found.rule(n)
+    for _, (nodes, weights), _ in gram.spectra(hessian, [0]):
         return {"alphas": [], "betas": [], "nodes": np.array(nodes), "weights": np.array(weights)}
     return None
 

@@ -32,10 +32,9 @@ class Graph(dict[str, torch.Tensor | None]):
         directions: Sequence[torch.Tensor],
     ) -> Sequence[torch.Tensor | None]:
         """Return ∂⟨gradients, directions⟩ / ∂parameters; the graph stays."""
-        found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+        return torch.autograd.grad(
             gradients, parameters, directions, retain_graph=True, allow_unused=True
         )
-        return found
 
 
 class GaussNewtonGraph(Graph):
@@ -71,10 +70,7 @@ class GaussNewtonGraph(Graph):
         if not self.slope.requires_grad:  # the criterion is linear
             return [None] * len(parameters)
         (back,) = torch.autograd.grad(self.slope, self.place, change, **kept)
-        found: Sequence[torch.Tensor | None] = torch.autograd.grad(
-            self.value, parameters, back, retain_graph=True, allow_unused=True
-        )
-        return found
+        return super().derivatives([self.value], parameters, [back])
 
 
 def slope_of(

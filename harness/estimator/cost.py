@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.errors import UserError
+from harness.estimator.batches import leading_size, take
 from harness.estimator.blocks import Block
-from harness.estimator.checks import fixed_arithmetic, leading_size, take
+from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.device import choose_device, device_memory
-from harness.estimator.memory import is_out_of_memory
 from harness.estimator.objective import Objective
 from harness.estimator.operators import block_hessian
+from harness.estimator.prepare import on_few
 from harness.estimator.settings import Settings
 
 
@@ -81,15 +81,7 @@ def forecast(objective: Objective, blocks: Sequence[Block], settings: Settings) 
     device = choose_device(objective.model, None)
     here = replace(settings, device=str(device), memory_budget=device_memory(device))
     with fixed_arithmetic(objective.model):
-        try:
-            hessian = block_hessian(objective.first(1), blocks, here)
-        except UserError:
-            raise
-        except Exception as error:
-            if leading_size(first) < 2 or is_out_of_memory(error):
-                raise
-            hessian = block_hessian(objective.first(2), blocks, here)
-        few = hessian.batch_size
+        few, hessian = on_few(first, lambda few: block_hessian(objective.first(few), blocks, here))
         with _counter() as shared:
             hessian.products([])
         block_flops = []

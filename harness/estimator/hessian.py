@@ -13,7 +13,6 @@ from torch import nn
 from harness.errors import UserError
 from harness.estimator.batches import (
     Batch,
-    NumTerms,
     halves,
     leading_size,
     place,
@@ -126,10 +125,9 @@ class BlockHessian:
         # Counts the terms of a piece of a batch; None: batches can't be cut.
         self._count = count if norm_mode == "eval" else None
         self.precision = dtype
-        found = fit(
+        self.batches, self._fewest, self.graph_bytes, self.product_bytes = fit(
             self.batches, self._count, self.memory_budget, self._saved_bytes, self.measure_peak
         )
-        self.batches, self._fewest, self.graph_bytes, self.product_bytes = found
         if dtype == torch.float64 != self.precision:
             warn_of_precision(self.model, loss_fn, self.batches[0], self.precision)
         if self._count is not None:
@@ -141,12 +139,9 @@ class BlockHessian:
         self._share = share
         self.is_shared = share is not None
         if share is not None:
-            whole = self.microbatch_size
             # The same numbers in all processes, which must go through the same products.
-            cut = self._count is not None
-            num_batches, self.microbatch_size = share.sizes(self.batches, cut=cut)
-            self.graph_bytes = self.graph_bytes * self.microbatch_size // whole
-            self.product_bytes = self.product_bytes * self.microbatch_size // whole
+            num_batches, largest = share.sizes(self.batches, cut=self._count is not None)
+            self._resize(largest)
             self.batches, self.weights = share.of(self.batches, self.weights, self._count)
         every_graph = (num_batches - 1) * self.graph_bytes + self.product_bytes
         self.keeps_graphs = self.is_autograd and every_graph <= self.memory_budget
@@ -292,12 +287,11 @@ class BlockHessian:
 
     def measure_peak(self, batch: Batch) -> int:
         """Measure the most memory, in bytes, that a graph of a batch and a product with it take."""
-        names = {part.parameter for block in self.blocks for part in block.parts}
         # The first block's product walks the whole network behind it.
         block = self.blocks[0]
         vector = torch.ones(block.num_params, dtype=self.dtype, device=self.device)
         with PeakMemory(self.device) as memory:
-            gradients = self.graph(place(batch, self.device, self.dtype), names)
+            gradients = self.graph(place(batch, self.device, self.dtype), self._names())
             self._add_product(torch.zeros_like(vector), gradients, block, vector, 1.0)
         return memory.peak
 
@@ -339,10 +333,9 @@ class BlockHessian:
 
     def _gradient(self) -> Gradients:
         """Return this process's part of the gradient."""
-        names = {part.parameter for block in self.blocks for part in block.parts}
-        total: Gradients = dict.fromkeys(sorted(names))  # one order in all processes
+        total: Gradients = dict.fromkeys(sorted(self._names()))  # one order in all processes
         for batch, weight in zip(self.batches, self.weights, strict=True):
-            for name, g in self.graph(batch, names, create_graph=False).items():
+            for name, g in self.graph(batch, set(total), create_graph=False).items():
                 if g is not None:
                     so_far = total[name]
                     scaled = weight * g.detach()
@@ -366,17 +359,17 @@ class BlockHessian:
                     f"out of memory with microbatches of {self.microbatch_size} samples, which "
                     f"can't be halved ({reason}); pass smaller batches, or use a larger device"
                 )
-            self._halve(self._count)
+            whole = self.microbatch_size
+            self.batches = [b for batch in self.batches for b in halves(batch, whole, self._count)]
+            self.weights = [self._count(b) / self.num_terms for b in self.batches]
+            self._resize((whole + 1) // 2)
             self.keeps_graphs = False
 
-    def _halve(self, count: NumTerms) -> None:
-        """Halve the largest microbatches."""
-        whole = self.microbatch_size
-        self.batches = [piece for b in self.batches for piece in halves(b, whole, count)]
-        self.weights = [count(b) / self.num_terms for b in self.batches]
-        self.microbatch_size = (whole + 1) // 2
-        self.graph_bytes = self.graph_bytes * self.microbatch_size // whole
-        self.product_bytes = self.product_bytes * self.microbatch_size // whole
+    def _resize(self, microbatch_size: int) -> None:
+        """Note that microbatches are of another size, and estimate anew what one takes."""
+        whole, self.microbatch_size = self.microbatch_size, microbatch_size
+        self.graph_bytes = self.graph_bytes * microbatch_size // whole
+        self.product_bytes = self.product_bytes * microbatch_size // whole
 
     def _add_product(
         self,
@@ -412,8 +405,7 @@ class BlockHessian:
                 yield self.graph(batch, names)
             return
         if not self._kept:
-            every = {part.parameter for block in self.blocks for part in block.parts}
-            self._kept = [self.graph(batch, every) for batch in self.batches]
+            self._kept = [self.graph(batch, self._names()) for batch in self.batches]
         yield from self._kept
 
     def graph(self, batch: Batch, names: set[str], *, create_graph: bool = True) -> Graph:
@@ -453,7 +445,7 @@ class BlockHessian:
     def _saved_bytes(self, batch: Batch) -> int:
         """Count the bytes of distinct storages that a graph of this batch keeps.
 
-        Looks through that graph for operations without a second derivative, too.
+        Looks through that graph for operations without a second derivative, and for its dtypes.
         """
         storages: dict[int, int] = {}
 
@@ -465,28 +457,23 @@ class BlockHessian:
             return tensor.detach()
 
         own = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
-        names = {part.parameter for block in self.blocks for part in block.parts}
+        names = self._names()
         try:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 gradients = self.graph(batch, names)
+            kept = sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
         except UserError as error:
+            # Transforms of torch.func refuse such hooks, be they around the whole loss: counts the
+            # most that a graph and its making take.
             if "saved tensor hooks" not in str(error):
                 raise
-            return self._held_bytes(batch, names)
-        self._look_through(gradients)
-        return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
-
-    def _held_bytes(self, batch: Batch, names: set[str]) -> int:
-        """Return the most bytes that a graph and its making take; needs no hooks.
-
-        Transforms of torch.func refuse hooks on saved tensors, be they around the whole loss.
-        """
-        with PeakMemory(self.device) as memory:
-            gradients = self.graph(batch, names)
-        self._look_through(gradients)
-        return memory.peak
-
-    def _look_through(self, gradients: Gradients) -> None:
-        """Look through a graph for operations without a second derivative, and for its dtypes."""
+            with PeakMemory(self.device) as memory:
+                gradients = self.graph(batch, names)
+            kept = memory.peak
         coarsest = check_twice_differentiable(gradients.values())
         self.precision = max(self.precision, coarsest, key=lambda dtype: torch.finfo(dtype).eps)
+        return kept
+
+    def _names(self) -> set[str]:
+        """Return the names of the blocks' parameters."""
+        return {part.parameter for block in self.blocks for part in block.parts}

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, halves, leading_size, take
 from harness.estimator.blocks import Block, Part
 from harness.estimator.memory import is_out_of_memory
+
+T = TypeVar("T")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -102,29 +104,13 @@ def _overlap(a: Part, b: Part, num_dims: int) -> bool:
     return max(a.start, b.start) < min(a.stop, b.stop)
 
 
-class Fit(NamedTuple):
-    """Microbatches with which a product fits into memory.
-
-    Attributes:
-        batches: The microbatches, halved if need be.
-        fewest: Samples that the model takes at least, 1 or 2.
-        graph_bytes: Estimate of what the largest microbatch's graph keeps.
-        product_bytes: Estimate of the most that a product takes.
-    """
-
-    batches: list[Batch]
-    fewest: int
-    graph_bytes: int
-    product_bytes: int
-
-
 def fit(
     batches: list[Batch],
     count: NumTerms | None,
     memory_budget: int,
     kept: Callable[[Batch], int],
     peak: Callable[[Batch], int],
-) -> Fit:
+) -> tuple[list[Batch], int, int, int]:
     """Halve microbatches until a product fits.
 
     Args:
@@ -135,6 +121,11 @@ def fit(
         kept: Measures what the graph of a batch keeps, in bytes.
         peak: Measures the most that a graph and a product with it take.
 
+    Returns:
+        The microbatches, halved if need be; samples that the model takes at least, 1 or 2; and
+        estimates, in bytes, of what the largest microbatch's graph keeps, and of the most that a
+        product takes.
+
     Raises:
         UserError: A product takes more than the budget even with the fewest samples.
     """
@@ -143,7 +134,7 @@ def fit(
     if count is None:
         graph_bytes, product_bytes = kept(sample), peak(sample)
     else:
-        few, graph_of_few = _fewest_samples(sample, kept)
+        few, graph_of_few = on_few(sample, lambda few: kept(take(sample, 0, few)))
         least = peak(take(sample, 0, few))
         per_sample = least / few
         if size >= 2 * few:
@@ -156,7 +147,7 @@ def fit(
             product_bytes = least + int((size - few) * per_sample)
         product_bytes = max(graph_bytes, product_bytes)
         if product_bytes <= memory_budget:
-            return Fit(batches, few, graph_bytes, product_bytes)
+            return batches, few, graph_bytes, product_bytes
         if count is None or size < 2 * few:
             raise UserError(
                 f"a product with one microbatch of {size} samples takes about "
@@ -166,16 +157,16 @@ def fit(
         batches = [piece for b in batches for piece in halves(b, size, count)]
 
 
-def _fewest_samples(batch: Batch, kept: Callable[[Batch], int]) -> tuple[int, int]:
-    """Return how few samples the model takes, 1 or 2, and the bytes that their graph keeps.
+def on_few(batch: Batch, compute: Callable[[int], T]) -> tuple[int, T]:
+    """Return how few samples of a batch the model takes, 1 or 2, and what is computed on so many.
 
     Some models fail on one: `squeeze` takes the dimension of its batch away.
     """
     try:
-        return 1, kept(take(batch, 0, 1))
+        return 1, compute(1)
     except UserError:
         raise
     except Exception as error:
         if leading_size(batch) < 2 or is_out_of_memory(error):
             raise
-    return 2, kept(take(batch, 0, 2))
+    return 2, compute(2)

@@ -43,9 +43,8 @@ class DifferenceHessian(BlockHessian):
 
     def measure_peak(self, batch: Batch) -> int:
         """Measure the most memory, in bytes, that a gradient of a batch takes."""
-        names = {part.parameter for block in self.blocks for part in block.parts}
         with PeakMemory(self.device) as memory:
-            self.graph(place(batch, self.device, self.dtype), names, create_graph=False)
+            self.graph(place(batch, self.device, self.dtype), self._names(), create_graph=False)
         return memory.peak
 
     def _saved_bytes(self, batch: Batch) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import nn
 
@@ -52,7 +51,7 @@ def slices_of(
     num_outputs, num_inputs = parameter.shape[dim], parameter.shape[1 - dim]
     if num_outputs == len(kinds) * num_inputs:
         return dim, [(k, num_inputs) for k in kinds]
-    query, key = _outputs(parent)
+    query, key, _ = _outputs(parent)
     sizes = [query] * (len(kinds) == len(_QKV)) + [key] * 2
     fits = sum(sizes) == num_outputs
     return dim, list(zip(kinds, sizes, strict=True)) if fits else []
@@ -71,25 +70,12 @@ def size_of_head(name: str, modules: Mapping[str, nn.Module], num_outputs: int) 
     is_torch = isinstance(module, nn.MultiheadAttention)
     if not (is_torch or has_weight(module)):
         return 0  # nothing says which side of a bare matrix the heads are on
-    attention = module if is_torch else modules[place_of(path, modules)[1]]
-    return _heads(attention).size if num_outputs in _outputs(attention) else 0
+    *outputs, size = _outputs(module if is_torch else modules[place_of(path, modules)[1]])
+    return size if num_outputs in outputs else 0
 
 
-class _Heads(NamedTuple):
-    """What a module of attention says of its heads, zeros if it does not.
-
-    Attributes:
-        number: Of queries.
-        grouped: Of keys and values, which several queries may share.
-        size: Outputs of one.
-    """
-
-    number: int
-    grouped: int
-    size: int
-
-
-def _heads(attention: nn.Module) -> _Heads:
+def _outputs(attention: nn.Module) -> tuple[int, int, int]:
+    """Return the outputs of the query, of the key and of one head, zeros if unknown."""
     config = getattr(attention, "config", None)
 
     def number(*names: str) -> int:
@@ -102,19 +88,14 @@ def _heads(attention: nn.Module) -> _Heads:
     )
     heads = number("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
     groups = number("num_key_value_groups", "n_rep")  # queries of a key
-    grouped = number(
+    grouped = number(  # keys and values, which several queries may share
         *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads"),
         *("n_local_heads", "n_query_groups", "num_query_groups"),
     )
     grouped = grouped or (heads // groups if groups else heads)
     width = number("embed_dim", "hidden_size", "n_embd", "d_model", "dim")
-    return _Heads(heads, grouped, size or (width // heads if heads else 0))
-
-
-def _outputs(attention: nn.Module) -> tuple[int, int]:
-    """Return the outputs of the query and of the key, zeros if unknown."""
-    heads = _heads(attention)
-    return heads.number * heads.size, heads.grouped * heads.size
+    size = size or (width // heads if heads else 0)
+    return heads * size, grouped * size, size
 
 
 def _interleaves(module: nn.Module) -> bool:

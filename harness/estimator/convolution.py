@@ -23,6 +23,7 @@ OPERATIONS = {
     torch.conv2d: (F.conv2d, conv_grad.conv2d_input, conv_grad.conv2d_weight),
     torch.conv3d: (F.conv3d, conv_grad.conv3d_input, conv_grad.conv3d_weight),
 }
+_PLACES = _OUTPUT, _INPUT, _WEIGHT = range(3)  # of ⟨g, conv(x, w)⟩: g, x and w
 
 
 def convolve(
@@ -56,7 +57,7 @@ def convolve(
     if plain or torch.is_autocast_enabled(x.device.type):
         return func(x, w, bias, stride, padding, dilation, groups)
     shape = _Shape(func, x.shape, w.shape, (stride, padding, dilation, groups))
-    y: torch.Tensor = _Convolve.apply(x, w, shape)
+    y: torch.Tensor = _Derivative.apply(x, w, _OUTPUT, shape)
     return y if bias is None else y + bias.view(-1, *[1] * (w.dim() - 2))
 
 
@@ -70,61 +71,36 @@ class _Shape:
     settings: tuple[Any, ...]
 
 
-class _Convolve(torch.autograd.Function):
-    """(x, w) ↦ conv(x, w)."""
+class _Derivative(torch.autograd.Function):
+    """The derivative of ⟨g, conv(x, w)⟩ by the one of g, x and w that it is not given.
+
+    That by g is conv(x, w) itself. Those by what it is given are such derivatives again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, shape: _Shape) -> torch.Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.shape = shape
-        return OPERATIONS[shape.func][0](x, w, None, *shape.settings)
+    def forward(
+        ctx: Any, first: torch.Tensor, second: torch.Tensor, by: int, shape: _Shape
+    ) -> torch.Tensor:
+        ctx.save_for_backward(first, second)
+        ctx.by, ctx.shape = by, shape
+        conv, input_gradient, weight_gradient = OPERATIONS[shape.func]
+        if by == _INPUT:
+            return input_gradient(shape.input, second, first, *shape.settings)
+        if by == _WEIGHT:
+            return weight_gradient(second, shape.weight, first, *shape.settings)
+        return conv(first, second, None, *shape.settings)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, w = ctx.saved_tensors
-        return (
-            _InputGradient.apply(g, w, ctx.shape) if _is_used(ctx, 0) else None,
-            _WeightGradient.apply(g, x, ctx.shape) if _is_used(ctx, 1) else None,
-            None,
-        )
-
-
-class _InputGradient(torch.autograd.Function):
-    """(g, w) ↦ the gradient of ⟨g, conv(x, w)⟩ with respect to x."""
-
-    @staticmethod
-    def forward(ctx: Any, g: torch.Tensor, w: torch.Tensor, shape: _Shape) -> torch.Tensor:
-        ctx.save_for_backward(g, w)
-        ctx.shape = shape
-        return OPERATIONS[shape.func][1](shape.input, w, g, *shape.settings)
-
-    @staticmethod
-    def backward(ctx: Any, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        g, w = ctx.saved_tensors
-        return (
-            _Convolve.apply(h, w, ctx.shape) if _is_used(ctx, 0) else None,
-            _WeightGradient.apply(g, h, ctx.shape) if _is_used(ctx, 1) else None,
-            None,
-        )
-
-
-class _WeightGradient(torch.autograd.Function):
-    """(g, x) ↦ the gradient of ⟨g, conv(x, w)⟩ with respect to w."""
-
-    @staticmethod
-    def forward(ctx: Any, g: torch.Tensor, x: torch.Tensor, shape: _Shape) -> torch.Tensor:
-        ctx.save_for_backward(g, x)
-        ctx.shape = shape
-        return OPERATIONS[shape.func][2](x, shape.weight, g, *shape.settings)
-
-    @staticmethod
-    def backward(ctx: Any, u: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        g, x = ctx.saved_tensors
-        return (
-            _Convolve.apply(x, u, ctx.shape) if _is_used(ctx, 0) else None,
-            _InputGradient.apply(g, u, ctx.shape) if _is_used(ctx, 1) else None,
-            None,
-        )
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given = [place for place in _PLACES if place != ctx.by]
+        filled = dict(zip(given, ctx.saved_tensors, strict=True)) | {ctx.by: cotangent}
+        found = [
+            _Derivative.apply(*(filled[p] for p in _PLACES if p != by), by, ctx.shape)
+            if _is_used(ctx, i)
+            else None
+            for i, by in enumerate(given)
+        ]
+        return *found, None, None
 
 
 def _is_used(ctx: Any, index: int) -> bool:

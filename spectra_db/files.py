@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -45,6 +49,31 @@ def swap(staging: Path, out: Path) -> None:
         (old / out.name).rename(out)
         raise
     shutil.rmtree(old)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, without what a killed process left of an earlier `whole` of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        for torn in path.parent.glob(f".{path.name}.*.tmp"):
+            torn.unlink(missing_ok=True)
+        yield
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Return a JSON object; a file that is none of ours counts as empty."""
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def write_notes(path: Path, notes: dict[str, Any]) -> None:
+    """Write a JSON object, its names sorted."""
+    with whole(path) as part:
+        part.write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from spectra_db import manifest, store
 from spectra_db.errors import HubError, NotFound, hint
 from spectra_db.manifest import InvalidRelease, Manifest
-from spectra_db.release import replace_folder
+from spectra_db.release import replacing
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -109,16 +108,10 @@ def pull(repo: str, revision: str | None = None, out: Path | None = None) -> tup
             store.read(folder / path, path.partition("/")[0])
     if out is None:
         return folder, known
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
+    with replacing(out) as staging:
         for path in [*known.files, manifest.NAME]:
             (staging / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, staging / path)
-        replace_folder(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return out, known
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,9 +62,7 @@ def release(
     chosen = known if models is None else known & set(models)
     if not chosen:
         raise InvalidRelease(f"{source} has no model to release")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
+    with replacing(out) as staging:
         _copy(source, staging, chosen)
         if derive is not None:
             derive(staging)
@@ -81,10 +80,6 @@ def release(
         described = {name: manifest.describe(staging / name) for name in pages}
         written = replace(tables, files={**tables.files, **described})
         manifest.write(staging, written)
-        replace_folder(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return written
 
 
@@ -113,14 +108,21 @@ def list_files(folder: Path) -> list[str]:
     return [name for name in names if name != manifest.NAME and not locks.fullmatch(name)]
 
 
-def replace_folder(staging: Path, out: Path) -> None:
-    """Put a finished folder in the place of a release, or of nothing.
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of a release, or of nothing, when it is whole.
 
     Raises:
         InvalidRelease: What lies at `out` is no release.
     """
-    _earlier(out)
-    swap(staging, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    try:
+        yield staging
+        _earlier(out)
+        swap(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _earlier(out: Path) -> Manifest | None:

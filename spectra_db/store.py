@@ -13,10 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from spectra_db.errors import DatasetError
-from spectra_db.files import whole
+from spectra_db.files import locked, whole
 from spectra_db.schema import EARLIER, KEYS, LISTS, PROTOCOL_VERSION, TABLES, VERSIONS
 from spectra_db.words import STATUSES
 
@@ -89,8 +88,7 @@ def write(
         validate(table, new, where=f"rows of {model!r}")
     for model, new in fresh.items():
         path = paths[model]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with locked(path):
             old = read(path, table) if path.exists() and not replace else None
             merged = _upsert(table, old, new)
             if old is not None:
@@ -428,11 +426,6 @@ def encoding(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: pa.Table) -> None:
-    """Write a file beside the old one and rename it over.
-
-    The caller holds the file's lock, so another such file is what a killed process left.
-    """
-    for torn in path.parent.glob(f".{path.name}.*.tmp"):
-        torn.unlink()
+    """Write a file beside the old one and rename it over."""
     with whole(path) as part:
         pq.write_table(content, part, **encoding(content.schema))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra_db import store
-from spectra_db.files import sha256_of, whole
+from spectra_db.files import read_notes, sha256_of, write_notes
 from spectra_db.schema import TABLES
 
 NOTE = "verified.json"
@@ -44,7 +44,7 @@ def mark(root: Path, agreed: Mapping[str, Extent], wrong: Collection[str]) -> No
         model: {"tables_sha256": digest_of(root, model), **asdict(extent), "verified": now}
         for model, extent in agreed.items()
     }
-    _write(root, {model: note for model, note in notes.items() if model not in wrong})
+    write_notes(root / NOTE, {m: note for m, note in notes.items() if m not in wrong})
 
 
 def verified_models(root: Path) -> dict[str, Extent]:
@@ -66,31 +66,20 @@ def copy(source: Path, target: Path) -> None:
         and (digest := digest_of(target, model)) is not None
     }
     if notes:
-        _write(target, kept)
+        write_notes(target / NOTE, kept)
 
 
 _COUNTS = [field.name for field in fields(Extent)]
 
 
 def _read(root: Path) -> dict[str, dict[str, Any]]:
-    """Return the notes; a file that is none of ours counts as empty."""
-    try:
-        notes = json.loads((root / NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(notes, dict):
-        return {}
+    notes = read_notes(root / NOTE)
     return {m: n for m, n in notes.items() if isinstance(n, dict) and _is_note(n)}
 
 
 def _is_note(note: dict[str, Any]) -> bool:
     counts = [note.get(name) for name in _COUNTS]
     return "tables_sha256" in note and all(type(count) is int for count in counts)
-
-
-def _write(root: Path, notes: dict[str, dict[str, Any]]) -> None:
-    with whole(root / NOTE) as part:
-        part.write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def digest_of(root: Path, model: str) -> str | None:

@@ -12,13 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from harness.errors import UserError
 from harness.records.ledger import Ledger
 from harness.registry.entry import ModelEntry
 from harness.training.speedup import LENGTHS
-from spectra_db.files import whole
+from spectra_db.files import locked, read_notes, write_notes
 
 FOLDER = "entries"
 # Runs at other rates are runs of the same grid.
@@ -75,7 +73,7 @@ def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> N
 
 def _check_note(entry: ModelEntry, out: Path) -> None:
     """Raise unless a folder's note, if there is one, is of this version of an entry."""
-    noted, facts = _read(out, entry.name), _facts(entry)
+    noted, facts = read_notes(_path(out, entry.name)), _facts(entry)
     for name in sorted(noted.keys() & facts.keys()):
         before, now = (json.dumps(found[name], sort_keys=True) for found in (noted, facts))
         if before != now:
@@ -87,16 +85,12 @@ def _check_note(entry: ModelEntry, out: Path) -> None:
 
 def note(entry: ModelEntry, ledger: Ledger) -> None:
     """Note that what a folder holds of an entry is of this version."""
-    path, noted = _path(ledger.folder, entry.name), _read(ledger.folder, entry.name)
+    path = _path(ledger.folder, entry.name)
+    noted = read_notes(path)
     facts = noted | _facts(entry)
-    if facts == noted:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        for torn in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-            torn.unlink(missing_ok=True)
-        with whole(path) as part:
-            part.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if facts != noted:
+        with locked(path):
+            write_notes(path, facts)
 
 
 def _facts(entry: ModelEntry) -> dict[str, Any]:
@@ -122,12 +116,3 @@ def _facts(entry: ModelEntry) -> dict[str, Any]:
 
 def _path(out: Path, model: str) -> Path:
     return out / FOLDER / f"{model}.json"
-
-
-def _read(out: Path, model: str) -> dict[str, Any]:
-    """Return the note; a file that is none of ours counts as empty."""
-    try:
-        noted = json.loads(_path(out, model).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return noted if isinstance(noted, dict) else {}

@@ -132,12 +132,12 @@ def find_blocks(
         blocks = [Block(FULL_BLOCK, "full", parts, num_params, (num_params,))] if named else []
     else:
         blocks = list(_parameter_blocks(model, named, kinds or {}))
-        weights = {b.name for b in blocks if _is_weight(b)}
-        weights |= {b.parts[0].parameter for b in blocks if _is_weight(b)}
+        weights = [b for b in blocks if b.kind in WEIGHT_KINDS]
         if partition in ("weights", "layers", "heads"):
-            blocks = [b for b in blocks if _is_weight(b)]
+            blocks = weights
         elif partition == "paper":
-            blocks = [b for b in blocks if _is_weight(b) or weights & _weights_of_bias(b)]
+            names = {name for b in weights for name in (b.name, b.parts[0].parameter)}
+            blocks = [b for b in blocks if b.kind in WEIGHT_KINDS or names & _weights_of_bias(b)]
             if paper_blocks is not None:
                 blocks = _matching(blocks, paper_blocks)
     if partition == "layers":
@@ -176,13 +176,26 @@ def _parameter_blocks(
     # What torch.compile wraps has the names that it had.
     modules = {_uncompiled(name): module for name, module in model.named_modules()}
     head = _head_name(model)
-    given = _Given(kinds)
+    allowed = (*WEIGHT_KINDS, *OTHER_KINDS)
+    for pattern, word in kinds.items():
+        if word not in allowed:
+            raise UserError(
+                f"the kind of {pattern!r} is {word!r}; choose one of {', '.join(allowed)}"
+            )
+    used: set[str] = set()
+
+    def given(name: str) -> Kind | None:
+        """Return the kind of the first pattern that fits a name, None if none does."""
+        fits = [pattern for pattern in kinds if _fits(name, pattern)]
+        used.update(fits)
+        return Kind(kinds[fits[0]]) if fits else None
+
     for full_name, parameter in named:
         name = _uncompiled(full_name)
         plain = _plain_name(name, parameter, modules)
         shape = tuple(parameter.shape)
         dim, slices = slices_of(plain, modules, parameter)
-        if (kind := given.kind(name)) is not None or not slices:
+        if (kind := given(name)) is not None or not slices:
             kind = kind or kind_of(plain, shape, modules, head)
             whole = (Part(full_name),)
             yield Block(name, kind.name, whole, parameter.numel(), shape, kind.is_guessed)
@@ -192,9 +205,11 @@ def _parameter_blocks(
             part = Part(full_name, dim, start, start := start + size)
             part_shape = (*shape[:dim], size, *shape[dim + 1 :])
             part_name = f"{name}[{slice_kind[0]}]"
-            kind = given.kind(part_name) or Kind(slice_kind)
+            kind = given(part_name) or Kind(slice_kind)
             yield Block(part_name, kind.name, (part,), prod(part_shape), part_shape)
-    given.check_all_matched([name for name, _ in named])
+    if unused := [pattern for pattern in kinds if pattern not in used]:
+        names = ", ".join(name for name, _ in named)
+        raise UserError(f"no block matches {unused[0]!r}; the trainable parameters are {names}")
 
 
 def _by_layer(blocks: Sequence[Block]) -> list[Block]:
@@ -256,32 +271,6 @@ def _by_head(block: Block, model: nn.Module) -> list[Block]:
     ]
 
 
-class _Given:
-    """The kinds that an entry gives, and which of its patterns fitted."""
-
-    def __init__(self, kinds: Mapping[str, str]) -> None:
-        allowed = (*WEIGHT_KINDS, *OTHER_KINDS)
-        for pattern, kind in kinds.items():
-            if kind not in allowed:
-                raise UserError(
-                    f"the kind of {pattern!r} is {kind!r}; choose one of {', '.join(allowed)}"
-                )
-        self.kinds, self.used = kinds, set[str]()
-
-    def kind(self, name: str) -> Kind | None:
-        """Return the kind of the first pattern that fits a name, None if none does."""
-        fits = [pattern for pattern in self.kinds if _fits(name, pattern)]
-        self.used |= set(fits)
-        return Kind(self.kinds[fits[0]]) if fits else None
-
-    def check_all_matched(self, names: Sequence[str]) -> None:
-        """Raise unless each pattern fitted some name."""
-        if unused := [pattern for pattern in self.kinds if pattern not in self.used]:
-            raise UserError(
-                f"no block matches {unused[0]!r}; the trainable parameters are {', '.join(names)}"
-            )
-
-
 def _uncompiled(name: str) -> str:
     """Return a name without the words that torch.compile puts into it."""
     return ".".join(word for word in name.split(".") if word != "_orig_mod")
@@ -315,11 +304,6 @@ def _head_name(model: nn.Module) -> str | None:
         if not repeated and (i == 0 or _HEAD.search(last)):
             return name if name == f"{path}.weight" else None
     return None
-
-
-def _is_weight(block: Block) -> bool:
-    """Tell whether the block belongs to partition `weights`."""
-    return block.kind in WEIGHT_KINDS
 
 
 def _weights_of_bias(block: Block) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,9 +33,8 @@ _FROM_ESTIMATE = (
 )
 
 
-@dataclass(frozen=True)
-class Need:
-    """What of a spectrum a metric needs.
+class Need(NamedTuple):
+    """What of a spectrum a metric needs: about ten products, three times as many of whole ones.
 
     Attributes:
         num_probes: Probes per block to begin with.

@@ -69,15 +69,6 @@ class Reached:
         return (self.tolerance or 0.0) * abs(self.estimate.corrected)
 
 
-def first_numbers(metric: str) -> tuple[int, int]:
-    """Return the probes and steps per block that a metric begins with.
-
-    About ten products for the scale metrics: one per probe for moments, four steps for the
-    largest eigenvalue. 3 × 10 for those of whole spectra.
-    """
-    return METRICS[metric].needs.num_probes, METRICS[metric].needs.num_steps
-
-
 def limits(
     metric: str, tolerance: float | None, max_probes: int | None, max_steps: int | None
 ) -> tuple[int, int]:
@@ -101,7 +92,7 @@ def limits(
     moments = METRICS[metric].needs is MOMENTS
     most = MAX_MOMENT_PROBES if moments else MAX_PROBES, 1 if moments else MAX_STEPS
     if tolerance is None:
-        most = first_numbers(metric)
+        most = METRICS[metric].needs
     return max_probes or most[0], max_steps or most[1]
 
 
@@ -154,7 +145,7 @@ def estimate_to_tolerance(
     max_probes, max_steps = settings.num_probes, settings.num_steps
     kept = Kept(int(_KEPT_SHARE / (1 - _KEPT_SHARE) * hessian.memory_budget))
     rows = pd.DataFrame(columns=TABLES["spectra"].names) if known is None else known
-    begin = first_numbers(metric) if tolerance is not None else (max_probes, max_steps)
+    begin = METRICS[metric].needs if tolerance is not None else (max_probes, max_steps)
     num_probes, num_steps = min(begin[0], max_probes), min(begin[1], max_steps)
     steps = {block.name: num_steps for block in hessian.blocks}
     for row in rows.to_dict("records"):

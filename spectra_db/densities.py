@@ -11,6 +11,7 @@ import scipy
 from numpy.typing import NDArray
 
 from spectra_db.quadrature import LENGTH, MIN_STEPS, extended, gauss_rule
+from spectra_db.schema import KEYS
 
 Array = NDArray[np.float64]
 
@@ -24,19 +25,7 @@ _RANK = 10
 # Eigenvalues this small next to the largest are rounding of products in float32 (eps 1.2e-7).
 _ROUNDING = 1.2e-7
 # What identifies one spectrum; rows that differ here belong to different ones.
-GROUP = (
-    "model",
-    "stage",
-    "init_seed",
-    "train_run",
-    "partition",
-    "operator",
-    "norm_mode",
-    "dtype",
-    "probe_distribution",
-    "batch_hash",
-    "protocol_version",
-)
+GROUP = tuple(column for column in KEYS["spectra"] if column not in ("block", "probe"))
 # What is read of each row beside.
 _COLUMNS = (
     *("block", "probe", "method", "status", "reason", "num_params", "num_products"),

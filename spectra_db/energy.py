@@ -8,7 +8,7 @@ import pandas as pd
 from spectra_db.densities import Array, lattice_densities
 from spectra_db.divergence import js_divergences
 from spectra_db.jackknife import Blocks, Estimate
-from spectra_db.pairs import Divergences, js_distance, mean_of_pairs
+from spectra_db.pairs import Divergences, bias_of, js_distance, mean_of_pairs
 
 # Width of the smoothing Gaussian, in decades.
 ENERGY_SIGMA = 0.1
@@ -50,10 +50,7 @@ def energy_js(rows: pd.DataFrame) -> Estimate:
     _, densities = lattice_densities(_signed_logs(rules), ENERGY_SIGMA)
     found = js_divergences(densities, owners, count)
     full, moved = (found[:count] + found[:count].T) / 2, found[count:]
-    bias = np.zeros((count, count))
-    for k in np.unique(owners[count:]):
-        mine = moved[owners[count:] == k]
-        bias[k] = (len(mine) - 1) * (mine.mean(axis=0) - full[k])
+    bias = bias_of(full, moved, deletions)
     return mean_of_pairs(blocks, Divergences(full, moved, bias, dx=1.0), js_distance)
 
 

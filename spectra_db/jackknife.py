@@ -123,11 +123,6 @@ class Blocks:
         """Those that were computed of these blocks, by scale and σ."""
         return {}
 
-    @property
-    def num_products(self) -> int:
-        """Products spent on all blocks."""
-        return sum(b.num_products for b in self.blocks)
-
     def truncated(self, fraction: float) -> Blocks:
         """Return the blocks after that fraction of the Lanczos steps, for plug-in values alone.
 
@@ -190,7 +185,7 @@ class Blocks:
             dof=total**2 / float((variances**2 / dofs).sum()) if total > 0 else float("inf"),
             num_blocks=len(self.blocks),
             num_zero_blocks=self.num_zero_blocks,
-            num_products=self.num_products,
+            num_products=sum(b.num_products for b in self.blocks),
         )
 
     def jackknife(

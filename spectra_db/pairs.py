@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,14 +69,19 @@ class Divergences:
         left_out = fixed.copy()
         left_out[moves] = all_of_them[count + len(deletions) :]
         full = (full + full.T) / 2
-        bias = np.zeros((count, count))
-        of_deletion = owners[count : count + len(deletions)]
-        for k in np.unique(of_deletion):
-            mine = fixed[of_deletion == k]
-            bias[k] = (len(mine) - 1) * (mine.mean(axis=0) - full[k])
+        bias = bias_of(full, fixed, deletions)
         ends = [(nodes.min(), nodes.max()) for nodes, _ in rules[: len(scaled)]]
         span = max(high for _, high in ends) - min(low for low, _ in ends)
         return cls(full, left_out, bias, float(span + 2) / _PAPER_POINTS)
+
+
+def bias_of(full: Array, fixed: Array, deletions: Sequence[tuple[int, int]]) -> Array:
+    """Return b_kl = (P − 1) (mean_i JSD(k without i, l) − JSD(k, l)), `fixed` without i: (D, K)."""
+    bias, owners = np.zeros_like(full), np.array([k for k, _ in deletions])
+    for k in np.unique(owners):
+        mine = fixed[owners == k]
+        bias[k] = (len(mine) - 1) * (mine.mean(axis=0) - full[k])
+    return bias
 
 
 def _probes(block: BlockSpectrum) -> zip[tuple[Array, Array]]:

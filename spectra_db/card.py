@@ -32,6 +32,10 @@ _TABLES = {
     "models": "The models",
     "runs": "The runs that made the spectra",
 }
+_BOOKS = (
+    "King James Bible; War and Peace; Pride and Prejudice",
+    "public domain in the United States",
+)
 # Data and terms by task; terms as their distributors or papers state them.
 TASKS = {
     "digits": ("Optical recognition of handwritten digits, from scikit-learn", "CC BY 4.0 (UCI)"),
@@ -48,14 +52,8 @@ TASKS = {
     "imagenet": ("ImageNet, ILSVRC-2012", "non-commercial research and education"),
     "gaussian-classes": ("Gaussian inputs drawn by the harness", "none needed"),
     "tiny-shakespeare": ("Tiny Shakespeare (Karpathy)", "text in the public domain"),
-    "books": (
-        "King James Bible; War and Peace; Pride and Prejudice",
-        "public domain in the United States",
-    ),
-    "masked-books": (
-        "King James Bible; War and Peace; Pride and Prejudice",
-        "public domain in the United States",
-    ),
+    "books": _BOOKS,
+    "masked-books": _BOOKS,
     "cornell": (
         "Cornell Movie-Dialogs Corpus (Danescu-Niculescu-Mizil, Lee 2011)",
         "free for research; cite it",
@@ -98,7 +96,7 @@ def render(folder: Path, version: str) -> str:
         tables=[_table(table, rows[table]) for table in rows],
         families=_families(computed),
         pending=models[models["status"] != "ok"].to_dict("records"),
-        tasks=_tasks(computed),
+        tasks=[(task, *TASKS.get(task, _UNKNOWN)) for task in sorted(computed["task"].unique())],
     )
 
 
@@ -133,7 +131,6 @@ def plain(text: str) -> str:
 
 
 def _table(name: str, rows: int) -> dict[str, Any]:
-    """Describe a table by its schema."""
     return {
         "name": name,
         "rows": rows,
@@ -167,14 +164,6 @@ def _families(models: pd.DataFrame) -> list[dict[str, Any]]:
         low, high = some["num_params"].min(), some["num_params"].max()
         params = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         rows.append({"family": family, "task": task, "models": len(some), "params": params})
-    return rows
-
-
-def _tasks(models: pd.DataFrame) -> list[dict[str, str]]:
-    rows = []
-    for task in sorted(models["task"].unique()):
-        data, terms = TASKS.get(task, _UNKNOWN)
-        rows.append({"name": task, "data": data, "terms": terms})
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,29 +130,21 @@ def _changes(table: str, was: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
         moves["nodes"] = _rules(was, now)
     if not moves or common.empty:
         return pd.DataFrame(columns=[*key, *COLUMNS])
-    ratios = np.column_stack([move.ratio for move in moves.values()])
+    ratios = np.column_stack([ratio for *_, ratio in moves.values()])
     largest = np.argmax(np.nan_to_num(ratios, nan=-1.0, posinf=np.inf), axis=1)
     rows = []
     for at in np.flatnonzero(~np.isnan(ratios).all(axis=1)).tolist():
         name = list(moves)[largest[at]]
-        move = moves[name]
+        numbers = [values[at] for values in moves[name][:3]]
         change = "changed" if ratios[at, largest[at]] > 1 else "within"
         place = common[at] if len(key) > 1 else (common[at],)
-        rows.append([*place, change, name, move.before[at], move.after[at], move.allowed[at]])
+        rows.append([*place, change, name, *numbers])
     return pd.DataFrame(rows, columns=[*key, *COLUMNS])
 
 
-@dataclass(frozen=True)
-class _Move:
-    """A column of rows of the same key, shape (rows,) each.
-
-    ratio is the move over what is allowed: nan where there is none, inf where none is allowed.
-    """
-
-    before: np.ndarray
-    after: np.ndarray
-    allowed: np.ndarray
-    ratio: np.ndarray
+# A column of rows of the same key before and after, by how much it may move, and its move over
+# that: nan where there is none, inf where none is allowed. Shape (rows,) each.
+_Move = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _move(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> _Move:
@@ -168,7 +159,7 @@ def _move(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> _Mov
     else:
         ratio = np.full(len(was), np.inf)
     ratio[same] = np.nan
-    return _Move(before.to_numpy(), after.to_numpy(), allowed, ratio)
+    return before.to_numpy(), after.to_numpy(), allowed, ratio
 
 
 def _allowed(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> np.ndarray:
@@ -200,7 +191,8 @@ def _rules(was: pd.DataFrame, now: pd.DataFrame) -> _Move:
     moves = np.full((len(was), 4), np.nan)
     pairs = zip(*records, strict=True)
     moves[unlike] = np.reshape([_rule(old, new) for old, new in pairs], (-1, 4))
-    return _Move(*moves.T)
+    before, after, allowed, ratio = moves.T
+    return before, after, allowed, ratio
 
 
 def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:

@@ -176,7 +176,8 @@ def folder_of(
     folder = BUNDLED if source is None else Path(source)
     if folder.is_dir():
         known = manifest.read(folder)
-        if revision is not None and (known is None or revision not in _revisions(known)):
+        versions = () if known is None else (known.version, f"v{known.version}")
+        if revision is not None and revision not in versions:
             version = "has no versions" if known is None else f"is version {known.version}"
             raise NotFound(f"{folder} {version}; revision {revision!r} is not to be had from it")
         return folder
@@ -185,10 +186,6 @@ def folder_of(
     from spectra_db import hub
 
     return hub.fetch(str(source), revision, list(paths))
-
-
-def _revisions(known: manifest.Manifest) -> tuple[str, str]:
-    return known.version, f"v{known.version}"
 
 
 def _paths(folder: Path, table: str, known: manifest.Manifest | None) -> Iterator[Path]:

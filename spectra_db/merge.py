@@ -87,14 +87,14 @@ def _gather(roots: Sequence[Path], place: Path, out: Path, found: Merged) -> tup
         before = rows.num_rows if root == out else before
         for key, group in _groups(table, rows).items():
             first, known = kept.setdefault(key, (root, group))
-            if _alike(known, group):
+            columns = ", ".join(_differing(known, group))
+            if not columns:
                 continue
             if table in _DERIVED:
                 again.add(key)
             elif _is_good(group) and not _is_good(known):
                 kept[key] = root, group
             elif _is_good(group):
-                columns = ", ".join(_differing(known, group))
                 found.conflicts.append(
                     f"{place}: {_named(table, key)}: {first} and {root} differ in {columns}"
                 )
@@ -103,9 +103,14 @@ def _gather(roots: Sequence[Path], place: Path, out: Path, found: Merged) -> tup
     return before, pa.concat_tables(groups) if groups else TABLES[table].empty_table()
 
 
+def _names(table: str) -> list[str]:
+    """Return the columns of the key of what comes from one folder."""
+    return [name for name in KEYS[table] if name not in store.TOGETHER.get(table, ())]
+
+
 def _groups(table: str, rows: pa.Table) -> dict[Key, pa.Table]:
     """Return the rows of each thing that comes from one folder, by its key."""
-    names = [name for name in KEYS[table] if name not in store.TOGETHER.get(table, ())]
+    names = _names(table)
     frame = rows.select(names).to_pandas()
     places = frame.groupby(names, sort=False, dropna=False).indices
     order = [(name, "ascending") for name in KEYS[table]]
@@ -113,10 +118,6 @@ def _groups(table: str, rows: pa.Table) -> dict[Key, pa.Table]:
         key if isinstance(key, tuple) else (key,): rows.take(some).sort_by(order)
         for key, some in places.items()
     }
-
-
-def _alike(one: pa.Table, two: pa.Table) -> bool:
-    return not _differing(one, two)
 
 
 def _differing(one: pa.Table, two: pa.Table) -> list[str]:
@@ -131,8 +132,7 @@ def _is_good(rows: pa.Table) -> bool:
 
 
 def _named(table: str, key: Key) -> str:
-    names = [name for name in KEYS[table] if name not in store.TOGETHER.get(table, ())]
-    pairs = zip(names, key, strict=True)
+    pairs = zip(_names(table), key, strict=True)
     return ", ".join(f"{n} {v}" for n, v in pairs if n != "protocol_version" and v != "")
 
 

@@ -66,13 +66,12 @@ def plan(folder: Path, repo: str, *, derived: Mapping[str, Derive] = DERIVED) ->
     head, reason = resolve(repo, MAIN)
     if head is None:
         raise HubError(f"the Hub can't be reached ({reason}); nothing was published")
-    local = _paths(folder)
     remote = _remote_files(api, repo, head)
-    added, changed, removed = _differences(folder, local, remote)
+    added, changed, removed = _differences(folder, known, remote)
     tag = f"v{known.version}"
     tagged = _tag_commit(api, repo, tag)
     if tagged is not None:
-        more, others, fewer = _differences(folder, local, _remote_files(api, repo, tagged))
+        more, others, fewer = _differences(folder, known, _remote_files(api, repo, tagged))
         differ = [*others, *more, *fewer]
         if differ:
             raise InvalidRelease(
@@ -199,7 +198,9 @@ def _is_committed(api: HfApi, folder: Path, planned: Plan) -> bool:
         )
     if head == planned.head:
         return False
-    return not any(_differences(folder, _paths(folder), _remote_files(api, planned.repo, head)))
+    known = manifest.read(folder)
+    assert known is not None  # the release is sound
+    return not any(_differences(folder, known, _remote_files(api, planned.repo, head)))
 
 
 def _sound(folder: Path, previous: Path | None, derived: Mapping[str, Derive]) -> Manifest:
@@ -214,21 +215,15 @@ def _sound(folder: Path, previous: Path | None, derived: Mapping[str, Derive]) -
 
 
 def _differences(
-    folder: Path, local: set[str], remote: dict[str, str]
+    folder: Path, known: Manifest, remote: dict[str, str]
 ) -> tuple[list[str], list[str], list[str]]:
     """Return paths added, changed and removed; files that are none of a release's stay."""
+    local = {*known.files, manifest.NAME}
     added = sorted(local - set(remote))
     shared = sorted(local & set(remote))
     changed = [path for path in shared if remote[path] not in _names(folder / path)]
     gone = sorted(set(remote) - local)
     return added, changed, [path for path in gone if manifest.belongs(path)]
-
-
-def _paths(folder: Path) -> set[str]:
-    """Return the paths of a release's files, the manifest's too."""
-    known = manifest.read(folder)
-    assert known is not None  # the release is sound
-    return {*known.files, manifest.NAME}
 
 
 def _names(path: Path) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ _CAUSES = {
 }
 _NO_DERIVATIVE = re.compile(r"derivative .*not implemented|double backwards? |3rd\+ order deriv")
 _DTYPES = re.compile(r"\b(double|float64|float|float32|half|bfloat16|float16)\b", re.I)
+_ALIKE = {"double": "float64", "float": "float32", "half": "float16"}
 # What has the same values, or like ones, and second derivatives.
 _REMEDIES = {
     "roi_align": "take F.grid_sample, which interpolates likewise",
@@ -92,18 +93,15 @@ def operations(
                 found.append((stack[-1] if stack else "loss_fn", str(func.overloadpacket)))
             return result
 
-    hooks = []
-    for path, module in model.named_modules():
-        name = path or type(module).__name__
-        enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
-        leave = module.register_forward_hook(lambda *_: stack.pop() and None)
-        hooks += [enter, leave]
-    try:
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            name = path or type(module).__name__
+            enter = module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+            leave = module.register_forward_hook(lambda *_: stack.pop() and None)
+            hooks.enter_context(enter)
+            hooks.enter_context(leave)
         with Watch(), torch.enable_grad(), suppress(Exception):
             loss_fn(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return list(dict.fromkeys(found))
 
 
@@ -122,7 +120,7 @@ def _cause(
             return cause
     if _NO_DERIVATIVE.search(text):
         return _without_derivative(text, model, loss_fn, batch)
-    if len({_alike(word) for word in _DTYPES.findall(text)}) > 1:
+    if len({_ALIKE.get(word.lower(), word) for word in _DTYPES.findall(text)}) > 1:
         return (
             "tensors of two dtypes meet; those that belong neither to the model nor to the batch, "
             "such as weights of classes, keep theirs: put them into one of the two, or cast them "
@@ -135,11 +133,6 @@ _ORDER = (
     "loss_fn is called with (model, batch) and has to call the model itself; of a criterion that "
     "takes outputs and targets, pass lambda m, b: criterion(m(b[0]), b[1])"
 )
-
-
-def _alike(word: str) -> str:
-    """Return one of the names of a dtype."""
-    return {"double": "float64", "float": "float32", "half": "float16"}.get(word.lower(), word)
 
 
 def _without_derivative(
@@ -163,7 +156,6 @@ def _without_derivative(
 
 
 def _described(model: nn.Module, path: str) -> str:
-    """Return a module's path and class."""
     module = dict(model.named_modules()).get(path)
     return path if module is None else f"{path} ({type(module).__name__})"
 
@@ -171,10 +163,6 @@ def _described(model: nn.Module, path: str) -> str:
 def _calls(model: nn.Module, loss_fn: Callable[..., Any], batch: Any) -> bool:
     """Tell whether a loss calls the model before it fails."""
     called: list[bool] = []
-    hook = model.register_forward_pre_hook(lambda *_: called.append(True))
-    try:
-        with suppress(Exception):
-            loss_fn(model, batch)
-    finally:
-        hook.remove()
+    with model.register_forward_pre_hook(lambda *_: called.append(True)), suppress(Exception):
+        loss_fn(model, batch)
     return bool(called)

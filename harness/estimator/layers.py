@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -83,15 +84,10 @@ def traced(
         calls[index].append((x.detach(), y))
         return y.clone()  # what comes next may write into it
 
-    hooks = [
-        layer.register_forward_hook(partial(keep, i), with_kwargs=True)
-        for i, layer in layers.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for i, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(keep, i), with_kwargs=True))
         z = hessian.outputs(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     size, dtype = leading_size(batch), hessian.dtype
     once = {i: found[0] for i, found in calls.items() if len(found) == 1}
     return z, {

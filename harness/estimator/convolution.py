@@ -10,7 +10,6 @@ would throw away: it knows of each pass which nodes lead to what it differentiat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,46 +55,38 @@ def convolve(
     # Autocast casts the arguments of torch's own convolutions alone.
     if plain or torch.is_autocast_enabled(x.device.type):
         return func(x, w, bias, stride, padding, dilation, groups)
-    shape = _Shape(func, x.shape, w.shape, (stride, padding, dilation, groups))
-    y: torch.Tensor = _Derivative.apply(x, w, _OUTPUT, shape)
+    call = func, x.shape, w.shape, (stride, padding, dilation, groups)
+    y: torch.Tensor = _Derivative.apply(x, w, _OUTPUT, call)
     return y if bias is None else y + bias.view(-1, *[1] * (w.dim() - 2))
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What the three operations on one convolution share, beside their tensors."""
-
-    func: Any
-    input: torch.Size
-    weight: torch.Size
-    settings: tuple[Any, ...]
 
 
 class _Derivative(torch.autograd.Function):
     """The derivative of ⟨g, conv(x, w)⟩ by the one of g, x and w that it is not given.
 
-    That by g is conv(x, w) itself. Those by what it is given are such derivatives again.
+    That by g is conv(x, w) itself. Those by what it is given are such derivatives again, of one
+    call: its function, the shapes of x and w, and the settings.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, first: torch.Tensor, second: torch.Tensor, by: int, shape: _Shape
+        ctx: Any, first: torch.Tensor, second: torch.Tensor, by: int, call: tuple[Any, ...]
     ) -> torch.Tensor:
         ctx.save_for_backward(first, second)
-        ctx.by, ctx.shape = by, shape
-        conv, input_gradient, weight_gradient = OPERATIONS[shape.func]
+        ctx.by, ctx.call = by, call
+        func, shape_of_x, shape_of_w, settings = call
+        conv, input_gradient, weight_gradient = OPERATIONS[func]
         if by == _INPUT:
-            return input_gradient(shape.input, second, first, *shape.settings)
+            return input_gradient(shape_of_x, second, first, *settings)
         if by == _WEIGHT:
-            return weight_gradient(second, shape.weight, first, *shape.settings)
-        return conv(first, second, None, *shape.settings)
+            return weight_gradient(second, shape_of_w, first, *settings)
+        return conv(first, second, None, *settings)
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         given = [place for place in _PLACES if place != ctx.by]
         filled = dict(zip(given, ctx.saved_tensors, strict=True)) | {ctx.by: cotangent}
         found = [
-            _Derivative.apply(*(filled[p] for p in _PLACES if p != by), by, ctx.shape)
+            _Derivative.apply(*(filled[p] for p in _PLACES if p != by), by, ctx.call)
             if _is_used(ctx, i)
             else None
             for i, by in enumerate(given)

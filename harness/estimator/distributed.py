@@ -197,7 +197,7 @@ def rules_together(
         with opened(objective, own, settings) as hessian:
             for rows in rules(hessian, settings, source, probes=mine, on_progress=desk.note):
                 desk.take(rows)
-    while together.leads and desk.is_waiting:
+    while together.leads and any(desk.left.values()):
         desk.collect()
         time.sleep(_POLL)
 
@@ -215,51 +215,44 @@ class _Desk:
     ) -> None:
         self._team, self._parts, self._total = together, parts, total
         self._on_block, self._on_progress = on_block, on_progress
-        self._left: Counter[str] = Counter()  # probes of each block
+        self.left: Counter[str] = Counter()  # probes of each block whose rows are to come still
         for part in parts:
-            self._left.update({name: len(probes) for name, probes in part.items()})
+            self.left.update({name: len(probes) for name, probes in part.items()})
         self._parts_of: dict[str, list[list[Row]]] = {}
         self._done = [0] * together.size
         self._looked = 0.0
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether rows are to come still."""
-        return any(self._left.values())
-
-    def take(self, rows: list[Row]) -> None:
-        """Accept the rows of a block's probes that this process took."""
+    def take(self, what: list[Row] | int) -> None:
+        """Accept what this process has: rows of a block's probes, or how many products are done."""
         if self._team.leads:
-            self._accept(0, rows)
+            self._accept(0, what)
         else:
-            self._team.send(rows)
+            self._team.send(what)
 
     def note(self, done: int, total: int) -> None:
         """Accept this process's progress; look, a few times a second, what the others have."""
         now = time.monotonic()
-        self._done[self._team.rank] = done
         if now - self._looked < 5 * _POLL and done < total:
             return
         self._looked = now
+        self.take(done)
         if self._team.leads:
             self.collect()
-        else:
-            self._team.send(done)
 
     def collect(self) -> None:
         """Take what the other processes sent."""
         for rank, what in self._team.fetch():
-            if isinstance(what, int):
-                self._done[rank] = what
-            else:
-                self._accept(rank, what)
+            self._accept(rank, what)
         self._on_progress(sum(self._done), self._total)
 
-    def _accept(self, rank: int, rows: list[Row]) -> None:
-        name = rows[0]["block"]
-        self._parts_of.setdefault(name, []).append(rows)
-        self._left[name] -= len(self._parts[rank][name])
-        if self._left[name] == 0:
+    def _accept(self, rank: int, what: list[Row] | int) -> None:
+        if isinstance(what, int):
+            self._done[rank] = what
+            return
+        name = what[0]["block"]
+        self._parts_of.setdefault(name, []).append(what)
+        self.left[name] -= len(self._parts[rank][name])
+        if self.left[name] == 0:
             self._on_block(_join(self._parts_of.pop(name)))
 
 

@@ -101,9 +101,7 @@ class Kept:
         if state is None:
             return None
         self._free += state.nbytes
-        if state.is_done(num_steps) or state.size:
-            return state
-        return None
+        return state if state.is_done(num_steps) or state.size else None
 
 
 def start(v0: torch.Tensor, *, reorthogonalize: bool = False, inner: Inner = WHOLE) -> Recurrence:

@@ -92,7 +92,13 @@ class Settings:
             plain["exact_size"] = whole_number("exact_size", self.exact_size, 0)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-        check_bytes(self.memory_budget)
+        budget = self.memory_budget
+        is_number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
+        if budget is not None and not (is_number and 0 < budget < math.inf):
+            raise UserError(
+                f"memory_budget is {budget!r}; it must be a number of bytes above 0, such as "
+                "4 * 2**30 for 4 GiB, or None for half of the device's memory"
+            )
         for name, allowed in CHOICES.items():
             given = getattr(self, name)
             if given not in allowed:
@@ -178,13 +184,3 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return number
-
-
-def check_bytes(memory_budget: Any) -> None:
-    """Raise unless a memory budget is a number of bytes, or None."""
-    is_number = isinstance(memory_budget, numbers.Real) and not isinstance(memory_budget, bool)
-    if memory_budget is not None and not (is_number and 0 < memory_budget < math.inf):
-        raise UserError(
-            f"memory_budget is {memory_budget!r}; it must be a number of bytes above 0, such as "
-            "4 * 2**30 for 4 GiB, or None for half of the device's memory"
-        )

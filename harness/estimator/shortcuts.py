@@ -151,7 +151,6 @@ class _Part:
     ) -> None:
         self._weight, self._layers = weight, dict(layers)
         z, traces = traced(hessian, batch, layers)
-        self._inputs = {i: x for i, (x, _) in traces.items()}
         places = [y for _, y in traces.values()]
         sums = z.flatten(1).sum(0)
         tails = [y.new_empty(len(y), len(sums), y[0].numel()) for y in places]
@@ -159,21 +158,21 @@ class _Part:
             found = torch.autograd.grad(one, places, retain_graph=True, materialize_grads=True)
             for tail, slope in zip(tails, found, strict=True):
                 tail[:, k] = slope.flatten(1)
-        self._tails = dict(zip(traces, tails, strict=True))
+        pairs = zip(traces.items(), tails, strict=True)
+        self._kept = {i: (x, tail) for (i, (x, _)), tail in pairs}
         self._place, self._slope = slope_of(split, z, batch)
 
     def keep(self, indices: set[int]) -> None:
         """Forget the other blocks."""
-        self._inputs = {i: x for i, x in self._inputs.items() if i in indices}
-        self._tails = {i: tail for i, tail in self._tails.items() if i in indices}
+        self._kept = {i: kept for i, kept in self._kept.items() if i in indices}
 
     def product(self, index: int, vector: torch.Tensor) -> torch.Tensor:
         """Return weight · H_l v of these samples, shape (n_l,)."""
         if not self._slope.requires_grad:  # the criterion is linear
             return torch.zeros_like(vector)
-        layer, tail = self._layers[index], self._tails[index]
+        layer, (x, tail) = self._layers[index], self._kept[index]
         v = vector.detach().view_as(layer.weight).requires_grad_()
-        y = without_bias(layer, self._inputs[index], v)
+        y = without_bias(layer, x, v)
         change = tail @ y.detach().flatten(1).unsqueeze(2)
         kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
         (back,) = torch.autograd.grad(self._slope, self._place, change.view_as(self._place), **kept)

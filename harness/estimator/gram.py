@@ -203,34 +203,28 @@ def _of_parameters(
 ) -> dict[int, torch.Tensor]:
     """Return A Aᵀ, or Aᵀ A if that is smaller, of each block, from one backward pass per row."""
     num_rows = sum(len(root) for _, root in roots)
-    blocks = [hessian.blocks[i] for i in group]
+    blocks = {i: hessian.blocks[i] for i in group}
     like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
-    short = [b.num_params <= num_rows for b in blocks]
-    kept = [
-        torch.zeros(b.num_params, b.num_params, **like | {"dtype": torch.float64})
-        if is_short
-        else torch.zeros(num_rows, b.num_params, **like)
-        for b, is_short in zip(blocks, short, strict=True)
-    ]
+    sizes = {i: min(block.num_params, num_rows) for i, block in blocks.items()}
+    kept = {  # A
+        i: torch.zeros(num_rows, block.num_params, **like)
+        for i, block in blocks.items()
+        if block.num_params > num_rows
+    }
+    found = {i: torch.zeros(n, n, **like | {"dtype": torch.float64}) for i, n in sizes.items()}
     start = 0
     for piece, root in roots:
         stop = start + len(root)
-        rows = [
-            torch.empty(len(root), len(a), **like) if is_short else a[start:stop]
-            for a, is_short in zip(kept, short, strict=True)
-        ]
-        hessian.pull_back(piece, root, blocks, rows)
-        for target, is_short, some in zip(kept, short, rows, strict=True):
-            if is_short:
-                target.addmm_(some.T.double(), some.double())
+        rows = {
+            i: kept[i][start:stop] if i in kept else torch.empty(len(root), n, **like)
+            for i, n in sizes.items()
+        }
+        hessian.pull_back(piece, root, list(blocks.values()), list(rows.values()))
+        for i in blocks.keys() - kept.keys():
+            found[i].addmm_(rows[i].T.double(), rows[i].double())
         start = stop
-    found = {}
-    for i, a, is_short in zip(group, kept, short, strict=True):
-        if is_short:
-            found[i] = a
-            continue
-        found[i] = torch.zeros(num_rows, num_rows, **like | {"dtype": torch.float64})
-        for columns in a.split(max(1, _CHUNK // max(1, num_rows)), dim=1):
+    for i, A in kept.items():
+        for columns in A.split(max(1, _CHUNK // max(1, num_rows)), dim=1):
             _add_gram(found[i], columns)
     return found
 

@@ -185,6 +185,11 @@ class _Plan:
     steps: Mapping[str, int]
     kept: lanczos.Kept
 
+    def seed(self, index: int, probe: int) -> int:
+        """Return the seed of a probe of a block."""
+        of, block = self.shared, self.hessian.blocks[index].name
+        return probe_seed(of["init_seed"], of["model"], of["stage"], block, probe)
+
     def is_exact(self, block: Block) -> bool:
         """Tell whether a block is diagonalised."""
         return self.settings.is_exact(block.num_params)
@@ -203,7 +208,7 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
         plan = replace(plan, probes=others)
         if not others:
             on_progress(0, 0)
-    blocks, settings, shared = plan.hessian.blocks, plan.settings, plan.shared
+    blocks, settings = plan.hessian.blocks, plan.settings
     most = settings.num_probes * settings.num_steps
     shortcuts.prepare(plan.hessian, [i for i, _ in plan.todo], most)
     # Before the first product: processes of which one runs out of memory keep to one plan.
@@ -221,19 +226,11 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
             on_progress(done, total)
     for pairs in groups:
         begin = time.perf_counter()
-        states, seeds = [], []
         ends = [plan.steps[blocks[index].name] for index, _ in pairs]
-        for (index, probe), end in zip(pairs, ends, strict=True):
-            block = blocks[index]
-            named = (shared["init_seed"], shared["model"], shared["stage"], block.name, probe)
-            seeds.append(probe_seed(*named))
-            state = plan.kept.take((block.name, probe), end)
-            if state is None:
-                v0 = draw_probe(block.num_params, seeds[-1], settings.probe_distribution)
-                v0 = plan.hessian.shard(index, v0).to(plan.hessian.device, plan.hessian.dtype)
-                keeps = settings.reorthogonalize
-                state = lanczos.start(v0, reorthogonalize=keeps, inner=plan.hessian.inner)
-            states.append(state)
+        states = [
+            plan.kept.take((blocks[index].name, probe), end) or _started(plan, index, probe)
+            for (index, probe), end in zip(pairs, ends, strict=True)
+        ]
         while live := [
             (pair[0], state)
             for pair, state, end in zip(pairs, states, ends, strict=True)
@@ -252,9 +249,9 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
         if plan.hessian.is_autograd:
             warn_of_asymmetry(found, plan.hessian.precision)
         seconds = (time.perf_counter() - begin) / len(pairs)
-        for (index, probe), state, seed in zip(pairs, states, seeds, strict=True):
+        for (index, probe), state in zip(pairs, states, strict=True):
             rows = finished.setdefault(index, [])
-            rows.append(_slq_row(plan, index, probe, seed, state, seconds))
+            rows.append(_slq_row(plan, index, probe, state, seconds))
             plan.kept.put((blocks[index].name, probe), state)
             if len(rows) == len(plan.probes[blocks[index].name]):
                 yield _unless_zero(plan, index, finished.pop(index))
@@ -286,6 +283,15 @@ def _groups(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
         yield group
 
 
+def _started(plan: _Plan, index: int, probe: int) -> lanczos.Recurrence:
+    """Begin the recurrence of one block and probe."""
+    hessian, settings = plan.hessian, plan.settings
+    num_params = hessian.blocks[index].num_params
+    v0 = draw_probe(num_params, plan.seed(index, probe), settings.probe_distribution)
+    v0 = hessian.shard(index, v0).to(hessian.device, hessian.dtype)
+    return lanczos.start(v0, reorthogonalize=settings.reorthogonalize, inner=hessian.inner)
+
+
 def _row(plan: _Plan, index: int, rule: gram.Rule, num_products: int, seconds: float) -> Row:
     """Make a row of a block; what is not given is as of an exact spectrum."""
     block = plan.hessian.blocks[index]
@@ -311,16 +317,13 @@ def _row(plan: _Plan, index: int, rule: gram.Rule, num_products: int, seconds: f
     }
 
 
-def _slq_row(
-    plan: _Plan, index: int, probe: int, seed: int, state: lanczos.Recurrence, seconds: float
-) -> Row:
-    """Make the row of one block and probe."""
+def _slq_row(plan: _Plan, index: int, probe: int, state: lanczos.Recurrence, seconds: float) -> Row:
     nodes, weights = gauss_rule(state.alphas, state.betas)
     steps = len(state.alphas)
     return _row(plan, index, (nodes.tolist(), weights.tolist()), steps, seconds) | {
         "probe": probe,
         "method": "slq",
-        "probe_seed": seed,
+        "probe_seed": plan.seed(index, probe),
         "num_steps": steps,
         "breakdown": state.breakdown,
         "alphas": list(state.alphas),  # the recurrence may go on

@@ -82,13 +82,12 @@ def of_full(problem: Problem, settings: Settings) -> dict[str, Value]:
         found = [(gradient[name], hessian.parameter(name)) for name in names]
         pieces = [torch.zeros_like(p) if piece is None else piece for piece, p in found]
         g = torch.cat([piece.flatten() for piece in pieces])
-        probes = _Probes(problem, block.num_params, g)
-        signs = probes.rademacher()
-        vectors = [g, g.sign(), *signs, *probes.cauchy()]
+        signs = _rademacher(problem, g)
+        vectors = [g, g.sign(), *signs, *_cauchy(problem, g)]
         products = hessian.products([(0, v) for v in vectors])
-        largest, steps = largest_eigenvalue(
-            lambda v: hessian.products([(0, v)])[0], probes.gaussian()
-        )
+        [seed] = _seeds(problem, block.name, 1)  # as a spectrum of the whole Hessian begins
+        v0 = draw_probe(block.num_params, seed, "gaussian").to(g)
+        largest, steps = largest_eigenvalue(lambda v: hessian.products([(0, v)])[0], v0)
     first = 2 + NUM_RADEMACHER
     return sharpness(g, products[0], products[1]) | {
         "diagonal_ratio": diagonal_ratio(signs, products[2:first]),
@@ -96,33 +95,23 @@ def of_full(problem: Problem, settings: Settings) -> dict[str, Value]:
     }
 
 
-class _Probes:
-    """Random vectors of the whole Hessian, drawn on the CPU in float32, as a spectrum's."""
+def _seeds(problem: Problem, name: str, count: int) -> list[int]:
+    return [
+        probe_seed(problem.init_seed, problem.entry.name, "init", name, i) for i in range(count)
+    ]
 
-    def __init__(self, problem: Problem, num_params: int, like: Tensor) -> None:
-        self._named = (problem.init_seed, problem.entry.name, "init")
-        self._num_params, self._like = num_params, like
 
-    def gaussian(self) -> Tensor:
-        """Return the unit vector that a spectrum of the whole Hessian starts from."""
-        seed = probe_seed(*self._named, FULL_BLOCK, 0)
-        return draw_probe(self._num_params, seed, "gaussian").to(self._like)
+def _rademacher(problem: Problem, like: Tensor) -> list[Tensor]:
+    """Return unit vectors of equal entries with random signs, of the whole Hessian's size."""
+    seeds = _seeds(problem, f"{FULL_BLOCK}/rademacher", NUM_RADEMACHER)
+    return [draw_probe(len(like), seed, "rademacher").to(like) for seed in seeds]
 
-    def rademacher(self) -> list[Tensor]:
-        """Return unit vectors of equal entries with random signs."""
-        return [
-            draw_probe(self._num_params, seed, "rademacher").to(self._like)
-            for seed in self._seeds("rademacher", NUM_RADEMACHER)
-        ]
 
-    def cauchy(self) -> list[Tensor]:
-        """Return vectors of independent standard Cauchy entries, over d."""
-        d, seeds = self._num_params, self._seeds("cauchy", NUM_CAUCHY)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return [(torch.empty(d).cauchy_(generator=g) / d).to(self._like) for g in generators]
-
-    def _seeds(self, kind: str, count: int) -> list[int]:
-        return [probe_seed(*self._named, f"{FULL_BLOCK}/{kind}", i) for i in range(count)]
+def _cauchy(problem: Problem, like: Tensor) -> list[Tensor]:
+    """Return vectors of independent standard Cauchy entries, over d, drawn as other probes are."""
+    d, seeds = len(like), _seeds(problem, f"{FULL_BLOCK}/cauchy", NUM_CAUCHY)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [(torch.empty(d).cauchy_(generator=g) / d).to(like) for g in generators]
 
 
 def sharpness(g: Tensor, Hg: Tensor, Hs: Tensor) -> dict[str, Value]:

@@ -14,7 +14,8 @@ from harness import tasks
 from harness.estimator.settings import Settings
 from harness.predictors import FAMILIES, PREDICTORS
 from harness.predictors.curvature import (
-    _Probes,
+    _cauchy,
+    _rademacher,
     diagonal_ratio,
     largest_eigenvalue,
     linf_smoothness,
@@ -124,7 +125,7 @@ def test_the_contrast_ranks_as_the_ratio_and_goes_on_where_a_curvature_is_negati
 
 def test_the_diagonal_is_hutchinsons_and_its_ratio_that_of_the_dense_one(problem, dense, full):
     g, H = dense
-    z = torch.stack(_Probes(problem, len(H), g).rademacher()) * len(H) ** 0.5
+    z = torch.stack(_rademacher(problem, g)) * len(H) ** 0.5
     assert torch.allclose(z.abs(), torch.ones(()).double())
     estimate = (z * (z @ H)).mean(0).abs().numpy()
     found = full["diagonal_ratio"]
@@ -143,7 +144,7 @@ def test_half_a_diagonal_of_zeros_has_no_ratio():
 def test_linf_smoothness_is_that_of_the_dense_hessian_within_its_error(problem, dense, full):
     g, H = dense
     found = full["linf_smoothness"]
-    v = torch.stack(_Probes(problem, len(H), g).cauchy())
+    v = torch.stack(_cauchy(problem, g))
     top = float(torch.linalg.eigvalsh(H).abs().max())
     estimate = float((v @ H).abs().quantile(0.5, dim=0).sum()) / top
     assert found.value == pytest.approx(estimate, rel=2e-2)  # λmax to 1 %

@@ -94,9 +94,9 @@ def _values(
     """Return the plug-in value of each reading, of some probes' rules."""
     spectra = []
     for name, probes_of in pools.items():
-        nodes, weights = zip(*(rule(*probe) for probe in probes_of[probes]), strict=True)
+        rules = tuple(rule(*probe) for probe in probes_of[probes])
         size = len(probes_of[0][0])
-        spectra.append(BlockSpectrum(name, size, nodes, weights, False, False, (), 0))
+        spectra.append(BlockSpectrum(name, size, rules, False, False, (), 0))
     blocks = Blocks(spectra, 0, errors_known=False, extended=False)
     estimates = (
         METRICS[metric].estimate(blocks, *_reading(metric, scale)) for metric, scale in READINGS

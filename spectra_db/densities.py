@@ -71,8 +71,7 @@ class BlockSpectrum:
     Attributes:
         name: Name of the block.
         num_params: Number of parameters n.
-        nodes: Per probe the nodes θ, ascending.
-        weights: Per probe the weights, sum 1.
+        rules: Per probe the nodes θ, ascending, and their weights, of sum 1.
         exact: The one rule is the spectrum itself: no sampling error.
         zero: The block is exactly zero.
         recurrences: Per probe the steps behind its rule; empty if exact or zero.
@@ -81,8 +80,7 @@ class BlockSpectrum:
 
     name: str
     num_params: int
-    nodes: tuple[Array, ...]
-    weights: tuple[Array, ...]
+    rules: tuple[tuple[Array, Array], ...]
     exact: bool
     zero: bool
     recurrences: tuple[Recurrence, ...]
@@ -90,14 +88,13 @@ class BlockSpectrum:
 
     def average(self, leave_out: int | None = None) -> tuple[Array, Array]:
         """Return the probe-averaged rule (θ, w̄), without one probe if asked."""
-        kept = [i for i in range(len(self.nodes)) if i != leave_out]
-        nodes = np.concatenate([self.nodes[i] for i in kept])
-        return nodes, np.concatenate([self.weights[i] for i in kept]) / len(kept)
+        kept = [rule for i, rule in enumerate(self.rules) if i != leave_out]
+        nodes, weights = map(np.concatenate, zip(*kept, strict=True))
+        return nodes, weights / len(kept)
 
     def extended(self) -> BlockSpectrum:
         """Return the block with the rules of T continued where it is, as metrics take them."""
-        stored = zip(self.nodes, self.weights, strict=True)
-        pairs = zip(self.recurrences, stored, strict=False)
+        pairs = zip(self.recurrences, self.rules, strict=False)
         return self._with([r.rule(extend=True) if r.can_go_on else rule for r, rule in pairs])
 
     def truncated(self, num_steps: int, fraction: float, *, extend: bool) -> BlockSpectrum:
@@ -109,11 +106,10 @@ class BlockSpectrum:
             fraction: Share of a probe's steps to keep.
             extend: Continue what is kept of T.
         """
-        took = [len(r.alphas) for r in self.recurrences]
-        ended = [r.breakdown for r in self.recurrences]
-        asked = [max(num_steps, n) if e else n for n, e in zip(took, ended, strict=True)]
-        kept = [max(1, int(steps * fraction)) for steps in asked]
-        shorter = [r.cut(steps) for r, steps in zip(self.recurrences, kept, strict=True)]
+        shorter = []
+        for r in self.recurrences:
+            asked = max(num_steps, len(r.alphas)) if r.breakdown else len(r.alphas)
+            shorter.append(r.cut(max(1, int(asked * fraction))))
         return replace(self, recurrences=tuple(shorter)).ruled(extend=extend)
 
     def ruled(self, *, extend: bool) -> BlockSpectrum:
@@ -121,22 +117,18 @@ class BlockSpectrum:
         return self._with([r.rule(extend=extend) for r in self.recurrences])
 
     def _with(self, rules: Sequence[tuple[Array, Array]]) -> BlockSpectrum:
-        if not rules:
-            return self
-        nodes, weights = zip(*rules, strict=True)
-        return replace(self, nodes=nodes, weights=weights)
+        return replace(self, rules=tuple(rules)) if rules else self
 
     def with_second_moments(self) -> BlockSpectrum:
         """Return the block with rules of one step replaced by ones that have |Hv|², too.
 
         The one node α has v·Hv alone; nodes α ± β of equal weight have α² + β² = |Hv|² besides.
         """
-        nodes, weights = list(self.nodes), list(self.weights)
+        rules = list(self.rules)
         for i, r in enumerate(self.recurrences):
-            if len(nodes[i]) == 1:
-                nodes[i] = r.alphas[0] + np.array([-r.betas[0], r.betas[0]])
-                weights[i] = np.array([0.5, 0.5])
-        return replace(self, nodes=tuple(nodes), weights=tuple(weights))
+            if len(rules[i][0]) == 1:
+                rules[i] = r.alphas[0] + np.array([-r.betas[0], r.betas[0]]), np.array([0.5, 0.5])
+        return replace(self, rules=tuple(rules))
 
 
 def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
@@ -177,7 +169,8 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
         column: tuple(np.asarray(v, dtype=np.float64) for v in group[column])
         for column in ("nodes", "weights", "alphas", "betas")
     }
-    for nodes, weights in zip(arrays["nodes"], arrays["weights"], strict=True):
+    rules = tuple(zip(arrays["nodes"], arrays["weights"], strict=True))
+    for nodes, weights in rules:
         if not (np.isfinite(nodes).all() and np.isclose(weights.sum(), 1.0)):
             raise ValueError(
                 f"a rule of block {name!r} is none: its nodes must be finite, its weights sum to 1"
@@ -186,8 +179,7 @@ def _block(name: str, group: pd.DataFrame) -> BlockSpectrum:
     return BlockSpectrum(
         name=name,
         num_params=int(group["num_params"].iloc[0]),
-        nodes=arrays["nodes"],
-        weights=arrays["weights"],
+        rules=rules,
         exact=exact,
         zero=zero,
         recurrences=() if exact else tuple(map(Recurrence, *recurrences)),
@@ -338,7 +330,7 @@ def _windows(
 
 def global_max(blocks: Sequence[BlockSpectrum]) -> float:
     """Return the largest |node| of all blocks and probes."""
-    return max(float(np.abs(nodes).max()) for block in blocks for nodes in block.nodes)
+    return max(float(np.abs(nodes).max()) for block in blocks for nodes, _ in block.rules)
 
 
 def check_reading(scale: str, sigma: float) -> None:

@@ -52,5 +52,5 @@ def at_a_gap(rows: pd.DataFrame) -> list[str]:
     return [
         b.name
         for b in Blocks.of(rows).blocks
-        if not b.exact and lambda10_ratio(*b.average(), b.num_params, len(b.nodes)) > _GAP
+        if not b.exact and lambda10_ratio(*b.average(), b.num_params, len(b.rules)) > _GAP
     ]

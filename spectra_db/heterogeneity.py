@@ -337,7 +337,7 @@ def _spread(statistic: str, blocks: Blocks, scale: str = "none", sigma: float = 
     estimate = blocks.jackknife(float(full.std()), changed, changed)
     if not one_product:
         return estimate
-    spent = sum(b.num_products if b.exact else len(b.nodes) for b in blocks.blocks)
+    spent = sum(b.num_products if b.exact else len(b.rules) for b in blocks.blocks)
     return replace(estimate, num_products=spent)
 
 

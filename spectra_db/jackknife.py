@@ -101,7 +101,7 @@ class Blocks:
                 f"{len(blocks)} of {len(every)} blocks are not zero; a distance between blocks "
                 "needs at least two"
             )
-        enough = all(b.exact or len(b.nodes) >= MIN_PROBES for b in blocks)
+        enough = all(b.exact or len(b.rules) >= MIN_PROBES for b in blocks)
         zero = len(every) - len(blocks)
         blocks = [b.extended() for b in blocks] if extend else blocks
         return cls(blocks, zero, errors_known=enough, extended=extend)
@@ -115,7 +115,7 @@ class Blocks:
         if not self.errors_known:
             return []
         return [
-            (k, i) for k, b in enumerate(self.blocks) if not b.exact for i in range(len(b.nodes))
+            (k, i) for k, b in enumerate(self.blocks) if not b.exact for i in range(len(b.rules))
         ]
 
     @cached_property
@@ -151,7 +151,7 @@ class Blocks:
             return moved
         for d, (k, i) in enumerate(self.deletions):
             block = self.blocks[k]
-            n, num_probes = block.num_params, len(block.nodes)
+            n, num_probes = block.num_params, len(block.rules)
             if scale != "lambda10":
                 moved[d] = scale_of(block.average(i), n, scale, 0.0)
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy
 
-from spectra_db.densities import Array, BlockSpectrum, check_reading, lattice_densities
+from spectra_db.densities import Array, check_reading, lattice_densities
 from spectra_db.divergence import js_divergences
 from spectra_db.jackknife import Blocks, Estimate
 
@@ -50,7 +50,7 @@ class Divergences:
         deletions, count = blocks.deletions, len(blocks)
         scales = blocks.scales(scale)
         moved = blocks.moved_scales(scale, scales)
-        scaled = [(k, n / scales[k], w) for k, b in enumerate(blocks.blocks) for n, w in _probes(b)]
+        scaled = [(k, n / scales[k], w) for k, b in enumerate(blocks.blocks) for n, w in b.rules]
         rules = [(nodes, weights) for _, nodes, weights in scaled]
         # A scale that does not move leaves the density as it is without moving.
         moves = [d for d, (k, _) in enumerate(deletions) if moved[d] != scales[k]]
@@ -82,10 +82,6 @@ def bias_of(full: Array, fixed: Array, deletions: Sequence[tuple[int, int]]) -> 
         mine = fixed[owners == k]
         bias[k] = (len(mine) - 1) * (mine.mean(axis=0) - full[k])
     return bias
-
-
-def _probes(block: BlockSpectrum) -> zip[tuple[Array, Array]]:
-    return zip(block.nodes, block.weights, strict=True)
 
 
 def _mixtures(owners: list[int], deletions: list[tuple[int, int]]) -> scipy.sparse.csr_array:
@@ -122,7 +118,7 @@ def mean_of_pairs(blocks: Blocks, d: Divergences, transform: Callable[[Array], A
     mean = float(pair_values[upper].mean())
     changed = []
     for (k, _), row in zip(blocks.deletions, d.moved, strict=True):
-        num_probes = len(blocks.blocks[k].nodes)
+        num_probes = len(blocks.blocks[k].rules)
         new = transform(row - d.bias[k] * num_probes / (num_probes - 1) - d.bias[:, k])
         new[k] = 0.0
         changed.append(mean + float((new - pair_values[k]).sum()) / pairs)

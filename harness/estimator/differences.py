@@ -125,7 +125,6 @@ class Differences:
         return [part.of(self._parameters[part.parameter].data) for part in block.parts]
 
     def _gradient(self, block: Block) -> torch.Tensor:
-        """Return the gradient of the mean loss with respect to a block."""
         parameters = [self._parameters[part.parameter] for part in block.parts]
         total = torch.zeros(block.num_params, dtype=torch.float64, device=self._device)
         for batch, weight in zip(self._batches, self._weights, strict=True):

@@ -343,7 +343,6 @@ def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
 
 
 def _diagonalised(plan: _Plan, index: int) -> Row:
-    """Diagonalise a small block."""
     begin = time.perf_counter()
     block = plan.hessian.blocks[index]
     n = block.num_params

@@ -74,8 +74,7 @@ def _moments(group: pd.DataFrame, n: int) -> Row:
         )
 
     [spectrum] = blocks_of(group)
-    spectrum = spectrum.with_second_moments()
-    moments = list(zip(spectrum.nodes, spectrum.weights, strict=True))
+    moments = spectrum.with_second_moments().rules
     trace, trace_error = mean([n * float(w @ t) for t, w in moments])
     square, square_error = mean([n * float(w @ t**2) for t, w in moments])
     frobenius = square**0.5

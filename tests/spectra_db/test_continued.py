@@ -62,8 +62,8 @@ def test_exact_blocks_rules_that_broke_down_and_those_of_few_steps_stay(spectra,
     assert ended["breakdown"].all()
     for some in (exact_rows(spectra), few, ended):
         for block in blocks_of(some):
-            np.testing.assert_array_equal(block.extended().nodes, block.nodes)
-    assert all(len(nodes) == 60 for b in blocks_of(rows) for nodes in b.extended().nodes)
+            np.testing.assert_array_equal(block.extended().rules, block.rules)
+    assert all(len(nodes) == 60 for b in blocks_of(rows) for nodes, _ in b.extended().rules)
 
 
 def test_what_is_stored_decides_by_its_protocol_what_it_is_compared_with(rows, tmp_path):

@@ -36,8 +36,6 @@ def fixed_arithmetic(model: nn.Module, matmul_precision: str = "highest") -> Ite
         matmul_precision: As in `torch.set_float32_matmul_precision`: highest (float32), high
             (TF32), medium (bfloat16).
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))  # whatever the caller computes under
         stack.enter_context(torch.enable_grad())
@@ -51,11 +49,13 @@ def fixed_arithmetic(model: nn.Module, matmul_precision: str = "highest") -> Ite
         # Deterministic mode fills what nothing has written to yet, 2.6 times the fills of a
         # product. Kernels that read it would not pass the check that the loss repeats.
         stack.enter_context(_set(torch.utils.deterministic, fill_uninitialized_memory=False))
+        stack.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        yield
 
 
 @contextmanager
@@ -91,14 +91,11 @@ def _matmul_precision(precision: str) -> Iterator[None]:
 @contextmanager
 def _set(target: Any, **values: Any) -> Iterator[None]:
     """Set attributes, and restore them afterwards."""
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.callback(setattr, target, name, getattr(target, name))
             setattr(target, name, value)
+        yield
 
 
 def check_deterministic(

@@ -29,7 +29,11 @@ def map_tensors(function: Callable[[torch.Tensor], Any], batch: Batch) -> Batch:
     def of(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return function(leaf)
-        fields = _fields(leaf)
+        fields: dict[str, Any] = {}
+        if isinstance(leaf, UserDict | dict):  # copies of others may share what they hold
+            fields = dict(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
         if not fields:
             return leaf
         changed = {name: map_tensors(function, value) for name, value in fields.items()}
@@ -49,15 +53,6 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
     tensors: list[torch.Tensor] = []
     map_tensors(tensors.append, batch)
     return tensors
-
-
-def _fields(leaf: Any) -> dict[str, Any]:
-    """Return what a mapping or a dataclass that torch takes for a leaf holds."""
-    if isinstance(leaf, UserDict | dict):  # copies of others may share what they hold
-        return dict(leaf)
-    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-    return {}
 
 
 def leading_size(batch: Batch) -> int:

@@ -291,20 +291,18 @@ def _matrix_of(factors: Sequence[Factors], num_params: int) -> torch.Tensor:
     """Return A Aᵀ, or Aᵀ A if that is smaller, of a layer's weight, the cheapest way."""
     U, X = factors[0]
     num_rows = sum(len(U) for U, _ in factors)
-    like: dict[str, Any] = {"dtype": torch.float64, "device": U.device}
+    size = min(num_params, num_rows)
+    total = torch.zeros(size, size, dtype=torch.float64, device=U.device)
     if num_params <= num_rows:
-        total = torch.zeros(num_params, num_params, **like)
         for rows in (_rows(U, X) for U, X in factors):
             total.addmm_(rows.T.double(), rows.double())
-        return total
-    total = torch.zeros(num_rows, num_rows, **like)
-    if _pays_by_places(factors):
+    elif _pays_by_places(factors):
         _add_by_places(total, factors)
-        return total
-    num_outputs, num_inputs = U.shape[2], X.shape[1]
-    width = max(1, _CHUNK // (num_rows * num_inputs))
-    for start in range(0, num_outputs, width):
-        _add_gram(total, torch.cat([_rows(U[:, :, start : start + width], X) for U, X in factors]))
+    else:
+        width = max(1, _CHUNK // (num_rows * X.shape[1]))
+        for start in range(0, U.shape[2], width):
+            columns = [_rows(U[:, :, start : start + width], X) for U, X in factors]
+            _add_gram(total, torch.cat(columns))
     return total
 
 

@@ -71,9 +71,8 @@ def removed(old: Path, new: Path) -> dict[str, pd.DataFrame]:
             was, now = (_read(path, table, key) for path in paths)
             there = pd.MultiIndex.from_frame(now[key])
             parts.append(was[~pd.MultiIndex.from_frame(was[key]).isin(there)])
-        found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=key)
-        if len(found):
-            lost[table] = found
+        if any(map(len, parts)):
+            lost[table] = pd.concat(parts, ignore_index=True)
     return lost
 
 

@@ -51,9 +51,8 @@ class Estimate:
         """Return the two-sided Student's t interval of the corrected value; nan as `corrected`."""
         if not self.standard_error > 0:
             return self.corrected, self.corrected
-        half = (
-            float(scipy.special.stdtrit(min(self.dof, 1e6), (1 + level) / 2)) * self.standard_error
-        )
+        quantile = float(scipy.special.stdtrit(min(self.dof, 1e6), (1 + level) / 2))
+        half = quantile * self.standard_error
         return self.corrected - half, self.corrected + half
 
     @property

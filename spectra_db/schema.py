@@ -337,14 +337,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "models": ("model", "protocol_version"),
     "spectra": (
         *SPECTRUM,
-        "block",
-        "operator",
-        "norm_mode",
-        "dtype",
-        "probe_distribution",
-        "batch_hash",
-        "protocol_version",
-        "probe",
+        *("block", "operator", "norm_mode", "dtype", "probe_distribution", "batch_hash"),
+        *("protocol_version", "probe"),
     ),
     "blocks": ("model", "stage", "init_seed", "train_run", "block", "protocol_version"),
     # A row of a later protocol takes the place of the earlier one.

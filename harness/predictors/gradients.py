@@ -103,16 +103,16 @@ def of_gradients(problem: Problem, settings: Settings, training_batch: int) -> d
     )
     positive = rms.loc[rms["gradient_rms"] > 0, "gradient_rms"]
     if len(positive) < 2:
-        too_few = Value(None, reason=f"{len(positive)} blocks have a gradient; it takes two")
-        between = {"gradient_rms_spread": too_few, "gradient_rms_gini": too_few}
+        spread = inequality = Value(
+            None, reason=f"{len(positive)} blocks have a gradient; it takes two"
+        )
     else:
-        spread = gradient_rms_spread(rms, list(rms["block"])).value
-        between = {
-            "gradient_rms_spread": Value(spread),
-            "gradient_rms_gini": Value(gini(positive)),
-        }
+        spread = Value(gradient_rms_spread(rms, list(rms["block"])).value)
+        inequality = Value(gini(positive))
     per_sample = found.num_terms / problem.batch_size
-    return between | {
+    return {
+        "gradient_rms_spread": spread,
+        "gradient_rms_gini": inequality,
         "gradient_density": density(found.flat),
         "noise_share": noise_share(found, training_batch * per_sample),
     }

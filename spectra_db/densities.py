@@ -140,8 +140,7 @@ def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
     """
     if len(rows) == 0:
         raise ValueError("there are no rows; check the filters")
-    if absent := [column for column in _COLUMNS if column not in rows]:
-        raise ValueError(f"the rows have no column {absent[0]!r}; pass whole rows of table spectra")
+    check_columns(rows, "spectra", *_COLUMNS)
     varying = [c for c in GROUP if c in rows and len(rows[c].unique()) > 1]
     if varying:
         values = "; ".join(f"{c}: {', '.join(map(str, rows[c].unique()[:4]))}" for c in varying)
@@ -331,6 +330,12 @@ def _windows(
 def global_max(blocks: Sequence[BlockSpectrum]) -> float:
     """Return the largest |node| of all blocks and probes."""
     return max(float(np.abs(nodes).max()) for block in blocks for nodes, _ in block.rules)
+
+
+def check_columns(rows: pd.DataFrame, table: str, *columns: str) -> None:
+    """Raise ValueError if rows are not whole rows of a table."""
+    if absent := [column for column in columns if column not in rows]:
+        raise ValueError(f"the rows have no column {absent[0]!r}; pass whole rows of table {table}")
 
 
 def check_reading(scale: str, sigma: float) -> None:

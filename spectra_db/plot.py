@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spectra_db.densities import SCALE, SCALES, density
+from spectra_db.densities import SCALE, SCALES, check_columns, density
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.schema import BEST_RATES
 
@@ -68,7 +68,7 @@ def spectra(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> F
     """
     from matplotlib.patches import Patch
 
-    _check_columns(rows, "spectra", "block", "block_kind", "status")
+    check_columns(rows, "spectra", "block", "block_kind", "status")
     blocks = rows.drop_duplicates("block").set_index("block")
     densities = density(rows, scale=scale, sigma=sigma)
     figure, axes, columns = _panels(blocks, 1.5 * float(densities.to_numpy().max()), scale)
@@ -101,7 +101,7 @@ def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Fi
     from matplotlib import colormaps
 
     used = ("block", "block_kind", "status", "stage", "progress", "step")
-    _check_columns(rows, "spectra", *used)
+    check_columns(rows, "spectra", *used)
     order = rows.sort_values(["progress", "step"])["stage"].drop_duplicates()
     parts = {stage: rows[rows["stage"] == stage] for stage in order}
     densities = {stage: density(part, scale=scale, sigma=sigma) for stage, part in parts.items()}
@@ -175,7 +175,7 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
     if len(models) > 1:
         raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
     used = ("model", "seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
-    _check_columns(rows, "training", *used)
+    check_columns(rows, "training", *used)
     losses = rows[(rows["metric"] == "loss") & (rows["split"] == "batch")].sort_values("step")
     first = losses["seed"] == losses["seed"].min()
     ours = None if gaps is None else gaps[gaps["model"].isin(models)]
@@ -213,12 +213,6 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
         axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("loss of the minibatch")
     return figure
-
-
-def _check_columns(rows: pd.DataFrame, table: str, *columns: str) -> None:
-    """Raise ValueError if rows are not whole rows of a table."""
-    if absent := [column for column in columns if column not in rows]:
-        raise ValueError(f"the rows have no column {absent[0]!r}; pass whole rows of table {table}")
 
 
 def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[Axes], int]:

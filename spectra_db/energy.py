@@ -56,9 +56,8 @@ def energy_js(rows: pd.DataFrame) -> Estimate:
 
 def _signed_logs(rules: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
     """Return per rule the places and masses of its energy, negative nodes apart from positive."""
-    top = max(
-        float(np.abs(nodes).max()) for nodes, _ in rules
-    )  # θ² must neither vanish nor overflow
+    # θ² must neither vanish nor overflow.
+    top = max(float(np.abs(nodes).max()) for nodes, _ in rules)
     energies = [weights * (nodes / top) ** 2 for nodes, weights in rules]
     kept = [
         (nodes[e > 0], e[e > 0] / e.sum()) for (nodes, _), e in zip(rules, energies, strict=True)

@@ -346,14 +346,12 @@ def _w1(blocks: Blocks, scale: str, sigma: float = 0.0) -> Estimate:
     count, deletions = len(blocks), blocks.deletions
     scales = blocks.scales(scale)
     rules = [(n / scales[k], w) for k, (n, w) in enumerate(b.average() for b in blocks.blocks)]
-    for left_out in (
-        np.array([scales[k] for k, _ in deletions]),
-        blocks.moved_scales(scale, scales),
-    ):
-        for (k, i), divisor in zip(deletions, left_out, strict=True):
+    without = np.array([k for k, _ in deletions], dtype=np.intp)
+    for divisors in (scales[without], blocks.moved_scales(scale, scales)):
+        for (k, i), divisor in zip(deletions, divisors, strict=True):
             nodes, weights = blocks.blocks[k].average(i)
             rules.append((nodes / divisor, weights))
-    owners = np.array([*range(count), *(k for k, _ in deletions), *(k for k, _ in deletions)])
+    owners = np.concatenate([np.arange(count), without, without])
     distances = w1_distances(rules, owners, count)
     pairs = count * (count - 1) / 2
     value = float(distances[:count].sum()) / 2 / pairs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,11 +69,10 @@ class Manifest:
 
     def rows(self) -> dict[str, int]:
         """Return the number of rows per table that there is."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for path, file in self.files.items():
             if file.rows is not None:
-                table = path.partition("/")[0]
-                counts[table] = counts.get(table, 0) + file.rows
+                counts[path.partition("/")[0]] += file.rows
         return {table: counts[table] for table in TABLES if table in counts}
 
 

@@ -34,12 +34,8 @@ def local_device(device: torch.device | str) -> torch.device:
 
     Else each process would take memory of the first GPU before it goes to its own.
     """
-    target = torch.device(device)
-    if (
-        target.type == "cuda"
-        and target.index is None
-        and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ):
+    target, size = torch.device(device), int(os.environ.get("WORLD_SIZE", "1"))
+    if target.type == "cuda" and target.index is None and size > 1:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return target
 

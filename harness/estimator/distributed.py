@@ -58,7 +58,7 @@ class Team:
     way: str
     _store: Any
     _sent: int = 0
-    _taken: list[int] = field(default_factory=list)
+    _taken: Counter[int] = field(default_factory=Counter)
 
     @property
     def leads(self) -> bool:
@@ -95,7 +95,6 @@ class Team:
 
     def fetch(self) -> Iterator[tuple[int, Any]]:
         """Yield what other processes have left so far, each with the process."""
-        self._taken = self._taken or [0] * self.size
         for rank in range(1, self.size):
             while self._store.check([key := f"{rank}/{self._taken[rank]}"]):
                 self._taken[rank] += 1

@@ -116,13 +116,8 @@ class Settings:
     @property
     def key(self) -> dict[str, Any]:
         """The columns by which rows of these settings differ from rows of others."""
-        return {
-            "partition": self.partition,
-            "operator": self.operator,
-            "norm_mode": self.norm_mode,
-            "dtype": self.dtype,
-            "probe_distribution": self.probe_distribution,
-        }
+        names = ("partition", "operator", "norm_mode", "dtype", "probe_distribution")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def columns(self) -> dict[str, Any]:

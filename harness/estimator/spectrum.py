@@ -190,10 +190,6 @@ class _Plan:
         of, block = self.shared, self.hessian.blocks[index].name
         return probe_seed(of["init_seed"], of["model"], of["stage"], block, probe)
 
-    def is_exact(self, block: Block) -> bool:
-        """Tell whether a block is diagonalised."""
-        return self.settings.is_exact(block.num_params)
-
     @property
     def todo(self) -> list[tuple[int, Block]]:
         """The blocks that are asked for, with their numbers."""
@@ -214,13 +210,15 @@ def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     # Before the first product: processes of which one runs out of memory keep to one plan.
     groups = list(_groups(plan))
     total = sum(
-        b.num_params if plan.is_exact(b) else len(plan.probes[b.name]) * plan.steps[b.name]
+        b.num_params
+        if settings.is_exact(b.num_params)
+        else len(plan.probes[b.name]) * plan.steps[b.name]
         for _, b in plan.todo
     )
     done = 0
     finished: dict[int, list[Row]] = {}
     for index, block in plan.todo:
-        if plan.is_exact(block):
+        if settings.is_exact(block.num_params):
             yield [_diagonalised(plan, index)]
             done += block.num_params
             on_progress(done, total)
@@ -268,7 +266,7 @@ def _groups(plan: _Plan) -> Iterator[list[tuple[int, int]]]:
     group: list[tuple[int, int]] = []
     used = 0
     for index, block in plan.todo:
-        if plan.is_exact(block):
+        if plan.settings.is_exact(block.num_params):
             continue
         for probe in plan.probes[block.name]:
             vectors = 3 + (plan.steps[block.name] if plan.settings.reorthogonalize else 0)

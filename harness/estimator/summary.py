@@ -90,9 +90,7 @@ def _moments(group: pd.DataFrame, n: int) -> Row:
     for name, end in (("lambda_max", -1), ("lambda_min", 0)):
         ends = [float(nodes[end]) for nodes in group["nodes"]]
         best = int(np.argmax(ends) if end else np.argmin(ends))
-        record = group.iloc[best]
-        bounds = (
-            residual_bounds(record["alphas"], record["betas"]) if len(record["alphas"]) else [0.0]
-        )
+        alphas, betas = group["alphas"].iloc[best], group["betas"].iloc[best]
+        bounds = residual_bounds(alphas, betas) if len(alphas) else [0.0]
         row |= {name: ends[best], f"{name}_error": float(bounds[end])}
     return row

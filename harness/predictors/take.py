@@ -44,7 +44,7 @@ def take(
     data_root: Path | None,
     out: Path,
     device: str | None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     command: str = "",
 ) -> pd.DataFrame:
@@ -70,8 +70,7 @@ def take(
     settings, ledger = Settings(entry.partition, device=device), Ledger(out)
     steps = [(seed, family) for seed in SEEDS for family in FAMILIES]
     for done, (seed, family) in enumerate(steps):
-        if on_progress is not None:
-            on_progress(done, len(steps))
+        on_progress(done, len(steps))
         problem = load(entry, seed, data_root, ledger)
         if _is_done(problem, family, ledger):
             continue
@@ -92,8 +91,7 @@ def take(
         version.note(entry, ledger)
         ledger.write("runs", [run])
         ledger.write("predictors", [facts | row for row in _rows(family, parts)])
-    if on_progress is not None:
-        on_progress(len(steps), len(steps))
+    on_progress(len(steps), len(steps))
     return ledger.rows("predictors", entry.name)
 
 

@@ -38,7 +38,6 @@ def _entry(find_entry: Callable[[str], ModelEntry], model: str) -> ModelEntry:
 def _speedups(
     find_entry: Callable[[str], ModelEntry], folder: Path, stored: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return the speed-up of a model from its trials."""
     model = str(stored["model"].iloc[0])
     entry = _entry(find_entry, model)
     if entry.speedup is None:

@@ -12,6 +12,8 @@ from harness.errors import UserError
 from harness.estimator.batches import Batch
 from harness.estimator.objective import SplitLoss
 
+Tensors = Sequence[torch.Tensor]
+
 
 class Graph(dict[str, torch.Tensor | None]):
     """Gradients of the mean loss by the names of parameters; their derivatives are the Hessian's.
@@ -26,10 +28,7 @@ class Graph(dict[str, torch.Tensor | None]):
         self.value, self.cotangent = value, cotangent
 
     def derivatives(
-        self,
-        gradients: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
-        directions: Sequence[torch.Tensor],
+        self, gradients: Tensors, parameters: Tensors, directions: Tensors
     ) -> Sequence[torch.Tensor | None]:
         """Return ∂⟨gradients, directions⟩ / ∂parameters; the graph stays."""
         return torch.autograd.grad(
@@ -58,10 +57,7 @@ class GaussNewtonGraph(Graph):
         super().__init__(outputs, self.slope.detach().requires_grad_())
 
     def derivatives(
-        self,
-        gradients: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
-        directions: Sequence[torch.Tensor],
+        self, gradients: Tensors, parameters: Tensors, directions: Tensors
     ) -> Sequence[torch.Tensor | None]:
         """Return Jᵀ (∇²c) J v for the block of these parameters; the graph stays."""
         kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.flop_counter import FlopCounterMode
 
-from harness import SplitLoss
+from harness import SplitLoss, estimate_spectra
 from harness.registry.networks.convolutional import cnn
 from harness.registry.networks.transformer import GPT, ViT
 
@@ -28,37 +31,34 @@ class Case:
     loss_fn: SplitLoss
     batch: tuple[torch.Tensor, torch.Tensor]
 
+    def spectra(self, **options: Any) -> pd.DataFrame:
+        """Estimate its spectra, with options of `estimate_spectra`."""
+        return estimate_spectra(self.model, self.loss_fn, [self.batch], **options)
 
-def gpt_10m() -> Case:
-    """GPT of 10.8 M parameters, 39 blocks, 2 sequences of 256 tokens."""
-    return Case(
-        gpt(65, 256, num_layers=6, num_heads=6, width=384), CROSS_ENTROPY, tokens(65, 2, 256)
-    )
+
+def gpt_10m(num_sequences: int = 2) -> Case:
+    """GPT of 10.8 M parameters, 39 blocks, at sequences of 256 tokens."""
+    model = gpt(65, 256, num_layers=6, num_heads=6, width=384)
+    return Case(model, CROSS_ENTROPY, tokens(65, num_sequences, 256))
 
 
 def gpt(vocab_size: int, context: int, **options: int) -> nn.Module:
     """Return a GPT without biases, its head untied from the embedding."""
-    return _seeded(lambda: GPT(vocab_size, context, tied=False, bias=False, **options))
+    return seeded(lambda: GPT(vocab_size, context, tied=False, bias=False, **options))
 
 
 def resnet18() -> Case:
     """ResNet18 of torchvision with 10 classes, 21 blocks, 16 images of 64×64."""
     from torchvision.models import resnet18 as build
 
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(16, 3, 64, 64, generator=generator)
-    labels = torch.randint(10, (16,), generator=generator)
-    return Case(_seeded(lambda: build(num_classes=10)), CROSS_ENTROPY, (images, labels))
+    return Case(seeded(lambda: build(num_classes=10)), CROSS_ENTROPY, images(10, 16, 3, 64, 64))
 
 
 def small(kind: str) -> Case:
     """A net of a few thousand parameters, whose dense block Hessians are quick to diagonalise."""
     if kind == "gpt":
-        model = _seeded(lambda: GPT(32, 16, num_layers=2, num_heads=2, width=24, tied=False))
+        model = seeded(lambda: GPT(32, 16, num_layers=2, num_heads=2, width=24, tied=False))
         return Case(model, CROSS_ENTROPY, tokens(32, 16, 16))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(64, 1, 8, 8, generator=generator)
-    labels = torch.randint(10, (64,), generator=generator)
     build = {
         "vit": lambda: ViT(8, 1, 10, patch_size=2, num_layers=2, num_heads=2, width=24),
         "cnn": lambda: cnn(1, 10, widths=(8, 16, 16)),
@@ -71,7 +71,7 @@ def small(kind: str) -> Case:
             nn.Linear(32, 10),
         ),
     }
-    return Case(_seeded(build[kind]), CROSS_ENTROPY, (images, labels))
+    return Case(seeded(build[kind]), CROSS_ENTROPY, images(10, 64, 1, 8, 8))
 
 
 KINDS = ("gpt", "vit", "cnn", "mlp")
@@ -84,7 +84,22 @@ def tokens(vocab_size: int, num_sequences: int, context: int) -> tuple[torch.Ten
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+def images(num_classes: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random images of a shape (N, C, H, W), and their labels, shape (N,)."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(shape, generator=generator)
+    return drawn, torch.randint(num_classes, shape[:1], generator=generator)
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Return the floating-point operations that something takes, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model whose weights are drawn with seed 0; it is in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return build().eval()

@@ -12,7 +12,6 @@ import spectra_db
 from benchmarks.cases import gpt_10m
 from benchmarks.study import TOLERANCE, rows_of, runs_of, sampled
 from benchmarks.study_page import NAMES, percent, table
-from harness import estimate_spectra
 
 # Probes × steps, by products, and how often each is sampled.
 LADDER = ((2, 8), (2, 10), (3, 8), (3, 10), (4, 8), (5, 8), (4, 12), (5, 12), (4, 20))
@@ -54,15 +53,8 @@ def large_rows() -> pd.DataFrame:
     case = gpt_10m()
     found = []
     for probe, seed in enumerate(SEEDS):
-        rows = estimate_spectra(
-            case.model,
-            case.loss_fn,
-            [case.batch],
-            num_probes=1,
-            num_steps=SHORT if probe else LONG,
-            seed=seed,
-            memory_budget=8 << 30,
-        )
+        steps = SHORT if probe else LONG
+        rows = case.spectra(num_probes=1, num_steps=steps, seed=seed, memory_budget=8 << 30)
         found.append(rows.assign(probe=probe))
     return pd.concat(found, ignore_index=True).drop(columns=["reason", "tolerance"])
 

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import Case, gpt_10m, resnet18
+from benchmarks.cases import Case, count_flops, gpt_10m, resnet18
 from harness import find_blocks
 from harness.estimator import shortcuts
 from harness.estimator.checks import fixed_arithmetic
@@ -74,7 +73,7 @@ def curvlinops(case: Case) -> Step:
     from curvlinops import HessianLinearOperator
 
     x, y = case.batch
-    model = _Flat(case.model).eval()
+    model = _flat(case.model)
     operators = [
         HessianLinearOperator(
             model,
@@ -127,7 +126,7 @@ def pyhessian(case: Case) -> Step:
 
     x, y = case.batch
     with sdpa_kernel(SDPBackend.MATH):
-        whole = hessian(_Flat(case.model), nn.CrossEntropyLoss(), data=(x, y.flatten()), cuda=False)
+        whole = hessian(_flat(case.model), nn.CrossEntropyLoss(), data=(x, y.flatten()), cuda=False)
     return lambda: whole.trace(maxIter=1)
 
 
@@ -156,15 +155,9 @@ FULL = {"ours, full": partial(ours, partition="full"), "pyhessian, full": pyhess
 PEERS = BLOCKS | FULL
 
 
-class _Flat(nn.Module):
-    """A model whose logits of all tokens stand in one dimension, as nn.CrossEntropyLoss wants."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x).flatten(0, -2)
+def _flat(model: nn.Module) -> nn.Module:
+    """Put the logits of all tokens in one dimension, as nn.CrossEntropyLoss wants them."""
+    return nn.Sequential(model, nn.Flatten(0, -2)).eval()
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:
@@ -193,11 +186,8 @@ def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
         # Each beside ours on the same work, which is the first of its kind.
         base = {way: next(iter(kind)) for kind in (BLOCKS, FULL) for way in kind if way in asked}
         steps = {way: PEERS[way](CASES[name]()) for way in dict.fromkeys([*base.values(), *base])}
-        flops, times = {}, {way: [] for way in steps}
-        for way, step in steps.items():  # also warms up
-            with FlopCounterMode(display=False) as counter:
-                step()
-            flops[way] = counter.get_total_flops() / 1e9
+        flops = {way: count_flops(step) / 1e9 for way, step in steps.items()}  # also warms up
+        times = {way: [] for way in steps}
         for _ in range(rounds):
             for way, step in steps.items():
                 begin = time.perf_counter(), time.process_time()

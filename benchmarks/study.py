@@ -71,9 +71,7 @@ def exact(kind: str, num_updates: int = 0) -> pd.DataFrame:
         optimizer.zero_grad()
         case.loss_fn(case.model, case.batch).backward()
         optimizer.step()
-    rows = estimate_spectra(
-        case.model, case.loss_fn, [case.batch], dtype=torch.float64, exact_size=10**6
-    )
+    rows = case.spectra(dtype=torch.float64, exact_size=10**6)
     return rows.drop(columns=["reason", "tolerance"])
 
 
@@ -249,15 +247,7 @@ def arithmetic(kind: str) -> pd.DataFrame:
     wide = pd.DataFrame()
     for name, (mode, options) in ARITHMETIC.items():
         with mode():
-            rows = estimate_spectra(
-                case.model,
-                case.loss_fn,
-                [case.batch],
-                num_probes=3,
-                num_steps=40,
-                exact_size=0,
-                **options,
-            )
+            rows = case.spectra(num_probes=3, num_steps=40, exact_size=0, **options)
         wide = rows if name == "float64" else wide
         ends, distances = [], []
         for a, b in zip(wide.itertuples(), rows.itertuples(), strict=True):

@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import CROSS_ENTROPY, Case, gpt, small, tokens
+from benchmarks.cases import CROSS_ENTROPY, Case, count_flops, gpt_10m, images, seeded, small
 from benchmarks.gpu.desk import Desk
 from harness.errors import reason_of
 from harness.estimator.blocks import find_blocks
@@ -36,31 +35,19 @@ _PROBES = 4  # of looped against batched
 _MOST_STEPS = 20
 
 
-def gpt_paper() -> Case:
-    """Return a GPT of 10.8 M parameters, 39 blocks, at 163,840 tokens."""
-    return Case(
-        gpt(65, 256, num_layers=6, num_heads=6, width=384), CROSS_ENTROPY, tokens(65, 640, 256)
-    )
-
-
 def resnet_paper() -> Case:
     """Return a ResNet18 of 1,000 classes, 21 blocks, at 1,024 images of 224×224."""
     from timm import create_model
 
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1024, 3, 224, 224, generator=generator)
-    labels = torch.randint(1000, (1024,), generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = create_model("resnet18", num_classes=1000).eval()
-    return Case(model, CROSS_ENTROPY, (images, labels))
+    model = seeded(lambda: create_model("resnet18", num_classes=1000))
+    return Case(model, CROSS_ENTROPY, images(1000, 1024, 3, 224, 224))
 
 
 def cases(rehearse: bool) -> dict[str, Callable[[], Case]]:
     """Return the models by name."""
     if rehearse:
         return {"gpt": partial(small, "gpt"), "cnn": partial(small, "cnn")}
-    return {"gpt": gpt_paper, "resnet18": resnet_paper}
+    return {"gpt": partial(gpt_10m, num_sequences=640), "resnet18": resnet_paper}
 
 
 def measure_products(desk: Desk) -> bool:
@@ -148,14 +135,11 @@ def step_flops(hessian: BlockHessian) -> float:
     shared = 0
     if hessian.keeps_graphs:
         hessian.keeps_graphs = False
-        with FlopCounterMode(display=False) as counter:
-            hessian.gradient()
-        shared = counter.get_total_flops()
+        shared = count_flops(hessian.gradient)
     requests = [(i, first_vector(hessian, i)) for i in range(len(hessian.blocks))]
-    with FlopCounterMode(display=False) as counter:
-        hessian.products(requests)
+    taken = count_flops(partial(hessian.products, requests))
     hessian.batches, hessian.weights, hessian.keeps_graphs = whole
-    return float(counter.get_total_flops() - shared) * hessian.batch_size
+    return float(taken - shared) * hessian.batch_size
 
 
 def looped_and_batched(hessian: BlockHessian, num_probes: int) -> tuple[float, float | None]:

@@ -10,7 +10,6 @@ import spectra_db
 from benchmarks.cases import KINDS, small
 from benchmarks.few import few, products_within
 from benchmarks.study import exact
-from harness import estimate_spectra
 
 NUM_PROBES, NUM_STEPS = 3, 40
 # A relative error below this is as good as none; asv compares ratios.
@@ -23,18 +22,8 @@ MOST_PRODUCTS = {("gpt", "lambda10"): 30, ("gpt", "raw"): 30, ("vit", "raw"): 40
 def exact_and_estimated(kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return rows of a small case with every block diagonalised, and sampled."""
     case = small(kind)
-    rows = [
-        estimate_spectra(
-            case.model,
-            case.loss_fn,
-            [case.batch],
-            num_probes=NUM_PROBES,
-            num_steps=NUM_STEPS,
-            exact_size=size,
-        )
-        for size in (10**6, 0)
-    ]
-    return rows[0], rows[1]
+    numbers = {"num_probes": NUM_PROBES, "num_steps": NUM_STEPS}
+    return case.spectra(**numbers, exact_size=10**6), case.spectra(**numbers, exact_size=0)
 
 
 class Accuracy:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
-from benchmarks.cases import Case, resnet18
+from benchmarks.cases import Case, count_flops, resnet18
 from benchmarks.peers import CASES
-from harness import estimate_spectra, find_blocks
+from harness import find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.objective import Objective
 from harness.estimator.operators import opened
@@ -30,19 +30,9 @@ BUDGET = 8 << 30
 
 def lockstep_flops(case: Case) -> int:
     """Count one lockstep step of `estimate_spectra`: two steps less one."""
-    counts = []
-    for num_steps in (1, 2):
-        with FlopCounterMode(display=False) as counter:
-            estimate_spectra(
-                case.model,
-                case.loss_fn,
-                [case.batch],
-                num_probes=1,
-                num_steps=num_steps,
-                memory_budget=BUDGET,
-            )
-        counts.append(counter.get_total_flops())
-    return counts[1] - counts[0]
+    spectra = partial(case.spectra, num_probes=1, memory_budget=BUDGET)
+    one, two = (count_flops(partial(spectra, num_steps=num_steps)) for num_steps in (1, 2))
+    return two - one
 
 
 class Step:
@@ -76,9 +66,7 @@ class Shortcuts:
         self.step()
 
     def track_gflop(self) -> float:
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        gflop = counter.get_total_flops() / 1e9
+        gflop = count_flops(self.step) / 1e9
         if gflop > MOST_GFLOP["shortcuts"]:
             raise ValueError(f"{gflop:.1f} GFLOP per step; at most {MOST_GFLOP['shortcuts']}")
         return gflop
@@ -114,18 +102,9 @@ class Whole:
         case = CASES[name]()
         step = peers.paper_algorithm(case)
         paper = 10 * 100 * _least_cpu_seconds(step, 3)
-        ours = _least_cpu_seconds(
-            lambda: estimate_spectra(
-                case.model,
-                case.loss_fn,
-                [case.batch],
-                num_probes=FEW[0],
-                num_steps=FEW[1],
-                gram=True,
-                memory_budget=BUDGET,
-            ),
-            REPEATS[name],
-        )
+        settings = {"num_probes": FEW[0], "num_steps": FEW[1], "gram": True}
+        spectra = partial(case.spectra, **settings, memory_budget=BUDGET)
+        ours = _least_cpu_seconds(spectra, REPEATS[name])
         if ours > MOST_PART[name] * paper:
             raise ValueError(f"1/{paper / ours:.0f}; at most 1/{1 / MOST_PART[name]:.0f}")
         return ours / paper
@@ -153,9 +132,8 @@ class Exact:
     track_blocks.unit = "blocks that are exact"  # type: ignore[attr-defined]
 
     def spectra(self) -> pd.DataFrame:
-        of = self.case.model, self.case.loss_fn, [self.case.batch]
         # One product of each block that would not be exact.
-        return estimate_spectra(*of, gram=True, num_probes=1, num_steps=1, memory_budget=BUDGET)
+        return self.case.spectra(gram=True, num_probes=1, num_steps=1, memory_budget=BUDGET)
 
 
 class Memory:
@@ -168,15 +146,7 @@ class Memory:
     def peakmem_spectrum(self, num_steps: int) -> None:
         case = resnet18()
         blocks = find_blocks(case.model)[-4:]
-        estimate_spectra(
-            case.model,
-            case.loss_fn,
-            [case.batch],
-            blocks=blocks,
-            num_probes=2,
-            num_steps=num_steps,
-            memory_budget=BUDGET,
-        )
+        case.spectra(blocks=blocks, num_probes=2, num_steps=num_steps, memory_budget=BUDGET)
 
 
 class Rebuilt:

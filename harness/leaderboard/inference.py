@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom, rankdata
 
-from harness.leaderboard.ranks import Array, Order, pearson
+from harness.leaderboard.ranks import Array, pearson, signs
+from harness.leaderboard.ranks import ranks as weighted_ranks
 
 ALPHA = 0.05
 EXACT_UP_TO = 8  # 40,320 orders
@@ -129,7 +130,7 @@ def weighted_spearman(x: npt.ArrayLike, y: npt.ArrayLike, weights: Array) -> Arr
         y: Likewise.
         weights: Shape (B, n).
     """
-    own = [Order(np.broadcast_to(v, weights.shape)).ranks(weights) for v in (x, y)]
+    own = [weighted_ranks(signs(np.asarray(v)[None]), weights) for v in (x, y)]
     return pearson(own[0], own[1], weights)
 
 

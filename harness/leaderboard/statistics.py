@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.errors import UserError
-from harness.leaderboard.ranks import Array, Order, concordance, pearson
+from harness.leaderboard.ranks import Array, concordance, pearson, ranks, signs
 from harness.training.gap import THRESHOLD
 from spectra_db.heterogeneity import LEADING
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
@@ -249,17 +249,17 @@ def _correlations(
     x: Array, y: Array, log_size: Array, needed: Array, weights: Array
 ) -> dict[str, Array]:
     """Return rank statistics, and Pearson's correlation."""
-    orders = [Order(v) for v in (x, y, np.broadcast_to(log_size, x.shape))]
-    ranks = [order.ranks(weights) for order in orders]
-    xy, xz, yz = (pearson(ranks[i], ranks[j], weights) for i, j in ((0, 1), (0, 2), (1, 2)))
+    of_x, of_y, of_size = signs(x), signs(y), signs(log_size[None])
+    a, b, c = (ranks(some, weights) for some in (of_x, of_y, of_size))
+    xy, xz, yz = (pearson(*pair, weights) for pair in ((a, b), (a, c), (b, c)))
     with np.errstate(invalid="ignore", divide="ignore"):
         # Undefined where all models are of one size, or size says all.
         rest = (1 - xz**2) * (1 - yz**2)
         partial = (xy - xz * yz) / np.sqrt(np.where(rest > 1e-12, rest, np.nan))
-        pairs = np.sqrt(orders[0].unequal(weights) * orders[1].unequal(weights))
-        kendall = concordance(x, y, weights) / pairs
+        pairs = np.sqrt(concordance(of_x, of_x, weights) * concordance(of_y, of_y, weights))
+        kendall = concordance(of_x, of_y, weights) / pairs
         positive, negative = weights * needed, weights * (1 - needed)
-        beaten = orders[0].ranks(negative) + negative.sum(1, keepdims=True)
+        beaten = ranks(of_x, negative) + negative.sum(1, keepdims=True)
         auc = (positive * beaten).sum(1) / 2 / (positive.sum(1) * negative.sum(1))
     return {
         "spearman": xy,
@@ -346,8 +346,7 @@ def _between(
     sizes = (weights > 0).astype(float) @ one_hot  # a family twice drawn counts twice
     times = counts / np.maximum(sizes, 1)
     means = [(weights * v) @ one_hot / size for v in (x, y)]
-    ranks = [Order(mean).ranks(times) for mean in means]
-    return pearson(ranks[0], ranks[1], times)
+    return pearson(*(ranks(signs(mean), times) for mean in means), times)
 
 
 def _changes(sample: _Sample, now: pd.DataFrame, before: pd.DataFrame) -> dict[str, Array]:

@@ -1,27 +1,14 @@
 """The command line: parse, call, echo. Heavy imports stand inside the commands."""
 
-from harness.cli import (
+from harness.cli import (  # noqa: F401
     compute,
     dataset,
     leaderboard,
     models,
     paper,
-    predictors,
     spectrum,
     submission,
-    verdict,
 )
 from harness.cli.base import main
 
-__all__ = [
-    "compute",
-    "dataset",
-    "leaderboard",
-    "main",
-    "models",
-    "paper",
-    "predictors",
-    "spectrum",
-    "submission",
-    "verdict",
-]
+__all__ = ["main"]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spectra_db.jackknife import Estimate
 
 _UNBOUNDED = 10_000
+_CLOSE = (0, 1, 0, 0)  # padding
 
 
 def _console() -> Console:
@@ -38,26 +39,33 @@ def _console() -> Console:
     return console
 
 
+def _table(*names: str, numbers: Sequence[str] = (), **options: Any) -> Table:
+    """Return a table of columns of text, and after them of numbers, which stand to the right."""
+    table = Table(*names, box=SIMPLE_HEAD, pad_edge=False, **options)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
 def print_entries(entries: Sequence[Any], fields: Sequence[str]) -> None:
     """Print the named fields of entries, a line each, whole even where a terminal is narrower."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _table(padding=_CLOSE)
     for field in fields:
         table.add_column(field, no_wrap=True)
     for entry in entries:
         table.add_row(*(getattr(entry, field) for field in fields))
     console = _console()
-    unlimited = console.options.update(max_width=10_000)
+    unlimited = console.options.update(max_width=_UNBOUNDED)
     console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     console.print(table)
 
 
 def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
     """Print blocks with their kind, shape, size and, where known, the cost of one product."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("block", overflow="fold")
-    table.add_column("kind", overflow="fold")
-    for name in ("shape", "parameters", *(["GFLOP"] if cost else [])):
-        table.add_column(name, justify="right")
+    numbers = ("shape", "parameters", *(["GFLOP"] if cost else []))
+    table = _table("block", "kind", numbers=numbers)
+    for column in table.columns[:2]:
+        column.overflow = "fold"
     for i, block in enumerate(blocks):
         shape = " × ".join(map(str, block.shape))
         flops = [f"{cost.block_flops[i] / 1e9:.3g}"] if cost else []
@@ -68,14 +76,9 @@ def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
 
 def print_surveys(surveys: Sequence[Survey]) -> None:
     """Print what entries cost."""
-    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("parameters", "units", "products", "TFLOP", "graph MiB"):
-        table.add_column(name, justify="right")
-    reasons = []
-    for survey in surveys:
-        if survey.reason is not None:
-            reasons.append(f"{survey.entry.name}: {survey.reason}")
-            continue
+    numbers = ("parameters", "units", "products", "TFLOP", "graph MiB")
+    table = _table("model", numbers=numbers)
+    for survey in (s for s in surveys if s.reason is None):
         table.add_row(
             survey.entry.name,
             f"{survey.num_params:,}",
@@ -86,17 +89,16 @@ def print_surveys(surveys: Sequence[Survey]) -> None:
         )
     console = _console()
     console.print(table)
-    for reason in reasons:
-        console.print(f"left out: {reason}")
+    for survey in (s for s in surveys if s.reason is not None):
+        console.print(f"left out: {survey.entry.name}: {survey.reason}")
 
 
 def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> None:
     """Print what entries take on a device, and all of them."""
     from harness.campaign.forecast import total
 
-    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("products", "PFLOP", "device-hours", "memory GiB", "disk MiB"):
-        table.add_column(name, justify="right")
+    numbers = ("products", "PFLOP", "device-hours", "memory GiB", "disk MiB")
+    table = _table("model", numbers=numbers)
     for entry in [*outlooks, total(outlooks)]:
         if entry.model == "all":
             table.add_section()
@@ -119,9 +121,7 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     from harness.training.stages import STAGE_SEED
     from spectra_db.heterogeneity import LEADING
 
-    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("JS⁰", "SGD-Adam gap", "Adam needed"):
-        table.add_column(name, justify="right")
+    table = _table("model", numbers=("JS⁰", "SGD-Adam gap", "Adam needed"))
     ledger = Ledger(out)
     for entry in entries:
         js0 = gap = needed = "–"
@@ -141,9 +141,7 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
 
 def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
     """Print the log2 speed-up of entries with its 95 % interval, the largest first."""
-    table = Table("model", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("log2 speed-up", "95 % interval", "Adam needed", "J"):
-        table.add_column(name, justify="right")
+    table = _table("model", numbers=("log2 speed-up", "95 % interval", "Adam needed", "J"))
     for rows in (entries, references):
         ranked: Any = rows.sort_values("y", ascending=False).itertuples()
         for row in ranked:
@@ -163,10 +161,8 @@ def print_leaderboard(
     rows: Sequence[dict[str, Any]], columns: Mapping[str, str], stage: str
 ) -> None:
     """Print what predicts the gap, a measure a line, with 95 % intervals."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(f"measure at {stage}")
-    for name in ("products", *columns.values()):
-        table.add_column(name, justify="right")
+    numbers = ("products", *columns.values())
+    table = _table(f"measure at {stage}", numbers=numbers, padding=_CLOSE)
     for row in rows:
         cells = [str(row[c]) if c in row else "–" for c in columns]
         table.add_row(row["label"], f"{row['num_products']:.0f}", *cells)
@@ -185,9 +181,8 @@ def print_prediction(result: Mapping[str, Any]) -> None:
         f"{result['num_families']} families"
         + (", its own rows left out" if result["in_leaderboard"] else "")
     )
-    table = Table("measure", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("value", "larger than", "nearest models (gap)"):
-        table.add_column(name, justify="left" if name.startswith("nearest") else "right")
+    table = _table("measure", numbers=("value", "larger than"), padding=_CLOSE)
+    table.add_column("nearest models (gap)")
     for row in result["measures"]:
         table.add_row(
             LABELS[row["metric"]],
@@ -208,9 +203,8 @@ def print_prediction(result: Mapping[str, Any]) -> None:
 
 def print_checks(checks: Sequence[Check]) -> None:
     """Print what came of verified rows, those that can't be verified gathered by reason."""
-    table = Table("model", "stage", "block", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("probe", "deviation", "allowed"):
-        table.add_column(name, justify="right")
+    numbers = ("probe", "deviation", "allowed")
+    table = _table("model", "stage", "block", numbers=numbers, padding=_CLOSE)
     table.add_column("outcome")
     reasons: Counter[str] = Counter()
     for check in checks:
@@ -238,10 +232,8 @@ def print_finding(finding: Finding) -> None:
 
 def print_differences(changes: Mapping[str, pd.DataFrame], num_rows: int) -> None:
     """Print how many rows of each table changed and how, and the first that changed for good."""
-    table = Table("table", box=SIMPLE_HEAD, pad_edge=False)
     kinds = ("added", "removed", "changed", "within")
-    for kind in (*kinds[:-1], "within errors"):
-        table.add_column(kind, justify="right")
+    table = _table("table", numbers=(*kinds[:-1], "within errors"))
     for name, rows in changes.items():
         counts = rows["change"].value_counts()
         table.add_row(name, *(f"{counts.get(kind, 0):,}" for kind in kinds))

@@ -1,14 +1,17 @@
-"""Commands that ask the dataset: leaderboard, site, predict."""
+"""Commands that ask the dataset: leaderboard, verdict, site, predict."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.cli.base import device_of, main, options, writable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @main.command()
@@ -58,7 +61,7 @@ def leaderboard(
             "updated": None if data.updated is None else data.updated.isoformat(),
             "protocol_version": PROTOCOL_VERSION,
             "statements": said,
-            "leaderboard": json.loads(board.to_json(orient="records", double_precision=15)),
+            "leaderboard": _records(board),
             "pending": data.pending.to_dict("records"),
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -68,6 +71,52 @@ def leaderboard(
     for sentence in said:
         click.echo(f"- {sentence}")
     click.echo(f"data: {data.age}; {len(data.pending)} models pending (--json lists them)")
+
+
+@main.command()
+@click.option(
+    "--readme",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Page whose part between the markers becomes the verdict's sentence.",
+)
+@options("source", "json")
+def verdict(readme: Path | None, source: Path | None, as_json: bool) -> None:
+    """Tell whether JS⁰ at initialisation ranks models by what AdamW gains over SGD.
+
+    By the rules of docs/verdict.md, from tables speedups and predictors; what is not measured yet
+    is listed with the reason.
+    """
+    from harness.cli.display import print_speedups
+    from harness.leaderboard.ranking import ranking
+    from harness.leaderboard.report import write_part
+    from spectra_db.loading import folder_of
+
+    found = ranking(folder_of(source))
+    if readme is not None:
+        write_part(readme, f"**{found.verdict.plain}.** {found.verdict.sentence}")
+        click.echo(f"written: {readme}", err=True)
+    if as_json:
+        facts = {
+            "answer": found.verdict.answer,
+            "sentence": found.verdict.sentence,
+            "lines": found.verdict.lines,
+            "pending": found.pending,
+            "entries": _records(found.entries),
+            "references": _records(found.references),
+        }
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    click.echo(found.verdict.sentence)
+    print_speedups(found.entries, found.references)
+    for line in found.verdict.lines:
+        click.echo(f"- {line}")
+    for model, reason in found.pending.items():
+        click.echo(f"pending: {model}: {reason}")
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(rows.to_json(orient="records", double_precision=15))
+    return found
 
 
 @main.command()

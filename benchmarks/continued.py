@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
-import torch
 
-from benchmarks.study_page import percent, table
+from benchmarks.study import drawn
+from benchmarks.study_page import percent, rms, table
 from harness.estimator.lanczos import Recurrence, lanczos
 from spectra_db.densities import Array, BlockSpectrum
 from spectra_db.heterogeneity import CHANGES, METRICS, TRUNCATION
@@ -25,6 +25,13 @@ READINGS = (
 )
 # Other parts of the steps to average, and other lengths.
 VARIED = ((1 / 4, LENGTH), (1 / 2, LENGTH), (1.0, LENGTH), (WINDOW, 45), (WINDOW, 100))
+_NAMES = [" ".join(reading) for reading in READINGS]
+# Steps, window and length of each rule; both 0: T ends.
+SETTINGS = [
+    (m, *rule)
+    for m in STEPS
+    for rule in ((0.0, 0), (WINDOW, LENGTH), *(VARIED if m in (10, 20) else ()))
+]
 # A rule of one probe: (eigenvalues, its measure on them, its recurrence) ↦ nodes and weights.
 Rule = Callable[[Array, Array, Recurrence], tuple[Array, Array]]
 
@@ -40,43 +47,27 @@ def continued(truth: pd.DataFrame) -> pd.DataFrame:
         `error` relative to the measures' value, and of the protocol's own rules the `change` from
         three quarters of the steps.
     """
-    pools = _pools(truth)
+    pools = {
+        block: [
+            (d.numpy(), (v**2 / (v @ v)).numpy(), lanczos(lambda x, d=d: d * x, v, max(STEPS)))
+            for v in starts
+        ]
+        for block, d, starts in drawn(truth, PROBES * GROUPS)
+    }
     found = []
     for group in range(GROUPS):
         probes = slice(PROBES * group, PROBES * (group + 1))
         exact = _values(pools, probes, lambda nodes, weights, run: (nodes, weights))
-        for m, window, length in _settings():
+        for m, window, length in SETTINGS:
             values = _values(pools, probes, _rule(m, window, length))
             fewer = [np.nan] * len(values)
             if (window, length) == (WINDOW, LENGTH):
                 fewer = _values(pools, probes, _rule(int(TRUNCATION * m), window, length))
-            for reading, true, value, before in zip(READINGS, exact, values, fewer, strict=True):
+            for reading, true, value, before in zip(_NAMES, exact, values, fewer, strict=True):
                 numbers = {"group": group, "num_steps": m, "window": window, "length": length}
-                numbers |= {"reading": " ".join(reading), "error": value / true - 1}
+                numbers |= {"reading": reading, "error": value / true - 1}
                 found.append(numbers | {"change": abs(value - before) / true})
     return pd.DataFrame(found)
-
-
-def _settings() -> Iterator[tuple[int, float, int]]:
-    for m in STEPS:
-        yield m, 0.0, 0
-        yield m, WINDOW, LENGTH
-        if m in (10, 20):
-            yield from ((m, window, length) for window, length in VARIED)
-
-
-def _pools(truth: pd.DataFrame) -> dict[str, list[tuple[Array, Array, Recurrence]]]:
-    """Return per block the eigenvalues, and each probe's measure on them and recurrence."""
-    generator = torch.Generator().manual_seed(0)
-    pools = {}
-    for row in truth.itertuples():
-        d = torch.tensor(np.asarray(row.nodes), dtype=torch.float64)
-        starts = torch.randn(PROBES * GROUPS, len(d), generator=generator, dtype=torch.float64)
-        pools[str(row.block)] = [
-            (d.numpy(), (v**2 / (v @ v)).numpy(), lanczos(lambda x, d=d: d * x, v, max(STEPS)))
-            for v in starts
-        ]
-    return pools
 
 
 def _rule(num_steps: int, window: float, length: int) -> Rule:
@@ -113,17 +104,14 @@ def section(found: Mapping[str, pd.DataFrame]) -> str:
     every = pd.concat([rows.assign(case=name) for name, rows in found.items()])
     ended = every[every["length"] == 0]
     ours = every[(every["length"] == LENGTH) & np.isclose(every["window"], WINDOW)]
-    both = f"{len(found)} cases, {GROUPS} groups of {PROBES} probes each"
     return _SECTION.format(
         length=LENGTH,
         updates=UPDATES,
-        both=both,
+        both=f"{len(found)} cases, {GROUPS} groups of {PROBES} probes each",
         changes=CHANGES,
         nothing=NOTHING,
-        **{
-            f"of_{scale}": _by_case(ended, ours, f"js0 {scale}")
-            for scale in ("own_rms", "lambda10")
-        },
+        of_own_rms=_by_case(ended, ours, "js0 own_rms"),
+        of_lambda10=_by_case(ended, ours, "js0 lambda10"),
         readings=_by_reading(ended, ours),
         varied=_varied(every[every["num_steps"].isin((10, 20)) & (every["length"] > 0)]),
         covered=_covered(ours),
@@ -143,22 +131,17 @@ def _by_case(ended: pd.DataFrame, ours: pd.DataFrame, reading: str) -> str:
     return table(["steps", *(f"{name} %" for name in names)], lines)
 
 
-def _rms(rows: pd.DataFrame, by: list[str]) -> pd.Series:
-    return (rows["error"] ** 2).groupby([rows[c] for c in by]).mean() ** 0.5
-
-
 def _by_reading(ended: pd.DataFrame, ours: pd.DataFrame) -> str:
-    rms = [_rms(rows, ["reading", "num_steps"]) for rows in (ended, ours)]
-    names = [" ".join(reading) for reading in READINGS]
-    lines = [[n, *(" → ".join(percent(e[n, m]) for e in rms) for m in STEPS)] for n in names]
+    means = [rms(rows, ["reading", "num_steps"]) for rows in (ended, ours)]
+    lines = [[n, *(" → ".join(percent(e[n, m]) for e in means) for m in STEPS)] for n in _NAMES]
     return table(["reading", *(f"{m} steps %" for m in STEPS)], lines)
 
 
 def _varied(rows: pd.DataFrame) -> str:
-    rms = _rms(rows, ["num_steps", "reading", "window", "length"])
+    of_rule = rms(rows, ["num_steps", "reading", "window", "length"])
     columns = [(m, f"js0 {s}") for m in (10, 20) for s in ("own_rms", "lambda10", "raw")]
     lines = [
-        [f"last {rule[0]:.0%} to {rule[1]}", *(percent(rms[*c, *rule]) for c in columns)]
+        [f"last {rule[0]:.0%} to {rule[1]}", *(percent(of_rule[*c, *rule]) for c in columns)]
         for rule in sorted({(WINDOW, LENGTH), *VARIED})
     ]
     return table(["mean of", *(f"{m}: {reading} %" for m, reading in columns)], lines)
@@ -167,8 +150,7 @@ def _varied(rows: pd.DataFrame) -> str:
 def _covered(ours: pd.DataFrame) -> str:
     hit = ours["error"].abs() <= np.maximum(CHANGES * ours["change"], NOTHING)
     by = hit.groupby([ours["reading"], ours["num_steps"]]).mean()
-    names = [" ".join(reading) for reading in READINGS]
-    lines = [[n, *(f"{100 * by[n, m]:.0f}" for m in STEPS)] for n in names]
+    lines = [[n, *(f"{100 * by[n, m]:.0f}" for m in STEPS)] for n in _NAMES]
     of_all = hit.groupby(ours["num_steps"]).mean()
     lines.append([f"all: {100 * hit.mean():.0f}", *(f"{100 * of_all[m]:.0f}" for m in STEPS)])
     return table(["covered %", *(f"{m} steps" for m in STEPS)], lines)

@@ -10,8 +10,8 @@ import pandas as pd
 
 import spectra_db
 from benchmarks.cases import gpt_10m
-from benchmarks.study import TOLERANCE, rows_of, runs_of, sampled
-from benchmarks.study_page import NAMES, percent, table
+from benchmarks.study import TOLERANCE, groups_of, rows_of, runs_of, sampled
+from benchmarks.study_page import NAMES, percent, rms, table
 
 # Probes × steps, by products, and how often each is sampled.
 LADDER = ((2, 8), (2, 10), (3, 8), (3, 10), (4, 8), (5, 8), (4, 12), (5, 12), (4, 20))
@@ -36,13 +36,13 @@ def few(truth: pd.DataFrame, scales: Sequence[str] = SCALES) -> pd.DataFrame:
     known = {scale: spectra_db.js0(truth, scale=scale).value for scale in scales}
     most_probes, most_steps = (max(numbers) for numbers in zip(*LADDER, strict=True))
     pools = sampled(truth, REPETITIONS * most_probes, most_steps)
-    found = []
-    for num_probes, num_steps in LADDER:
-        for i in range(REPETITIONS):
-            rows = rows_of(truth, pools, range(i * num_probes, (i + 1) * num_probes), num_steps)
-            numbers = {"num_probes": num_probes, "num_steps": num_steps, "truncation": False}
-            found += [numbers | {"scale": s, "error": best(rows, s) / known[s] - 1} for s in scales]
-    return pd.DataFrame(found)
+    found = pd.DataFrame(
+        {"num_probes": p, "num_steps": m, "scale": s, "error": best(rows, s) / known[s] - 1}
+        for p, m in LADDER
+        for rows in groups_of(truth, pools, p, m, REPETITIONS)
+        for s in scales
+    )
+    return found.assign(truncation=False)
 
 
 def large_rows() -> pd.DataFrame:
@@ -98,14 +98,12 @@ def products_within(errors: pd.DataFrame, scale: str, tolerance: float = TOLERAN
         scale: One of those in it.
         tolerance: Relative.
     """
-    rms = _rms(errors)
-    return min((p * m for p, m, s in rms[rms <= tolerance].index if s == scale), default=None)
+    found = _rms(errors)
+    return min((p * m for p, m, s in found[found <= tolerance].index if s == scale), default=None)
 
 
 def _rms(errors: pd.DataFrame) -> pd.Series:
-    rows = errors[~errors["truncation"]]
-    by = rows.assign(square=rows["error"] ** 2).groupby(["num_probes", "num_steps", "scale"])
-    return by["square"].mean() ** 0.5
+    return rms(errors[~errors["truncation"]], ["num_probes", "num_steps", "scale"])
 
 
 def section(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> str:
@@ -116,15 +114,15 @@ def section(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> str:
         rows: Of the large GPT.
     """
     errors = {NAMES[kind]: of_kind for kind, of_kind in found.items()} | {_LARGE: large(rows)}
-    rms = {name: _rms(of_net) for name, of_net in errors.items()}
-    settings = sorted({(p * m, p, m) for e in rms.values() for p, m, _ in e.index})
+    means = {name: _rms(of_net) for name, of_net in errors.items()}
+    settings = sorted({(p * m, p, m) for e in means.values() for p, m, _ in e.index})
     lines = [
         [
             f"{p} × {m}",
             str(products),
             *(
                 ", ".join(percent(e[p, m, s]) for s in SCALES) if (p, m, SCALES[0]) in e else "–"
-                for e in rms.values()
+                for e in means.values()
             ),
         ]
         for products, p, m in settings
@@ -140,7 +138,7 @@ def section(found: Mapping[str, pd.DataFrame], rows: pd.DataFrame) -> str:
         repetitions=REPETITIONS,
         blocks=f"{len(sizes)} blocks of {sizes.min():,} to {sizes.max():,}",
         subsets=f"the subsets of {len(SEEDS)} probes, against all of them × {SHORT}",
-        errors=table(["P × m", "products a block", *(f"{name} %" for name in rms)], lines),
+        errors=table(["P × m", "products a block", *(f"{name} %" for name in means)], lines),
         fewest=table([f"products a block to {TOLERANCE:.0%}", *SCALES], fewest),
         long=LONG,
         truncation=table(["steps", *(f"{s} %" for s in SCALES)], truncation),

@@ -26,7 +26,7 @@ from harness.estimator.objective import Objective
 from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 CASES = {"gpt-10m": gpt_10m, "resnet18": resnet18}
 
 
@@ -99,18 +99,15 @@ def hessian_eigenthings(case: Case) -> Step:
     """One operator per block by its parameter filter, over the same batch."""
     from hessian_eigenthings import HessianOperator
 
-    names = {id(p): name for name, p in case.model.named_parameters()}
-    operators = []
-    for p in _weights(case.model):
-        mine = names[id(p)]
-        operators.append(
-            HessianOperator(
-                case.model,
-                [case.batch],
-                case.loss_fn,
-                param_filter=lambda name, _, mine=mine: name == mine,
-            )
+    operators = [
+        HessianOperator(
+            case.model,
+            [case.batch],
+            case.loss_fn,
+            param_filter=lambda name, _, mine=block.name: name == mine,
         )
+        for block in find_blocks(case.model)
+    ]
 
     def step() -> None:
         with sdpa_kernel(SDPBackend.MATH):
@@ -135,12 +132,7 @@ def jax_linearize(case: Case) -> Step:
     from benchmarks.jax_gpt import products
 
     compiled = products(case)
-
-    def step() -> None:
-        for product in compiled:
-            product()
-
-    return step
+    return lambda: [product() for product in compiled]
 
 
 BLOCKS = {

@@ -7,10 +7,12 @@ data but what comes with the packages.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,26 +84,31 @@ def repeated(truth: pd.DataFrame) -> pd.DataFrame:
     eigenvalues has the distribution of Lanczos on the Hessian; this costs no products.
     """
     pools = sampled(truth, POOL, max(STEPS))
-    found = []
-    for num_probes in PROBES:
-        for num_steps in STEPS:
-            for i in range(POOL // num_probes):
-                probes = range(i * num_probes, (i + 1) * num_probes)
-                rows = rows_of(truth, pools, probes, num_steps)
-                numbers = {"num_probes": num_probes, "num_steps": num_steps}
-                found.append(numbers | estimate(rows) | errors_of_blocks(truth, rows))
-    return pd.DataFrame(found)
+    return pd.DataFrame(
+        {"num_probes": p, "num_steps": m} | estimate(rows) | errors_of_blocks(truth, rows)
+        for p, m in itertools.product(PROBES, STEPS)
+        for rows in groups_of(truth, pools, p, m, POOL // p)
+    )
 
 
 def sampled(truth: pd.DataFrame, count: int, num_steps: int) -> dict[str, list[Recurrence]]:
     """Return so many probes of each block by Lanczos on the diagonal matrix of its eigenvalues."""
+    return {
+        block: [lanczos(lambda v, d=diagonal: d * v, s, num_steps) for s in starts]
+        for block, diagonal, starts in drawn(truth, count)
+    }
+
+
+def drawn(truth: pd.DataFrame, count: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield each block, its eigenvalues, shape (n,), and Gaussian probes, shape (count, n)."""
     generator = torch.Generator().manual_seed(0)
-    pools: dict[str, list[Recurrence]] = {}
     for row in truth.itertuples():
         diagonal = torch.tensor(row.nodes, dtype=torch.float64)
-        starts = torch.randn(count, len(diagonal), generator=generator, dtype=torch.float64)
-        pools[row.block] = [lanczos(lambda v, d=diagonal: d * v, s, num_steps) for s in starts]
-    return pools
+        yield (
+            row.block,
+            diagonal,
+            torch.randn(count, len(diagonal), generator=generator, dtype=torch.float64),
+        )
 
 
 def scaled(
@@ -122,15 +129,12 @@ def scaled(
     by_exact = truth.assign(nodes=[n / x[9] for n, x in zip(truth["nodes"], sizes, strict=True)])
     larger = by_exact[by_exact["num_params"] > exact_size]
     pools = sampled(larger, SCALED_REPETITIONS * max(SCALED_PROBES), SCALED_STEPS)
-    found = []
-    for num_probes in SCALED_PROBES:
-        for i in range(SCALED_REPETITIONS):
-            probes = range(i * num_probes, (i + 1) * num_probes)
-            rows = rows_of(by_exact, pools, probes, SCALED_STEPS)
-            for scale in scales:
-                numbers = {"num_probes": num_probes, "scale": scale, "jump": jump}
-                found.append(numbers | estimate(rows, scale))
-    return pd.DataFrame(found)
+    return pd.DataFrame(
+        {"num_probes": p, "scale": scale, "jump": jump} | estimate(rows, scale)
+        for p in SCALED_PROBES
+        for rows in groups_of(by_exact, pools, p, SCALED_STEPS, SCALED_REPETITIONS)
+        for scale in scales
+    )
 
 
 def errors_of_blocks(truth: pd.DataFrame, rows: pd.DataFrame) -> dict[str, float]:
@@ -192,19 +196,17 @@ def reference(entry: ModelEntry, num_samples: int) -> pd.DataFrame:
         num_steps=REFERENCE[1],
     )
     seconds = (time.process_time() - begin) / (REFERENCE[0] * REFERENCE[1])
-    sampled = rows[rows["method"] == "slq"]
-    runs = runs_of(sampled)
-    blocks = {"num_blocks": rows["block"].nunique(), "num_sampled": len(runs), "seconds": seconds}
-    numbers = {"num_probes": REFERENCE[0], "num_steps": REFERENCE[1]}
-    found = [blocks | estimate(rows) | numbers]
+    runs = runs_of(rows[rows["method"] == "slq"])
     known = rows[rows["probe"] == 0]
-    for num_probes, num_steps in FEW:
-        for i in range(REFERENCE[0] // num_probes):
-            few = rows_of(known, runs, range(num_probes * i, num_probes * (i + 1)), num_steps)
-            found.append(
-                blocks | estimate(few) | {"num_probes": num_probes, "num_steps": num_steps}
-            )
-    return pd.DataFrame(found)
+    found = [estimate(rows) | {"num_probes": REFERENCE[0], "num_steps": REFERENCE[1]}]
+    found += [
+        estimate(few) | {"num_probes": p, "num_steps": m}
+        for p, m in FEW
+        for few in groups_of(known, runs, p, m, REFERENCE[0] // p)
+    ]
+    return pd.DataFrame(found).assign(
+        num_blocks=rows["block"].nunique(), num_sampled=len(runs), seconds=seconds
+    )
 
 
 class TF32(TorchDispatchMode):
@@ -341,6 +343,18 @@ def rows_of(
     return pd.DataFrame(rows).assign(reason=None)
 
 
+def groups_of(
+    blocks: pd.DataFrame,
+    runs: dict[str, list[Recurrence]],
+    num_probes: int,
+    num_steps: int,
+    count: int,
+) -> Iterator[pd.DataFrame]:
+    """Yield `rows_of` so many groups of probes, no probe in two of them."""
+    for i in range(count):
+        yield rows_of(blocks, runs, range(i * num_probes, (i + 1) * num_probes), num_steps)
+
+
 def estimate(
     rows: pd.DataFrame, scale: str = "lambda10", *, extend: bool = False
 ) -> dict[str, float]:
@@ -374,40 +388,35 @@ def main(pieces: Path, page: Path) -> None:
             file.with_suffix(".part").rename(file)
         return pd.read_parquet(file)
 
-    truths = {k: kept(f"exact-{k}", lambda k=k: exact(k)).assign(reason=None) for k in KINDS}
-    entries = reference_entries()
-    trained = {k: kept(f"trained-{k}", lambda k=k: exact(k, UPDATES)) for k in KINDS}
+    def of_nets(name: str, make: Callable[[str], pd.DataFrame]) -> dict[str, pd.DataFrame]:
+        """Return a piece of each small net."""
+        return {kind: kept(f"{name}-{kind}", partial(make, kind)) for kind in KINDS}
+
+    truths = {k: rows.assign(reason=None) for k, rows in of_nets("exact", exact).items()}
+    trained = of_nets("trained", lambda k: exact(k, UPDATES))
     cases = {
-        f"{NAMES[k]}, {stage}": kept(f"continued-{k}-{stage}", lambda rows=rows[k]: continued(rows))
+        f"{NAMES[k]}, {stage}": kept(f"continued-{k}-{stage}", partial(continued, rows[k]))
         for k in KINDS
         for stage, rows in (("init", truths), ("trained", trained))
     }
     text = render(
-        truths={
-            kind: spectra_db.js0(rows, scale="lambda10").value for kind, rows in truths.items()
-        },
+        truths=truths,
         sections=[
             section(cases),
             few.section(
-                {k: kept(f"few-{k}", lambda k=k: few.few(truths[k])) for k in KINDS},
+                of_nets("few", lambda k: few.few(truths[k])),
                 kept("large", few.large_rows).assign(reason=None),
             ),
         ],
-        sizes={kind: list(rows["num_params"]) for kind, rows in truths.items()},
-        repeated={k: kept(f"repeated-{k}", lambda k=k: repeated(truths[k])) for k in KINDS},
-        scaled={k: kept(f"scaled-{k}", lambda k=k: scaled(truths[k])) for k in KINDS},
-        exact_heads={
-            k: kept(f"heads-{k}", lambda k=k: scaled(truths[k], ["lambda10"], EXACT_SIZE))
-            for k in KINDS
-        },
-        tolerance={
-            k: kept(f"tolerance-{k}", lambda k=k: to_tolerance(k, truths[k])) for k in KINDS
-        },
+        repeated=of_nets("repeated", lambda k: repeated(truths[k])),
+        scaled=of_nets("scaled", lambda k: scaled(truths[k])),
+        exact_heads=of_nets("heads", lambda k: scaled(truths[k], ["lambda10"], EXACT_SIZE)),
+        tolerance=of_nets("tolerance", lambda k: to_tolerance(k, truths[k])),
         reference={
-            entry.name: kept(f"reference-{kind}", lambda e=entry, n=n: reference(e, n))
-            for kind, (entry, n) in entries.items()
+            entry.name: kept(f"reference-{kind}", partial(reference, entry, num_samples))
+            for kind, (entry, num_samples) in reference_entries().items()
         },
-        arithmetic={k: kept(f"arithmetic-{k}", lambda k=k: arithmetic(k)) for k in KINDS},
+        arithmetic=of_nets("arithmetic", arithmetic),
         full=kept("full", full),
     )
     page.write_text(text, encoding="utf-8")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from spectra_db import js0
+
 NAMES = {"gpt": "GPT", "vit": "ViT", "cnn": "conv net", "mlp": "MLP"}
 
 _PAGE = """# How far estimates are from the truth
@@ -118,6 +120,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def rms(rows: pd.DataFrame, by: Sequence[str]) -> pd.Series:
+    """Return the root mean square of column `error` of each group of rows."""
+    return (rows["error"] ** 2).groupby([rows[c] for c in by]).mean() ** 0.5
+
+
 def percent(x: float, sign: bool = False) -> str:
     """Return a fraction in per cent, with two digits."""
     text = f"{100 * x:+.2g}" if sign else f"{100 * x:.2g}"
@@ -126,8 +133,7 @@ def percent(x: float, sign: bool = False) -> str:
 
 def render(
     *,
-    truths: Mapping[str, float],
-    sizes: Mapping[str, Sequence[int]],
+    truths: Mapping[str, pd.DataFrame],
     repeated: Mapping[str, pd.DataFrame],
     scaled: Mapping[str, pd.DataFrame],
     exact_heads: Mapping[str, pd.DataFrame],
@@ -138,18 +144,20 @@ def render(
     full: pd.DataFrame,
 ) -> str:
     """Return the page; see `study.main` for what it is given."""
+    sizes = {kind: rows["num_params"] for kind, rows in truths.items()}
+    known = {kind: js0(rows, scale="lambda10").value for kind, rows in truths.items()}
     first = next(iter(repeated.values()))
     return _PAGE.format(
         machine=f"{platform.machine()}, one thread",
         nets="; ".join(
             f"{NAMES[k]}, {len(n)} blocks of {min(n):,} to {max(n):,} parameters, "
-            f"JS⁰ {truths[k]:.3f}"
+            f"JS⁰ {known[k]:.3f}"
             for k, n in sizes.items()
         ),
         pool=3 * int(first[["num_probes", "num_steps"]].eq([3, 40]).all(axis=1).sum()),
-        repeated="\n\n".join(_repeated(NAMES[k], rows, truths[k]) for k, rows in repeated.items()),
-        coverage=_coverage(repeated, truths),
-        scaled=_scaled(scaled, exact_heads, truths),
+        repeated="\n\n".join(_repeated(NAMES[k], rows, known[k]) for k, rows in repeated.items()),
+        coverage=_coverage(repeated, known),
+        scaled=_scaled(scaled, exact_heads, known),
         sections="\n".join(sections),
         tolerance=_tolerance(tolerance),
         reference_numbers=", ".join(
@@ -203,9 +211,8 @@ def _coverage(repeated: Mapping[str, pd.DataFrame], truths: Mapping[str, float])
     for kind, rows in repeated.items():
         rows = rows[rows["num_steps"] == most]
         hits = covered(rows, truths[kind])
-        by = hits.groupby(rows["num_probes"]).mean()
-        every.append(by)
-        lines.append([NAMES[kind], *(f"{100 * x:.0f}" for x in by)])
+        every.append(hits.groupby(rows["num_probes"]).mean())
+        lines.append([NAMES[kind], *(f"{100 * x:.0f}" for x in every[-1])])
     lines.append(["mean of the four", *(f"{100 * x:.0f}" for x in np.mean(every, axis=0))])
     header = ["covers %", *(f"P = {p}" for p in every[0].index)]
     inside = sum(((by >= 0.8) & (by <= 0.97)).sum() for by in every)
@@ -277,13 +284,9 @@ def _errors(rows: pd.DataFrame) -> pd.DataFrame:
     """Return root mean square and largest error of each setting, by products a block."""
     truth = rows["corrected"].iloc[0]
     few = rows.iloc[1:].assign(error=lambda r: r["corrected"] / truth - 1)
-    errors = few.groupby(["num_probes", "num_steps"])["error"]
-    return pd.DataFrame(
-        {
-            "rms": errors.apply(lambda e: float(np.sqrt(np.mean(e**2)))),
-            "most": errors.apply(lambda e: float(e.abs().max())),
-        }
-    )
+    setting = ["num_probes", "num_steps"]
+    most = few["error"].abs().groupby([few[c] for c in setting]).max()
+    return pd.DataFrame({"rms": rms(few, setting), "most": most})
 
 
 def _reference(found: Mapping[str, pd.DataFrame]) -> str:

@@ -148,7 +148,6 @@ def _end(process: BaseProcess) -> None:
 
 
 def _do(desk: Desk) -> None:
-    """Do a stage, in its process."""
     os.setpgid(0, 0)
     try:
         finished = stage_of(desk.stage)(desk)

@@ -27,6 +27,7 @@ from harness.estimator.objective import Objective
 from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
 from harness.estimator.settings import Settings
+from spectra_db.quadrature import gauss_rule
 
 PAPER = (10, 100)  # probes, steps
 PRECISIONS = {"float32": "highest", "TF32": "high"}
@@ -240,10 +241,8 @@ def deviations(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]
     """
 
     def numbers(alphas: list[float], betas: list[float]) -> tuple[float, float]:
-        off = torch.tensor(betas[:-1], dtype=torch.float64)
-        T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-        T += torch.diag(off, 1) + torch.diag(off, -1)
-        return float(torch.linalg.eigvalsh(T).abs().max()), float((T @ T)[0, 0]) ** 0.5
+        nodes, weights = gauss_rule(alphas, betas)
+        return float(abs(nodes).max()), float(weights @ nodes**2) ** 0.5
 
     changes = []
     for lists in zip(wide["alphas"], wide["betas"], narrow["alphas"], narrow["betas"], strict=True):

@@ -33,11 +33,8 @@ def take_spectra(desk: Desk) -> bool:
             try:
                 if not _take(desk, name, systems[name], num_steps, seconds, rate):
                     return False
-            except (
-                UserError,
-                RuntimeError,
-                ValueError,
-            ) as error:  # the others can do without this one
+            # The others can do without this one.
+            except (UserError, RuntimeError, ValueError) as error:
                 desk.say(f"{name} {num_steps} steps", status="failed", reason=reason_of(error))
     return True
 

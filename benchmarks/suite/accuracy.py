@@ -9,7 +9,7 @@ from scipy.stats import wasserstein_distance
 import spectra_db
 from benchmarks.cases import KINDS, small
 from benchmarks.few import few, products_within
-from benchmarks.study import exact
+from benchmarks.study import errors_of_blocks, exact
 
 NUM_PROBES, NUM_STEPS = 3, 40
 # A relative error below this is as good as none; asv compares ratios.
@@ -48,11 +48,7 @@ class Accuracy:
     def track_second_moment_error(
         self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
     ) -> float:
-        exact, estimated = cache[kind]
-        truth, mine = (
-            _per_block(rows, lambda t, w: float(w @ t**2)) for rows in (exact, estimated)
-        )
-        return _floored(float((mine / truth - 1).abs().mean()))
+        return _floored(float(errors_of_blocks(*cache[kind])["square"]))
 
     def track_wasserstein_error(
         self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
@@ -94,15 +90,6 @@ class Few:
         return products
 
     track_products.unit = "products"  # type: ignore[attr-defined]
-
-
-def _per_block(rows: pd.DataFrame, function: object) -> pd.Series:
-    """Return a statistic of each block, averaged over its probes."""
-    values = [
-        function(np.asarray(r.nodes), np.asarray(r.weights))  # type: ignore[operator]
-        for r in rows.itertuples()
-    ]
-    return pd.Series(values, index=rows["block"]).groupby(level=0).mean()
 
 
 def _floored(error: float) -> float:

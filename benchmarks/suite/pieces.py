@@ -10,6 +10,7 @@ import torch
 from scipy.special import xlogy
 
 import spectra_db
+from benchmarks.study import rows_of
 from harness.estimator.lanczos import advance, lanczos, start
 from spectra_db import store
 from spectra_db.densities import Array, density, lattice_densities
@@ -24,33 +25,19 @@ Rule = tuple[Array, Array]  # nodes and weights
 def synthetic_rows(num_blocks: int, num_probes: int, num_steps: int) -> pd.DataFrame:
     """Return rows of blocks with power-law spectra, by Lanczos on diagonal matrices."""
     generator = torch.Generator().manual_seed(0)
-    rows = []
+    blocks, runs = [], {}
     for k in range(num_blocks):
-        n = 2000 + 10 * k
+        name, n = f"block{k:03d}", 2000 + 10 * k
         diagonal = torch.arange(1, n + 1, dtype=torch.float64) ** -(0.5 + k / num_blocks)
-        for probe in range(num_probes):
-            v0 = torch.randn(n, generator=generator, dtype=torch.float64)
-            run = lanczos(lambda v, d=diagonal: d * v, v0, num_steps, reorthogonalize=True)
-            nodes, weights = gauss_rule(run.alphas, run.betas)
-            rows.append(
-                {
-                    "model": "synthetic",
-                    "block": f"block{k:03d}",
-                    "probe": probe,
-                    "num_params": n,
-                    "method": "slq",
-                    "status": "ok",
-                    "reason": None,
-                    "breakdown": run.breakdown,
-                    "num_steps": num_steps,
-                    "num_products": num_steps,
-                    "alphas": run.alphas,
-                    "betas": run.betas,
-                    "nodes": nodes,
-                    "weights": weights,
-                }
-            )
-    return pd.DataFrame(rows)
+        starts = (
+            torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(num_probes)
+        )
+        runs[name] = [
+            lanczos(lambda v, d=diagonal: d * v, v0, num_steps, reorthogonalize=True)
+            for v0 in starts
+        ]
+        blocks.append({"model": "synthetic", "block": name, "num_params": n, "status": "ok"})
+    return rows_of(pd.DataFrame(blocks), runs, range(num_probes), num_steps)
 
 
 def scaled_rules(rows: pd.DataFrame) -> list[Rule]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.errors import UserError
-from harness.leaderboard.statistics import LEVEL, MIN_MODELS, Array
+from harness.leaderboard.statistics import MIN_MODELS, Array, interval, resampled
 from spectra_db.heterogeneity import is_leading
 
 CHEAP = ("gradient_rms_spread", "lambda_rms_spread", "trace_spread")
@@ -78,16 +79,9 @@ class Examples:
 
     def only(self, keep: npt.NDArray[np.bool_]) -> Examples:
         """Return the models of a mask."""
-        chosen = np.flatnonzero(keep)
-        return replace(
-            self,
-            names=tuple(self.names[i] for i in chosen),
-            families=tuple(self.families[i] for i in chosen),
-            x=self.x[chosen],
-            error=self.error[chosen],
-            needed=self.needed[chosen],
-            gap=self.gap[chosen],
-        )
+        texts = {key: tuple(compress(getattr(self, key), keep)) for key in ("names", "families")}
+        numbers = {key: getattr(self, key)[keep] for key in ("x", "error", "needed", "gap")}
+        return replace(self, **texts, **numbers)
 
 
 @dataclass(frozen=True)
@@ -139,29 +133,26 @@ def classify(examples: Examples, x: Array, error: Array, *, seed: int = 0) -> Pr
     """
     check(examples)
     generator = np.random.default_rng(seed)
-    families, names = pd.factorize(pd.Series(examples.families), sort=True)
-    count = len(names)
+    families, _, drawn = resampled(pd.Series(examples.families), generator, NUM_DRAWS)
     per_member = 1 / np.bincount(families)[families]
-    picked = generator.multinomial(count, np.full(count, 1 / count), size=NUM_DRAWS)
-    weights = np.vstack([np.ones(count), picked])[:, families] * per_member
+    weights = np.vstack([np.ones(len(families)), drawn]) * per_member
     noise = generator.standard_normal((NUM_DRAWS, *examples.x.shape)) * examples.error
     own = generator.standard_normal((NUM_DRAWS, len(x))) * error
     centre, spread = examples.x.mean(axis=0), np.maximum(examples.x.std(axis=0), 1e-9)
-    drawn = (
+    measures = (
         examples.x + np.concatenate([np.zeros((1, *noise.shape[1:])), noise]) - centre
     ) / spread
     target = (x + np.vstack([np.zeros(len(x)), own]) - centre) / spread
-    coefficients = fit(drawn, examples.needed, weights)
+    coefficients = fit(measures, examples.needed, weights)
     logit = coefficients[:, 0] + (coefficients[:, 1:] * target).sum(axis=1)
     probability = 1 / (1 + np.exp(-logit))
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(probability[1:], [tail, 100 - tail])
+    low, high = interval(probability[1:])
     beyond = (x < examples.x.min(axis=0) - error) | (x > examples.x.max(axis=0) + error)
     outside = tuple(m for m, out in zip(examples.measures, beyond, strict=True) if out)
     answer = ANSWERS[2]
     if not outside:
         answer = ANSWERS[0] if high < 0.5 else ANSWERS[1] if low > 0.5 else answer
-    return Prediction(float(probability[0]), float(low), float(high), answer, outside)
+    return Prediction(float(probability[0]), low, high, answer, outside)
 
 
 def fit(x: Array, y: Array, weights: Array, *, ridge: float = RIDGE) -> Array:
@@ -203,17 +194,16 @@ def held_out(examples: Examples) -> pd.DataFrame:
         Columns model, family, needed, probability, low, high, answer. Without a family that holds
         all models of one kind there is nothing to fit: probability and interval are null then.
     """
+    columns = ["model", "family", "needed", "probability", "low", "high", "answer"]
     rows = []
     for i, (name, family) in enumerate(zip(examples.names, examples.families, strict=True)):
         others = examples.only(np.array(examples.families) != family)
         row = {"model": name, "family": family, "needed": bool(examples.needed[i])}
         if len(set(others.needed.tolist())) == 2 and len(others.names) >= MIN_MODELS:
             found = classify(others, examples.x[i], examples.error[i])
-            answer = {"probability": found.probability, "low": found.low, "high": found.high}
-            rows.append(row | answer | {"answer": found.answer})
+            rows.append(row | {column: getattr(found, column) for column in columns[3:]})
         else:
             rows.append(row | {"answer": ANSWERS[2]})
-    columns = ["model", "family", "needed", "probability", "low", "high", "answer"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -70,8 +70,9 @@ def _standing(row: dict[Any, Any]) -> dict[str, Any]:
         "needed": str(row["adam_needed"]) if trained else "not trained",
         "censored": bool(row["censored"]),
         "reason": "",
-    } | {key: _number(row[column]) if trained else None for key, column in numbers.items()}
+    } | {key: short(row[column]) if trained else None for key, column in numbers.items()}
 
 
-def _number(value: Any) -> float | None:
+def short(value: Any) -> float | None:
+    """Round to six digits; None for nan."""
     return None if pd.isna(value) else float(f"{value:.6g}")

@@ -21,8 +21,9 @@ from harness.leaderboard.statistics import (
     MIN_MODELS,
     NUM_DRAWS,
     Array,
-    _interval,
+    interval,
     left_out_accuracy,
+    resampled,
 )
 
 PRIMARY = "J"
@@ -234,14 +235,13 @@ def _over_families(
     rows: pd.DataFrame, x: Array, generator: np.random.Generator
 ) -> dict[str, object]:
     """Return ρ's interval with families resampled, and the lowest without one of them."""
-    families, names = pd.factorize(rows["family"], sort=True)
+    families, names, drawn = resampled(rows["family"], generator, NUM_DRAWS)
     count = len(names)
-    picked = generator.multinomial(count, np.full(count, 1 / count), size=NUM_DRAWS)
     kept = np.arange(count)[:, None] != families
     kept &= kept.sum(axis=1, keepdims=True) >= MIN_MODELS
-    weights = np.vstack([kept, picked[:, families]]).astype(np.float64)
+    weights = np.vstack([kept, drawn]).astype(np.float64)
     rho = inference.weighted_spearman(x, rows["y"], weights)
-    low, high = _interval(rho[count:]) if count > 1 else (np.nan, np.nan)
+    low, high = interval(rho[count:]) if count > 1 else (np.nan, np.nan)
     found: dict[str, object] = {"family_low": low, "family_high": high}
     if np.isnan(rho[:count]).all():
         return found | {"without_low": np.nan, "without": ""}
@@ -257,7 +257,7 @@ def _under_noise(
     x = rows[name].to_numpy() + error_of(rows, name) * generator.standard_normal(shape)
     y = rows["y"].to_numpy() + rows["y_error"].to_numpy() * generator.standard_normal(shape)
     drawn = inference.spearman(sign * x, np.clip(y, -CENSORED_AT, CENSORED_AT))
-    low, high = _interval(drawn)
+    low, high = interval(drawn)
     return {"noise_low": low, "noise_high": high}
 
 
@@ -285,7 +285,7 @@ def _less_primary(rows: pd.DataFrame, x: Array, generator: np.random.Generator) 
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=NUM_DRAWS)
     weights = np.vstack([np.ones(count), drawn])
     rho, of_j = (inference.weighted_spearman(v, y, weights) for v in (x[both], j))
-    low, high = _interval((rho - of_j)[1:])
+    low, high = interval((rho - of_j)[1:])
     return {"difference": float(rho[0] - of_j[0]), "difference_low": low, "difference_high": high}
 
 

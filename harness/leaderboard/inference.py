@@ -111,10 +111,8 @@ def pairs_needed(decided: int) -> int | None:
 
     12 of 16, 10 of 12, 7 of 8, 5 of 5; None below 5, where even all would not do.
     """
-    for right in range(decided + 1):
-        if binomial_p(right, decided) < ALPHA:
-            return right
-    return None
+    enough = (right for right in range(decided + 1) if binomial_p(right, decided) < ALPHA)
+    return next(enough, None)
 
 
 def binomial_p(right: int, decided: int) -> float:

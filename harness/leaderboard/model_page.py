@@ -23,8 +23,9 @@ from spectra_db.words import in_order
 FLOOR = 1e-5
 _BINS_PER_UNIT = 20  # of the axis, which is arsinh of the eigenvalue: σ = 0.05 near zero
 _POINTS = 250  # of a training curve
-# Of both protocols' runs.
+# Of both protocols' runs, and of their ends.
 _RUN = ["optimizer", "lr", "seed", "step", "value", "diverged"]
+_END = ["optimizer", "seed", "value"]
 
 
 def charts(
@@ -144,7 +145,7 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
     at which a run of an optimizer did.
     """
     trials = optional("trials", source, model=name)
-    ends = pd.DataFrame(columns=["optimizer", "seed", "value"])
+    ends = pd.DataFrame(columns=_END)
     if len(trials):
         result = optional("speedups", source, model=name)
         best, scored = _best_rates(result), result["num_seeds"].max() if len(result) else 0
@@ -172,12 +173,8 @@ def _training(name: str, source: Path | str | None) -> dict[str, Any] | None:
         "grid": _curves(runs[runs["seed"] == lowest], best),
         "tuned": _curves(tuned, best),
         "ends": [
-            {
-                "optimizer": row["optimizer"],
-                "seed": row["seed"],
-                "loss": float(f"{row['value']:.4g}"),
-            }
-            for row in ends.dropna(subset="value").to_dict("records")
+            {"optimizer": optimizer, "seed": seed, "loss": float(f"{value:.4g}")}
+            for optimizer, seed, value in ends[_END].dropna(subset="value").itertuples(index=False)
         ],
         "diverged": {
             str(optimizer): sorted(float(f"{lr:.3g}") for lr in rows["lr"])

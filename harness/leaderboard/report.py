@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,20 +87,12 @@ def ranking(
         named = group.set_index("statistic")[["value", "ci_low", "ci_high"]]
         cells = {str(name): Cell(*map(float, row)) for name, row in named.iterrows()}
         label = LABELS.get(str(metric), str(metric))
-        table.append(
-            {
-                "metric": metric,
-                "scale": scale,
-                "sigma": sigma,
-                "label": label
-                if scale == LEADING.get(str(metric), "none")
-                else f"{label}, {scale}",
-                "num_products": float(first["num_products"]),
-                "num_models": int(first["num_models"]),
-                "num_families": int(first["num_families"]),
-                **cells,
-            }
-        )
+        if scale != LEADING.get(str(metric), "none"):
+            label = f"{label}, {scale}"
+        reading = {"metric": metric, "scale": scale, "sigma": sigma, "label": label}
+        reading["num_products"] = float(first["num_products"])
+        counts = {name: int(first[name]) for name in ("num_models", "num_families")}
+        table.append(reading | counts | cells)
     return sorted(table, key=lambda row: -abs(_known(row["spearman"].value)))
 
 
@@ -152,15 +143,21 @@ def docs_block(board: pd.DataFrame, data: Dataset) -> str:
     """
     rows = ranking(board)
     head = ["measure at initialisation", "products per block", *COLUMNS.values()]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for row in rows:
-        cells = [row["label"], f"{row['num_products']:.0f}", *(str(row[c]) for c in COLUMNS)]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = [
+        [row["label"], f"{row['num_products']:.0f}", *(str(row[c]) for c in COLUMNS)]
+        for row in rows
+    ]
     measured = measurements(data.models, data.heterogeneity, data.gaps)
     said = "\n".join(f"- {sentence}" for sentence in sentences(board, measured))
     caption = "Correlations with the gap of protocol 1, 95 % intervals in brackets; data of "
-    table = ["\n".join(lines), f"{caption}{_day(data)}."] if rows else []
+    table = [_table(head, lines), f"{caption}{_day(data)}."] if rows else []
     return "\n\n".join([said, *table, *_predictions(rows, measured, _day(data))])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown, numbers in all columns but the first."""
+    first, *rest = ("| " + " | ".join(row) + " |" for row in (head, *rows))
+    return "\n".join([first, "|---|" + "---:|" * (len(head) - 1), *rest])
 
 
 def _day(data: Dataset) -> str:
@@ -173,10 +170,8 @@ def _predictions(rows: list[dict[str, Any]], measured: pd.DataFrame, day: str) -
     paragraphs = []
     if REFERENCE in named:
         paragraphs.append(_cheap(named, named[REFERENCE]["num_products"]))
-    lines = [
-        "| measures | accuracy | the majority's answer | clear intervals | of them right |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    head = ["measures", "accuracy", "the majority's answer", "clear intervals", "of them right"]
+    lines: list[list[str]] = []
     skill, most, families = False, 0, 0
     for label, names in (
         ("spreads of gradient, rms eigenvalue and trace", classifier.CHEAP),
@@ -189,9 +184,8 @@ def _predictions(rows: list[dict[str, Any]], measured: pd.DataFrame, day: str) -
         skill = skill or test["accuracy"] > test["majority"]
         most = max(most, int(test["num_models"]))
         families = max(families, len(set(examples.families)))
-        cells = [f"{test['accuracy']:.0%}", f"{test['majority']:.0%}"]
-        cells += [str(test["num_clear"]), str(test["clear_correct"])]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        cells = [label, f"{test['accuracy']:.0%}", f"{test['majority']:.0%}"]
+        lines.append([*cells, str(test["num_clear"]), str(test["clear_correct"])])
     verdict = "A rule that is more often right than the majority's answer may give a clear answer."
     if not skill:
         verdict = (
@@ -204,7 +198,7 @@ def _predictions(rows: list[dict[str, Any]], measured: pd.DataFrame, day: str) -
         *paragraphs,
         f"Each of {most} models of {families} families predicted from the other families, data of "
         f"{day}:",
-        "\n".join(lines),
+        _table(head, lines),
         verdict,
     ]
 
@@ -223,10 +217,9 @@ def write_part(path: Path, text: str) -> None:
         raise UserError(f"{path} can't be read: it is no UTF-8 text") from error
     if not (page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)):
         raise UserError(f"{path} needs a line '{BEGIN}' and after it a line '{END}'")
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
     with whole(path) as part:
-        written = f"{BEGIN}\n\n{text}\n\n{END}"
-        part.write_text(re.sub(pattern, lambda _: written, page, flags=re.DOTALL), encoding="utf-8")
+        part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{after}", encoding="utf-8")
 
 
 def _from_reference(models: pd.DataFrame) -> list[str]:

@@ -19,6 +19,7 @@ from harness import registry
 from harness.errors import UserError
 from harness.leaderboard import docs, entries, model_page, preview, report
 from harness.leaderboard.derived import leaderboard
+from harness.leaderboard.entries import short
 from harness.leaderboard.export import export
 from harness.leaderboard.ranking import ranking
 from harness.leaderboard.statistics import measurements
@@ -30,7 +31,6 @@ from spectra_db.schema import TABLES
 from spectra_db.words import ANSWERS, in_order
 
 _STATIC = Path(__file__).parent / "static"
-_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     parts = [main] + ([_Part.of(campaign)] if campaign == entries.CAMPAIGN else [])
     models = [model for part in parts for model in part.models]
     found = ranking(campaign)
+    release = manifest.read(folder_of(source, paths=[manifest.NAME]))
     _add_speedups(models, found.entries, found.references)
     for folder in (out, out / "models", out / "data" / "models"):
         try:
@@ -88,16 +89,17 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         if citation.is_file():
             shutil.copyfile(citation, out / citation.name)
             environment.globals["citation"] = citation.name
-        _write_docs(docs_folder, pages, environment, out)
+        docs.copy_figures(docs_folder, out / "docs")
+        for page in pages:
+            _write(out / "docs" / f"{page.name}.html", environment, "doc.html", {"page": page})
+    with_page = set()
     for part in parts:
         for model in part.models:
             if model["has_page"]:
                 _write_model(model, models, part, environment, out)
-    standings = entries.standings(found)
+                with_page.add(model["model"])
     archive = [model for model in models if model["tier"] not in entries.TIERS]
-    with_page = {model["model"] for model in models if model["has_page"]}
-    for row in standings:
-        row["has_page"] = row["model"] in with_page
+    standings = [row | {"has_page": row["model"] in with_page} for row in entries.standings(found)]
     if project.SITE:
         preview.write(out, found.verdict, standings)
     verified = [model["model"] for model in archive if model["provenance"] == "verified"]
@@ -108,7 +110,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "num_pending": len(main.data.pending),
         "has_board": len(board) > 0,
         "stages": in_order(main.joined["stage"]),
-        "bibtex": card.bibtex(_version(source)),
+        "bibtex": card.bibtex(release.version if release else None),
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
         "entries": standings,
@@ -118,12 +120,6 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     _write_js(out / "data" / "index.js", index_data(archive, main.joined, board, standings))
     _write(out / "compare.html", environment, "compare.html", {"models": models})
     return out / "index.html"
-
-
-def _version(source: Path | str | None) -> str | None:
-    """Return the version of the release that a source is, None where it is none."""
-    known = manifest.read(folder_of(source, paths=[manifest.NAME]))
-    return known.version if known else None
 
 
 def _example(models: list[dict[str, Any]]) -> str | None:
@@ -150,7 +146,7 @@ def index_data(
     known = joined[joined["model"].isin(set(order))]
     for (stage, metric, scale), rows in known.groupby(["stage", "metric", "scale"]):
         measured = zip(rows["model"], rows["estimate"], rows["standard_error"], strict=True)
-        found = [[order[m], _short(x), _short(e)] for m, x, e in measured]
+        found = [[order[m], short(x), short(e)] for m, x, e in measured]
         points.setdefault(str(stage), {})[f"{metric}:{scale}"] = found
     whole = board[board["left_out"] == ""]
     columns = ["stage", "metric", "scale", "statistic", "value", "ci_low", "ci_high"]
@@ -207,14 +203,6 @@ def _write(path: Path, environment: jinja2.Environment, name: str, facts: dict[s
     path.write_text(environment.get_template(name).render(**facts), encoding="utf-8")
 
 
-def _write_docs(
-    folder: Path, pages: list[docs.Page], environment: jinja2.Environment, out: Path
-) -> None:
-    docs.copy_figures(folder, out / "docs")
-    for page in pages:
-        _write(out / "docs" / f"{page.name}.html", environment, "doc.html", {"page": page})
-
-
 def _claims(pages: list[docs.Page]) -> str:
     """Return how many of the paper's claims came to what, as its page counts them."""
     body = next((page.body for page in pages if page.name == "paper"), "")
@@ -229,7 +217,6 @@ def _write_model(
     environment: jinja2.Environment,
     out: Path,
 ) -> None:
-    """Write a model's page and its data."""
     name = model["model"]
     ours = part.joined[part.joined["model"] == name]
     weights_alone = set(ours["partition"]) == {"weights"}
@@ -269,11 +256,11 @@ def _models(data: Dataset, joined: pd.DataFrame, folder: Path) -> list[dict[str,
         facts["description"] = said.get(name, "")
         if name in gaps.index:
             gap = gaps.loc[name]
-            facts |= {key: _short(float(gap[column])) for key, column in columns.items()}
+            facts |= {key: short(float(gap[column])) for key, column in columns.items()}
             facts["needed"] = report.answer(gap)
         if name in js0.index:
-            facts["js0"] = _short(js0.loc[name, "estimate"])
-            facts["js0_error"] = _short(js0.loc[name, "standard_error"])
+            facts["js0"] = short(js0.loc[name, "estimate"])
+            facts["js0_error"] = short(js0.loc[name, "standard_error"])
         models.append({str(key): value for key, value in row.items()} | facts)
     return models
 
@@ -284,11 +271,8 @@ def _add_speedups(models: list[dict[str, Any]], *tables: pd.DataFrame) -> None:
     for model in models:
         row = complete.get(model["model"])
         if row is not None and row["trained"]:
-            model["speedup"] = _short(row["y"])
-            model["speedup_low"], model["speedup_high"] = (
-                _short(row["y_low"]),
-                _short(row["y_high"]),
-            )
+            columns = {"speedup": "y", "speedup_low": "y_low", "speedup_high": "y_high"}
+            model |= {key: short(row[column]) for key, column in columns.items()}
             model["needed"] = row["adam_needed"]
 
 
@@ -320,18 +304,17 @@ def _with_error(value: float, error: float) -> str:
 def _downloads(name: str, source: Path | str | None, out: Path) -> list[tuple[str, str]]:
     """Return the model's tables and their links from its page, copied if they lie elsewhere."""
     folder = folder_of(source, paths=[f"*/{name}.parquet"])
+    elsewhere = folder.resolve() != out.resolve()
     found = []
     for table in TABLES:
         path = store.path_of(folder, table, name)
         if not path.is_file():
             continue
-        if folder.resolve() != out.resolve():
-            target = out / "tables" / table / path.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            found.append((table, f"../tables/{table}/{path.name}"))
-        else:
-            found.append((table, f"../{table}/{path.name}"))
+        link = f"tables/{table}/{path.name}" if elsewhere else f"{table}/{path.name}"
+        if elsewhere:
+            (out / link).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / link)
+        found.append((table, f"../{link}"))
     return found
 
 
@@ -339,8 +322,3 @@ def _write_js(path: Path, content: dict[str, Any]) -> None:
     """Write data as a script: a page from file:// may not fetch, but it may load scripts."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     path.write_text(f"window.DATA={text};\n", encoding="utf-8")
-
-
-def _short(value: float) -> float | None:
-    """Round to six digits; None for nan."""
-    return float(f"{value:.{_DIGITS}g}") if value == value else None

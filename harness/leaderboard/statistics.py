@@ -161,10 +161,7 @@ class _Sample:
         """Draw families and errors; `rows` has a row per model."""
         rows = rows.sort_values("model")
         generator = np.random.default_rng(seed)
-        families, family_names = pd.factorize(rows["family"], sort=True)
-        count = len(family_names)
-        picked = generator.multinomial(count, np.full(count, 1 / count), size=num_draws)
-        weights = np.vstack([np.ones(len(rows)), picked[:, families]])
+        families, family_names, drawn = resampled(rows["family"], generator, num_draws)
         error = rows["gap_standard_error"].fillna(0.0).to_numpy(np.float64)
         dof = np.maximum(rows["num_seeds"].to_numpy(np.float64) - 1, 1)
         noise = generator.standard_t(dof, size=(num_draws, len(rows))) * error
@@ -175,7 +172,7 @@ class _Sample:
             names=rows["model"].tolist(),
             families=families,
             family_names=list(family_names),
-            weights=weights,
+            weights=np.vstack([np.ones(len(rows)), drawn]),
             gap=gap,
             needed=needed.astype(np.float64),
             log_size=np.log10(np.maximum(rows["num_params"].to_numpy(np.float64), 1)),
@@ -187,10 +184,8 @@ class _Sample:
 
         Models that lack it have a weight of 0.
         """
-        numbers = rows[["estimate", "standard_error"]].to_numpy(np.float64)
-        of_model = dict(zip(rows["model"], numbers, strict=True))
-        absent = np.full(2, np.nan)
-        value, error = np.array([of_model.get(name, absent) for name in self.names]).T
+        numbers = rows.set_index("model")[["estimate", "standard_error"]].reindex(self.names)
+        value, error = numbers.to_numpy(np.float64).T
         missing = np.isnan(value)
         value, error = np.where(missing, 1.0, value), np.where(missing, 0.0, error)
         drawn = np.maximum(value + error * self.normal, _FLOOR * value)
@@ -200,7 +195,6 @@ class _Sample:
 def _stage_rows(
     at_stage: pd.DataFrame, at_init: pd.DataFrame, num_draws: int, seed: int
 ) -> list[dict[str, object]]:
-    """Return the rows of one stage."""
     sample = _Sample.of(at_stage.drop_duplicates("model"), num_draws, seed)
     readings = dict(list(at_stage.groupby(READING, sort=False)))
     draws = {reading: _all_statistics(sample, rows) for reading, rows in readings.items()}
@@ -221,7 +215,7 @@ def _stage_rows(
         for name, values in found.items():
             used = both if name in changes else rows
             counts = {"num_models": len(used), "num_families": used["family"].nunique()}
-            low, high = _interval(values[1:]) if counts["num_families"] > 1 else (np.nan, np.nan)
+            low, high = interval(values[1:]) if counts["num_families"] > 1 else (np.nan, np.nan)
             value = {"value": values[0], "ci_low": low, "ci_high": high}
             if counts["num_models"] < MIN_MODELS:
                 value = dict.fromkeys(value, np.nan)
@@ -388,8 +382,23 @@ def _without_each_family(sample: _Sample, rows: pd.DataFrame) -> list[dict[str, 
     return table
 
 
-def _interval(values: Array) -> tuple[float, float]:
-    """Return the percentile interval; nan where most draws leave the statistic undefined."""
+def resampled(
+    families: pd.Series, generator: np.random.Generator, num_draws: int
+) -> tuple[npt.NDArray[np.intp], pd.Index, Array]:
+    """Draw as many families as there are with replacement, all models of a family together.
+
+    Returns:
+        Number of each model's family, names of the families, and how often each draw holds a
+        model, shape (num_draws, n).
+    """
+    numbers, names = pd.factorize(families, sort=True)
+    count = len(names)
+    picked = generator.multinomial(count, np.full(count, 1 / count), size=num_draws)
+    return numbers, pd.Index(names), picked[:, numbers]
+
+
+def interval(values: Array) -> tuple[float, float]:
+    """Return the 95 % interval of draws; nan where most leave the statistic undefined."""
     known = values[~np.isnan(values)]
     if 2 * len(known) < len(values):
         return np.nan, np.nan

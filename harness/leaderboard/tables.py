@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import spectra_db
+from harness.records.provenance import describe_model
 from harness.registry import entries
 from harness.registry.entry import partition_of
 from spectra_db import heterogeneity as measures
@@ -109,9 +111,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
     attention = set(spectra.loc[spectra["block_kind"].isin(_ATTENTION), "model"])
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
-            provenance=lambda m: (
-                m["model"].isin(verified).map({True: "verified", False: "self-reported"})
-            ),
+            provenance=lambda m: np.where(m["model"].isin(verified), "verified", "self-reported"),
             checked=lambda m: m["model"].map(lambda model: str(verified.get(model, ""))),
             has_attention=lambda m: m["model"].isin(attention),
         ),
@@ -199,20 +199,7 @@ def _with_pending(
     known = set(models["model"])
     tiers = set(models["tier"])
     absent = [
-        {
-            "model": entry.name,
-            "family": entry.family,
-            "tier": entry.tier,
-            "task": entry.task,
-            "num_params": 0,
-            "num_blocks": 0,
-            "source": entry.source,
-            "licence": entry.licence,
-            "reference": entry.reference,
-            "status": "pending",
-            "reason": entry.reason or "not computed yet",
-            "protocol_version": spectra_db.PROTOCOL_VERSION,
-        }
+        describe_model(entry, 0, 0, entry.reason or "not computed yet") | {"status": "pending"}
         for entry in entries(registry_dir=registry_dir)
         if entry.tier in tiers and entry.name not in known
     ]

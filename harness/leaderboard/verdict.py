@@ -133,11 +133,8 @@ class Rule:
         for true in (TRUE_RHO, 0.0):
             answers, rho = self.answers(inference.related(design.y, true), design)
             row = {"true_rho": true, "primary": float((rho > self.above).mean())}
-            for word, answer in zip(
-                ("supports", "refutes", "undecided"), (SUPPORTS, REFUTES, UNDECIDED), strict=True
-            ):
-                row[word] = float((answers == answer).mean())
-            table.append(row)
+            named = {"supports": SUPPORTS, "refutes": REFUTES, "undecided": UNDECIDED}
+            table.append(row | {k: float((answers == word).mean()) for k, word in named.items()})
         return pd.DataFrame(table)
 
 
@@ -221,7 +218,6 @@ def _left_out(rows: pd.DataFrame) -> list[str]:
 
 
 def _sentence(answer: str, j: Any, rule: Rule, chances: Any) -> str:
-    """Return the verdict in one sentence."""
     numbers = f"ρ = {j.rho:.2f} over {j.n} entries ({_p(j.p)})"
     pairs = f"{j.right_pairs} of {j.decided_pairs} decided pairs"
     what = "how many more steps SGD needs than AdamW"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +118,8 @@ def fig4(source: release.Source) -> Result:
         if min(map(len, groups)) >= 2:
             cnn, transformer = groups
             values[name] = {
-                "cnn": {str(k): float(v) for k, v in cnn.items()},
-                "transformer": {str(k): float(v) for k, v in transformer.items()},
+                "cnn": cnn.to_dict(),
+                "transformer": transformer.to_dict(),
                 "p_value": float(mannwhitneyu(transformer, cnn, alternative="greater").pvalue),
             }
     chosen = [str(m) for kind in _COMPARED for m in table.index[table["class"] == kind][:3]]
@@ -247,16 +248,6 @@ def fig7(source: release.Source) -> Result:
     ax.axhline(0, color="black", linewidth=0.6)
     ax.legend()
     return Result(values, {"fig7": figure})
-
-
-def fig9(source: release.Source) -> Result:
-    """Show training curves of CNNs."""
-    return _curves(source, "CNN", "fig9")
-
-
-def fig10(source: release.Source) -> Result:
-    """Show training curves of Transformers."""
-    return _curves(source, "Transformer", "fig10")
 
 
 def table1(source: release.Source) -> Result:
@@ -466,6 +457,10 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("loss of the minibatch", fontsize=8)
     return Result({"models": values}, {name: figure})
+
+
+fig9 = partial(_curves, kind="CNN", name="fig9")
+fig10 = partial(_curves, kind="Transformer", name="fig10")
 
 
 def _draw_distances(ax: Axes, source: release.Source, model: str) -> AxesImage:

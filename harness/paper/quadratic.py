@@ -21,6 +21,7 @@ KAPPA = 5000.0
 # Eigenvalues per block of cases 1 and 2.
 BLOCK_SIZE = 25
 # Cases 3 and 4: the eigenvalues that the paper gives.
+Spectra = Sequence[Sequence[float]] | Sequence[Array]  # per block its eigenvalues
 HETEROGENEOUS = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (4998.0, 4999.0, 5000.0))
 HOMOGENEOUS = ((1.0, 99.0, 4998.0), (2.0, 100.0, 4999.0), (3.0, 101.0, 5000.0))
 
@@ -62,10 +63,7 @@ class Quadratic:
 
 
 def from_spectra(
-    spectra: Sequence[Sequence[float]] | Sequence[Array],
-    rng: np.random.Generator,
-    *,
-    orthonormal: bool = True,
+    spectra: Spectra, rng: np.random.Generator, *, orthonormal: bool = True
 ) -> Quadratic:
     """Build H_l = Q_l Λ_l Q_lᵀ with random Q_l.
 

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from harness.paper.quadratic import (
     HETEROGENEOUS,
-    HOMOGENEOUS,
     KAPPA,
     Array,
     Quadratic,
+    Spectra,
     from_spectra,
     least_steps,
     steps_to,
@@ -233,7 +233,7 @@ def complexity(
 
 
 def steps_of_cases(
-    spectra: dict[str, tuple[Array, ...]], num_draws: int, seed: int, tolerance: float = 1e-6
+    spectra: Mapping[str, Spectra], num_draws: int, seed: int, tolerance: float = 1e-6
 ) -> dict[str, dict[str, float]]:
     """Compare gradient descent and Adam (β₂ = 1) on the cases over draws of Q and w₀.
 
@@ -260,15 +260,7 @@ def steps_of_cases(
     return result
 
 
-def given_cases() -> dict[str, tuple[Array, ...]]:
-    """Return the spectra of cases 3 and 4."""
-    return {
-        "case3": tuple(np.array(block) for block in HETEROGENEOUS),
-        "case4": tuple(np.array(block) for block in HOMOGENEOUS),
-    }
-
-
-def _steps(spectra: Sequence[Array], num_draws: int, seed: int, tolerance: float) -> Array:
+def _steps(spectra: Spectra, num_draws: int, seed: int, tolerance: float) -> Array:
     """Return the steps of gradient descent at η = 2/(μ + L) and of Adam at its best η, (D, 2)."""
     rng = np.random.default_rng(seed)
     steps = []

@@ -57,7 +57,12 @@ def verdict(claim: Claim, record: Mapping[str, Any] | None) -> Verdict:
 def _graded(parts: Sequence[bool], *, partly: float = 0.0) -> str:
     """Return reproduced if all parts hold, partly if one does and at least that share of them."""
     share = sum(parts) / len(parts)
-    return REPRODUCED if share == 1 else PARTLY if 0 < share >= partly else NOT_REPRODUCED
+    return _graduated(share == 1, 0 < share >= partly)
+
+
+def _graduated(whole: bool, part: bool) -> str:
+    """Return reproduced where all holds, partly where a weaker thing does."""
+    return REPRODUCED if whole else PARTLY if part else NOT_REPRODUCED
 
 
 def _proposition1_printed(v: Values) -> Verdict:
@@ -102,9 +107,7 @@ def _ratio(v: Values) -> Verdict:
     note = "with orthonormal Q_l"
     if abs(short) < abs(2 / 3 - found["gaussian"]):
         note += ", which fits better than the Gaussian entries that are stated"
-    if short <= 2 * error:
-        return REPRODUCED, ours, note
-    return (PARTLY if short < 0.05 else NOT_REPRODUCED), ours, note
+    return _graduated(short <= 2 * error, short < 0.05), ours, note
 
 
 def _preconditioned(v: Values) -> Verdict:
@@ -151,8 +154,7 @@ def _case(name: str, v: Values, *, adam_wins: bool) -> Verdict:
     ratios = (draws["ratio"], decaying)
     if adam_wins:
         note += "; faster: a ratio above 1 in 90 % of the draws; partly: above 2 for one β₂"
-        part = PARTLY if max(ratios) > 2 else NOT_REPRODUCED
-        return (REPRODUCED if draws["ratio_q10"] > 1 else part), ours, note
+        return _graduated(draws["ratio_q10"] > 1, max(ratios) > 2), ours, note
     alike = [1 / 5 < ratio < 5 for ratio in ratios]
     return _graded(alike), ours, f"{note}; alike: both ratios between 1/5 and 5"
 
@@ -219,8 +221,7 @@ def _slq(v: Values) -> Verdict:
         )
         within.append(small)
     note = f"L1 distance (of 2); {len(found)} matrices, smoothed by two widths each"
-    status = REPRODUCED if all(within[1]) else PARTLY if any(within[0]) else NOT_REPRODUCED
-    return status, "; ".join(texts), note
+    return _graduated(all(within[1]), any(within[0])), "; ".join(texts), note
 
 
 def _full_spectra(v: Values) -> Verdict:
@@ -245,8 +246,8 @@ def _four_blocks(v: Values) -> Verdict:
     cnn, transformer = v["cnn"], v["transformer"]
     ours = ", ".join(f"{x['model']} {x['mean_distance']:.3f}" for x in (cnn, transformer))
     ratio = transformer["mean_distance"] / cnn["mean_distance"]
-    status = REPRODUCED if ratio > 1.5 else PARTLY if ratio > 1 else NOT_REPRODUCED
-    return status, ours, "mean JS distance of four blocks, by λ10; reproduced: 1.5 times as large"
+    note = "mean JS distance of four blocks, by λ10; reproduced: 1.5 times as large"
+    return _graduated(ratio > 1.5, ratio > 1), ours, note
 
 
 def _heterogeneous(metric: str, v: Values) -> Verdict:
@@ -257,9 +258,7 @@ def _heterogeneous(metric: str, v: Values) -> Verdict:
         f"{min(transformer):.3g} to {max(transformer):.3g} ({len(transformer)})"
     )
     note = f"one-sided Mann-Whitney p = {found['p_value']:.2g}"
-    if min(transformer) > max(cnn):
-        return REPRODUCED, ours, note
-    return (PARTLY if found["p_value"] < 0.05 else NOT_REPRODUCED), ours, note
+    return _graduated(min(transformer) > max(cnn), found["p_value"] < 0.05), ours, note
 
 
 def _table1(column: str, what: str, v: Values) -> Verdict:
@@ -330,9 +329,7 @@ def _sweep_curves(v: Values) -> Verdict:
         "test accuracy at the best rate; unaffected: AdamW's least at least 0.9 of its largest; "
         "worse: SGD's falls with c, ρ below −0.5 with p < 0.05"
     ) + (f"; {edges}" if edges else "")
-    if unaffected and falls:
-        return (PARTLY if edges else REPRODUCED), ours, note
-    return (PARTLY if unaffected or falls else NOT_REPRODUCED), ours, note
+    return _graduated(unaffected and falls and not edges, unaffected or falls), ours, note
 
 
 def _rising(names: Sequence[str], v: Values) -> Verdict:
@@ -352,8 +349,7 @@ def _pretrained(key: str, v: Values) -> Verdict:
         for name, x in (("pretrained", pretrained), ("from scratch", scratch))
     )
     note = "our GPT on books, then on instructions; not GPT-2, whose weights can't be had here"
-    sure = REPRODUCED if difference > 2 * error else PARTLY
-    return (sure if difference > 0 else NOT_REPRODUCED), ours, note
+    return _graduated(difference > 2 * error, difference > 0), ours, note
 
 
 def _gap_against_js0(v: Values) -> Verdict:

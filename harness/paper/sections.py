@@ -123,7 +123,7 @@ def code_of(name: str) -> ModuleType:
 
 def _section(name: str) -> Section:
     if name not in SECTIONS:
-        raise UserError(f"no section {name!r} of the paper; choose from {', '.join(SECTIONS)}")
+        raise UserError(f"no section {name!r}; choose from {', '.join(SECTIONS)}")
     return SECTIONS[name]
 
 

@@ -89,14 +89,11 @@ def _values(
         size = len(probes_of[0][0])
         spectra.append(BlockSpectrum(name, size, rules, False, False, (), 0))
     blocks = Blocks(spectra, 0, errors_known=False, extended=False)
-    estimates = (
-        METRICS[metric].estimate(blocks, *_reading(metric, scale)) for metric, scale in READINGS
-    )
-    return [e.value for e in estimates]
-
-
-def _reading(metric: str, scale: str) -> tuple[str, float]:
-    return next(reading for reading in METRICS[metric].readings if reading[0] == scale)
+    sigmas = (dict(METRICS[metric].readings)[scale] for metric, scale in READINGS)
+    return [
+        METRICS[metric].estimate(blocks, scale, sigma).value
+        for (metric, scale), sigma in zip(READINGS, sigmas, strict=True)
+    ]
 
 
 def section(found: Mapping[str, pd.DataFrame]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tarfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,17 +62,17 @@ class Desk:
         line = json.dumps({"time": now, "stage": self.stage, "item": item, **facts})
         with (self.out / "report.jsonl").open("a") as report:
             report.write(line + "\n")
-        shown = {k: _short(v) for k, v in facts.items() if not isinstance(v, list | dict)}
-        print(f"{self.stage}: {item}:", ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        shown = (
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in facts.items()
+            if not isinstance(v, list | dict)
+        )
+        print(f"{self.stage}: {item}:", ", ".join(shown), flush=True)
 
     def known(self, item: str) -> dict[str, Any] | None:
         """Return what the report says of an item of this stage, the latest."""
         lines = [x for x in report(self.out) if (x["stage"], x["item"]) == (self.stage, item)]
         return lines[-1] if lines else None
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def report(out: Path) -> list[dict[str, Any]]:
@@ -98,7 +97,10 @@ def pack(scratch: Path, out: Path, stages: list[str]) -> list[str]:
     """
     volumes: list[list[Path]] = [[]]
     used, left_out = 0, []
-    for path in _tables(scratch, stages):
+    for path in (p for stage in stages for p in sorted((scratch / stage).rglob("*"))):
+        away = "checkpoints" in path.relative_to(scratch).parts or path.name.startswith(".")
+        if away or not path.is_file():
+            continue
         size = path.stat().st_size + 1024
         if size > VOLUME_BYTES or (used + size > VOLUME_BYTES and len(volumes) == MAX_VOLUMES):
             left_out.append(str(path.relative_to(scratch)))
@@ -113,14 +115,6 @@ def pack(scratch: Path, out: Path, stages: list[str]) -> list[str]:
             for path in paths:
                 archive.add(path, str(path.relative_to(scratch)), recursive=False)
     return left_out
-
-
-def _tables(scratch: Path, stages: list[str]) -> Iterator[Path]:
-    for stage in stages:
-        for path in sorted((scratch / stage).rglob("*")):
-            parts = path.relative_to(scratch).parts
-            if path.is_file() and "checkpoints" not in parts and not path.name.startswith("."):
-                yield path
 
 
 def unpack(out: Path, scratch: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -79,14 +78,8 @@ def gather(folder: Path) -> None:
             target = folder / place / source.name
             target.parent.mkdir(parents=True, exist_ok=True)
             table = pq.read_table(source)
-            most = max(_sizes(task, source.stem), default=table.num_rows)
+            named = (e.task_options.get(f"{source.stem}_size") for e in entries() if e.task == task)
+            most = max(filter(None, named), default=table.num_rows)
             pq.write_table(table.slice(0, most), target, compression="zstd")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{size / 2**20:.1f} MiB in {folder}")
-
-
-def _sizes(task: str, part: str) -> Iterator[int]:
-    """Yield how many images of a split the small entries take, where they say."""
-    for entry in entries():
-        if entry.task == task and (size := entry.task_options.get(f"{part}_size")):
-            yield size

@@ -65,7 +65,10 @@ def measure_products(desk: Desk) -> bool:
         except (RuntimeError, ImportError) as error:  # the other cases can do without this one
             desk.say(f"{case} {precision} probes", status="failed", reason=reason_of(error))
         release_cache(device)
-    _say_deviation(desk)
+    for case in cases(desk.rehearse):
+        wide, narrow = (desk.known(f"{case} {precision} steps") for precision in PRECISIONS)
+        if wide and narrow:  # how far TF32 is from float32
+            desk.say(f"{case} deviation", **deviations(wide, narrow))
     if device.type == "cuda" and not desk.known("CUDA graph"):
         desk.say("CUDA graph", **replayed(device))
     return True
@@ -222,14 +225,6 @@ def timed(device: torch.device, run: Callable[[], object]) -> float:
     run()
     wait()
     return time.perf_counter() - begin
-
-
-def _say_deviation(desk: Desk) -> None:
-    """Say how far TF32 is from float32, over the blocks of each model."""
-    for case in cases(desk.rehearse):
-        wide, narrow = (desk.known(f"{case} {precision} steps") for precision in PRECISIONS)
-        if wide and narrow:
-            desk.say(f"{case} deviation", **deviations(wide, narrow))
 
 
 def deviations(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]:

@@ -116,7 +116,7 @@ def check(examples: Examples) -> None:
         )
 
 
-def classify(examples: Examples, x: Array, error: Array, *, seed: int = 0) -> Prediction:
+def classify(examples: Examples, x: Array, error: Array) -> Prediction:
     """Return the probability that a model needs Adam, with its interval, and the answer.
 
     The interval is that of refits to resampled families, each with errors added to all measures,
@@ -126,13 +126,12 @@ def classify(examples: Examples, x: Array, error: Array, *, seed: int = 0) -> Pr
         examples: What to fit.
         x: log10 of the model's measures, shape (p,).
         error: Their standard errors, shape (p,).
-        seed: Seeds the draws.
 
     Raises:
         UserError: There are too few models, or all of one kind.
     """
     check(examples)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     families, _, drawn = resampled(pd.Series(examples.families), generator, NUM_DRAWS)
     per_member = 1 / np.bincount(families)[families]
     weights = np.vstack([np.ones(len(families)), drawn]) * per_member

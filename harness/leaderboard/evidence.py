@@ -172,9 +172,7 @@ class Design(NamedTuple):
         return right
 
 
-def measures(
-    rows: pd.DataFrame, rivals: Mapping[str, int], compared: pd.DataFrame, *, seed: int = 0
-) -> pd.DataFrame:
+def measures(rows: pd.DataFrame, rivals: Mapping[str, int], compared: pd.DataFrame) -> pd.DataFrame:
     """Return a row per measure: J, the rivals, the dummies.
 
     Args:
@@ -182,7 +180,6 @@ def measures(
         rivals: Column of each rival, and 1 if more of it is said to need Adam more, else -1. A
             negative ρ is one against what is said.
         compared: What `compare_pairs` returned.
-        seed: Seeds the bootstraps.
 
     Returns:
         Columns measure, kind (primary, rival, dummy), sign; n, rho, p of the permutation test;
@@ -195,7 +192,7 @@ def measures(
     kinds = {PRIMARY: ("primary", 1)} | {r: ("rival", s) for r, s in rivals.items()}
     kinds |= {d: ("dummy", s) for d, s in DUMMIES.items()}
     table = pd.DataFrame(
-        {"measure": name, "kind": kind, "sign": sign} | _one(rows, name, sign, compared, seed)
+        {"measure": name, "kind": kind, "sign": sign} | _one(rows, name, sign, compared)
         for name, (kind, sign) in kinds.items()
     )
     of_rivals = table["kind"] == "rival"
@@ -204,9 +201,7 @@ def measures(
     return table
 
 
-def _one(
-    rows: pd.DataFrame, name: str, sign: int, compared: pd.DataFrame, seed: int
-) -> dict[str, object]:
+def _one(rows: pd.DataFrame, name: str, sign: int, compared: pd.DataFrame) -> dict[str, object]:
     """Return the numbers of one measure over the entries that have it."""
     rows = rows[rows[name].notna()]
     row: dict[str, object] = {"n": len(rows), "rho": np.nan, "p": np.nan}
@@ -215,7 +210,7 @@ def _one(
         return row
     x, y, y_prime = (rows[c].to_numpy(np.float64) for c in (name, "y", "y_prime"))
     x = sign * x
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     row["rho"], row["p"] = inference.permutation_test(x, y)
     row |= _over_families(rows, x, generator) | _under_noise(rows, name, sign, generator)
     for modality in MODALITIES:

@@ -63,24 +63,22 @@ class Cell:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "−")
 
 
-def ranking(
-    board: pd.DataFrame, stage: str = "init", *, all_readings: bool = False
-) -> list[dict[str, Any]]:
+def ranking(board: pd.DataFrame, stage: str = "init") -> list[dict[str, Any]]:
     """Return the readings of a stage, the best predictors first, each with its statistics.
+
+    A metric's first reading, and JS⁰ of raw eigenvalues.
 
     Args:
         board: Table `leaderboard`.
         stage: A stage.
-        all_readings: Every scale; otherwise a metric's first, and JS⁰ of raw eigenvalues.
 
     Returns:
         Dicts of metric, scale, sigma, label, num_products, num_models, num_families, and a `Cell`
         per statistic, ordered by the size of Spearman's correlation.
     """
     rows = board[(board["stage"] == stage) & (board["left_out"] == "")]
-    if not all_readings:
-        raw = pd.MultiIndex.from_frame(rows[["metric", "scale"]]).isin(RAW)
-        rows = rows[is_leading(rows) | raw]
+    raw = pd.MultiIndex.from_frame(rows[["metric", "scale"]]).isin(RAW)
+    rows = rows[is_leading(rows) | raw]
     table = []
     for (metric, scale, sigma), group in rows.groupby(["metric", "scale", "sigma"]):
         first = group.iloc[0]

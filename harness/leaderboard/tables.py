@@ -15,17 +15,17 @@ import numpy as np
 import pandas as pd
 
 import spectra_db
-from harness.records.provenance import describe_model
 from harness.registry import entries
 from harness.registry.entry import partition_of
 from spectra_db import heterogeneity as measures
 from spectra_db import manifest
 from spectra_db.derived import standard
 from spectra_db.loading import folder_of, optional
-from spectra_db.schema import SPECTRUM
+from spectra_db.schema import PROTOCOL_VERSION, SPECTRUM
 from spectra_db.verified import NOTE, verified_models
 
 _SPECTRUM = list(SPECTRUM)
+_OF_ENTRY = ("family", "tier", "task", "source", "licence", "reference")
 _ATTENTION = {"attention", "query", "key", "value"}
 _COUNTED = [*_SPECTRUM, "operator", "block", "block_kind", "method", "num_products"]
 
@@ -199,7 +199,9 @@ def _with_pending(
     known = set(models["model"])
     tiers = set(models["tier"])
     absent = [
-        describe_model(entry, 0, 0, entry.reason or "not computed yet") | {"status": "pending"}
+        {name: getattr(entry, name) for name in _OF_ENTRY}
+        | {"model": entry.name, "num_params": 0, "num_blocks": 0, "status": "pending"}
+        | {"reason": entry.reason or "not computed yet", "protocol_version": PROTOCOL_VERSION}
         for entry in entries(registry_dir=registry_dir)
         if entry.tier in tiers and entry.name not in known
     ]

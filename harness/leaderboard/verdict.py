@@ -143,8 +143,6 @@ def verdict(
     rivals: Mapping[str, int],
     pairs: Sequence[Pair],
     gate: Gate,
-    *,
-    seed: int = 0,
 ) -> Verdict:
     """Return the verdict by the fixed rules, with its sentence and numbers.
 
@@ -159,7 +157,6 @@ def verdict(
             whole list, fixed beforehand, as Holm's correction counts it.
         pairs: Pairs of entries that differ in one factor.
         gate: The gate's result.
-        seed: Seeds the bootstraps.
 
     Raises:
         UserError: The table is not as described.
@@ -175,7 +172,7 @@ def verdict(
     with_j = counting[counting[PRIMARY].notna()]
     design, j = Design.of(with_j, compared), with_j[PRIMARY].to_numpy(np.float64)
     rule = Rule.of(j, design)
-    table = measures(counting, rivals, compared, seed=seed)
+    table = measures(counting, rivals, compared)
     answer = str(rule.answers(j, design)[0])
     chances = rule.chances(design)
     lines = [

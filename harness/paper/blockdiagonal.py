@@ -343,7 +343,6 @@ def _draw_coupling(records: Mapping[str, dict[str, Any]]) -> Figure:
     models = [m for m in MODELS if any(f"{m}-{s}" in records for s in STAGES)]
     figure, axes = panels(5.4, 2, len(models), width=2.5 * len(models) + 0.8)
     columns = axes.reshape(2, -1).T
-    image = None
     for model, column in zip(models, columns, strict=True):
         for stage, ax in zip(STAGES, column, strict=True):
             record = records.get(f"{model}-{stage}")
@@ -355,8 +354,7 @@ def _draw_coupling(records: Mapping[str, dict[str, Any]]) -> Figure:
             share = f"{record['diagonal_share']:.0%} in the diagonal blocks"
             ax.set_title(f"{model}, {stage}\n{share}", fontsize=8)
             ax.tick_params(labelsize=7)
-    if image is not None:
-        label = "‖H_kl‖ / √(‖H_kk‖ ‖H_ll‖)"
-        figure.colorbar(image, ax=list(columns[-1]), label=label, shrink=0.7)
+    label = "‖H_kl‖ / √(‖H_kk‖ ‖H_ll‖)"
+    figure.colorbar(image, ax=list(columns[-1]), label=label, shrink=0.7)
     figure.supxlabel("block", fontsize=9)
     return figure

@@ -55,7 +55,7 @@ _LINES = {
 
 
 def sampled_case(
-    source: release.Source, name: str, rng: np.random.Generator | None = None
+    source: release.Source, name: str
 ) -> tuple[str, list[str], tuple[Array, ...]] | None:
     """Return model, blocks and mapped eigenvalues of case 1 or 2; None if no model is there."""
     found = release.first_spectrum(source, GPTS if name == "case1" else RESNETS)
@@ -68,7 +68,7 @@ def sampled_case(
     else:
         names = list(GPT_BLOCKS)
     blocks = {b.name: b for b in blocks_of(rows[rows["block"].isin(names)])}
-    samples = [sample_rule(*blocks[n].average(), rng, BLOCK_SIZE) for n in names]
+    samples = [sample_rule(*blocks[n].average(), None, BLOCK_SIZE) for n in names]
     return model, names, joint_affine(samples)
 
 

@@ -53,12 +53,10 @@ def spectrum(
     return found[:0]
 
 
-def first_spectrum(
-    source: Source, names: Sequence[str], stage: str = "init"
-) -> tuple[str, pd.DataFrame] | None:
-    """Return the first of some models that has a spectrum, with its rows."""
+def first_spectrum(source: Source, names: Sequence[str]) -> tuple[str, pd.DataFrame] | None:
+    """Return the first of some models that has a spectrum at initialisation, with its rows."""
     for name in names:
-        found = spectrum(source, name, stage)
+        found = spectrum(source, name)
         if len(found):
             return name, found
     return None

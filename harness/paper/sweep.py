@@ -16,7 +16,7 @@ steps have a size of their own, ε aside): such a variant only moves the grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -82,8 +82,7 @@ class _Plain(Recipe):
 
 
 def _with_recipe(entry: ModelEntry, kind: type[Recipe] = Recipe, **changed: Any) -> ModelEntry:
-    values = {field.name: getattr(entry.recipe, field.name) for field in fields(Recipe)}
-    return replace(entry, recipe=kind(**values | changed))
+    return replace(entry, recipe=kind(**vars(entry.recipe) | changed))
 
 
 # What is otherwise than in the release's sweep, and for which optimizers.

@@ -129,14 +129,12 @@ def case3(rng: np.random.Generator, *, orthonormal: bool = True) -> Quadratic:
     return from_spectra(HETEROGENEOUS, rng, orthonormal=orthonormal)
 
 
-def initial_ratio_probability(
-    num_draws: int, seed: int, *, orthonormal: bool, limit: float = 1000.0
-) -> float:
-    """Return the share of draws of case 3 with r ≤ limit."""
+def initial_ratio_probability(num_draws: int, seed: int, *, orthonormal: bool) -> float:
+    """Return the share of draws of case 3 with r ≤ 1000."""
     rng = np.random.default_rng(seed)
     drawn = (case3(rng, orthonormal=orthonormal) for _ in range(num_draws))
     ratios = (initial_ratio(q, rng.standard_normal(len(q.hessian))) for q in drawn)
-    return sum(ratio <= limit for ratio in ratios) / num_draws
+    return sum(ratio <= 1000 for ratio in ratios) / num_draws
 
 
 def preconditioned_conditions(

@@ -24,6 +24,7 @@ from rich.table import Table
 # Counts are the same on every machine; errors of estimates move when sums are ordered otherwise.
 TOLERANCES = {"GFLOP per step": 1.01, "products": 1.1}
 TOLERANCE = 1.1
+Measured = dict[str, tuple[str, float | None]]  # unit and value by name
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Change:
         return "better" if self.now * allowed < self.base else "same"
 
 
-def measure(root: Path, bench: str) -> dict[str, tuple[str, float | None]]:
+def measure(root: Path, bench: str) -> Measured:
     """Run the benchmarks of a checkout by this Python; return unit and value by name.
 
     Raises:
@@ -73,7 +74,7 @@ def measure(root: Path, bench: str) -> dict[str, tuple[str, float | None]]:
         if not found:
             raise click.ClickException(f"asv failed in {root}:\n{done.stdout}{done.stderr}")
         names = json.loads((Path(results) / "benchmarks.json").read_text())
-        values: dict[str, tuple[str, float | None]] = {}
+        values: Measured = {}
         for result in found:
             for key in result.get_all_result_keys():
                 params = result.get_result_params(key)
@@ -86,19 +87,12 @@ def measure(root: Path, bench: str) -> dict[str, tuple[str, float | None]]:
     return values
 
 
-def compare(
-    base: dict[str, tuple[str, float | None]], now: dict[str, tuple[str, float | None]]
-) -> list[Change]:
+def compare(base: Measured, now: Measured) -> list[Change]:
     """Put what was measured of two checkouts side by side."""
     missing = ("", None)
     return [
-        Change(
-            name,
-            now.get(name, base.get(name, missing))[0],
-            base.get(name, missing)[1],
-            now.get(name, missing)[1],
-        )
-        for name in sorted(base | now)
+        Change(name, unit, base.get(name, missing)[1], now.get(name, missing)[1])
+        for name, (unit, _) in sorted((base | now).items())
     ]
 
 

@@ -298,15 +298,13 @@ def full() -> pd.DataFrame:
     found = []
     for m in (20, 30, 36, 38, 40, 42, 44, 46, 48, 50, 55, 60):
         errors = {f"{name}: error": distance(rule(name, m), truth) for name in settings}
-        found.append(
-            {"num_steps": m}
-            | errors
-            | {
-                "float32 to float64": distance(rule("float32", m), rule("float64", m)),
-                "to the next step": distance(rule("float64", m), rule("float64", m + 1)),
-                "to the other probe": distance(rule("float64", m), rule("float64", m, 1)),
-            }
-        )
+        others = {
+            "float32 to float64": rule("float32", m),
+            "to the next step": rule("float64", m + 1),
+            "to the other probe": rule("float64", m, 1),
+        }
+        distances = {name: distance(other, rule("float64", m)) for name, other in others.items()}
+        found.append({"num_steps": m} | errors | distances)
     near_zero = truth[1][np.abs(truth[0]) < 0.02 * rms].sum()
     size = runs["float32"]["num_params"].iloc[0]
     return pd.DataFrame(found).assign(num_params=size, near_zero=near_zero)

@@ -297,13 +297,11 @@ def _reference(found: Mapping[str, pd.DataFrame]) -> str:
             f"{percent(e.loc[key, 'rms'])} ({percent(e.loc[key, 'most'])})" for e in errors.values()
         ]
         lines.append([f"{key[0]} × {key[1]}", f"{key[0] * key[1]:,}", *cells])
+    values = (r[["corrected", "standard_error"]].iloc[0] for r in found.values())
     first = [
         "reference JS⁰ ± standard error",
         "6,000",
-        *(
-            f"{r['corrected'].iloc[0]:.4f} ± {r['standard_error'].iloc[0]:.4f}"
-            for r in found.values()
-        ),
+        *("{:.4f} ± {:.4f}".format(*v) for v in values),
     ]
     return table(["P × m", "products a block", *(f"{n} %" for n in errors)], [first, *lines])
 

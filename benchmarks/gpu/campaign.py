@@ -35,10 +35,9 @@ def run_tests(desk: Desk) -> bool:
     path = desk.out / "tests.txt"
     with path.open("w") as output:
         try:
-            done = subprocess.run(
+            code = subprocess.run(
                 command, cwd=ROOT, stdout=output, stderr=output, timeout=desk.left, check=False
-            )
-            code = done.returncode
+            ).returncode
         except subprocess.TimeoutExpired:
             code = None
     lines = path.read_text().splitlines()

@@ -140,12 +140,8 @@ def _compare(desk: Desk, problem: Problem) -> dict[str, Any]:
         )
         ledger = Ledger(desk.folder / variant.replace(" ", "-"))
         taken[variant] = take_spectrum(problem, settings, ledger, command="benchmarks.gpu")
-    exact = taken["cpu float64"]
-    found = {
-        variant: asdict(compare_rows(rows, exact))
-        for variant, rows in taken.items()
-        if variant != "cpu float64"
-    }
+    exact = taken.pop("cpu float64")
+    found = {variant: asdict(compare_rows(rows, exact)) for variant, rows in taken.items()}
     lists = ["block", "probe", "alphas", "betas", "nodes", "weights"]
     twice = _equal(taken["float32"][lists], taken["float32 again"][lists])
     verdicts = {variant: numbers["agree"] for variant, numbers in found.items()}

@@ -19,6 +19,9 @@ FLOOR = 1e-4
 MOST_PRODUCTS = {("gpt", "lambda10"): 30, ("gpt", "raw"): 30, ("vit", "raw"): 40}
 
 
+Cache = dict[str, tuple[pd.DataFrame, pd.DataFrame]]  # rows of each case, exact and sampled
+
+
 def exact_and_estimated(kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return rows of a small case with every block diagonalised, and sampled."""
     case = small(kind)
@@ -33,26 +36,20 @@ class Accuracy:
     param_names = ("model",)
     timeout = 900
 
-    def setup_cache(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    def setup_cache(self) -> Cache:
         return {kind: exact_and_estimated(kind) for kind in KINDS}
 
     setup_cache.timeout = 900  # type: ignore[attr-defined]
 
-    def track_js0_error(
-        self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
-    ) -> float:
+    def track_js0_error(self, cache: Cache, kind: str) -> float:
         exact, estimated = cache[kind]
         truth = spectra_db.js0(exact, scale="lambda10").value
         return _floored(abs(spectra_db.js0(estimated, scale="lambda10").corrected / truth - 1))
 
-    def track_second_moment_error(
-        self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
-    ) -> float:
+    def track_second_moment_error(self, cache: Cache, kind: str) -> float:
         return _floored(float(errors_of_blocks(*cache[kind])["square"]))
 
-    def track_wasserstein_error(
-        self, cache: dict[str, tuple[pd.DataFrame, pd.DataFrame]], kind: str
-    ) -> float:
+    def track_wasserstein_error(self, cache: Cache, kind: str) -> float:
         exact, estimated = cache[kind]
         errors = []
         for block, truth in exact.groupby("block"):

@@ -35,6 +35,13 @@ def lockstep_flops(case: Case) -> int:
     return two - one
 
 
+def checked(gflop: float, most: float) -> float:
+    """Return the operations of a step; more than are allowed are an error."""
+    if gflop > most:
+        raise ValueError(f"{gflop:.1f} GFLOP per step; at most {most} are allowed")
+    return gflop
+
+
 class Step:
     """One product with every block: operations."""
 
@@ -46,10 +53,7 @@ class Step:
         self.case = CASES[name]()
 
     def track_gflop(self, name: str) -> float:
-        gflop = lockstep_flops(self.case) / 1e9
-        if gflop > MOST_GFLOP[name]:
-            raise ValueError(f"{gflop:.1f} GFLOP per step; at most {MOST_GFLOP[name]} are allowed")
-        return gflop
+        return checked(lockstep_flops(self.case) / 1e9, MOST_GFLOP[name])
 
     track_gflop.unit = "GFLOP per step"  # type: ignore[attr-defined]
 
@@ -66,10 +70,7 @@ class Shortcuts:
         self.step()
 
     def track_gflop(self) -> float:
-        gflop = count_flops(self.step) / 1e9
-        if gflop > MOST_GFLOP["shortcuts"]:
-            raise ValueError(f"{gflop:.1f} GFLOP per step; at most {MOST_GFLOP['shortcuts']}")
-        return gflop
+        return checked(count_flops(self.step) / 1e9, MOST_GFLOP["shortcuts"])
 
     track_gflop.unit = "GFLOP per step"  # type: ignore[attr-defined]
 

@@ -17,6 +17,11 @@ from harness.errors import UserError, extra_missing, output_error, reason_of
 from spectra_db.errors import DatasetError, HubError
 
 STOPPED = 130  # what a shell reports after Ctrl-C
+# Of options: any path, a file, a folder, and a folder that is there.
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+EXISTING = click.Path(file_okay=False, exists=True, path_type=Path)
 
 
 class _Group(click.Group):
@@ -109,26 +114,22 @@ def options(*names: str) -> Callable[[Any], Any]:
     """Add options that mean the same in every command."""
     known = {
         "registry": click.option(
-            "--registry",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Folder of further entry files; they are executed.",
+            "--registry", type=FOLDER, help="Folder of further entry files; they are executed."
         ),
         "data_root": click.option(
             "--data-root",
             envvar="HARNESS_DATA_ROOT",
-            type=click.Path(file_okay=False, path_type=Path),
+            type=FOLDER,
             help="Folder of data sets.  [env: HARNESS_DATA_ROOT]",
         ),
         "out": click.option(
             "--out",
-            type=click.Path(path_type=Path),
+            type=PATH,
             callback=_needed,
             help="Folder that the tables are written to.  [required]",
         ),
         "source": click.option(
-            "--source",
-            type=click.Path(path_type=Path),
-            help="Folder of tables.  [default: the release]",
+            "--source", type=PATH, help="Folder of tables.  [default: the release]"
         ),
         "seed": click.option(
             "--seed",
@@ -142,7 +143,7 @@ def options(*names: str) -> Callable[[Any], Any]:
         ),
         "log": click.option(
             "--log",
-            type=click.Path(dir_okay=False, path_type=Path),
+            type=FILE,
             help="File that JSON lines of what happens are appended to; /dev/stderr shows them.",
         ),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import main, options, writable
+from harness.cli.base import EXISTING, PATH, main, options, writable
 from harness.errors import UserError
 from spectra_db.project import DATASET, IS_PLACEHOLDER
-
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 def _published(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -32,7 +30,7 @@ def dataset() -> None:
 
 
 @dataset.command()
-@click.argument("source", type=_FOLDER)
+@click.argument("source", type=EXISTING)
 @click.option(
     "--version",
     required=True,
@@ -81,8 +79,8 @@ def release(
 
 
 @dataset.command("check")
-@click.argument("folder", type=_FOLDER, required=False)
-@click.option("--previous", type=_FOLDER, help="The release before: no row of it may be lost.")
+@click.argument("folder", type=EXISTING, required=False)
+@click.option("--previous", type=EXISTING, help="The release before: no row of it may be lost.")
 @options("registry")
 def check_(folder: Path | None, previous: Path | None, registry: Path | None) -> None:
     """Check a release: manifest, schema, invariants, keys, card, size, and what it follows.
@@ -100,7 +98,7 @@ def check_(folder: Path | None, previous: Path | None, registry: Path | None) ->
 
 
 @dataset.command()
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=EXISTING)
 def derive(folder: Path) -> None:
     """Derive table heterogeneity of FOLDER anew where it is of an earlier protocol.
 
@@ -116,8 +114,8 @@ def derive(folder: Path) -> None:
 
 
 @dataset.command()
-@click.argument("old", type=_FOLDER)
-@click.argument("new", type=_FOLDER)
+@click.argument("old", type=EXISTING)
+@click.argument("new", type=EXISTING)
 @click.option(
     "--rows",
     "num_rows",
@@ -145,7 +143,7 @@ def diff(old: Path, new: Path, num_rows: int, as_json: bool) -> None:
 
 
 @dataset.command()
-@click.argument("sources", type=_FOLDER, nargs=-1, required=True)
+@click.argument("sources", type=EXISTING, nargs=-1, required=True)
 @options("out")
 def merge(sources: tuple[Path, ...], out: Path) -> None:
     """Bring the tables of several folders together in --out, which may hold some already.
@@ -187,7 +185,7 @@ def _report(found: list[str], sound: str) -> None:
 
 @main.command()
 @click.argument("repo", default=DATASET, callback=_published)
-@click.option("--source", type=_FOLDER, help="A release.  [default: the bundled one]")
+@click.option("--source", type=EXISTING, help="A release.  [default: the bundled one]")
 @click.option(
     "--dry-run/--no-dry-run", default=True, show_default=True, help="Print what would change."
 )
@@ -223,12 +221,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 @main.command()
 @click.argument("repo", default=DATASET, callback=_published)
 @click.option("--revision", help="Tag, branch or commit.  [default: main]")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    callback=writable,
-    help="Folder to put a copy in.",
-)
+@click.option("--out", type=PATH, callback=writable, help="Folder to put a copy in.")
 def pull(repo: str, revision: str | None, out: Path | None) -> None:
     """Download a release from the Hugging Face Hub and check it; offline it is there afterwards."""
     from spectra_db import hub

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.base import device_of, main, options, writable
+from harness.cli.base import EXISTING, FILE, PATH, device_of, main, options, writable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 @main.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     callback=writable,
     help="Folder to write leaderboard/all.parquet, leaderboard.csv and models.csv to.",
 )
 @click.option(
     "--docs",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Page, docs/leaderboard.md, whose part between the markers is written anew.",
 )
 @click.option("--stage", default="init", show_default=True, help="Stage of the printed table.")
@@ -76,7 +76,7 @@ def leaderboard(
 @main.command()
 @click.option(
     "--readme",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Page whose part between the markers becomes the verdict's sentence.",
 )
 @options("source", "json")
@@ -115,8 +115,7 @@ def verdict(readme: Path | None, source: Path | None, as_json: bool) -> None:
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(rows.to_json(orient="records", double_precision=15))
-    return found
+    return json.loads(rows.to_json(orient="records", double_precision=15))
 
 
 @main.command()
@@ -138,7 +137,7 @@ def site(source: Path | None, out: Path) -> None:
 @click.option("--task", help="Task of a target that is no entry; options as in 'books?context=32'.")
 @click.option(
     "--checkpoints",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    type=EXISTING,
     help="Folder of checkpoints, for an entry that starts from another's weights.",
 )
 @click.option("--js0", "with_js0", is_flag=True, help="Take the whole spectrum, for JS⁰ too.")

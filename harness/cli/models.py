@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import choice, main, options
+from harness.cli.base import EXISTING, choice, main, options
 from harness.errors import UserError
 from spectra_db.words import PARTITIONS, TIERS
 
@@ -17,7 +17,7 @@ from spectra_db.words import PARTITIONS, TIERS
 @click.option("--tasks", "of_tasks", is_flag=True, help="The data and losses, instead of models.")
 @click.option(
     "--source",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    type=EXISTING,
     help="Folder that `harness run` wrote, or a submission: where entries of --registry stand.",
 )
 @options("registry", "json")
@@ -114,9 +114,7 @@ def describe(
     num_params = sum(p.numel() for p in problem.model.parameters())
     if as_json:
         facts = {
-            "name": entry.name,
-            "family": entry.family,
-            "tier": entry.tier,
+            **{field: getattr(entry, field) for field in ("name", "family", "tier")},
             "num_params": num_params,
             "blocks": [
                 {"name": b.name, "kind": b.kind, "shape": b.shape, "num_params": b.num_params}

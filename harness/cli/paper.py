@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import main, options, writable
+from harness.cli.base import FOLDER, main, options, writable
 
 
 @main.command()
 @click.argument("sections", nargs=-1)
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default="docs",
     show_default=True,
     callback=writable,  # before hours of work

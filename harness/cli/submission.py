@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.base import device_of, main, options
+from harness.cli.base import EXISTING, device_of, main, options
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def submit(
 @click.option("--budget", default=600.0, show_default=True, help="Seconds.")
 @click.option(
     "--checkpoints",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    type=EXISTING,
     help="Folder of checkpoints.  [default: `checkpoints` beside the tables]",
 )
 @click.option(

@@ -69,8 +69,8 @@ def checked(
         )
     numbers = [*_KNOWN, "y_error", PRIMARY, *rivals]
     rows = entries.astype(dict.fromkeys(numbers, np.float64)).sort_values("model")
-    for flag in ("trained", "censored", "at_edge"):
-        rows[flag] = rows[flag].eq(True)
+    flags = ["trained", "censored", "at_edge"]
+    rows[flags] = rows[flags].eq(True)
     rows["y_error"] = rows["y_error"].where(~rows["censored"], 0.0)
     _check_values(rows[rows["trained"]])
     return rows.reset_index(drop=True)
@@ -168,8 +168,7 @@ class Design(NamedTuple):
 
     def right_pairs(self, x: Array) -> Array:
         """Return in how many pairs the larger x has the larger y; x of shape (..., n)."""
-        right: Array = ((x[..., self.a] - x[..., self.b]) * self.sign > 0).sum(-1)
-        return right
+        return ((x[..., self.a] - x[..., self.b]) * self.sign > 0).sum(-1)
 
 
 def measures(rows: pd.DataFrame, rivals: Mapping[str, int], compared: pd.DataFrame) -> pd.DataFrame:

@@ -24,8 +24,7 @@ NUM_SAMPLES = 20_000  # a power of 0.84 is then known to 0.003
 
 def ranks(x: npt.ArrayLike) -> Array:
     """Return twice the ranks along the last axis, centred: integers that sum to 0."""
-    found: Array = 2 * rankdata(x, axis=-1) - (np.shape(x)[-1] + 1)
-    return found
+    return 2 * rankdata(x, axis=-1) - (np.shape(x)[-1] + 1)
 
 
 def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> Array:
@@ -68,8 +67,7 @@ def under_no_relation(x: npt.ArrayLike, y: npt.ArrayLike) -> Array:
     """Return ρ when x is permuted, in every order; the first is the data's own."""
     r, other = ranks(x), ranks(y)
     scale = math.sqrt((r @ r) * (other @ other)) or math.nan
-    found: Array = r[orders(len(r))] @ other / scale
-    return found
+    return r[orders(len(r))] @ other / scale
 
 
 def permutation_test(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[float, float]:
@@ -152,8 +150,7 @@ def related(y: npt.ArrayLike, rho: float, *, num_samples: int = NUM_SAMPLES) -> 
     r = 2 * math.sin(math.pi * rho / 6)
     places = (order + generator.random(shape)).argsort(axis=1).argsort(axis=1)
     latent = np.take_along_axis(np.sort(generator.standard_normal(shape), axis=1), places, axis=1)
-    noise: Array = generator.standard_normal(shape)
-    return r * latent + math.sqrt(1 - r * r) * noise
+    return r * latent + math.sqrt(1 - r * r) * generator.standard_normal(shape)
 
 
 def power(y: npt.ArrayLike, rho: float) -> float:

@@ -20,16 +20,14 @@ def signs(x: Array) -> npt.NDArray[np.float32]:
 
 def ranks(signs: npt.NDArray[np.float32], weights: Array) -> Array:
     """Return Σ_j w_j s_ij, shape (B, n): ranks if s are the `signs` of values."""
-    found: Array = np.matmul(signs, weights.astype(np.float32)[..., None])[..., 0].astype(float)
-    return found
+    return np.matmul(signs, weights.astype(np.float32)[..., None])[..., 0].astype(np.float64)
 
 
 def concordance(
     one: npt.NDArray[np.float32], other: npt.NDArray[np.float32], weights: Array
 ) -> Array:
     """Return Σ_ij w_i w_j s_ij t_ij, shape (B,); of one `signs` alone, how many are unequal."""
-    result: Array = (weights * ranks(one * other, weights)).sum(axis=1)
-    return result
+    return (weights * ranks(one * other, weights)).sum(axis=1)
 
 
 def pearson(x: Array, y: Array, weights: Array) -> Array:
@@ -40,7 +38,4 @@ def pearson(x: Array, y: Array, weights: Array) -> Array:
     variances = [(weights * a * a).sum(axis=1) for a in (dx, dy)]
     scale = np.sqrt(variances[0] * variances[1])
     flat = scale <= 1e-12 * total[:, 0]
-    result: Array = np.where(
-        flat, np.nan, (weights * dx * dy).sum(axis=1) / np.where(flat, 1, scale)
-    )
-    return result
+    return np.where(flat, np.nan, (weights * dx * dy).sum(axis=1) / np.where(flat, 1, scale))

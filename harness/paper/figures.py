@@ -441,8 +441,8 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
         facts = gaps.loc[model]
         values[model] = {"answer": facts["answer"]}
         if facts["answer"] in ("yes", "no", "unclear"):
-            values[model] |= {"gap": facts["gap_from_reference"]}
-            values[model] |= {"error": facts["gap_from_reference_error"]}
+            gap, error = facts["gap_from_reference"], facts["gap_from_reference_error"]
+            values[model] |= {"gap": gap, "error": error}
     columns = min(4, len(models))
     rows = ceil(len(models) / columns)
     figure, axes = panels(1.6 * rows + 0.4, rows, columns, used=len(models))

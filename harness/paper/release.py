@@ -14,7 +14,6 @@ from spectra_db.loading import optional
 
 # Folder of tables, or None for the bundled release.
 Source = Path | str | None
-_SETTINGS = {**STANDARD, "init_seed": 1}
 
 
 def models(source: Source) -> pd.DataFrame:
@@ -41,9 +40,7 @@ def spectrum(
         partition: None for the blocks (paper or weights, whichever there is), or "full".
     """
     wanted = [partition] if partition else ["paper", "weights"]
-    found = optional("spectra", source, model=model, stage=stage)
-    for column, value in _SETTINGS.items():
-        found = found[found[column] == value]
+    found = optional("spectra", source, model=model, stage=stage, init_seed=1, **STANDARD)
     for name in wanted:
         part = found[found["partition"] == name]
         metrics = optional("heterogeneity", source, model=model, stage=stage, partition=name)

@@ -45,7 +45,9 @@ from spectra_db.loading import optional
 
 VARIANT_SCALES = (5, 15)
 _FACTORY = "harness.paper.sweep:{}".format
-_COLUMNS = ("optimizer", "k", "seed", "loss", "train", "test")
+# Where the numbers that a run ends with stand: split and metric.
+_ENDS = {"loss": ("train", "loss"), "train": ("train", "accuracy"), "test": ("test", "accuracy")}
+_COLUMNS = ("optimizer", "k", "seed", *_ENDS)
 
 
 def initially_scaled(
@@ -169,10 +171,7 @@ def ends(rows: pd.DataFrame) -> list[Row]:
     found = []
     for _, group in last.groupby(["optimizer", "k", "seed"]):
         first, values = group.iloc[0], group.set_index(["split", "metric"])["value"]
-        keys = {"loss": ("train", "loss"), "train": ("train", "accuracy"),
-                "test": ("test", "accuracy")}  # fmt: skip
-        run = {name: None if first["diverged"] else float(values[key])
-               for name, key in keys.items()}  # fmt: skip
+        run = {k: None if first["diverged"] else float(values[at]) for k, at in _ENDS.items()}
         facts = {"optimizer": first["optimizer"], "k": int(first["k"]), "seed": int(first["seed"])}
         found.append(facts | run)
     return found

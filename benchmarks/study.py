@@ -167,17 +167,10 @@ def to_tolerance(kind: str, exact: pd.DataFrame) -> pd.DataFrame:
         objective = Objective(case.model, case.loss_fn, [case.batch])
         with opened(objective, find_blocks(case.model), settings) as hessian:
             reached = estimate_to_tolerance(hessian, settings, source, tolerance=TOLERANCE)
-        found.append(
-            estimate(reached.rows, SCALE, extend=True)
-            | {
-                "num_probes": reached.num_probes,
-                "num_steps": reached.num_steps,
-                "truncation_error": reached.truncation_error,
-                "within": reached.is_within,
-                "truth": spectra_db.js0(exact).value,
-            }
-        )
-    return pd.DataFrame(found)
+        names = ("num_probes", "num_steps", "truncation_error")
+        numbers = {name: getattr(reached, name) for name in names} | {"within": reached.is_within}
+        found.append(estimate(reached.rows, SCALE, extend=True) | numbers)
+    return pd.DataFrame(found).assign(truth=spectra_db.js0(exact).value)
 
 
 def reference(entry: ModelEntry, num_samples: int) -> pd.DataFrame:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from scipy.stats import wasserstein_distance
 
 import spectra_db
-from benchmarks.cases import KINDS, small
+from benchmarks.cases import KINDS, Case, small
 from benchmarks.few import few, products_within
 from benchmarks.study import errors_of_blocks, exact
 
@@ -22,13 +24,6 @@ MOST_PRODUCTS = {("gpt", "lambda10"): 30, ("gpt", "raw"): 30, ("vit", "raw"): 40
 Cache = dict[str, tuple[pd.DataFrame, pd.DataFrame]]  # rows of each case, exact and sampled
 
 
-def exact_and_estimated(kind: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return rows of a small case with every block diagonalised, and sampled."""
-    case = small(kind)
-    numbers = {"num_probes": NUM_PROBES, "num_steps": NUM_STEPS}
-    return case.spectra(**numbers, exact_size=10**6), case.spectra(**numbers, exact_size=0)
-
-
 class Accuracy:
     """3 probes × 40 steps on nets whose spectra are known."""
 
@@ -37,7 +32,9 @@ class Accuracy:
     timeout = 900
 
     def setup_cache(self) -> Cache:
-        return {kind: exact_and_estimated(kind) for kind in KINDS}
+        take = partial(Case.spectra, num_probes=NUM_PROBES, num_steps=NUM_STEPS)
+        cases = {kind: small(kind) for kind in KINDS}
+        return {k: (take(c, exact_size=10**6), take(c, exact_size=0)) for k, c in cases.items()}
 
     setup_cache.timeout = 900  # type: ignore[attr-defined]
 

@@ -280,11 +280,8 @@ def _metric_table(joined: pd.DataFrame) -> list[dict[str, Any]]:
     """Return a row per reading, with estimate and error at each stage."""
     table = []
     for (metric, scale), rows in joined.groupby(["metric", "scale"], sort=False):
-        at = rows.set_index("stage")
-        cells = {
-            stage: _with_error(at.loc[stage, "estimate"], at.loc[stage, "standard_error"])
-            for stage in at.index
-        }
+        measured = zip(rows["stage"], rows["estimate"], rows["standard_error"], strict=True)
+        cells = {stage: _with_error(value, error) for stage, value, error in measured}
         products = int(rows["num_products"].iloc[0])
         label = report.LABELS.get(str(metric), str(metric))
         words = report.SCALE_WORDS.get(str(scale), str(scale))

@@ -79,9 +79,9 @@ class Examples:
 
     def only(self, keep: npt.NDArray[np.bool_]) -> Examples:
         """Return the models of a mask."""
-        texts = {key: tuple(compress(getattr(self, key), keep)) for key in ("names", "families")}
-        numbers = {key: getattr(self, key)[keep] for key in ("x", "error", "needed", "gap")}
-        return replace(self, **texts, **numbers)
+        kept: dict[str, Any] = {k: getattr(self, k)[keep] for k in ("x", "error", "needed", "gap")}
+        kept |= {k: tuple(compress(getattr(self, k), keep)) for k in ("names", "families")}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)

@@ -340,7 +340,8 @@ def _between(
     sizes = (weights > 0).astype(float) @ one_hot  # a family twice drawn counts twice
     times = counts / np.maximum(sizes, 1)
     means = [(weights * v) @ one_hot / size for v in (x, y)]
-    return pearson(*(ranks(signs(mean), times) for mean in means), times)
+    one, other = (ranks(signs(mean), times) for mean in means)
+    return pearson(one, other, times)
 
 
 def _changes(sample: _Sample, now: pd.DataFrame, before: pd.DataFrame) -> dict[str, Array]:
@@ -394,7 +395,7 @@ def resampled(
     numbers, names = pd.factorize(families, sort=True)
     count = len(names)
     picked = generator.multinomial(count, np.full(count, 1 / count), size=num_draws)
-    return numbers, pd.Index(names), picked[:, numbers]
+    return numbers, pd.Index(names), picked[:, numbers].astype(np.float64)
 
 
 def interval(values: Array) -> tuple[float, float]:

@@ -69,7 +69,7 @@ def _of_file(folder: Path, derived: Mapping[str, Derive], path: Path) -> list[st
     # Others depend on more than the model's tables.
     alone = derived[table] is DERIVED.get(table)
     note = followed.note_of(folder, table, path.stem) if alone else None
-    if note is not None and note.exists():
+    if note is not None and followed.is_there(note):
         return []
     try:
         expected = derived[table](folder, stored)

@@ -64,7 +64,8 @@ def _add_chunk(total: Array, P: Array) -> None:
         total: Sums so far, shape (densities, references); changed in place.
         P: Densities at some lattice points, shape (densities, points).
     """
-    densities, points = np.nonzero(P > _LEAST)
+    positive = P > _LEAST
+    densities, points = np.nonzero(positive)
     # Per density: its part of the integrand less what it counts where it is alone.
     p, own = P[densities, points], np.zeros_like(P)
     own[densities, points] = 0.5 * p * (np.log(p) - np.log(2))
@@ -72,7 +73,7 @@ def _add_chunk(total: Array, P: Array) -> None:
     active = np.flatnonzero(counts)
     references = active[active < total.shape[1]]
     # Where a density is 0 the reference is alone, and nothing is replaced.
-    beside = (P > _LEAST).astype(np.float64) @ own[references].T
+    beside = positive.astype(np.float64) @ own[references].T
     half = np.ascontiguousarray(0.5 * P.T)
     Q = np.ascontiguousarray(half[:, references])
     for d, at in zip(active, np.split(points, counts[active].cumsum()[:-1]), strict=True):

@@ -36,8 +36,13 @@ def note_of(root: Path, table: str, model: str) -> Path | None:
     if tables is None:
         return None
     name = sha256(json.dumps([_code(), table, model, tables]).encode()).hexdigest()
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cached / "hessian-spectra" / "followed" / name
+    cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cached, "hessian-spectra", "followed", name)
+
+
+def is_there(note: Path) -> bool:
+    """Tell whether a note was left; in a cache that can't be read there is none."""
+    return os.path.exists(note)  # Path.exists raises where a folder is closed
 
 
 def write(note: Path) -> None:

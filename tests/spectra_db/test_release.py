@@ -440,9 +440,11 @@ def test_code_that_changed_finds_out_again(tmp_path, made_anew, monkeypatch):
     assert sorted(made_anew) == ["heterogeneity"] * 2 + ["stages"] * 2
 
 
-def test_a_cache_that_can_not_be_written_to_is_none(tmp_path, made_anew, monkeypatch):
+@pytest.mark.parametrize("cache", ["file", "n" * 300])
+def test_a_cache_that_can_not_be_used_is_none(tmp_path, made_anew, monkeypatch, cache):
+    """A file in its place; a name that no file system takes, as a closed folder an OSError."""
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
     release(write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data", "0.1.0")
     for _ in range(2):
         assert check.problems(tmp_path / "data") == []

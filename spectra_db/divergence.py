@@ -69,14 +69,14 @@ def _add_chunk(total: Array, P: Array) -> None:
     # Per density: its part of the integrand less what it counts where it is alone.
     p, own = P[densities, points], np.zeros_like(P)
     own[densities, points] = 0.5 * p * (np.log(p) - np.log(2))
-    counts = np.bincount(densities, minlength=len(P))
-    active = np.flatnonzero(counts)
+    active = np.flatnonzero(positive.any(axis=1))
     references = active[active < total.shape[1]]
     # Where a density is 0 the reference is alone, and nothing is replaced.
     beside = positive.astype(np.float64) @ own[references].T
     half = np.ascontiguousarray(0.5 * P.T)
     Q = np.ascontiguousarray(half[:, references])
-    for d, at in zip(active, np.split(points, counts[active].cumsum()[:-1]), strict=True):
+    for d in active:
+        at = np.flatnonzero(positive[d])
         m = Q.take(at, axis=0)
         m += half[at, d, None]
         cross = np.einsum("gk,gk->k", m, np.log(m))

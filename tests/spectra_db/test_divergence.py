@@ -120,6 +120,12 @@ def test_divergence_is_finite_at_any_magnitude(pair, exponent, sigma):
     assert (np.log(2) >= D).all()
 
 
+@pytest.mark.parametrize("weight", [0.0, 5e-324])
+def test_spectra_that_meet_only_at_a_node_of_no_weight_are_at_the_largest_distance(weight):
+    first, second = [(np.array([at, 1.0]), np.array([1 - weight, weight])) for at in (0.0, -1.0)]
+    assert divergences([first, second], 0.001)[0, 1] == pytest.approx(np.log(2), abs=1e-6)
+
+
 def test_apart_spectra_are_at_the_largest_distance():
     D = divergences([(np.zeros(1), np.ones(1)), (np.ones(1), np.ones(1))], 0.01)
     assert D[0, 1] == pytest.approx(np.log(2), abs=1e-6)

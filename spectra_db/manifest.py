@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from spectra_db.errors import DatasetError
 from spectra_db.files import sha256_of, whole
@@ -116,13 +116,15 @@ def read(folder: Path) -> Manifest | None:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        return _parse(json.loads(path.read_text(encoding="utf-8")))
+        return _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidRelease(f"{path}: {reason}") from error
 
 
-def _parse(content: Any) -> Manifest:
+@lru_cache(maxsize=4)
+def _parse(text: str) -> Manifest:
+    content = json.loads(text)
     if not isinstance(content, dict) or set(content) != {"version", "protocol_version", "files"}:
         raise InvalidRelease("a manifest has version, protocol_version and files")
     version, protocol, files = (content[k] for k in ("version", "protocol_version", "files"))

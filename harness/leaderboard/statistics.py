@@ -6,7 +6,10 @@ draws of n models, of which draw b counts model i weights[b, i] times.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -197,7 +200,9 @@ def _stage_rows(
 ) -> list[dict[str, object]]:
     sample = _Sample.of(at_stage.drop_duplicates("model"), num_draws, seed)
     readings = dict(list(at_stage.groupby(READING, sort=False)))
-    draws = {reading: _all_statistics(sample, rows) for reading, rows in readings.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy holds no lock
+        of_each = threads.map(partial(_all_statistics, sample), readings.values())
+        draws = dict(zip(readings, of_each, strict=True))
     reference = [r for r in readings if (r[1], r[2]) == REFERENCE]
     table: list[dict[str, object]] = []
     for reading, rows in readings.items():

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +98,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
     with_biases = metrics["model"].isin(paper & has_gap) & (metrics["partition"] == "paper")
     if with_biases.any():
         of_model = [ours for _, ours in metrics[with_biases].groupby("model")]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy holds no lock
-            derived = list(threads.map(partial(_of_weights, source), of_model))
+        derived = [_of_weights(source, rows) for rows in of_model]
         metrics = pd.concat([metrics[~with_biases], *derived], ignore_index=True)
     folder = folder_of(source, paths=[NOTE, "*/*.parquet"])
     verified = verified_models(folder)

@@ -27,7 +27,7 @@ import spectra_db
 from benchmarks.cases import KINDS, small
 from harness import estimate_spectra, find_blocks, registry
 from harness.estimator.adaptive import estimate_to_tolerance, limits
-from harness.estimator.checks import take
+from harness.estimator.batches import take
 from harness.estimator.lanczos import Recurrence, lanczos
 from harness.estimator.objective import Objective
 from harness.estimator.operators import opened

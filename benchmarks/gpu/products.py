@@ -17,8 +17,9 @@ import torch
 from benchmarks.cases import CROSS_ENTROPY, Case, count_flops, gpt_10m, images, seeded, small
 from benchmarks.gpu.desk import Desk
 from harness.errors import reason_of
+from harness.estimator.batches import take
 from harness.estimator.blocks import find_blocks
-from harness.estimator.checks import fixed_arithmetic, take
+from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.device import device_memory, peak_bytes
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import Recurrence, advance, start

@@ -14,13 +14,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.errors import UserError
-from harness.estimator.batches import Batch as Batch
-from harness.estimator.batches import batch_hash as batch_hash
-from harness.estimator.batches import join, tensors_of
-from harness.estimator.batches import leading_size as leading_size
-from harness.estimator.batches import take as take
+from harness.estimator.batches import Batch, join, leading_size, take, tensors_of
 from harness.estimator.causes import BY_DIFFERENCES, explained, operations
-from harness.estimator.objective import LossFn as LossFn
+from harness.estimator.objective import LossFn
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import nn
 
 from harness.estimator.batches import Batch, place
 from harness.estimator.blocks import Block
-from harness.estimator.checks import LossFn
 from harness.estimator.lanczos import WHOLE, Inner
+from harness.estimator.objective import LossFn
 from harness.estimator.share import Share
 
 # Relative to the size of what is moved, from steps that cross few kinks to ones whose difference

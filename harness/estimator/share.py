@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.estimator.checks import Batch, leading_size, take
+from harness.estimator.batches import Batch, leading_size, take
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from harness.estimator.checks import Batch, fixed_arithmetic
+from harness.estimator.batches import Batch
+from harness.estimator.checks import fixed_arithmetic
 from harness.submission.subject import Caution, Failed, Subject
 from harness.tasks.base import IGNORED
 

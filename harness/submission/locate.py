@@ -18,13 +18,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harness.errors import UserError
-from harness.estimator.checks import (
-    Batch,
-    LossFn,
-    check_twice_differentiable,
-    leading_size,
-    take,
-)
+from harness.estimator.batches import Batch, leading_size, take
+from harness.estimator.checks import check_twice_differentiable
+from harness.estimator.objective import LossFn
 
 _HARNESS = Path(__file__).parents[1]
 # Steps of central differences, relative to the size of what is moved: kinks spoil large ones,

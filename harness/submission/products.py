@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from harness.errors import UserError
 from harness.estimator import Block
-from harness.estimator.checks import Batch, fixed_arithmetic, take
+from harness.estimator.batches import Batch, take
+from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import forecast
 from harness.estimator.device import device_memory
 from harness.estimator.hessian import BlockHessian

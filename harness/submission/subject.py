@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.estimator import Block, find_blocks
-from harness.estimator.checks import Batch
+from harness.estimator.batches import Batch
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import Objective
 from harness.estimator.settings import Settings

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 from harness.errors import UserError
-from harness.estimator.checks import take
+from harness.estimator.batches import take
 from harness.records.derived import derived
 from harness.records.ledger import Ledger
 from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries

@@ -16,8 +16,9 @@ import torch
 from harness import tasks
 from harness.errors import UserError
 from harness.estimator import find_blocks
+from harness.estimator.batches import leading_size, take
 from harness.estimator.causes import BY_DIFFERENCES
-from harness.estimator.checks import check_deterministic, fixed_arithmetic, leading_size, take
+from harness.estimator.checks import check_deterministic, fixed_arithmetic
 from harness.registry.entry import ModelEntry
 from harness.submission import draft, entry_file, leaks, locate, products
 from harness.submission.draft import names

@@ -18,7 +18,7 @@ import torch
 import spectra_db
 from harness.errors import UserError, reason_of
 from harness.estimator import gram, shortcuts
-from harness.estimator.checks import batch_hash
+from harness.estimator.batches import batch_hash
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.operators import opened

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -278,12 +279,9 @@ def _short(names: list[str], length: int = 32) -> list[str]:
     What all names begin with goes; then parts are cut to their first letters, the first part first.
     """
     split = [name.replace(".weight", "").split(".") for name in names]
-    shared = 0
-    if len(split) > 1:
-        while len({tuple(parts[: shared + 1]) for parts in split}) == 1:
-            shared += 1
-            if any(len(parts) <= shared + 1 for parts in split):
-                break
+    levels = zip(*(parts[:-1] for parts in split), strict=False)
+    same = takewhile(lambda level: len(set(level)) == 1, levels)
+    shared = len(list(same)) if len(split) > 1 else 0
     shorter = []
     for parts in (parts[shared:] for parts in split):
         for kept in (3, 1):

@@ -39,6 +39,13 @@ def test_every_block_has_a_panel_whose_title_names_its_layer(rows):
     assert drawn(figure)
 
 
+def test_a_block_that_begins_the_names_of_all_keeps_its_title():
+    made = exact_rows([np.linspace(-1, 2, 5)] * 2)
+    made["block"] = ["fc.weight", "fc.bias"]
+    figure = plot.spectra(made)
+    assert [ax.get_title().split()[0] for ax in figure.axes[:2]] == ["fc", "fc.bias"]
+
+
 def test_the_full_spectrum_is_one_panel(rows):
     one = rows[rows["block"] == rows["block"].iloc[0]].assign(block="__full__")
     figure = plot.spectra(one)

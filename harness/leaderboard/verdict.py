@@ -195,11 +195,10 @@ def _why_nothing(rows: pd.DataFrame, gate: Gate) -> list[str]:
         reasons.append(f"the gate waits for the runs of {' and '.join(gate.unknown)}")
     used = rows[rows["trained"] & rows[PRIMARY].notna()]
     if len(used) < MIN_ENTRIES:
-        reasons.append(
-            f"{len(used)} entries count and have {PRIMARY}, where {MIN_ENTRIES} are needed"
-        )
+        have = "1 entry counts and has" if len(used) == 1 else f"{len(used)} entries count and have"
+        reasons.append(f"{have} {PRIMARY}, where {MIN_ENTRIES} are needed")
     same = [c for c in ("y", PRIMARY) if used[c].min() == used[c].max()]
-    if same:
+    if same and len(used) > 1:
         reasons.append(f"all entries have the same {' and the same '.join(same)}")
     edge = rows.loc[rows["at_edge"], "model"].tolist()
     if edge:

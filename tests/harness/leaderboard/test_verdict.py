@@ -123,6 +123,11 @@ def test_fewer_than_16_entries_with_j_rank_nothing():
     assert found.lines[-2:] == ("Not trained: e00, e01.", "Without J: e17.")
 
 
+def test_of_one_entry_nothing_is_said_to_be_the_same():
+    found = verdict(table().iloc[:1], RIVALS, [], PASSED)
+    assert found.sentence == "Nothing is ranked: 1 entry counts and has J, where 16 are needed."
+
+
 def test_a_best_rate_at_an_edge_ranks_nothing_and_is_named():
     found = verdict(table(at_edge=np.arange(N) == 3), RIVALS, PAIRS, PASSED)
     assert (found.answer, found.sentence) == (

@@ -1,8 +1,8 @@
 """Torch's operations, replaced in a forward pass where their higher derivatives are not to be had.
 
-Convolutions and cross-entropy by ones that compute less; weight norms and, where it matters, layer
-norms by their formulas, since the derivatives of torch's own kernels are wrong; hardsigmoid and
-hardswish by theirs, since torch's have no second derivative.
+Convolutions, cross-entropy and activations by ones that compute less; weight norms and, where it
+matters, layer norms by their formulas, since the derivatives of torch's own kernels are wrong;
+hardsigmoid and hardswish by theirs, since torch's have no second derivative.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from harness.estimator.convolution import OPERATIONS, convolve
+from harness.estimator import activations, convolution
 from harness.estimator.cross_entropy import cross_entropy
 
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
@@ -27,8 +27,8 @@ class SoundOperations(TorchFunctionMode):
     """Replaces operations by ones whose products with the Hessian are right, and cheap.
 
     To be entered around forward passes. The backward passes, in which checkpointed parts go forward
-    again, are torch's own: convolutions and cross-entropy keep the same tensors there, a norm
-    others, which raises.
+    again, are torch's own: what computes less keeps the same tensors there, a norm others, which
+    raises.
     """
 
     def __init__(self) -> None:
@@ -57,10 +57,14 @@ class SoundOperations(TorchFunctionMode):
             return _weight_norm(*args, **kwargs)
         elif func in _LAYER_NORMS and (self._differentiates or _transforms()):
             return _layer_norm(*args, **kwargs)
-        elif func is F.cross_entropy and not (self._differentiates or _transforms()):
-            return cross_entropy(*args, **kwargs)
-        elif func in OPERATIONS and torch.is_grad_enabled() and not _transforms():
-            return convolve(func, *args, **kwargs)
+        elif torch.is_grad_enabled() and not _transforms():
+            if func in convolution.OPERATIONS:
+                return convolution.convolve(func, *args, **kwargs)
+            if not self._differentiates:  # what follows has two derivatives
+                if func in activations.OPERATIONS:
+                    return activations.activate(func, *args, **kwargs)
+                if func is F.cross_entropy:
+                    return cross_entropy(*args, **kwargs)
         return func(*args, **kwargs)
 
 

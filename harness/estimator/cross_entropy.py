@@ -68,7 +68,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, _, target, total = ctx.saved_tensors
         counts = target != ctx.ignore_index
-        each = counts / total if ctx.is_mean else counts.to(z.dtype)
+        # Where no row counts the mean is nan and its gradient 0, as torch's.
+        each = counts / total.clamp(min=1) if ctx.is_mean else counts.to(z.dtype)
         return _Slope.apply(z, slope, torch.where(counts, target, 0), each), None, None, None
 
 

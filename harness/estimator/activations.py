@@ -15,6 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+from harness.estimator.passes import is_used
+
 # Those of whose inputs torch keeps no more than the input, as `_Activation` does: where a
 # checkpointed part goes forward again, torch's own takes its place.
 OPERATIONS = (F.gelu, F.silu)
@@ -79,5 +81,6 @@ class _Slope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, u: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         first, bend = ctx.saved_tensors
-        by_x, by_g, *_ = ctx.needs_input_grad
-        return u * bend if by_x else None, u * first if by_g else None, None, None
+        by_x = u * bend if is_used(ctx, 0) else None
+        by_g = u * first if is_used(ctx, 1) else None
+        return by_x, by_g, None, None

@@ -16,6 +16,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.nn import grad as conv_grad
 
+from harness.estimator.passes import is_used
+
 # Operation, gradient of its input, gradient of its weight.
 OPERATIONS = {
     torch.conv1d: (F.conv1d, conv_grad.conv1d_input, conv_grad.conv1d_weight),
@@ -87,25 +89,11 @@ class _Derivative(torch.autograd.Function):
         filled = dict(zip(given, ctx.saved_tensors, strict=True)) | {ctx.by: cotangent}
         found = [
             _Derivative.apply(*(filled[p] for p in _PLACES if p != by), by, ctx.call)
-            if _is_used(ctx, i)
+            if is_used(ctx, i)
             else None
             for i, by in enumerate(given)
         ]
         return *found, None, None
-
-
-def _is_used(ctx: Any, index: int) -> bool:
-    """Tell whether the running backward pass uses the gradient of an input.
-
-    As torch's own operations ask (`task_should_compute_output` in its autograd/function.h).
-    """
-    node = ctx.next_functions[index][0]
-    if node is None:  # a constant
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # raised for the leaves that the pass differentiates by
-        return True
 
 
 def _as_numbers(

@@ -1,8 +1,8 @@
 """Torch's operations, replaced in a forward pass where their higher derivatives are not to be had.
 
-Convolutions, cross-entropy and activations by ones that compute less; weight norms and, where it
-matters, layer norms by their formulas, since the derivatives of torch's own kernels are wrong;
-hardsigmoid and hardswish by theirs, since torch's have no second derivative.
+Convolutions, cross-entropy, layer norms and activations by ones that compute less; weight norms,
+and layer norms where the loss differentiates, by their formulas, since the derivatives of torch's
+own kernels are wrong; hardsigmoid and hardswish by theirs, since torch's have no second derivative.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from harness.estimator import activations, convolution
+from harness.estimator import activations, convolution, layer_norm
 from harness.estimator.cross_entropy import cross_entropy
 
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
-_LAYER_NORMS = (F.layer_norm, torch.layer_norm)
 
 
 class SoundOperations(TorchFunctionMode):
@@ -55,14 +54,16 @@ class SoundOperations(TorchFunctionMode):
             return _PIECEWISE[func](*args, **kwargs)
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
-        elif func in _LAYER_NORMS and (self._differentiates or _transforms()):
-            return _layer_norm(*args, **kwargs)
+        elif func in layer_norm.OPERATIONS and (self._differentiates or _transforms()):
+            return layer_norm.by_formula(*args, **kwargs)
         elif torch.is_grad_enabled() and not _transforms():
             if func in convolution.OPERATIONS:
                 return convolution.convolve(func, *args, **kwargs)
             if not self._differentiates:  # what follows has two derivatives
                 if func in activations.OPERATIONS:
                     return activations.activate(func, *args, **kwargs)
+                if func in layer_norm.OPERATIONS:
+                    return layer_norm.normalize(*args, **kwargs)
                 if func is F.cross_entropy:
                     return cross_entropy(*args, **kwargs)
         return func(*args, **kwargs)
@@ -107,24 +108,3 @@ def _transforms() -> bool:
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """Return v g / |v|: the second derivative of torch's own kernel is wrong (seen on CPU)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def _layer_norm(
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> torch.Tensor:
-    """Return (x − mean) / √(variance + eps) · weight + bias (Ba et al. 2016).
-
-    The third derivative of torch's own kernel is wrong (pytorch issue 175754); a loss that
-    differentiates inside needs it. Where the second is enough, the kernel takes less memory.
-    """
-    dims = list(range(-len(normalized_shape), 0))
-    x = input.to(torch.promote_types(input.dtype, torch.float32))  # as the kernel accumulates
-    centred = x - x.mean(dims, keepdim=True)
-    y = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(input.dtype)

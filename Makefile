@@ -109,8 +109,9 @@ campaign: gate
 	$(BIN)/harness verdict --source $(CAMPAIGN) --readme README.md
 
 # Spectra of the ranked entries at initialisation, of three seeds and of the batch's halves, and
-# what else may predict their speed-up.
+# what else may predict their speed-up; of the other entries of the gate a release asks for spectra.
 predictors: $(READY)
+	$(ONE_CORE) $(BIN)/harness run --only spectrum --device cpu --out $(CAMPAIGN) softmax-balanced softmax-zipf
 	set -e; models=$$($(BIN)/python -c \
 		"from harness.registry import entries; print(*(e.name for e in entries('ranked')))"); \
 	for model in $$models; do \

@@ -79,14 +79,16 @@ def leaderboard(
     type=FILE,
     help="Page whose part between the markers becomes the verdict's sentence.",
 )
+@click.option("--picture", type=FILE, help="Draw the entries that are measured, a PNG.")
 @options("source", "json")
-def verdict(readme: Path | None, source: Path | None, as_json: bool) -> None:
+def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_json: bool) -> None:
     """Tell whether JS⁰ at initialisation ranks models by what AdamW gains over SGD.
 
     By the rules of docs/verdict.md, from tables speedups and predictors; what is not measured yet
     is listed with the reason.
     """
     from harness.cli.display import print_speedups
+    from harness.leaderboard import entries, preview
     from harness.leaderboard.ranking import ranking
     from harness.leaderboard.report import write_part
     from spectra_db.loading import folder_of
@@ -95,6 +97,9 @@ def verdict(readme: Path | None, source: Path | None, as_json: bool) -> None:
     if readme is not None:
         write_part(readme, f"**{found.verdict.plain}.** {found.verdict.sentence}")
         click.echo(f"written: {readme}", err=True)
+    if picture is not None:
+        preview.draw(picture, entries.standings(found))
+        click.echo(f"written: {picture}", err=True)
     if as_json:
         facts = {
             "answer": found.verdict.answer,

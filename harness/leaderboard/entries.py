@@ -50,6 +50,16 @@ def standings(found: Ranking) -> list[dict[str, Any]]:
     return rows + waiting
 
 
+def points(standings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries that a picture draws J against speed-up of.
+
+    None while J of a ranked entry with a speed-up is not known: it would show a part of them.
+    """
+    known = [row for row in standings if row["y"] is not None]
+    is_whole = all(row["J"] is not None for row in known if row["ranked"])
+    return [row for row in known if row["J"] is not None] if is_whole else []
+
+
 def measure_table(measures: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the verdict's numbers of each measure, for a table; in the order fixed beforehand."""
     shown = ["kind", "n", "rho", "p", "p_holm", "right_pairs", "decided_pairs"]

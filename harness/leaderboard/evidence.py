@@ -32,7 +32,7 @@ DUMMIES = {"has_attention": 1, "log_params": 1, "log_classes": 1}
 MODALITIES = ("images", "text")
 ANSWERS = ("yes", "no", "unclear")
 CENSORED_AT = 2.0  # log2 of the longest schedule, 4T
-_KNOWN = ["y", "y_prime", *DUMMIES]
+_OUTCOMES = ["y", "y_error", "y_prime"]
 _COLUMNS = [
     *("model", "family", "modality", "y", "y_error", "censored", "y_prime", "trained"),
     *("at_edge", "adam_needed", *DUMMIES, PRIMARY),
@@ -67,7 +67,7 @@ def checked(
             f"entries that are there twice: {twice}; in a pair but not there: {unknown}; "
             f"directions that are neither 1 nor -1: {wrong}"
         )
-    numbers = [*_KNOWN, "y_error", PRIMARY, *rivals]
+    numbers = [*_OUTCOMES, *DUMMIES, PRIMARY, *rivals]
     rows = entries.astype(dict.fromkeys(numbers, np.float64)).sort_values("model")
     flags = ["trained", "censored", "at_edge"]
     rows[flags] = rows[flags].eq(True)
@@ -77,11 +77,13 @@ def checked(
 
 
 def _check_values(rows: pd.DataFrame) -> None:
-    """Raise unless every entry that counts has its outcome and its dummies."""
+    """Raise unless every entry that counts has its outcome, and with J its dummies."""
     size = rows["y"].abs()
-    finite = np.isfinite(rows[[*_KNOWN, "y_error"]].to_numpy(np.float64)).all(axis=1)
+    columns = (_OUTCOMES, list(DUMMIES))
+    known, whole = (np.isfinite(rows[c].to_numpy(np.float64)).all(axis=1) for c in columns)
     faults: dict[str, pd.Series] = {
-        "no finite y, y_error, y_prime or dummy": pd.Series(~finite, index=rows.index),
+        "no finite y, y_error or y_prime": pd.Series(~known, index=rows.index),
+        f"{PRIMARY} and no finite dummy": rows[PRIMARY].notna() & ~whole,
         "a negative y_error": rows["y_error"] < 0,
         f"a y beyond {CENSORED_AT:g}, or censored at another value": (size > CENSORED_AT)
         | (rows["censored"] & (size != CENSORED_AT)),

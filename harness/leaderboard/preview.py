@@ -1,4 +1,4 @@
-"""The picture that a link to the site shows where it is posted: the verdict, and what it is of."""
+"""The verdict as a picture: for README, and what a link to the site shows where it is posted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import UserError
+from harness.leaderboard import entries
 from harness.leaderboard.verdict import Verdict
 from spectra_db import plot
+from spectra_db.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 NAME = "preview.png"
 SIZE = (1200, 630)  # pixels: what Open Graph's readers show whole
 _QUESTION = "Does a network's Hessian tell beforehand that it needs Adam?"
-_POINTS_OF_BOTH = 3  # as many as make a plot of one against the other
+_LINES = 8  # of speed-ups, as many as fit below the verdict
 _RANKED, _REFERENCE = "#0b57a4", "#6e7b8b"
 
 
@@ -41,13 +44,41 @@ def write(folder: Path, verdict: Verdict, standings: list[dict[str, Any]]) -> No
         figure.text(0.04, y, text, size=size, weight=weight, va="top", color=colour)
     figure.text(0.96, 0.03, "Hessian Spectra", size=15, ha="right", color=_REFERENCE)
     known = [row for row in standings if row["y"] is not None]
-    both = [row for row in known if row["J"] is not None]
     if known:
-        whole = len(both) >= _POINTS_OF_BOTH
-        ax = figure.add_axes((0.09 if whole else 0.2, 0.14, 0.86 if whole else 0.74, 0.4))
-        (_draw_both if whole else _draw_speedups)(ax, both if whole else known[:8])
-        ax.tick_params(labelsize=13)
+        both = entries.points(standings)
+        ax = figure.add_axes((0.09 if both else 0.2, 0.14, 0.86 if both else 0.74, 0.4))
+        _draw(ax, both, known[:_LINES])
     figure.savefig(folder / NAME, dpi=100)
+
+
+@plot.style()
+def draw(path: Path, standings: list[dict[str, Any]]) -> None:
+    """Draw the entries that are measured alone, for a page that has the words.
+
+    Args:
+        path: The picture, a PNG.
+        standings: As `entries.standings` returns them.
+
+    Raises:
+        UserError: It can't be written.
+    """
+    from matplotlib.figure import Figure
+
+    known = [row for row in standings if row["y"] is not None]
+    both = entries.points(standings)
+    height = 5 if both else 0.9 + 0.36 * len(known)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    _draw(figure.add_subplot(), both, known)
+    try:
+        with whole(path) as part:
+            figure.savefig(part, format="png", dpi=100)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
+
+
+def _draw(ax: Axes, both: list[dict[str, Any]], known: list[dict[str, Any]]) -> None:
+    (_draw_both if both else _draw_speedups)(ax, both or known)
+    ax.tick_params(labelsize=13)
 
 
 def _draw_both(ax: Axes, rows: list[dict[str, Any]]) -> None:
@@ -69,9 +100,10 @@ def _draw_speedups(ax: Axes, rows: list[dict[str, Any]]) -> None:
     for i, row in enumerate(rows):
         ax.errorbar(row["y"], -i, xerr=_ends(row), **_marker(row))
     ax.set_yticks([-i for i in range(len(rows))], [row["model"] for row in rows])
-    ax.set(xlim=(-2.1, 2.1), ylim=(0.6 - len(rows), 0.6))
+    ax.set(xlim=(-2.1, 2.1), ylim=(0.6 - max(len(rows), 1), 0.6))
     ax.set_xticks([-2, -1, 0, 1, 2], ["4×", "2×", "as many", "2×", "4×"])
     ax.axvline(0, color="black", linewidth=0.8)
+    ax.axvline(0.5, color="black", linestyle="--", linewidth=0.8)
     ax.set_xlabel("← steps that AdamW needs more · that SGD needs more →", size=14)
 
 

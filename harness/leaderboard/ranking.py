@@ -33,9 +33,9 @@ class Ranking:
 
     Attributes:
         verdict: The verdict.
-        entries: A row per ranked entry that is complete, as `verdict` takes them.
+        entries: A row per ranked entry whose speed-up is known, as `verdict` takes them.
         references: The same of reference entries: shown, not ranked.
-        pending: Name of each ranked entry that is not complete, and why.
+        pending: Name of each other ranked entry, and why its speed-up is not known.
     """
 
     verdict: Verdict
@@ -91,7 +91,7 @@ _COLUMNS = [
 
 
 def _row(folder: Path, entry: registry.ModelEntry) -> dict[str, Any] | str:
-    """Return what the tables say of an entry, or why it is not complete."""
+    """Return what the tables say of an entry, or why its speed-up is not known."""
     outcome = rows_of(folder, "speedups", entry.name)
     if outcome.empty or outcome["status"].item() == "pending":
         return "training runs are missing"
@@ -113,7 +113,4 @@ def _row(folder: Path, entry: registry.ModelEntry) -> dict[str, Any] | str:
     for name in (_J, *RIVALS, *DUMMIES):
         column = PRIMARY if name == _J else name
         row[column], row[f"{column}_error"] = means.get(name), errors.get(name)
-    ranks = entry.tier == "ranked" and row["trained"]
-    if ranks and any(row[name] is None for name in DUMMIES):
-        return "predictors are missing"
     return row

@@ -114,6 +114,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
         "entries": standings,
+        "measured": entries.points(standings),
         "example": _example(archive),
         "claims": _claims(pages),
     })  # fmt: skip
@@ -139,7 +140,7 @@ def index_data(
 
     `points` has, per stage and reading, rows of [index of the model, estimate, standard error];
     `board` has table `leaderboard` without the rows of families left out, as rows of `columns`;
-    `entries` are the standings of protocol 2.
+    `entries` are the standings of protocol 2, `measured` those with J and speed-up.
     """
     order = {model["model"]: i for i, model in enumerate(models)}
     points: dict[str, dict[str, list[list[float | None]]]] = {}
@@ -156,6 +157,7 @@ def index_data(
     return {
         "models": [{key: model[key] for key in keys} for model in models],
         "entries": standings,
+        "measured": entries.points(standings),
         "points": points,
         "columns": columns,
         "board": rows,

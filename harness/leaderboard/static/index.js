@@ -1,7 +1,7 @@
 // The first page: the picture, the archive of protocol 1, and the table of the models.
 "use strict";
 
-const { models, entries, points, board, columns, labels, leading, scales: scaleWords, statistics } = window.DATA;
+const { models, entries, measured, points, board, columns, labels, leading, scales: scaleWords, statistics } = window.DATA;
 // The scale that each metric is judged at; dummies have none.
 const leads = (metric, scale) => scale === (leading[metric] ?? "none");
 const JS0 = `js0:${leading.js0}`;
@@ -110,12 +110,11 @@ const widthOf = (target) => Math.max(300, Math.min(target.clientWidth || 900, 10
 
 function drawPicture() {
   const known = entries.filter((e) => e.y !== null);
-  const both = known.filter((e) => e.J !== null);
   const target = byId("picture");
   const waiting = entries.length - known.length;
   const rest = waiting ? ` ${waiting} of ${entries.length} entries are not measured yet.` : "";
-  if (both.length > 2) {
-    target.replaceChildren(pictureOfBoth(both, widthOf(target)));
+  if (measured.length) {
+    target.replaceChildren(pictureOfBoth(widthOf(target)));
     byId("picture-note").textContent = "A point leads to its entry; open points are references. Bars are 95 % intervals of the " +
       `speed-up and standard errors of J; the line is 0.5, above which Adam is needed.${rest}`;
     return;
@@ -156,8 +155,8 @@ function pictureOfSpeedups(known, width) {
   });
 }
 
-function pictureOfBoth(both, width) {
-  const data = both.map((e) => ({ ...e, x: e.J, xLow: e.J - (e.J_error ?? 0), xHigh: e.J + (e.J_error ?? 0), yLow: e.low ?? e.y, yHigh: e.high ?? e.y,
+function pictureOfBoth(width) {
+  const data = measured.map((e) => ({ ...e, x: e.J, xLow: e.J - (e.J_error ?? 0), xHigh: e.J + (e.J_error ?? 0), yLow: e.low ?? e.y, yHigh: e.high ?? e.y,
     full: e.ranked, href: e.has_page ? `models/${e.model}.html` : null,
     said: `${e.model}: J ${e.J.toPrecision(3)}, speed-up ${signed(e.y, 2)} [${signed(e.low, 2)}, ${signed(e.high, 2)}]` }));
   return pointChart(data, { width, height: Math.max(340, width * 0.62), names: width > 500 ? "all" : "families",

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from harness import registry
 from harness.cli import main
-from harness.leaderboard import ranking
+from harness.leaderboard import entries, preview, ranking
 from harness.leaderboard.verdict import NOTHING, SUPPORTS
 from harness.predictors import PREDICTORS
 from harness.registry import ranked
@@ -91,5 +91,30 @@ def test_the_command_says_what_is_pending(tmp_path):
     result = CliRunner().invoke(main, ["verdict", "--source", str(tmp_path), "--json"])
     facts = json.loads(result.output)
     assert facts["answer"] == NOTHING
-    assert facts["pending"]["cifar-vit"] == "predictors are missing"
+    assert [(row["model"], row["y"], row["J"]) for row in facts["entries"]] == [
+        ("cifar-vit", 0.7, None)
+    ]
+    assert "Without J: cifar-vit." in facts["lines"]
     assert facts["pending"]["bpe-gpt"] == "training runs are missing"
+
+
+def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(folder, tmp_path):
+    whole = entries.standings(ranking.ranking(folder))
+    assert {row["model"] for row in entries.points(whole)} == {
+        entry.name for entry in registry.entries("ranked")
+    }
+    for row in whole:
+        if row["model"] == "cifar-vit":
+            row["J"] = None
+    assert entries.points(whole) == []
+    for standings in (whole, []):
+        preview.draw(tmp_path / "verdict.png", standings)
+        assert (tmp_path / "verdict.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_can_not_be_written_is_refused(folder, tmp_path):
+    path = tmp_path / "absent" / "verdict.png"
+    args = ["verdict", "--source", str(folder), "--picture", str(path)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: {path} can't be written: No such file or directory\n"

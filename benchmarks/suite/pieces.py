@@ -124,10 +124,13 @@ class Recurrence:
 
 
 class Import:
-    """Importing the package that reads."""
+    """Importing the package that reads, and asking the command line for help."""
 
     def timeraw_import(self) -> str:
         return "import spectra_db"
+
+    def timeraw_help(self) -> str:
+        return "from harness.cli import main; main(['--help'], standalone_mode=False)"
 
 
 class Load:

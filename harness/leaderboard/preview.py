@@ -24,7 +24,7 @@ _RANKED, _REFERENCE = "#0b57a4", "#6e7b8b"
 
 @plot.style()
 def write(folder: Path, verdict: Verdict, standings: list[dict[str, Any]]) -> None:
-    """Draw the verdict with the entries that are measured, as `entries.points` has them or without J.
+    """Draw the verdict and the entries that are measured, with J once `entries.points` has it.
 
     Args:
         folder: Where the picture goes, as NAME.

@@ -77,9 +77,9 @@ def measured():
     """Return what a process of its own found of budgets, and of a limit of its memory."""
     if sys.platform != "linux":
         pytest.skip("reads /proc, and limits a process as Linux does")
-    # Large tensors are mapped each on its own, so that a process holds what its tensors do. By
-    # default the allocator of C takes them from a heap that doesn't shrink, with gaps.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    # All but the smallest tensors are mapped each on its own, so that a process holds what they
+    # do. By default the allocator of C takes them from a heap that doesn't shrink, with gaps.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     done = subprocess.run(
         [sys.executable, "-c", HEAD + TRANSFORMER + BUDGETS + LIMITED],
         text=True, capture_output=True, env=env, check=False,

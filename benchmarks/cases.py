@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import SplitLoss, estimate_spectra
+from harness.estimator.objective import Batch, LossFn
+from harness.registry import get
 from harness.registry.networks.convolutional import cnn
 from harness.registry.networks.transformer import GPT, ViT
+from harness.training import load_problem
 
 # Mean over samples, or over tokens.
 CROSS_ENTROPY = SplitLoss(
@@ -28,8 +31,8 @@ class Case:
     """A model with its loss and one batch."""
 
     model: nn.Module
-    loss_fn: SplitLoss
-    batch: tuple[torch.Tensor, torch.Tensor]
+    loss_fn: LossFn
+    batch: Batch
 
     def spectra(self, **options: Any) -> pd.DataFrame:
         """Estimate its spectra, with options of `estimate_spectra`."""
@@ -52,6 +55,21 @@ def resnet18() -> Case:
     from torchvision.models import resnet18 as build
 
     return Case(seeded(lambda: build(num_classes=10)), CROSS_ENTROPY, images(10, 16, 3, 64, 64))
+
+
+def entry(name: str) -> Case:
+    """Return a registry entry at initialisation, with its Hessian's batch in one piece.
+
+    Raises:
+        UserError: There is no such entry, or its data are not here.
+    """
+    problem = load_problem(get(name))
+    return Case(problem.model, problem.loss_fn, whole(problem.batches))
+
+
+def whole(microbatches: Iterable[Batch]) -> Batch:
+    """Put microbatches together, sample by sample."""
+    return tuple(torch.cat(tensors) for tensors in zip(*microbatches, strict=True))
 
 
 def small(kind: str) -> Case:

@@ -18,8 +18,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import Case, count_flops, gpt_10m, resnet18
+from benchmarks.cases import Case, count_flops, entry, gpt_10m, resnet18
 from harness import find_blocks
+from harness.errors import UserError
 from harness.estimator import shortcuts
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.objective import Objective
@@ -147,6 +148,18 @@ FULL = {"ours, full": partial(ours, partition="full"), "pyhessian, full": pyhess
 PEERS = BLOCKS | FULL
 
 
+def _case(name: str) -> Case:
+    """Return one of `CASES`, or that of a model of the registry.
+
+    Raises:
+        click.UsageError: There is no such model, or its data are not here.
+    """
+    try:
+        return CASES[name]() if name in CASES else entry(name)
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+
+
 def _flat(model: nn.Module) -> nn.Module:
     """Put the logits of all tokens in one dimension, as nn.CrossEntropyLoss wants them."""
     return nn.Sequential(model, nn.Flatten(0, -2)).eval()
@@ -159,7 +172,9 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 @click.command()
-@click.option("--case", "names", type=click.Choice(list(CASES)), multiple=True, help="Default: all")
+@click.option(
+    "--case", "names", multiple=True, help=f"{', '.join(CASES)} (default: both), or a model's name."
+)
 @click.option("--way", "ways", type=click.Choice(list(PEERS)), multiple=True, help="Default: all")
 @click.option("--rounds", default=3, show_default=True, help="Steps of each way.")
 def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
@@ -177,7 +192,7 @@ def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
             raise click.UsageError(f"JAX has no {name} here: pass --case gpt-10m")
         # Each beside ours on the same work, which is the first of its kind.
         base = {way: next(iter(kind)) for kind in (BLOCKS, FULL) for way in kind if way in asked}
-        steps = {way: PEERS[way](CASES[name]()) for way in dict.fromkeys([*base.values(), *base])}
+        steps = {way: PEERS[way](_case(name)) for way in dict.fromkeys([*base.values(), *base])}
         flops = {way: count_flops(step) / 1e9 for way, step in steps.items()}  # also warms up
         times = {way: [] for way in steps}
         for _ in range(rounds):

@@ -68,7 +68,7 @@ def take(
         UserError: The entry is not trained or can't be measured.
     """
     settings, ledger = Settings(entry.partition, device=device), Ledger(out)
-    steps = [(seed, family) for seed in SEEDS for family in FAMILIES]
+    steps = [(seed, family) for family in FAMILIES for seed in SEEDS]
     for done, (seed, family) in enumerate(steps):
         on_progress(done, len(steps))
         problem = load(entry, seed, data_root, ledger)

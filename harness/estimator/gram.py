@@ -9,6 +9,7 @@ Ritter & Barber 2017, arXiv 1706.03662).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
@@ -44,7 +45,9 @@ Rule = tuple[list[float], list[float]]  # nodes and weights
 Way = Callable[[BlockHessian, Roots, Sequence[int]], dict[int, torch.Tensor]]
 
 
-def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int, Rule, int]]:
+def spectra(
+    hessian: BlockHessian, indices: Sequence[int], num_products: float = math.inf
+) -> Iterator[tuple[int, Rule, int]]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
 
     The matrix is A Aᵀ, or Aᵀ A where the block has fewer parameters than there are rows, of at most
@@ -55,6 +58,8 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int
     Args:
         hessian: The products; it holds the whole batch.
         indices: The blocks to look at.
+        num_products: Products that sampling would take of each: where more than 4,096 rows take
+            more backward passes over the batch than the products of all of them, none is taken.
 
     Yields:
         A block's index, its nodes, ascending, and weights, one node 0 for all zeros, and the
@@ -66,18 +71,22 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int
     """
     split = split_or_refuse(hessian.loss_fn, "gram=True")
     free = hessian.memory_budget - hessian.product_bytes - 8 * _CHUNK
+    if _first_outputs(hessian) > MOST_ROWS:
+        return
+    if hessian.operator == "hessian":
+        indices = linear_blocks(hessian, split, indices)
+    if not indices:
+        return
     sizes = {i: hessian.blocks[i].num_params for i in indices}
-    is_small = any(n <= MOST_ROWS for n in sizes.values())  # whatever the number of rows
-    roots = _roots(hessian, split, None if is_small else MOST_ROWS, free)
+    num_small = sum(n <= MOST_ROWS for n in sizes.values())  # of these A may have more rows
+    roots = _roots(hessian, split, num_small * num_products if num_small else 0.0, free)
     if roots is None:
         return
     num_rows = sum(len(root) for _, root in roots)
     free -= sum(root.nbytes for _, root in roots)
     fitting = [i for i, n in sizes.items() if min(n, num_rows) <= MOST_ROWS]
-    if hessian.operator == "hessian":
-        fitting = linear_blocks(hessian, split, fitting)
-        if fitting:
-            _warn_of_wrong_derivatives(hessian)
+    if fitting and hessian.operator == "hessian":
+        _warn_of_wrong_derivatives(hessian)
     passes = -(-num_rows // hessian.batch_size) + (hessian.operator == "hessian")
     ways: list[tuple[Way, dict[int, int]]] = [
         (_of_layers, _bytes_of_layers(hessian, roots, fitting)),
@@ -101,16 +110,23 @@ def _bytes_of_rows(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
     return kept + 3 * 8 * min(num_params, num_rows) ** 2
 
 
+def _first_outputs(hessian: BlockHessian) -> int:
+    """Return how many outputs the first piece of the batch has."""
+    piece, _ = next(iter(hessian.pieces()))
+    with torch.no_grad():
+        return hessian.outputs(piece).numel()
+
+
 def _roots(
-    hessian: BlockHessian, split: SplitLoss, most_rows: int | None, most_bytes: int
+    hessian: BlockHessian, split: SplitLoss, most_passes: float, most_bytes: int
 ) -> list[tuple[Batch, torch.Tensor]] | None:
     """Return pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 
-    None where a piece has too many outputs, they all are too many rows or bytes, or the criterion
-    is not convex in them.
+    None where a piece has too many outputs, all are too many bytes, or more than 4,096 rows that
+    take too many passes over the batch, or the criterion is not convex in the outputs.
     """
     found: list[tuple[Batch, torch.Tensor]] = []
-    num_rows = nbytes = 0
+    num_rows = num_samples = nbytes = 0
     for piece, weight in hessian.pieces():
         with torch.no_grad():
             z = hessian.outputs(piece)
@@ -118,8 +134,11 @@ def _roots(
         if root is None:
             return None
         num_rows += len(root)
+        num_samples += leading_size(piece)
         nbytes += root.numel() * z.element_size()
-        if nbytes > most_bytes or (most_rows is not None and num_rows > most_rows):
+        passes = num_rows / num_samples  # of all pieces, if they go on like this
+        too_many = passes * hessian.batch_size > MOST_ROWS and passes > most_passes
+        if nbytes > most_bytes or too_many:
             return None
         if len(root):
             found.append((piece, (weight**0.5 * root).to(z.dtype).view(-1, *z.shape)))

@@ -245,7 +245,7 @@ def test_rows_too_many_for_every_block_are_given_up_before_all_are_made(monkeypa
     monkeypatch.setattr(gram, "_root", lambda *a: made.append(a) or root(*a))
     rows = estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS)
     assert set(rows["method"]) == {"slq"}
-    assert len(made) == 3
+    assert len(made) == 1  # the others will be as many
 
 
 def test_a_criterion_that_is_not_convex_falls_back():

@@ -248,6 +248,16 @@ def test_rows_too_many_for_every_block_are_given_up_before_all_are_made(monkeypa
     assert len(made) == 1  # the others will be as many
 
 
+def test_rows_are_taken_where_they_cost_no_more_than_the_products_they_replace(monkeypatch):
+    model, batch = net("cnn", 20)
+    monkeypatch.setattr(gram, "MOST_ROWS", 40)  # 3 of each sample; one block has 36 parameters
+    methods = [
+        estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS | {"num_steps": n})["method"]
+        for n in (2, 3)
+    ]
+    assert [methods[0].to_list(), sorted(methods[1])] == [["slq"] * 3, ["exact", "slq", "slq"]]
+
+
 def test_a_criterion_that_is_not_convex_falls_back():
     model, batch = net("cnn")
     odd = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z.sin().mean())

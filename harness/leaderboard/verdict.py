@@ -247,7 +247,7 @@ def _missed(j: Any, rule: Rule) -> str:
     if rule.pairs is None:
         missed.append("5 decided pairs, all of them right")
     elif j.right_pairs < rule.pairs:
-        missed.append(f"{rule.pairs} right pairs")
+        missed.append(f"the right order in at least {rule.pairs} pairs")
     if not j.given_attention > 0:
         missed.append("a positive ρ given attention")
     return f"lacks {' and '.join(missed)}"

@@ -136,8 +136,8 @@ def _roots(
         num_rows += len(root)
         num_samples += leading_size(piece)
         nbytes += root.numel() * z.element_size()
-        passes = num_rows / num_samples  # of all pieces, if they go on like this
-        too_many = passes * hessian.batch_size > MOST_ROWS and passes > most_passes
+        # Rows per sample are passes over the batch, if the pieces go on like this.
+        too_many = num_rows > MOST_ROWS and num_rows / num_samples > most_passes
         if nbytes > most_bytes or too_many:
             return None
         if len(root):

@@ -46,8 +46,8 @@ def differences(
 
     Args:
         folder: Folder of tables, each valid.
-        derived: Table ↦ what makes it from others. What DERIVED makes is not made again where the
-            same bytes were found to follow before (`followed`).
+        derived: Table ↦ what makes it from others. What a plain function makes is not made again
+            where the same bytes were found to follow before (`followed`).
         on_progress: Called with (files done, files in all).
         models: Compare their files alone; None: all.
     """
@@ -65,12 +65,10 @@ def differences(
 
 def _of_file(folder: Path, derived: Mapping[str, Derive], path: Path) -> list[str]:
     table = path.parent.name
-    stored = store.read(path, table).to_pandas()
-    # Others depend on more than the model's tables.
-    alone = derived[table] is DERIVED.get(table)
-    note = followed.note_of(folder, table, path.stem) if alone else None
+    note = followed.note_of(folder, path, derived[table])
     if note is not None and followed.is_there(note):
         return []
+    stored = store.read(path, table).to_pandas()
     try:
         expected = derived[table](folder, stored)
     except ValueError as error:

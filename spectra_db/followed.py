@@ -2,18 +2,22 @@
 
 Making a release's metrics anew takes minutes, and most of its files are those of the release
 before. A note is an empty file whose name is the hash of all that its finding depends on: the
-model's tables, this package's code and the libraries'. Another byte of any has another name.
+tables, the code that makes them anew and the libraries'. Another byte of any has another name.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from spectra_db.files import sha256_of
 from spectra_db.verified import digest_of
@@ -21,21 +25,23 @@ from spectra_db.verified import digest_of
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "scipy")
 
 
-def note_of(root: Path, table: str, model: str) -> Path | None:
-    """Return where it is noted that a file follows from the model's other tables.
+def note_of(root: Path, path: Path, made_by: Callable[..., Any]) -> Path | None:
+    """Return where it is noted that a file follows from other tables.
 
     Args:
         root: Folder of tables.
-        table: The file's table.
-        model: Its model.
+        path: One of its files: of a model, which follows from the model's tables, or of all models.
+        made_by: What makes its rows anew.
 
     Returns:
-        The note, there or not; None where the model has no spectra.
+        The note, there or not; None where `made_by` is bound to more than tables, such as entries.
     """
-    tables = digest_of(root, model)
-    if tables is None:
+    if not inspect.isfunction(made_by):
         return None
-    name = sha256(json.dumps([_code(), table, model, tables]).encode()).hexdigest()
+    of_model = digest_of(root, path.stem)
+    tables = [of_model] if of_model else [*map(sha256_of, sorted(root.glob("*/*.parquet")))]
+    what = [_code(), _code(made_by.__module__), path.parent.name, path.stem, tables]
+    name = sha256(json.dumps(what).encode()).hexdigest()
     cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cached, "hessian-spectra", "followed", name)
 
@@ -53,7 +59,8 @@ def write(note: Path) -> None:
 
 
 @cache
-def _code() -> list[str]:
-    """Return the hashes of this package's modules, and the versions of what they compute with."""
-    modules = sorted(Path(__file__).parent.glob("*.py"))
-    return [*map(sha256_of, modules), *map(version, _LIBRARIES)]
+def _code(module: str = __name__) -> list[str]:
+    """Return the hashes of the modules of a module's package, and what they compute with."""
+    package = sys.modules[module.partition(".")[0]]
+    modules = [path for folder in package.__path__ for path in Path(folder).rglob("*.py")]
+    return [*map(sha256_of, sorted(modules)), *map(version, _LIBRARIES)]

@@ -41,7 +41,8 @@ def load(
     """Read rows of a table.
 
     Args:
-        table: models, spectra, blocks, heterogeneity, training, stages, gaps, runs, leaderboard.
+        table: models, spectra, blocks, heterogeneity, training, stages, gaps, runs, leaderboard;
+            of protocol 2 trials, speedups, predictors.
         source: A folder (what `--out` wrote), or the id of a dataset on the Hugging Face Hub;
             None for the release bundled with the package.
         revision: Tag, branch or commit of the Hub's dataset. A folder has the one version that its

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import click
@@ -68,7 +67,7 @@ def release(
         version,
         models=known - set(left_out),
         notes=notes,
-        derive=partial(derive, registry_dir=registry),
+        derive=derive,
         merge=merge,
     )
     size = sum(file.bytes for file in made.files.values())

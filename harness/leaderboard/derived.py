@@ -21,9 +21,9 @@ def leaderboard(data: tables.Dataset) -> pd.DataFrame:
     return statistics.leaderboard(data.models, data.heterogeneity, data.gaps)
 
 
-def derive(folder: Path, registry_dir: Path | None = None) -> None:
+def derive(folder: Path) -> None:
     """Write the table that is derived from all models of a folder together: `leaderboard`."""
-    board = _board(registry_dir, folder)
+    board = _board(folder)
     if len(board):
         store.write(folder, "leaderboard", board, replace=True)
 
@@ -31,11 +31,9 @@ def derive(folder: Path, registry_dir: Path | None = None) -> None:
 def derived_of_release(registry_dir: Path | None = None) -> dict[str, Derive]:
     """Return what makes each derived table of a release anew, `leaderboard` too."""
     find_entry = partial(registry.get, registry_dir=registry_dir)
-    return derived(find_entry) | {"leaderboard": partial(_board, registry_dir)}
+    return derived(find_entry) | {"leaderboard": _board}
 
 
-def _board(
-    registry_dir: Path | None, folder: Path, stored: pd.DataFrame | None = None
-) -> pd.DataFrame:
-    data = tables.read(folder, registry_dir=registry_dir)
+def _board(folder: Path, stored: pd.DataFrame | None = None) -> pd.DataFrame:
+    data = tables.read(folder)  # entries that are not in it have no numbers to enter
     return statistics.leaderboard(data.models, data.heterogeneity, data.gaps)

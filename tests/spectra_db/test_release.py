@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from spectra_db import check, followed, manifest, store, verified
-from spectra_db.derived import DERIVED
+from spectra_db.derived import DERIVED, differences
 from spectra_db.loading import BUNDLED
 from spectra_db.manifest import InvalidRelease
 from spectra_db.release import release
@@ -432,10 +433,35 @@ def test_what_was_found_to_follow_is_not_made_anew_but_with_other_bytes(tmp_path
         assert "rows are not what other tables give" in problem
 
 
+def test_what_follows_from_all_models_is_made_anew_where_a_byte_of_one_changed(
+    source, tmp_path, made_anew
+):
+    root = Path(shutil.copytree(source, tmp_path / "tables"))
+    times = []
+
+    def board(folder, stored):
+        times.append(folder)
+        return stored
+
+    keys = {"stage": "init", "metric": "js0", "scale": "own_rms", "sigma": 0.05, "left_out": ""}
+    row = keys | {"statistic": "spearman", "protocol_version": 1, "num_models": 1}
+    store.write(root, "leaderboard", [row | {"num_families": 1}])
+    for expected in (1, 1):
+        assert differences(root, {"leaderboard": board}) == []
+        assert len(times) == expected
+    store.write(root, "gaps", [gap_row("digits-mlp", gap=0.3)], replace=True)
+    assert differences(root, {"leaderboard": board}) == []
+    assert len(times) == 2
+    # Bound to what no table holds it is made anew each time.
+    for expected in (3, 4):
+        assert differences(root, {"leaderboard": partial(board)}) == []
+        assert len(times) == expected
+
+
 def test_code_that_changed_finds_out_again(tmp_path, made_anew, monkeypatch):
     release(write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data", "0.1.0")
     check.problems(tmp_path / "data")
-    monkeypatch.setattr(followed, "_code", lambda: ["another"])
+    monkeypatch.setattr(followed, "_code", lambda module="": ["another"])
     assert check.problems(tmp_path / "data") == []
     assert sorted(made_anew) == ["heterogeneity"] * 2 + ["stages"] * 2
 

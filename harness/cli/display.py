@@ -157,6 +157,34 @@ def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
         _console().print(table)
 
 
+def print_measures(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print how each measure goes with the speed-up, and what it has less than J."""
+    numbers = ("entries", "ρ", "p", "p (Holm)", "less J's", "pairs right")
+    table = _table("measure", "kind", numbers=numbers)
+    for row in rows:
+        p, p_holm = ("–" if row[k] != row[k] else f"{row[k]:.2g}" for k in ("p", "p_holm"))
+        ends = f"[{row['difference_low']:.2f}, {row['difference_high']:.2f}]"
+        less = "–" if row["kind"] == "primary" else f"{row['difference']:.2f} {ends}"
+        pairs = f"{row['right_pairs']} of {row['decided_pairs']}"
+        table.add_row(
+            row["label"], row["kind"], str(row["n"]), f"{row['rho']:.2f}", p, p_holm, less, pairs
+        )
+    if rows:
+        _console().print(table)
+
+
+def print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the pairs that differ in one thing: by how much in speed-up and in J."""
+    table = _table("pair", "first", "second", numbers=("Δ log2 speed-up", "ΔJ"))
+    table.add_column("outcome")
+    for row in rows:
+        dy = "–" if row["dy"] != row["dy"] else f"{row['dy']:.2f} ± {row['dy_error']:.2f}"
+        dj = "–" if row["dj"] != row["dj"] else f"{row['dj']:+.3f}"
+        table.add_row(row["pair"], row["model_a"], row["model_b"], dy, dj, row["outcome"])
+    if rows:
+        _console().print(table)
+
+
 def print_leaderboard(
     rows: Sequence[dict[str, Any]], columns: Mapping[str, str], stage: str
 ) -> None:

@@ -87,7 +87,7 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
     By the rules of docs/verdict.md, from tables speedups and predictors; what is not measured yet
     is listed with the reason.
     """
-    from harness.cli.display import print_speedups
+    from harness.cli.display import print_measures, print_pairs, print_speedups
     from harness.leaderboard import entries, preview
     from harness.leaderboard.ranking import ranking
     from harness.leaderboard.report import write_part
@@ -106,6 +106,8 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
             "sentence": found.verdict.sentence,
             "lines": found.verdict.lines,
             "pending": found.pending,
+            "measures": _records(found.verdict.measures),
+            "pairs": _records(found.verdict.pairs),
             "entries": _records(found.entries),
             "references": _records(found.references),
         }
@@ -113,6 +115,8 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
         return
     click.echo(found.verdict.sentence)
     print_speedups(found.entries, found.references)
+    print_measures(entries.measure_table(found.verdict.measures))
+    print_pairs(entries.pair_table(found.verdict.pairs))
     for line in found.verdict.lines:
         click.echo(f"- {line}")
     for model, reason in found.pending.items():

@@ -63,10 +63,20 @@ def points(standings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def measure_table(measures: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the verdict's numbers of each measure, for a table; in the order fixed beforehand."""
     shown = ["kind", "n", "rho", "p", "p_holm", "right_pairs", "decided_pairs"]
+    shown += ["difference", "difference_low", "difference_high"]
     return [
-        {"label": _WORDS.get(str(row["measure"]), str(row["measure"]))}
+        {"label": _WORDS.get(row["measure"], row["measure"]) + (", less of it" * (row["sign"] < 0))}
         | {key: row[key] for key in shown}
         for row in measures.to_dict("records")
+    ]
+
+
+def pair_table(pairs: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Return the pairs, for a table, each with its `outcome`: right, wrong or why none."""
+    words = {True: "right", False: "wrong"}
+    return [
+        row | {"outcome": words[row["right"]] if row["decided"] else f"undecided: {row['why']}"}
+        for row in pairs.to_dict("records")
     ]
 
 

@@ -177,8 +177,8 @@ def verdict(
     chances = rule.chances(design)
     lines = [
         *_primary_lines(table.iloc[0], rule),
-        *_measure_lines(table),
-        *_pair_lines(compared, design, with_j),
+        _dummies_line(table),
+        _pairs_line(compared, design, with_j),
         *_chance_lines(chances, rule),
         *_left_out(rows),
     ]
@@ -274,47 +274,32 @@ def _primary_lines(j: Any, rule: Rule) -> list[str]:
     ]
 
 
-def _measure_lines(table: pd.DataFrame) -> list[str]:
-    """Return a line for each rival and dummy, and one for the majority."""
+def _dummies_line(table: pd.DataFrame) -> str:
+    """Return which dummies J beats, and how it does beside the majority."""
     j = table.iloc[0]
-    lines = []
-    rest: Any = table.iloc[1:].itertuples()
-    for m in rest:
-        adjusted = f", by Holm {_p(m.p_holm)}" if m.kind == "rival" else ""
-        turned = ", less being more" if m.sign < 0 else ""
-        lines.append(
-            f"{m.kind.capitalize()} {m.measure}{turned}: ρ = {_value(m.rho)} over {m.n} entries "
-            f"({_p(m.p)}{adjusted}); less {PRIMARY}'s: {_value(m.difference)} "
-            f"[{_value(m.difference_low)}, {_value(m.difference_high)}]."
-        )
     beaten = [d for d in DUMMIES if j.rho > table.loc[table["measure"] == d, "rho"].item()]
-    lines.append(
+    return (
         f"{PRIMARY} has a larger ρ than these of the {len(DUMMIES)} dummies: "
         f"{', '.join(beaten) or 'none'}. A threshold on {PRIMARY} set on the other families tells "
         f"yes from no in {_value(j.accuracy)} of the clear entries, always the more "
         f"frequent answer in {_value(j.majority)}."
     )
-    return lines
 
 
-def _pair_lines(compared: pd.DataFrame, design: Design, with_j: pd.DataFrame) -> list[str]:
-    """Return the paired test and the pairs that are undecided or wrong."""
+def _pairs_line(compared: pd.DataFrame, design: Design, with_j: pd.DataFrame) -> str:
+    """Return the paired test."""
     j = with_j[PRIMARY].to_numpy(np.float64)
     right, decided = int(design.right_pairs(j)), len(design.sign)
     shuffled = design.right_pairs(inference.ranks(j)[inference.orders(len(j))])
     error = error_of(with_j, PRIMARY)
     close = np.abs(j[design.a] - j[design.b]) <= 2 * np.hypot(error[design.a], error[design.b])
-    lines = [
+    return (
         f"Pairs: {decided} of {len(compared)} decided; the larger {PRIMARY} has the larger y in "
         f"{right}: {_p(inference.binomial_p(right, decided))} were they independent, "
         f"{_p(float((shuffled >= right).mean()))} with {PRIMARY} permuted among the entries, which "
         f"pairs share. In {int(close.sum())} of the decided ones the difference of {PRIMARY} is "
         "within 2 standard errors."
-    ]
-    wrong = compared.loc[compared["right"].eq(False), "pair"].tolist()
-    lines += [f"Wrong pairs: {', '.join(wrong)}."] if wrong else []
-    undecided: Any = compared[~compared["decided"]].itertuples()
-    return [*lines, *(f"Undecided pair {p.pair}: {p.why}." for p in undecided)]
+    )
 
 
 def _chance_lines(chances: pd.DataFrame, rule: Rule) -> list[str]:

@@ -14,6 +14,7 @@ from harness.leaderboard.report import ranking
 from harness.leaderboard.site import build
 from harness.leaderboard.statistics import leaderboard
 from harness.leaderboard.tables import read
+from harness.registry.ranked import PAIRS
 from spectra_db import store
 from tests.harness.leaderboard.tables import gap_row, made_up, metric_row, model_row
 from tests.harness.leaderboard.test_ranking import folder  # noqa: F401
@@ -244,6 +245,7 @@ def test_the_first_screen_says_the_verdict_and_draws_measure_against_speed_up(
     assert "against J, 18 entries" in shown.get_attribute("#picture svg", "aria-label")
     assert "cifar-vit" in shown.text_content("#picture")
     assert column(shown, "measures", 0)[0] == "JS⁰ of raw eigenvalues (J)"
+    assert column(shown, "pairs", 0) == [name for name, *_ in PAIRS]
 
 
 def test_no_two_families_look_alike(tab, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from harness import registry
 from harness.cli import main
-from harness.leaderboard import entries, preview, ranking
+from harness.leaderboard import entries, evidence, preview, ranking
 from harness.leaderboard.verdict import NOTHING, SUPPORTS
 from harness.predictors import PREDICTORS
 from harness.registry import ranked
@@ -100,6 +100,22 @@ def test_the_command_says_what_is_pending(tmp_path):
     ]
     assert "Without J: cifar-vit." in facts["lines"]
     assert facts["pending"]["bpe-gpt"] == "training runs are missing"
+
+
+def test_the_command_lists_every_measure_and_every_pair(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    args = ["verdict", "--source", str(folder)]
+    facts = json.loads(CliRunner().invoke(main, [*args, "--json"]).output)
+    assert len(facts["measures"]) == 1 + len(ranking.RIVALS) + len(evidence.DUMMIES)
+    assert [pair["pair"] for pair in facts["pairs"]] == [name for name, *_ in ranked.PAIRS]
+    shown = CliRunner().invoke(main, args).output
+    for pair in facts["pairs"]:
+        [line] = [line for line in shown.splitlines() if line.startswith(f" {pair['pair']}  ")]
+        assert f" {pair['dj']:+.3f} " in line
+        right = "right" if pair["right"] else "wrong"
+        assert (f" {right} " if pair["decided"] else f" undecided: {pair['why']} ") in line
+    assert " JS⁰ of raw eigenvalues (J) " in shown
+    assert ", less of it " in shown
 
 
 def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(found, tmp_path):

@@ -95,7 +95,7 @@ bench-check: $(READY)
 # Protocol 2's training runs and measures, on one core: about a day. What is there is not done again.
 # Keeping freed memory takes a third off a step. Data: HARNESS_DATA_ROOT.
 CAMPAIGN := spectra_db/campaign
-VERDICT := $(BIN)/harness verdict --source $(CAMPAIGN) --readme README.md --picture docs/verdict.png
+VERDICT := $(BIN)/harness verdict --readme README.md --picture docs/verdict.png
 ONE_CORE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 OMP_NUM_THREADS=1
 TRIALS := $(ONE_CORE) $(BIN)/harness run --only trial --device cpu --out $(CAMPAIGN)
 GATE := softmax-balanced softmax-zipf cifar-resnet8 cifar-vit bpe-gpt
@@ -107,7 +107,7 @@ campaign: gate
 	$(TRIALS) --tier ranked
 	$(TRIALS) --tier reference
 	$(MAKE) predictors
-	$(VERDICT)
+	$(BIN)/harness verdict --source $(CAMPAIGN)
 
 # Spectra of the ranked entries at initialisation, of three seeds and of the batch's halves, and
 # what else may predict their speed-up; of the other entries of the gate a release asks for spectra.

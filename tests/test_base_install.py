@@ -26,7 +26,7 @@ WITHOUT = [
     ["list"],
     ["spectrum", "--help"],
     ["describe", "mlp-mnist-c1", "--provenance"],
-    ["verdict", "--source", str(ROOT / "spectra_db/campaign")],
+    ["verdict"],
     ["dataset", "merge", str(ROOT / "spectra_db/campaign"), "--out", "merged"],
     ["dataset", "diff", "merged", str(ROOT / "spectra_db/campaign")],
     ["dataset", "derive", "merged"],

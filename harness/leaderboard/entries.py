@@ -1,9 +1,8 @@
-"""Protocol 2 on the pages: where its tables lie, and what they say of each entry."""
+"""Protocol 2 on the pages: what its tables say of each entry."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,24 +10,11 @@ import pandas as pd
 from harness import registry
 from harness.leaderboard.ranking import Ranking
 from harness.predictors import PREDICTORS
-from spectra_db.loading import BUNDLED, folder_of
 
-# The tables of protocol 2 while its runs go on: beside the release, until it holds them itself.
-CAMPAIGN = BUNDLED.with_name("campaign")
 TIERS = ("ranked", "reference")
-_TABLES = ("models", "speedups", "predictors", "trials")
+# What a verdict and its pages are made of.
+FILES = tuple(f"{table}/*.parquet" for table in ("models", "speedups", "predictors", "trials"))
 _WORDS = {p.name: p.what for p in PREDICTORS} | {"J": "JS⁰ of raw eigenvalues (J)"}
-
-
-def folder_of_entries(source: Path | str | None) -> Path:
-    """Return the folder of protocol 2's tables: the source's own, where it has speed-ups.
-
-    Args:
-        source: As of `spectra_db.load`; the bundled release has the campaign beside it.
-    """
-    folder = folder_of(source, paths=[f"{table}/*.parquet" for table in _TABLES])
-    has_own = any((folder / "speedups").glob("*.parquet"))
-    return CAMPAIGN if source is None and not has_own and CAMPAIGN.is_dir() else folder
 
 
 def standings(found: Ranking) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,29 +32,11 @@ from spectra_db.words import ANSWERS, in_order
 _STATIC = Path(__file__).parent / "static"
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tables of one folder with what is derived of them."""
-
-    source: Path | str | None
-    data: Dataset
-    joined: pd.DataFrame
-    models: list[dict[str, Any]]
-
-    @classmethod
-    def of(cls, source: Path | str | None) -> _Part:
-        data = read(source)
-        joined = measurements(data.models, data.heterogeneity, data.gaps)
-        folder = folder_of(source, paths=["trials/*.parquet"])
-        return cls(source, data, joined, _models(data, joined, folder))
-
-
 def build(source: Path | str | None, out: Path, docs_folder: Path | None = None) -> Path:
     """Write `index.html`, a page per model, and what they need, into a folder.
 
     Args:
-        source: Folder of tables, id of a dataset on the Hub, or None for the bundled release,
-            beside which the campaign of protocol 2 is shown.
+        source: Folder of tables, id of a dataset on the Hub, or None for the bundled release.
         out: Folder to write to. The tables are copied there for download, unless it is the source
             itself.
         docs_folder: Folder of Markdown files that become pages, such as `docs.DOCS`; None for none.
@@ -67,23 +48,23 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         NotFound: The source has no table `models`.
         UserError: The folder can't be written to.
     """
-    main = _Part.of(source)
-    board = leaderboard(main.data)
-    campaign = entries.folder_of_entries(source)
-    parts = [main] + ([_Part.of(campaign)] if campaign == entries.CAMPAIGN else [])
-    models = [model for part in parts for model in part.models]
-    found = ranking(campaign)
-    release = manifest.read(folder_of(source, paths=[manifest.NAME]))
+    data = read(source)
+    joined = measurements(data.models, data.heterogeneity, data.gaps)
+    board = leaderboard(data)
+    folder = folder_of(source, paths=[manifest.NAME, *entries.FILES])
+    models = _models(data, joined, folder)
+    found = ranking(folder)
+    release = manifest.read(folder)
     _add_speedups(models, found.entries, found.references)
-    for folder in (out, out / "models", out / "data" / "models"):
+    for part in (out, out / "models", out / "data" / "models"):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder} can't be made: {error.strerror}") from error
+            raise UserError(f"{part} can't be made: {error.strerror}") from error
     shutil.copytree(_STATIC, out / "static", dirs_exist_ok=True)
-    export(main.data, board, out)
+    export(data, board, out)
     pages = docs.pages(docs_folder) if docs_folder else []
-    environment = _environment(main.data, pages)
+    environment = _environment(data, pages)
     if docs_folder:
         citation = docs_folder.with_name("CITATION.cff")
         if citation.is_file():
@@ -92,24 +73,23 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         docs.copy_figures(docs_folder, out / "docs")
         for page in pages:
             _write(out / "docs" / f"{page.name}.html", environment, "doc.html", {"page": page})
-    with_page = set()
-    for part in parts:
-        for model in part.models:
-            if model["has_page"]:
-                _write_model(model, models, part, environment, out)
-                with_page.add(model["model"])
+    with_page = [model for model in models if model["has_page"]]
+    for model in with_page:
+        ours = joined[joined["model"] == model["model"]]
+        _write_model(model, models, ours, data.runs, source, environment, out)
     archive = [model for model in models if model["tier"] not in entries.TIERS]
-    standings = [row | {"has_page": row["model"] in with_page} for row in entries.standings(found)]
+    pages_of = {model["model"] for model in with_page}
+    standings = [row | {"has_page": row["model"] in pages_of} for row in entries.standings(found)]
     if project.SITE:
         preview.write(out, found.verdict, standings)
     verified = [model["model"] for model in archive if model["provenance"] == "verified"]
     _write(out / "index.html", environment, "index.html", {
         "models": archive,
         "verified": verified,
-        "sentences": report.sentences(board, main.joined),
-        "num_pending": len(main.data.pending),
+        "sentences": report.sentences(board, joined),
+        "num_pending": len(data.pending),
         "has_board": len(board) > 0,
-        "stages": in_order(main.joined["stage"]),
+        "stages": in_order(joined["stage"]),
         "bibtex": card.bibtex(release.version if release else None),
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
@@ -119,7 +99,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "example": _example(archive),
         "claims": _claims(pages),
     })  # fmt: skip
-    _write_js(out / "data" / "index.js", index_data(archive, main.joined, board, standings))
+    _write_js(out / "data" / "index.js", index_data(archive, joined, board, standings))
     _write(out / "compare.html", environment, "compare.html", {"models": models})
     return out / "index.html"
 
@@ -216,24 +196,25 @@ def _claims(pages: list[docs.Page]) -> str:
 def _write_model(
     model: dict[str, Any],
     models: list[dict[str, Any]],
-    part: _Part,
+    ours: pd.DataFrame,
+    all_runs: pd.DataFrame,
+    source: Path | str | None,
     environment: jinja2.Environment,
     out: Path,
 ) -> None:
     name = model["model"]
-    ours = part.joined[part.joined["model"] == name]
     weights_alone = set(ours["partition"]) == {"weights"}
-    charts = model_page.charts(name, model["tier"], part.source, weights_alone=weights_alone)
+    charts = model_page.charts(name, model["tier"], source, weights_alone=weights_alone)
     charts["standing"] = model_page.standing(model, models)
     _write_js(out / "data" / "models" / f"{name}.js", {"model": name, **charts})
-    runs = part.data.runs[part.data.runs["model"] == name].sort_values("started")
+    runs = all_runs[all_runs["model"] == name].sort_values("started")
     _write(out / "models" / f"{name}.html", environment, "model.html", {
         "m": model,
         "charts": charts,
         "metrics": _metric_table(ours),
         "without_biases": weights_alone and any(b["kind"] == "bias" for b in charts["blocks"]),
         "runs": runs.to_dict("records"),
-        "downloads": _downloads(name, part.source, out),
+        "downloads": _downloads(name, source, out),
         "stages": in_order([*ours["stage"], *charts["spectra"], *charts["failed"]]),
     })  # fmt: skip
 

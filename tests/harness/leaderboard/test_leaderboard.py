@@ -259,9 +259,9 @@ def _perceptron(folder: Path) -> Path:
     return folder
 
 
-def test_the_readme_has_the_verdict_on_the_campaign():
+def test_the_readme_has_the_verdict_on_the_release():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    verdict = ranking(ROOT / "spectra_db" / "campaign").verdict
+    verdict = ranking(BUNDLED).verdict
     said = f"**{verdict.plain}.** {verdict.sentence}"
     assert f"{report.BEGIN}\n\n{said}\n\n{report.END}" in text, "run: make leaderboard"
 

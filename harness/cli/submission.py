@@ -296,8 +296,9 @@ def verify(
     TARGET is a model, a folder of tables, or a submission; by default all models of the bundled
     release. Tables of the models drawn that follow from others are made anew. Reading a submission
     executes none of its code; to recompute it, read the code, then pass --registry
-    SUBMISSION/entry. Rows whose data or weights are not here are listed as unverifiable. The exit
-    code is 0 if all that was recomputed agrees, and some row did.
+    SUBMISSION/entry. Rows are drawn of those at initialisation and of the stages whose checkpoints
+    are here; those whose data are not here are listed as unverifiable. The exit code is 0 if all
+    that was recomputed agrees, and some row did.
     """
     from dataclasses import asdict
     from functools import partial
@@ -308,6 +309,7 @@ def verify(
     from harness.submission.retrain import verify_runs
     from harness.submission.submit import check_registry, reseal, tables_of
     from harness.submission.verify import (
+        at_hand,
         load_published,
         mark_verified,
         sample_rows,
@@ -330,15 +332,18 @@ def verify(
     elif "/" in target:
         raise UserError(f"there is no folder {target}; name one, or a model of the tables")
     rows, stages = load_published(source, target or None)
-    chosen = sample_rows(rows, sample, seed)
     if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
         checkpoints = source / "checkpoints"
+    here = at_hand(rows, checkpoints)
+    chosen = sample_rows(here if len(here) else rows, sample, seed)
     products, seconds = int(chosen["num_products"].sum()), float(chosen["seconds"].sum())
     click.echo(
         f"{len(chosen)} of {len(rows)} rows: {products:,} products, {seconds:,.0f} s where they "
         f"were made; at most {budget:,.0f} s here",
         err=True,
     )
+    if without := len(rows) - len(here):
+        click.echo(f"{without} rows are of stages whose checkpoints are not here", err=True)
     deadline = time.monotonic() + budget
     find_entry = partial(get, registry_dir=registry)
     where: dict[str, Any] = {"data_root": data_root, "checkpoint_dir": checkpoints}

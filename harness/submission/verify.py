@@ -77,6 +77,22 @@ def sample_rows(rows: pd.DataFrame, num_rows: int, seed: int) -> pd.DataFrame:
     return known.sample(n=min(num_rows, len(known)), random_state=seed)
 
 
+def at_hand(rows: pd.DataFrame, checkpoint_dir: Path | None) -> pd.DataFrame:
+    """Return the rows at initialisation, and those of later stages whose checkpoint is there.
+
+    Args:
+        rows: Rows of table `spectra`.
+        checkpoint_dir: Folder of checkpoints; None for none.
+    """
+    places = zip(rows["model"], rows["init_seed"], rows["stage"], strict=True)
+    there = [
+        place[-1] == "init"
+        or (checkpoint_dir is not None and checkpoint_path(checkpoint_dir, *place).is_file())
+        for place in places
+    ]
+    return rows[there]
+
+
 def verify(
     row: dict[Any, Any],
     entry: ModelEntry,

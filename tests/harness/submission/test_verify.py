@@ -213,13 +213,31 @@ def test_the_command_ends_with_0_only_if_all_agree(folder):
     assert "4 deviate" in result.stderr
 
 
+def test_rows_are_drawn_of_stages_whose_weights_are_here(folder):
+    command = ["verify", str(folder), "--sample", "100", "--runs", "0", "--json"]
+    shutil.rmtree(folder / "checkpoints")
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    rows = rows_of(folder)
+    at_init = int(((rows["stage"] == "init") & (rows["status"] == "ok")).sum())
+    without = int((rows["stage"] != "init").sum())
+    assert f"{without} rows are of stages whose checkpoints are not here" in result.stderr
+    assert f"{at_init} agree, 0 deviate, 0 can't be verified here" in result.stderr
+    store.write(folder, "spectra", rows[rows["stage"] != "init"], replace=True)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "0 agree, 0 deviate" in result.stderr
+    assert "the checkpoint of cnn-digits at final is not here" in result.stdout
+
+
 def test_the_command_fails_where_nothing_can_be_verified(folder):
     rows = rows_of(folder).assign(model="stranger")
     (folder / "spectra" / "cnn-digits.parquet").unlink()
     store.write(folder, "spectra", rows)
-    result = CliRunner().invoke(main, ["verify", "stranger", "--source", str(folder)])
+    command = ["verify", "stranger", "--source", str(folder), "--sample", "5"]
+    result = CliRunner().invoke(main, command)
     assert result.exit_code == 1
-    assert "not verifiable here (10)" in result.stdout
+    assert "not verifiable here (5)" in result.stdout
 
 
 @pytest.mark.parametrize(

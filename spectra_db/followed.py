@@ -34,13 +34,17 @@ def note_of(root: Path, path: Path, made_by: Callable[..., Any]) -> Path | None:
         made_by: What makes its rows anew.
 
     Returns:
-        The note, there or not; None where `made_by` is bound to more than tables, such as entries.
+        The note, there or not; None where `made_by` is bound to more than tables, such as entries:
+        it is no function of a package, or one that closes over values.
     """
-    if not inspect.isfunction(made_by):
+    if not inspect.isfunction(made_by) or made_by.__closure__:
+        return None
+    packages = {name.partition(".")[0] for name in (__name__, made_by.__module__)}
+    if not all(hasattr(sys.modules[package], "__path__") for package in packages):
         return None
     of_model = digest_of(root, path.stem)
     tables = [of_model] if of_model else [*map(sha256_of, sorted(root.glob("*/*.parquet")))]
-    what = [_code(), _code(made_by.__module__), path.parent.name, path.stem, tables]
+    what = [*map(_code, sorted(packages)), path.parent.name, path.stem, tables]
     name = sha256(json.dumps(what).encode()).hexdigest()
     cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cached, "hessian-spectra", "followed", name)
@@ -59,8 +63,8 @@ def write(note: Path) -> None:
 
 
 @cache
-def _code(module: str = __name__) -> list[str]:
-    """Return the hashes of the modules of a module's package, and what they compute with."""
-    package = sys.modules[module.partition(".")[0]]
-    modules = [path for folder in package.__path__ for path in Path(folder).rglob("*.py")]
+def _code(package: str) -> list[str]:
+    """Return the hashes of a package's modules, and the versions of what they compute with."""
+    folders = sys.modules[package].__path__
+    modules = [path for folder in folders for path in Path(folder).rglob("*.py")]
     return [*map(sha256_of, sorted(modules)), *map(version, _LIBRARIES)]

@@ -139,6 +139,11 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
     _console().print(table)
 
 
+def _number(value: Any, spec: str = ".2f") -> str:
+    """Format a number, a dash for none."""
+    return "–" if value is None or value != value else format(value, spec)
+
+
 def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
     """Print the log2 speed-up of entries with its 95 % interval, the largest first."""
     table = _table("model", numbers=("log2 speed-up", "95 % interval", "Adam needed", "J"))
@@ -148,10 +153,10 @@ def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
             if not row.trained:
                 table.add_row(str(row.model), "–", "–", "not trained", "–")
                 continue
-            ends = ("–" if x != x else f"{x:.2f}" for x in (row.y_low, row.y_high))
+            ends = f"[{_number(row.y_low)}, {_number(row.y_high)}]"
             y = f"> {row.y:.2f}" if row.censored else f"{row.y:.2f}"
-            j = "–" if row.J is None or row.J != row.J else f"{row.J:.3f}"
-            table.add_row(str(row.model), y, f"[{', '.join(ends)}]", str(row.adam_needed), j)
+            j = _number(row.J, ".3f")
+            table.add_row(str(row.model), y, ends, str(row.adam_needed), j)
         table.add_section()
     if table.row_count:
         _console().print(table)
@@ -162,13 +167,12 @@ def print_measures(rows: Sequence[Mapping[str, Any]]) -> None:
     numbers = ("entries", "ρ", "p", "p (Holm)", "less J's", "pairs right")
     table = _table("measure", "kind", numbers=numbers)
     for row in rows:
-        p, p_holm = ("–" if row[k] != row[k] else f"{row[k]:.2g}" for k in ("p", "p_holm"))
-        ends = f"[{row['difference_low']:.2f}, {row['difference_high']:.2f}]"
-        less = "–" if row["kind"] == "primary" else f"{row['difference']:.2f} {ends}"
+        p, p_holm = (_number(row[key], ".2g") for key in ("p", "p_holm"))
+        low, high = (_number(row[f"difference_{end}"]) for end in ("low", "high"))
+        less = "–" if row["kind"] == "primary" else f"{_number(row['difference'])} [{low}, {high}]"
         pairs = f"{row['right_pairs']} of {row['decided_pairs']}"
-        table.add_row(
-            row["label"], row["kind"], str(row["n"]), f"{row['rho']:.2f}", p, p_holm, less, pairs
-        )
+        rho = _number(row["rho"])
+        table.add_row(row["label"], row["kind"], str(row["n"]), rho, p, p_holm, less, pairs)
     if rows:
         _console().print(table)
 
@@ -179,7 +183,7 @@ def print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
     table.add_column("outcome")
     for row in rows:
         dy = "–" if row["dy"] != row["dy"] else f"{row['dy']:.2f} ± {row['dy_error']:.2f}"
-        dj = "–" if row["dj"] != row["dj"] else f"{row['dj']:+.3f}"
+        dj = _number(row["dj"], "+.3f")
         table.add_row(row["pair"], row["model_a"], row["model_b"], dy, dj, row["outcome"])
     if rows:
         _console().print(table)

@@ -410,7 +410,7 @@ def made_anew(monkeypatch, tmp_path):
     made = []
     for table, derive in list(DERIVED.items()):
         monkeypatch.setitem(
-            DERIVED, table, lambda *a, t=table, d=derive: (made.append(t), d(*a))[1]
+            DERIVED, table, lambda *a, t=table, d=derive, made=made: (made.append(t), d(*a))[1]
         )
     return made
 
@@ -439,9 +439,12 @@ def test_what_follows_from_all_models_is_made_anew_where_a_byte_of_one_changed(
     root = Path(shutil.copytree(source, tmp_path / "tables"))
     times = []
 
-    def board(folder, stored):
+    def board(folder, stored, times=times):
         times.append(folder)
         return stored
+
+    def bound(folder, stored):
+        return board(folder, stored)
 
     keys = {"stage": "init", "metric": "js0", "scale": "own_rms", "sigma": 0.05, "left_out": ""}
     row = keys | {"statistic": "spearman", "protocol_version": 1, "num_models": 1}
@@ -453,15 +456,15 @@ def test_what_follows_from_all_models_is_made_anew_where_a_byte_of_one_changed(
     assert differences(root, {"leaderboard": board}) == []
     assert len(times) == 2
     # Bound to what no table holds it is made anew each time.
-    for expected in (3, 4):
-        assert differences(root, {"leaderboard": partial(board)}) == []
+    for expected, made_by in enumerate([partial(board), partial(board), bound, bound], 3):
+        assert differences(root, {"leaderboard": made_by}) == []
         assert len(times) == expected
 
 
 def test_code_that_changed_finds_out_again(tmp_path, made_anew, monkeypatch):
     release(write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data", "0.1.0")
     check.problems(tmp_path / "data")
-    monkeypatch.setattr(followed, "_code", lambda module="": ["another"])
+    monkeypatch.setattr(followed, "_code", lambda package: ["another"])
     assert check.problems(tmp_path / "data") == []
     assert sorted(made_anew) == ["heterogeneity"] * 2 + ["stages"] * 2
 

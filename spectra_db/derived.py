@@ -234,11 +234,15 @@ def _blocks(folder: Path, stored: pd.DataFrame) -> pd.DataFrame:
 def _stages(folder: Path, stored: pd.DataFrame) -> pd.DataFrame:
     """Return the losses of the first and the last stage; those between are in no other table."""
     key, run = list(KEYS["stages"]), ["model", "optimizer", "lr", "seed", "step"]
-    rows = rows_of(folder, "training", str(stored["model"].iloc[0]))
-    rows = rows[(rows["split"] == "train") & (rows["metric"] == "loss") & ~rows["diverged"]]
+    model = str(stored["model"].iloc[0])
+    rows = rows_of(folder, "training", model)
+    rows = rows[(rows["split"] == "train") & (rows["metric"] == "loss")]
+    trials = rows_of(folder, "trials", model)
+    trials = trials.assign(step=trials["num_steps"], value=trials["final_loss"])
+    losses = pd.concat([table.loc[~table["diverged"], [*run, "value"]] for table in (rows, trials)])
     ends = stored["stage"].isin(["init", "final"])
-    joined = stored.loc[ends].drop(columns="loss").merge(rows, on=run, suffixes=("", "_of_run"))
-    made = joined.rename(columns={"value": "loss"})
+    made = stored.loc[ends].drop(columns="loss").merge(losses, on=run)
+    made = made.rename(columns={"value": "loss"})
     return pd.concat([made[[*key, "loss"]], stored.loc[~ends, [*key, "loss"]]])
 
 

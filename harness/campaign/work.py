@@ -147,7 +147,7 @@ def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
     """Do a trial; keep the weights that others start from."""
     entry = job.entries[unit.model]
     first = (unit.optimizer, unit.seed) == ("adamw", STAGE_SEED)
-    row = run_trial(
+    row, kept = run_trial(
         entry,
         job.data(entry),
         optimizer=unit.optimizer,
@@ -159,6 +159,7 @@ def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
         device=job.device or "cpu",
         on_step=on_progress,
     )
+    job.ledger.write_stages(kept)
     job.ledger.write("trials", [row | {"code_version": code_version()}])
 
 

@@ -73,26 +73,31 @@ class Ledger:
         rows = self.rows("stages", model, optimizer="adamw", seed=seed, stage=stage)
         return None if rows.empty else str(rows.iloc[0]["checkpoint_sha256"])
 
-    def write_training(self, run: TrainingRun) -> None:
-        """Write the rows of a training run; spectra of stages whose weights it changed are pending.
+    def write_stages(self, stage_rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows of a run's stages; spectra of those whose weights changed are pending.
 
         They would be taken for those of the new weights, which nothing in their key tells apart.
         """
-        if run.stage_rows:
-            first = run.stage_rows[0]
-            model, seed = first["model"], first["seed"]
-            known = self.rows("stages", model, optimizer=first["optimizer"], seed=seed)
-            before = dict(zip(known["stage"], known["checkpoint_sha256"], strict=True))
-            now = {row["stage"]: row["checkpoint_sha256"] for row in run.stage_rows}
-            changed = [stage for stage in now if before.get(stage, now[stage]) != now[stage]]
-            if changed:
-                rows = self.rows("spectra", model, train_run=run_name(seed), probe=0)
-                stale = rows[rows["stage"].isin(changed)].copy()
-                for column in LISTS:
-                    stale[column] = [()] * len(stale)
-                reason = "the stage was trained again, with other weights"
-                self.write("spectra", stale.assign(status="pending", reason=reason))
-            self.write("stages", run.stage_rows)
+        if not stage_rows:
+            return
+        first = stage_rows[0]
+        model, seed = first["model"], first["seed"]
+        known = self.rows("stages", model, optimizer=first["optimizer"], seed=seed)
+        before = dict(zip(known["stage"], known["checkpoint_sha256"], strict=True))
+        now = {row["stage"]: row["checkpoint_sha256"] for row in stage_rows}
+        changed = [stage for stage in now if before.get(stage, now[stage]) != now[stage]]
+        if changed:
+            rows = self.rows("spectra", model, train_run=run_name(seed), probe=0)
+            stale = rows[rows["stage"].isin(changed)].copy()
+            for column in LISTS:
+                stale[column] = [()] * len(stale)
+            reason = "the stage was trained again, with other weights"
+            self.write("spectra", stale.assign(status="pending", reason=reason))
+        self.write("stages", stage_rows)
+
+    def write_training(self, run: TrainingRun) -> None:
+        """Write the rows of a training run and of its stages."""
+        self.write_stages(run.stage_rows)
         self.write("training", run.rows)
 
 

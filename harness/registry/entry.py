@@ -211,6 +211,8 @@ class ModelEntry:
             refuse("stages", "without a recipe there is only init")
         if self.recipe is not None and self.speedup is not None:
             refuse("speedup", "an entry follows one protocol: give recipe or speedup")
+        if self.speedup is not None and not set(self.stages) <= {"init", "final"}:
+            refuse("stages", "trials keep final weights alone: choose from init, final")
         sizes = ("hessian_batch_size", "microbatch_size", "moments_batch_size")
         for attribute in (*sizes, "num_probes", "num_steps"):
             if (value := getattr(self, attribute)) is not None and value < 1:

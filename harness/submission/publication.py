@@ -51,7 +51,13 @@ def unfinished(
 
 
 def _explained(unit: Unit, entry: ModelEntry, ledger: Ledger) -> bool:
-    """Tell whether rows say why a unit is missing; moments wait for their stage's spectrum."""
+    """Tell whether rows say why a unit is missing; moments wait for their stage's spectrum.
+
+    A trial that has its row is missing for the weights that it kept, which no release holds.
+    """
+    if unit.kind == "trial":
+        columns = {"optimizer": unit.optimizer, "lr": unit.lr, "seed": unit.seed}
+        return not ledger.rows("trials", unit.model, num_steps=unit.num_steps, **columns).empty
     if unit.kind == "train":
         rows = ledger.rows("gaps", unit.model)
     else:

@@ -114,7 +114,7 @@ def train(
 
     values = _measured(0, "train", init_loss, init_score)
     stage_rows: list[dict[str, Any]] = []
-    scored = task.metric == "accuracy" and task.size(data, "test") > 0
+    scored = has_test_score(task, data)
     stage_at: dict[str, int] = {}
     kept: AbstractContextManager[Path] = nullcontext(Path())
     if optimizer == "adamw" and checkpoint_dir is not None:
@@ -124,13 +124,13 @@ def train(
     def keep_stages(step: int, loss: float) -> None:
         """Save the stages that fall on this step (in a tiny budget, two may)."""
         for stage in [name for name, at in stage_at.items() if at == step and math.isfinite(loss)]:
-            facts = {"model": entry.name, "stage": stage, "step": step, "loss": loss}
-            facts |= {"optimizer": optimizer, "lr": lr, "seed": seed}
-            path = folder / stages.file_name(stage)
-            sha256 = stages.save(model, path, {**facts, "entry_hash": stages.entry_hash(entry)})
             score = evaluate_test(task, model, data, recipe, device)[1] if scored else None
-            facts |= {"metric": score, "checkpoint_sha256": sha256}
-            stage_rows.append(facts | {"protocol_version": PROTOCOL_VERSION})
+            row = stages.keep(
+                model, folder, entry,
+                metric=score, stage=stage, step=step, loss=loss,
+                optimizer=optimizer, lr=lr, seed=seed,
+            )  # fmt: skip
+            stage_rows.append(row)
 
     step, diverged = 0, False
     log_every = max(1, recipe.num_steps // NUM_LOGGED)
@@ -280,8 +280,13 @@ def evaluate(task: Task, model: nn.Module, batch: Batch, chunk: int) -> tuple[fl
     return loss, sum(known) / sum(sizes) if known else None
 
 
+def has_test_score(task: Task, data: Data) -> bool:
+    """Tell whether there is an accuracy on the test split."""
+    return task.metric == "accuracy" and task.size(data, "test") > 0
+
+
 def evaluate_test(
-    task: Task, model: nn.Module, data: Data, recipe: Recipe, device: str
+    task: Task, model: nn.Module, data: Data, recipe: Recipe | SpeedupRecipe, device: str
 ) -> tuple[float, float | None]:
     """Evaluate on the test split: all of it for images, at most `eval_size` sequences of text."""
     size = task.size(data, "test")

@@ -28,6 +28,7 @@ from harness import registry
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
 from spectra_db.files import sha256_of, swap, whole
+from spectra_db.schema import PROTOCOL_VERSION
 from spectra_db.words import FRACTIONS
 
 # The run whose stages are kept; it also seeds their initialisation and their probes.
@@ -157,6 +158,25 @@ def save(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> str:
         content = _sorted_header(part.read_bytes())
         part.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def keep(
+    model: nn.Module, folder: Path, entry: ModelEntry, *, metric: float | None, **facts: Any
+) -> dict[str, Any]:
+    """Write the checkpoint of a stage and return its row of table `stages`.
+
+    Args:
+        model: the network at that stage.
+        folder: of the run's stages.
+        entry: what is trained.
+        metric: score on the test split, where the task has one.
+        **facts: stage, step, loss, optimizer, lr and seed.
+    """
+    facts = {"model": entry.name, **facts}
+    path = folder / file_name(facts["stage"])
+    sha256 = save(model, path, {**facts, "entry_hash": entry_hash(entry)})
+    known = {"metric": metric, "checkpoint_sha256": sha256}
+    return facts | known | {"protocol_version": PROTOCOL_VERSION}
 
 
 def load(

@@ -28,6 +28,8 @@ from harness.training.loop import (
     EVALUATION_FACTOR,
     OPTIMIZERS,
     evaluate,
+    evaluate_test,
+    has_test_score,
     running,
     to_device,
     updates,
@@ -54,8 +56,8 @@ def run_trial(
     keep: bool = False,
     device: str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Train an entry once and return its row of table `trials`, but for who ran it.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train an entry once.
 
     Args:
         entry: What to train, with a `speedup` recipe.
@@ -68,6 +70,10 @@ def run_trial(
         keep: Save the final weights there.
         device: Where to compute.
         on_step: Called with (steps done, num_steps) after each step.
+
+    Returns:
+        Its row of table `trials`, but for who ran it, and the row of table `stages` of the weights
+        that were kept, if they were.
 
     Raises:
         UserError: The entry has no such recipe, or its initial loss is not finite.
@@ -121,12 +127,16 @@ def run_trial(
             if step in due:
                 curve[step] = loss
     diverged = not loss <= curve[0]
+    kept = []
     if keep and not diverged:
-        facts = {"model": entry.name, "stage": "final", "step": num_steps, "loss": loss}
-        facts |= {"optimizer": optimizer, "lr": lr, "seed": seed}
-        path = stages.checkpoint_path(checkpoint_dir or ".", entry.name, seed, "final")
-        stages.save(model, path, {**facts, "entry_hash": stages.entry_hash(entry)})
-    return {
+        scored = has_test_score(task, data)
+        stage_row = stages.keep(
+            model, stages.folder_of(checkpoint_dir or ".", entry.name, seed), entry,
+            metric=evaluate_test(task, model, data, recipe, device)[1] if scored else None,
+            stage="final", step=num_steps, loss=loss, optimizer=optimizer, lr=lr, seed=seed,
+        )  # fmt: skip
+        kept.append(stage_row)
+    row = {
         "model": entry.name,
         "optimizer": optimizer,
         "num_steps": num_steps,
@@ -149,6 +159,7 @@ def run_trial(
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": time.process_time() - begun_cpu,
     }
+    return row, kept
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 
@@ -18,6 +19,7 @@ from harness.registry import get
 from harness.registry.entry import SpeedupRecipe
 from harness.training.speedup import pending
 from spectra_db import store
+from spectra_db.derived import DERIVED, differences
 from spectra_db.words import ANSWERS
 
 RECIPE = SpeedupRecipe(num_steps=40, batch_size=64, sgd_lr=0.3, adamw_lr=1e-2, eval_size=256)
@@ -112,7 +114,15 @@ def test_an_entry_that_starts_from_another_waits_for_its_weights_which_are_kept(
     # Weights that are gone are made again, bit for bit.
     path = next((tmp_path / "checkpoints").rglob("final.safetensors"))
     before = path.read_bytes()
+    kept = spectra_db.load("stages", source=tmp_path, model="first").iloc[0]
+    assert kept["stage"] == "final"
+    assert kept["checkpoint_sha256"] == sha256(before).hexdigest()
+    assert not differences(tmp_path, {"stages": DERIVED["stages"]})
     path.unlink()
     started = do(tmp_path, first)
     assert [(u.optimizer, u.seed) for u in started] == [("adamw", 1)]
     assert path.read_bytes() == before
+    forged = spectra_db.load("stages", source=tmp_path, model="first").assign(loss=0.1)
+    store.write(tmp_path, "stages", forged)
+    (found,) = differences(tmp_path, {"stages": DERIVED["stages"]})
+    assert "loss 0.1, made anew" in found

@@ -11,8 +11,10 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.registry import ModelEntry, Recipe
+from harness.registry.entry import SpeedupRecipe
 
 RECIPE = Recipe(num_steps=10, batch_size=4, sgd_lrs=(1e-2, 1.0), adamw_lrs=(1e-3, 1e-1))
+SPEEDUP = SpeedupRecipe(num_steps=10, batch_size=4, sgd_lr=1.0, adamw_lr=1e-2)
 ENTRY = ModelEntry(
     name="tiny",
     family="linear",
@@ -43,6 +45,10 @@ def changed(**values: Any) -> ModelEntry:
         ({"tier": "large"}, "tier is 'large'; choose one of demo, small, paper"),
         ({"factory": "torch.nn.Linear"}, "write module:callable"),
         ({"stages": ("init", "p99")}, "choose from init, p10, p25, p50, final"),
+        (
+            {"recipe": None, "speedup": SPEEDUP, "stages": ("init", "p25", "final")},
+            "trials keep final weights alone: choose from init, final",
+        ),
         ({"full_stages": ("p25",)}, "full_stages is ('p25',); they must be among the stages"),
         ({"recipe": None}, "without a recipe there is only init"),
         ({"hessian_batch_size": 0}, "hessian_batch_size is 0; it must be at least 1"),

@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.registry.entry import SpeedupRecipe
 from harness.tasks.base import target_entropy
 from harness.training import stages
+from harness.training.loop import evaluate_test
 from harness.training.reference import reference_loss
 from harness.training.trial import renew_batch_norm, run_trial
 
@@ -28,9 +29,15 @@ def data():
     return tasks.get("digits").load()
 
 
-def trial(entry, data, **changes):
+def run(entry, data, **changes):
     asked = {"optimizer": "sgd", "lr": 0.1, "seed": 1, "num_steps": 32} | changes
     return run_trial(entry, data, **asked)
+
+
+def trial(entry, data, **changes):
+    row, kept = run(entry, data, **changes)
+    assert not kept
+    return row
 
 
 def without_times(row):
@@ -109,11 +116,14 @@ def test_looking_at_the_loss_changes_nothing_of_the_training(entry, data, monkey
 
 
 def test_the_weights_that_others_start_from_are_kept(entry, data, tmp_path):
-    row = trial(entry, data, optimizer="adamw", lr=1e-2, checkpoint_dir=tmp_path, keep=True)
+    asked = {"optimizer": "adamw", "lr": 1e-2, "checkpoint_dir": tmp_path, "keep": True}
+    row, [kept] = run(entry, data, **asked)
     model = entry.build(data.model_options, 9)
     path = stages.checkpoint_path(tmp_path, entry.name, 1, "final")
-    facts = stages.load(model, path, entry=entry)
-    assert facts["loss"] == row["final_loss"]
+    facts = stages.load(model, path, sha256=kept["checkpoint_sha256"], entry=entry)
+    assert facts["loss"] == kept["loss"] == row["final_loss"]
+    task = tasks.get(entry.task)
+    assert kept["metric"] == evaluate_test(task, model, data, entry.speedup, "cpu")[1]
 
 
 def test_an_entry_without_a_recipe_is_refused(make_entry, data):

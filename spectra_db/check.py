@@ -18,6 +18,13 @@ from spectra_db.schema import SPECTRUM, TABLES
 from spectra_db.store import InvalidTable
 
 _SPECTRUM = list(SPECTRUM)
+# Columns by which rows of different tables are compared.
+_COMPARED = {
+    "spectra": [*SPECTRUM, "run_id", "status"],
+    "heterogeneity": _SPECTRUM,
+    "stages": ["model", "stage", "optimizer", "seed"],
+    "runs": ["model", "run_id"],
+}
 # A release comes with the package and with every clone.
 MAX_BYTES = 100_000_000
 
@@ -49,9 +56,10 @@ def problems(
         return [str(error)]
     if known is None:
         return [f"{folder}: no {manifest.NAME}, so it is no release; `harness dataset release`"]
-    found = [*_files(folder, known), *_tables(folder, known)]
+    read: dict[str, list[pd.DataFrame]] = {table: [] for table in _COMPARED}
+    found = [*_files(folder, known), *_tables(folder, known, read)]
     if not found:  # else what follows would say the same again
-        found += [*_fits(folder), *_merged(folder)]
+        found += [*_fits(folder, read), *_merged(folder)]
         expected = card.render(folder, known.version).encode()
         if (folder / manifest.CARD).read_bytes() != expected:
             found.append(f"{folder / manifest.CARD}: not the card of these tables")
@@ -82,8 +90,8 @@ def _files(folder: Path, known: Manifest) -> Iterator[str]:
         yield f"{folder}: no table models"
 
 
-def _tables(folder: Path, known: Manifest) -> Iterator[str]:
-    """Validate every table."""
+def _tables(folder: Path, known: Manifest, read: Mapping[str, list[pd.DataFrame]]) -> Iterator[str]:
+    """Validate every table; add the columns that are compared to those that were read."""
     for path, file in sorted(known.files.items()):
         if file.rows is None or not (folder / path).is_file():
             continue
@@ -95,6 +103,8 @@ def _tables(folder: Path, known: Manifest) -> Iterator[str]:
             continue
         if rows.num_rows != file.rows:
             yield f"{folder / path}: {rows.num_rows} rows; the manifest says {file.rows}"
+        if table in read:
+            read[table].append(rows.select(_COMPARED[table]).to_pandas())
         if table == "spectra" and (wrong := wrong_rules(rows.to_pandas())).any():
             first = int(np.flatnonzero(wrong)[0])
             yield (
@@ -103,15 +113,12 @@ def _tables(folder: Path, known: Manifest) -> Iterator[str]:
             )
 
 
-def _fits(folder: Path) -> Iterator[str]:
+def _fits(folder: Path, read: Mapping[str, list[pd.DataFrame]]) -> Iterator[str]:
     """Compare tables with each other."""
-    tables = {
-        "spectra": [*SPECTRUM, "run_id", "status"],
-        "heterogeneity": _SPECTRUM,
-        "stages": ["model", "stage", "optimizer", "seed"],
-        "runs": ["model", "run_id"],
-    }
-    read = {table: _read(folder, table, columns) for table, columns in tables.items()}
+    spectra, heterogeneity, stages, runs = (
+        pd.concat(read[table], ignore_index=True) if read[table] else pd.DataFrame(columns=columns)
+        for table, columns in _COMPARED.items()
+    )
     models = {path.stem for path in (folder / "models").glob("*.parquet")}
     for table in TABLES:
         paths = sorted((folder / table).glob("*.parquet"))
@@ -123,12 +130,11 @@ def _fits(folder: Path) -> Iterator[str]:
         for path, names in zip(paths, columns, strict=True):
             if names != columns[0]:
                 yield f"{path}: has other columns than {paths[0].name}; release the folder again"
-    made = read["spectra"][read["spectra"]["status"].isin(["ok", "zero"])]
-    yield from _without(made, read["runs"], ["model", "run_id"], folder / "spectra", "runs")
+    made = spectra[spectra["status"].isin(["ok", "zero"])]
+    yield from _without(made, runs, ["model", "run_id"], folder / "spectra", "runs")
     trained = made[made["stage"] != "init"]
-    yield from _without(trained, read["stages"], ["model", "stage"], folder / "spectra", "stages")
-    place = folder / "heterogeneity"
-    yield from _without(read["heterogeneity"], made, _SPECTRUM, place, "spectra")
+    yield from _without(trained, stages, ["model", "stage"], folder / "spectra", "stages")
+    yield from _without(heterogeneity, made, _SPECTRUM, folder / "heterogeneity", "spectra")
 
 
 def _merged(folder: Path) -> Iterator[str]:
@@ -160,14 +166,6 @@ def _without(
         values = ", ".join(f"{column} {first[column]!r}" for column in columns[1:])
         path = place / f"{first['model']}.parquet"
         yield f"{path}: {missing.sum()} rows that table {table} does not have, first: {values}"
-
-
-def _read(folder: Path, table: str, columns: list[str]) -> pd.DataFrame:
-    parts = [
-        store.read(path, table, columns=columns).to_pandas()
-        for path in sorted((folder / table).glob("*.parquet"))
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def _follows(folder: Path, known: Manifest, previous: Path) -> Iterator[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its stats take a second to import, and only where they are used
 from scipy.linalg import eigh_tridiagonal
-from scipy.stats import wasserstein_distance
 
 from spectra_db.densities import Array
 from spectra_db.heterogeneity import TRUNCATION
@@ -61,7 +61,9 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
         other: The same probe, taken again: alphas, betas, nodes and weights.
     """
     nodes, weights = row["nodes"], row["weights"]
-    distance = float(wasserstein_distance(nodes, other["nodes"], weights, other["weights"]))
+    distance = float(
+        scipy.stats.wasserstein_distance(nodes, other["nodes"], weights, other["weights"])
+    )
     eps = epsilon(row)
     count = max(len(nodes), len(other["nodes"]))
     rounding = (_PRODUCT_EPS + count) * eps
@@ -76,7 +78,7 @@ def compare(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> Difference:
         steps = max(1, int(TRUNCATION * len(row["alphas"])))
         shorter = gauss_rule(row["alphas"][:steps], row["betas"])
         allowed += _TRUNCATIONS * float(
-            wasserstein_distance(nodes, shorter[0], weights, shorter[1])
+            scipy.stats.wasserstein_distance(nodes, shorter[0], weights, shorter[1])
         )
     same = min(settled, len(other["alphas"]))
     moved = np.max(

@@ -30,7 +30,7 @@ def derive(folder: Path) -> None:
 
 def derived_of_release(registry_dir: Path | None = None) -> dict[str, Derive]:
     """Return what makes each derived table of a release anew, `leaderboard` too."""
-    find_entry = partial(registry.get, registry_dir=registry_dir)
+    find_entry = partial(registry.get, registry_dir=registry_dir) if registry_dir else registry.get
     return derived(find_entry) | {"leaderboard": _board}
 
 

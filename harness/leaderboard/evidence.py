@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from harness.errors import UserError
 from harness.leaderboard import inference
@@ -267,7 +267,7 @@ def error_of(rows: pd.DataFrame, name: str) -> Array:
         error = rows[f"{name}_error"].astype(np.float64)
     elif {f"{name}_low", f"{name}_high"} <= set(rows):
         width = rows[f"{name}_high"].astype(np.float64) - rows[f"{name}_low"].astype(np.float64)
-        error = width / (2 * norm.ppf((1 + LEVEL) / 2))
+        error = width / (2 * ndtri((1 + LEVEL) / 2))
     return np.nan_to_num(error.to_numpy(np.float64), posinf=0.0)
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, rankdata
+import scipy  # its stats take a second to import, and only where they are used
 
 from harness.leaderboard.ranks import Array, pearson, signs
 from harness.leaderboard.ranks import ranks as weighted_ranks
@@ -24,7 +24,7 @@ NUM_SAMPLES = 20_000  # a power of 0.84 is then known to 0.003
 
 def ranks(x: npt.ArrayLike) -> Array:
     """Return twice the ranks along the last axis, centred: integers that sum to 0."""
-    return 2 * rankdata(x, axis=-1) - (np.shape(x)[-1] + 1)
+    return 2 * scipy.stats.rankdata(x, axis=-1) - (np.shape(x)[-1] + 1)
 
 
 def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> Array:
@@ -115,7 +115,7 @@ def pairs_needed(decided: int) -> int | None:
 
 def binomial_p(right: int, decided: int) -> float:
     """Return the chance of so many right ones or more, each right with probability 1/2."""
-    return float(binom.sf(right - 1, decided, 0.5))
+    return float(scipy.stats.binom.sf(right - 1, decided, 0.5))
 
 
 def weighted_spearman(x: npt.ArrayLike, y: npt.ArrayLike, weights: Array) -> Array:

@@ -9,35 +9,36 @@ from pathlib import Path
 import pandas as pd
 
 from harness.errors import UserError
-from harness.registry import ModelEntry
+from harness.registry import ModelEntry, get
 from harness.training.gap import FROM_REFERENCE, gap
 from harness.training.reference import reference_loss
 from harness.training.speedup import speedup
 from spectra_db.derived import DERIVED, Derive, rows_of
 
+FindEntry = Callable[[str], ModelEntry]
 
-def derived(find_entry: Callable[[str], ModelEntry]) -> dict[str, Derive]:
+
+def derived(find_entry: FindEntry = get) -> dict[str, Derive]:
     """Return what makes each derived table of a model anew, for `spectra_db.derived`.
 
     Args:
         find_entry: Name ↦ entry, whose recipe has the grid; raises UserError for an unknown name.
+            With our own entries, which are code, what was found to follow is not made again.
     """
-    return DERIVED | {
-        "gaps": partial(_gaps, find_entry),
-        "speedups": partial(_speedups, find_entry),
-    }
+    of_entries: dict[str, Callable[..., pd.DataFrame]] = {"gaps": _gaps, "speedups": _speedups}
+    if find_entry is not get:
+        of_entries = {t: partial(make, find_entry=find_entry) for t, make in of_entries.items()}
+    return DERIVED | of_entries
 
 
-def _entry(find_entry: Callable[[str], ModelEntry], model: str) -> ModelEntry:
+def _entry(find_entry: FindEntry, model: str) -> ModelEntry:
     try:
         return find_entry(model)
     except UserError as error:
         raise ValueError(f"{error}; --registry DIR adds entries") from error
 
 
-def _speedups(
-    find_entry: Callable[[str], ModelEntry], folder: Path, stored: pd.DataFrame
-) -> pd.DataFrame:
+def _speedups(folder: Path, stored: pd.DataFrame, find_entry: FindEntry = get) -> pd.DataFrame:
     model = str(stored["model"].iloc[0])
     entry = _entry(find_entry, model)
     if entry.speedup is None:
@@ -46,9 +47,7 @@ def _speedups(
     return pd.DataFrame([made]).drop(columns="reason", errors="ignore")
 
 
-def _gaps(
-    find_entry: Callable[[str], ModelEntry], folder: Path, stored: pd.DataFrame
-) -> pd.DataFrame:
+def _gaps(folder: Path, stored: pd.DataFrame, find_entry: FindEntry = get) -> pd.DataFrame:
     """Return the gap of a model from its training; one that failed for want of runs says why."""
     model = str(stored["model"].iloc[0])
     entry = _entry(find_entry, model)

@@ -9,10 +9,12 @@ from click.testing import CliRunner
 
 from harness.cli import main
 from harness.errors import UserError
+from harness.leaderboard.derived import derived_of_release
 from harness.records.derived import derived
 from harness.registry import get
 from spectra_db import store
 from spectra_db.derived import DERIVED, differences, rows_of
+from spectra_db.followed import note_of
 from spectra_db.loading import BUNDLED
 from spectra_db.schema import TABLES
 
@@ -68,7 +70,7 @@ def test_a_release_is_made_checked_and_compared_by_command(source, tmp_path):
 
 
 def made_anew(folder, gaps):
-    [row] = derived(get)["gaps"](folder, gaps).to_dict("records")
+    [row] = derived()["gaps"](folder, gaps).to_dict("records")
     return gaps.assign(**{k: v for k, v in row.items() if k in gaps})
 
 
@@ -84,7 +86,7 @@ def made_anew(folder, gaps):
 def test_numbers_that_do_not_follow_from_each_other_are_named(source, table, column, values):
     store.write(source, table, rows_of(source, table, MODEL).assign(**{column: values}))
     of = "gaps" if table == "training" else table
-    [problem] = differences(source, {of: derived(get)[of]})
+    [problem] = differences(source, {of: derived()[of]})
     assert problem.startswith(f"{source / of / MODEL}.parquet: ")
     assert "made anew" in problem
 
@@ -114,9 +116,19 @@ def test_a_gap_without_its_entry_can_not_be_made_anew(source):
 
 
 def test_what_follows_from_other_tables_in_the_bundled_release_does():
-    others = {table: derived(get)[table] for table in ("blocks", "gaps", "stages")}
+    others = {table: derived()[table] for table in ("blocks", "gaps", "stages")}
     assert differences(BUNDLED, others, models=["gpt-nano-sft", "vit-cifar10"]) == []
     assert differences(BUNDLED, DERIVED, models=[MODEL]) == []
+
+
+def test_what_follows_by_our_own_entries_is_noted_and_by_others_is_not(tmp_path):
+    path = BUNDLED / "gaps" / "vit-cifar10.parquet"
+    assert all(note_of(BUNDLED, path, make) for make in derived_of_release().values())
+    others = derived_of_release(tmp_path)
+    assert {table for table in others if note_of(BUNDLED, path, others[table]) is None} == {
+        "gaps",
+        "speedups",
+    }
 
 
 def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path):

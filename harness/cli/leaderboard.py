@@ -95,7 +95,7 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
 
     found = ranking(folder_of(source))
     if readme is not None:
-        write_part(readme, f"**{found.verdict.plain}.** {found.verdict.sentence}")
+        write_part(readme, "**{}**: {}".format(*found.verdict.parts))
         click.echo(f"written: {readme}", err=True)
     if picture is not None:
         preview.draw(picture, entries.standings(found))

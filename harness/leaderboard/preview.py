@@ -19,7 +19,7 @@ NAME = "preview.png"
 SIZE = (1200, 630)  # pixels: what Open Graph's readers show whole
 _QUESTION = "Does a network's Hessian tell beforehand that it needs Adam?"
 _LINES = 8  # of speed-ups, as many as fit below the verdict
-_RANKED, _REFERENCE = "#0b57a4", "#6e7b8b"
+_TEXT, _RANKED, _REFERENCE = "#1c1e21", "#0b57a4", "#6e7b8b"
 
 
 @plot.style()
@@ -34,13 +34,13 @@ def write(folder: Path, verdict: Verdict, standings: list[dict[str, Any]]) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(SIZE[0] / 100, SIZE[1] / 100))
-    lines = textwrap.wrap(verdict.sentence, 88, max_lines=3, placeholder=" …")
-    for y, text, size, weight in (
-        (0.93, _QUESTION, 20, "bold"),
-        (0.83, f"{verdict.plain}.", 20, "bold"),
-        (0.745, "\n".join(lines), 16, "normal"),
+    answer, reasons = verdict.parts
+    lines = textwrap.wrap(reasons, 88, max_lines=3, placeholder=" …")
+    for y, text, size, weight, colour in (
+        (0.93, _QUESTION, 20, "bold", _TEXT),
+        (0.83, f"{answer}:", 20, "bold", _RANKED),
+        (0.745, "\n".join(lines), 16, "normal", _TEXT),
     ):
-        colour = _RANKED if text == f"{verdict.plain}." else "#1c1e21"
         figure.text(0.04, y, text, size=size, weight=weight, va="top", color=colour)
     figure.text(0.96, 0.03, "Hessian Spectra", size=15, ha="right", color=_REFERENCE)
     known = [row for row in standings if row["y"] is not None]

@@ -37,9 +37,6 @@ REFUTES_BELOW = 0.25
 SUPPORTS, REFUTES, UNDECIDED, NOTHING = (
     "supports", "refutes as a predictor at this scale", "undecided", "nothing is ranked",
 )  # fmt: skip
-_PLAIN = {
-    SUPPORTS: "Yes", REFUTES: "No", UNDECIDED: "Not decided", NOTHING: "Not known yet",
-}  # fmt: skip
 _NAME = "JS⁰ of raw eigenvalues at initialisation"
 
 
@@ -83,9 +80,10 @@ class Verdict:
     chances: pd.DataFrame
 
     @property
-    def plain(self) -> str:
-        """The answer to whether J tells what Adam gains, in the words of a newcomer."""
-        return _PLAIN[self.answer]
+    def parts(self) -> tuple[str, str]:
+        """What the sentence says before its colon, such as "Undecided", and after it."""
+        answer, _, reasons = self.sentence.partition(": ")
+        return answer, reasons
 
 
 @dataclass(frozen=True)

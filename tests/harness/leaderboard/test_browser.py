@@ -241,7 +241,7 @@ def test_the_first_screen_says_the_verdict_and_draws_measure_against_speed_up(
     shutil.copytree(folder, tmp_path / "in")
     store.write(tmp_path / "in", "models", [model_row(n, tier="ranked") for n in names])
     shown = tab.open(build(tmp_path / "in", tmp_path / "out"))
-    assert shown.inner_text(".verdict").startswith("Yes. Supported: JS⁰ of raw eigenvalues")
+    assert shown.inner_text(".verdict").startswith("Supported: JS⁰ of raw eigenvalues")
     assert "against J, 18 entries" in shown.get_attribute("#picture svg", "aria-label")
     assert "cifar-vit" in shown.text_content("#picture")
     assert column(shown, "measures", 0)[0] == "JS⁰ of raw eigenvalues (J)"

@@ -262,7 +262,7 @@ def _perceptron(folder: Path) -> Path:
 def test_the_readme_has_the_verdict_on_the_release():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     verdict = ranking(BUNDLED).verdict
-    said = f"**{verdict.plain}.** {verdict.sentence}"
+    said = "**{}**: {}".format(*verdict.parts)
     assert f"{report.BEGIN}\n\n{said}\n\n{report.END}" in text, "run: make leaderboard"
 
 

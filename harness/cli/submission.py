@@ -334,7 +334,8 @@ def verify(
     rows, stages = load_published(source, target or None)
     if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
         checkpoints = source / "checkpoints"
-    here = at_hand(rows, checkpoints)
+    find_entry = partial(get, registry_dir=registry)
+    here = at_hand(rows, find_entry, checkpoints)
     chosen = sample_rows(here if len(here) else rows, sample, seed)
     products, seconds = int(chosen["num_products"].sum()), float(chosen["seconds"].sum())
     click.echo(
@@ -343,9 +344,11 @@ def verify(
         err=True,
     )
     if without := len(rows) - len(here):
-        click.echo(f"{without} rows are of stages whose checkpoints are not here", err=True)
+        click.echo(
+            f"{without} rows are of checkpoints that are not here, or of unknown entries",
+            err=True,
+        )
     deadline = time.monotonic() + budget
-    find_entry = partial(get, registry_dir=registry)
     where: dict[str, Any] = {"data_root": data_root, "checkpoint_dir": checkpoints}
     where["device"] = device_of(device)
     with progress_bar("verify") as on_progress:

@@ -77,20 +77,31 @@ def sample_rows(rows: pd.DataFrame, num_rows: int, seed: int) -> pd.DataFrame:
     return known.sample(n=min(num_rows, len(known)), random_state=seed)
 
 
-def at_hand(rows: pd.DataFrame, checkpoint_dir: Path | None) -> pd.DataFrame:
-    """Return the rows at initialisation, and those of later stages whose checkpoint is there.
+def at_hand(
+    rows: pd.DataFrame,
+    find_entry: Callable[[str], ModelEntry],
+    checkpoint_dir: Path | None,
+) -> pd.DataFrame:
+    """Return the rows whose weights follow from their seed, or whose checkpoint is there.
 
     Args:
         rows: Rows of table `spectra`.
+        find_entry: As `verify_sample`; rows of entries that it doesn't know are left out.
         checkpoint_dir: Folder of checkpoints; None for none.
     """
-    places = zip(rows["model"], rows["init_seed"], rows["stage"], strict=True)
-    there = [
-        place[-1] == "init"
-        or (checkpoint_dir is not None and checkpoint_path(checkpoint_dir, *place).is_file())
-        for place in places
-    ]
-    return rows[there]
+
+    def is_there(model: str, stage: str, seed: int) -> bool:
+        try:
+            needed = _checkpoint_of(find_entry(model), stage, seed)
+        except UserError:
+            return False
+        if needed is None or checkpoint_dir is None:
+            return needed is None
+        return checkpoint_path(checkpoint_dir, *needed).is_file()
+
+    places = rows[["model", "stage", "init_seed"]]
+    known = {p: is_there(*p) for p in places.drop_duplicates().itertuples(index=False, name=None)}
+    return rows[[known[place] for place in places.itertuples(index=False, name=None)]]
 
 
 def verify(
@@ -254,11 +265,9 @@ def _problem(
     checkpoint_dir: Path | None,
 ) -> Problem:
     """Load the row's problem, from weights and data that are provably the published ones."""
-    model, stage, seed = entry.name, row["stage"], row["init_seed"]
-    if stage == "init" and entry.pretrained is not None:
-        model, stage, seed = entry.pretrained, "final", STAGE_SEED
-    if stage != "init":
-        _check_checkpoint(published, model, stage, seed, checkpoint_dir)
+    needed = _checkpoint_of(entry, row["stage"], row["init_seed"])
+    if needed is not None:
+        _check_checkpoint(published, *needed, checkpoint_dir)
     problem = load_problem(
         entry,
         row["stage"],
@@ -275,8 +284,15 @@ def _problem(
     return problem
 
 
+def _checkpoint_of(entry: ModelEntry, stage: str, seed: int) -> tuple[str, int, str] | None:
+    """Return model, seed and stage of the weights that a stage has; None: its seed gives them."""
+    if stage != "init":
+        return entry.name, seed, stage
+    return None if entry.pretrained is None else (entry.pretrained, STAGE_SEED, "final")
+
+
 def _check_checkpoint(
-    published: pd.DataFrame, model: str, stage: str, seed: int, checkpoint_dir: Path | None
+    published: pd.DataFrame, model: str, seed: int, stage: str, checkpoint_dir: Path | None
 ) -> None:
     """Raise unless the checkpoint lies here and is the published one."""
     known = published[

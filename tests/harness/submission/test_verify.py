@@ -19,8 +19,9 @@ from harness.estimator.settings import Settings
 from harness.estimator.spectrum import gathered, rules
 from harness.registry import get
 from harness.submission.retrain import compare_runs, verify_runs
-from harness.submission.verify import sample_rows, verify, verify_sample
+from harness.submission.verify import at_hand, sample_rows, verify, verify_sample
 from harness.training import load_problem
+from harness.training.stages import checkpoint_path
 from spectra_db import store
 from spectra_db.quadrature import gauss_rule
 from spectra_db.schema import LISTS
@@ -221,13 +222,23 @@ def test_rows_are_drawn_of_stages_whose_weights_are_here(folder):
     rows = rows_of(folder)
     at_init = int(((rows["stage"] == "init") & (rows["status"] == "ok")).sum())
     without = int((rows["stage"] != "init").sum())
-    assert f"{without} rows are of stages whose checkpoints are not here" in result.stderr
+    assert f"{without} rows are of checkpoints that are not here" in result.stderr
     assert f"{at_init} agree, 0 deviate, 0 can't be verified here" in result.stderr
     store.write(folder, "spectra", rows[rows["stage"] != "init"], replace=True)
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1
     assert "0 agree, 0 deviate" in result.stderr
     assert "the checkpoint of cnn-digits at final is not here" in result.stdout
+
+
+def test_initial_weights_that_were_given_are_those_of_a_checkpoint(tmp_path):
+    rows = pd.DataFrame({"model": ["gpt-nano-sft"], "stage": ["init"], "init_seed": [3]})
+    assert at_hand(rows, get, None).empty
+    path = checkpoint_path(tmp_path, "gpt-nano-books", 1, "final")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert len(at_hand(rows, get, tmp_path)) == 1
+    assert at_hand(rows.assign(model="stranger"), get, tmp_path).empty
 
 
 def test_the_command_fails_where_nothing_can_be_verified(folder):

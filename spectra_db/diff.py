@@ -202,4 +202,5 @@ def _rule(old: dict[Any, Any], new: dict[Any, Any]) -> list[float]:
         return [*sizes, 0.0, np.inf]
     found = rules.compare(old, new)
     ratio = found.distance / found.allowed if found.allowed else np.inf
-    return [*sizes, found.allowed, ratio if found.is_first_alike else np.inf]
+    alike = found.is_first_alike and found.are_ends_alike
+    return [*sizes, found.allowed, ratio if alike else np.inf]

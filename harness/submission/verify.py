@@ -46,9 +46,10 @@ class Check:
         model, stage, partition, block, probe: Which row; of a training run stage is "training",
             block its optimizer and rate, probe its seed; of a table made anew stage is "table".
         outcome: agrees, deviates, or unverifiable: it can't be recomputed here.
-        deviation: Wasserstein-1 distance between the published rule and the recomputed one, over
-            the published rule's rms eigenvalue; None where nothing was recomputed.
-        allowed: The largest deviation that rounding and the row's truncation error explain.
+        deviation: Distance between the published rule and the recomputed one, as
+            `spectra_db.rules.Difference` has it, over the published rule's rms eigenvalue; None
+            where nothing was recomputed.
+        allowed: The largest deviation that rounding and the truncation error explain.
         reason: Why the outcome is not agrees.
     """
 
@@ -145,7 +146,7 @@ def verify(
     except Exception as error:  # of the author's code
         said = reason_of(error) + locate.frame_of(error)
         return _check(row, "unverifiable", reason=said)
-    found = rules.compare(row, other)
+    found = rules.compare(row | other, row)
     rms = float(np.sqrt(row["weights"] @ row["nodes"] ** 2))
     if rms == 0.0:
         return _check(row, "deviates", reason="the published rule is zero, its status is ok")

@@ -93,7 +93,7 @@ def _files(folder: Path, known: Manifest) -> Iterator[str]:
 def _tables(folder: Path, known: Manifest, read: Mapping[str, list[pd.DataFrame]]) -> Iterator[str]:
     """Validate every table; add the columns that are compared to those that were read."""
     for path, file in sorted(known.files.items()):
-        if file.rows is None or not (folder / path).is_file():
+        if not manifest.is_table(path) or not (folder / path).is_file():
             continue
         table = path.partition("/")[0]
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra_db.files import sha256_of
+from spectra_db.schema import TABLES
 from spectra_db.verified import digest_of
 
 _LIBRARIES = ("numpy", "pandas", "pyarrow", "scipy")
@@ -42,7 +43,8 @@ def note_of(root: Path, path: Path, made_by: Callable[..., Any]) -> Path | None:
     packages = {name.partition(".")[0] for name in (__name__, made_by.__module__)}
     if not all(hasattr(sys.modules[package], "__path__") for package in packages):
         return None
-    of_model = digest_of(root, path.stem)
+    has_model = "model" in TABLES[path.parent.name].names
+    of_model = digest_of(root, path.stem) if has_model else None
     tables = [of_model] if of_model else [*map(sha256_of, sorted(root.glob("*/*.parquet")))]
     what = [*map(_code, sorted(packages)), path.parent.name, path.stem, tables]
     name = sha256(json.dumps(what).encode()).hexdigest()

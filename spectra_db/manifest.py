@@ -146,6 +146,8 @@ def _parse(text: str) -> Manifest:
             raise InvalidRelease(f"{path}: sha256 is not 64 hex digits")
         if not all(type(size) is int and size >= 0 for size in sizes):
             raise InvalidRelease(f"{path}: bytes and rows are counts")
+        if is_table(path) != (file.rows is not None):
+            raise InvalidRelease(f"{path}: a table's file has a count of rows, others have null")
         entries[path] = file
     return Manifest(str(version), protocol, entries)
 

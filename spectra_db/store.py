@@ -17,13 +17,11 @@ import pyarrow.parquet as pq
 from spectra_db.errors import DatasetError
 from spectra_db.files import locked, whole
 from spectra_db.schema import EARLIER, KEYS, LISTS, PROTOCOL_VERSION, TABLES, VERSIONS
-from spectra_db.words import STATUSES
+from spectra_db.words import STATUSES, WHOLE
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # A task of one's own is named as in module:Class.
 _WORD = re.compile(r"[A-Za-z0-9_][\w.-]*(:[A-Za-z_]\w*)?", re.ASCII)
-# Tables that are not per model are one file.
-_WHOLE = "all"
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
 # be made to allocate without bound.
 MAX_FILE_BYTES = 1 << 30
@@ -81,7 +79,7 @@ def write(
     )
     by_model: dict[str, list[Mapping[Any, Any]]] = {}
     for record in records:
-        by_model.setdefault(str(record.get("model", _WHOLE)), []).append(record)
+        by_model.setdefault(str(record.get("model", WHOLE)), []).append(record)
     paths = {model: path_of(root, table, model) for model in by_model}
     fresh = {model: _arrow(table, some) for model, some in by_model.items()}
     for model, new in fresh.items():

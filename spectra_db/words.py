@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 
 STATUSES = ("ok", "zero", "pending", "failed")
+# Names the one file of a table that is not per model.
+WHOLE = "all"
 # "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
 ANSWERS = ("yes", "no", "unclear")
 # Stages of training, by the part of its steps that is done.

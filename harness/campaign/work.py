@@ -146,8 +146,9 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress) -> None:
 def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
     """Do a trial; keep the weights that others start from."""
     entry = job.entries[unit.model]
-    first = (unit.optimizer, unit.seed) == ("adamw", STAGE_SEED)
-    row, kept = run_trial(
+    assert entry.speedup is not None
+    kept = ("adamw", STAGE_SEED, entry.speedup.num_steps)
+    row, stage_rows = run_trial(
         entry,
         job.data(entry),
         optimizer=unit.optimizer,
@@ -155,11 +156,11 @@ def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
         seed=unit.seed,
         num_steps=unit.num_steps,
         checkpoint_dir=job.ledger.checkpoints,
-        keep=first and "final" in entry.stages,
+        keep="final" in entry.stages and (unit.optimizer, unit.seed, unit.num_steps) == kept,
         device=job.device or "cpu",
         on_step=on_progress,
     )
-    job.ledger.write_stages(kept)
+    job.ledger.write_stages(stage_rows)
     job.ledger.write("trials", [row | {"code_version": code_version()}])
 
 

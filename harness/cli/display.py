@@ -144,19 +144,14 @@ def _number(value: Any, spec: str = ".2f") -> str:
     return "–" if value is None or value != value else format(value, spec)
 
 
-def print_speedups(entries: pd.DataFrame, references: pd.DataFrame) -> None:
-    """Print the log2 speed-up of entries with its 95 % interval, the largest first."""
-    table = _table("model", numbers=("log2 speed-up", "95 % interval", "Adam needed", "J"))
-    for rows in (entries, references):
-        ranked: Any = rows.sort_values("y", ascending=False).itertuples()
-        for row in ranked:
-            if not row.trained:
-                table.add_row(str(row.model), "–", "–", "not trained", "–")
-                continue
-            ends = f"[{_number(row.y_low)}, {_number(row.y_high)}]"
-            y = f"> {row.y:.2f}" if row.censored else f"{row.y:.2f}"
-            j = _number(row.J, ".3f")
-            table.add_row(str(row.model), y, ends, str(row.adam_needed), j)
+def print_speedups(standings: Sequence[Mapping[str, Any]]) -> None:
+    """Print the log2 speed-up of entries with its 95 % interval, ranked ones first."""
+    table = _table("model", numbers=("log2 speed-up, 95 % interval", "Adam needed", "J"))
+    for ranked in (True, False):
+        for row in standings:
+            if row["ranked"] == ranked and not row["reason"]:
+                j = _number(row["J"], ".3f")
+                table.add_row(row["model"], row["speedup"], row["needed"], j)
         table.add_section()
     if table.row_count:
         _console().print(table)

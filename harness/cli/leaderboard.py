@@ -94,11 +94,12 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
     from spectra_db.loading import folder_of
 
     found = ranking(folder_of(source))
+    standings = entries.standings(found)
     if readme is not None:
         write_part(readme, "**{}**: {}".format(*found.verdict.parts))
         click.echo(f"written: {readme}", err=True)
     if picture is not None:
-        preview.draw(picture, entries.standings(found))
+        preview.draw(picture, standings)
         click.echo(f"written: {picture}", err=True)
     if as_json:
         facts = {
@@ -114,7 +115,7 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     click.echo(found.verdict.sentence)
-    print_speedups(found.entries, found.references)
+    print_speedups(standings)
     print_measures(entries.measure_table(found.verdict.measures))
     print_pairs(entries.pair_table(found.verdict.pairs))
     for line in found.verdict.lines:

@@ -20,7 +20,8 @@ _WORDS = {p.name: p.what for p in PREDICTORS} | {"J": "JS⁰ of raw eigenvalues 
 def standings(found: Ranking) -> list[dict[str, Any]]:
     """Return what the first page shows of each entry, the largest speed-up first.
 
-    Entries that are not complete have no y and say why as `reason`.
+    Entries that are not complete have no y and say why as `reason`. An end of an interval that is
+    None has no bound.
     """
     tables = [found.entries.assign(ranked=True), found.references.assign(ranked=False)]
     rows: list[dict[str, Any]] = []
@@ -30,7 +31,7 @@ def standings(found: Ranking) -> list[dict[str, Any]]:
     empty = dict.fromkeys(("y", "low", "high", "J", "J_error"))
     waiting = [
         {"model": name, "family": registry.get(name).family, "ranked": True, "reason": reason}
-        | {"needed": "", "censored": False, **empty}
+        | {"needed": "", "speedup": "–", **empty}
         for name, reason in found.pending.items()
     ]
     return rows + waiting
@@ -68,15 +69,27 @@ def pair_table(pairs: pd.DataFrame) -> list[dict[Any, Any]]:
 
 def _standing(row: dict[Any, Any]) -> dict[str, Any]:
     trained = bool(row["trained"])
-    numbers = {"y": "y", "low": "y_low", "high": "y_high", "J": "J", "J_error": "J_error"}
+    columns = {"y": "y", "low": "y_low", "high": "y_high", "J": "J", "J_error": "J_error"}
+    numbers = {key: short(row[column]) if trained else None for key, column in columns.items()}
     return {
         "model": row["model"],
         "family": row["family"],
         "ranked": row["ranked"],
         "needed": str(row["adam_needed"]) if trained else "not trained",
-        "censored": bool(row["censored"]),
+        "speedup": _speedup(numbers, is_bound=bool(row["censored"])),
         "reason": "",
-    } | {key: short(row[column]) if trained else None for key, column in numbers.items()}
+    } | numbers
+
+
+def _speedup(numbers: dict[str, float | None], *, is_bound: bool) -> str:
+    """Return a speed-up with its interval, as 1.75 [1.73, 1.78], or > 2.00 [1.50, ∞]."""
+    y = numbers["y"]
+    if y is None:
+        return "–"
+    sign = "" if not is_bound else "> " if y > 0 else "< "
+    low, high = numbers["low"], numbers["high"]
+    ends = f"[{'−∞' if low is None else f'{low:.2f}'}, {'∞' if high is None else f'{high:.2f}'}]"
+    return f"{sign}{y:.2f} {ends}".replace("-", "−")
 
 
 def short(value: Any) -> float | None:

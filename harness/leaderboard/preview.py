@@ -84,6 +84,8 @@ def _draw(ax: Axes, both: list[dict[str, Any]], known: list[dict[str, Any]]) -> 
 def _draw_both(ax: Axes, rows: list[dict[str, Any]]) -> None:
     """Draw J against speed-up, a family named at its first point."""
     named: set[str] = set()
+    known = [row[key] for row in rows for key in ("y", "low", "high") if row[key] is not None]
+    ax.set_ylim(min(known) - 0.15, max(known) + 0.15)
     for row in rows:
         ax.errorbar(row["J"], row["y"], _ends(row), row["J_error"], **_marker(row))
         if row["family"] not in named:
@@ -107,11 +109,14 @@ def _draw_speedups(ax: Axes, rows: list[dict[str, Any]]) -> None:
     ax.set_xlabel("← steps that AdamW needs more · that SGD needs more →", size=14)
 
 
-def _ends(row: dict[str, Any]) -> list[list[float]] | None:
-    """Return how far the interval goes down and up; None for a bound, which has none."""
-    if row["low"] is None or row["high"] is None:
-        return None
-    return [[row["y"] - row["low"]], [row["high"] - row["y"]]]
+def _ends(row: dict[str, Any]) -> list[list[float]]:
+    """Return how far the interval goes down and up: out of the picture where it has no bound."""
+    low, high = row["low"], row["high"]
+    beyond = 10.0
+    return [
+        [beyond if low is None else row["y"] - low],
+        [beyond if high is None else high - row["y"]],
+    ]
 
 
 def _marker(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from harness.leaderboard.evidence import DUMMIES, PRIMARY, Pair
 from harness.leaderboard.verdict import Gate, Verdict, verdict
 from harness.predictors import PREDICTORS
 from harness.registry import ranked
-from spectra_db.derived import rows_of
+from spectra_db.loading import optional
 
 # The reading that J is; the others, but for the dummies, are its rivals.
 _J = next(p.name for p in PREDICTORS if p.label == "J")
@@ -53,6 +53,7 @@ def ranking(folder: Path) -> Ranking:
     Raises:
         UserError: The tables contradict one another.
         InvalidTable: A table is not valid.
+        InvalidRelease: A file of a release is not that of its manifest.
     """
     found: dict[str, list[dict[str, Any]]] = {"ranked": [], "reference": []}
     pending: dict[str, str] = {}
@@ -74,7 +75,7 @@ def gate(folder: Path) -> Gate:
     """Tell whether the gate of protocol 2 holds, by the intervals."""
     reasons, unknown = [], []
     for model, expected in ranked.GATE.items():
-        rows = rows_of(folder, "speedups", model)
+        rows = optional("speedups", folder, model=model)
         found = rows.loc[rows["status"] == "ok", "adam_needed"]
         if found.isna().all():  # none, or not trained
             unknown.append(model)
@@ -92,7 +93,7 @@ _COLUMNS = [
 
 def _row(folder: Path, entry: registry.ModelEntry) -> dict[str, Any] | str:
     """Return what the tables say of an entry, or why its speed-up is not known."""
-    outcome = rows_of(folder, "speedups", entry.name)
+    outcome = optional("speedups", folder, model=entry.name)
     if outcome.empty or outcome["status"].item() == "pending":
         return "training runs are missing"
     facts = outcome.iloc[0]
@@ -106,7 +107,7 @@ def _row(folder: Path, entry: registry.ModelEntry) -> dict[str, Any] | str:
         "adam_needed": facts["adam_needed"],
     }
     row |= {name: facts[column] for column, name in _OUTCOMES.items()}
-    measured = rows_of(folder, "predictors", entry.name)
+    measured = optional("predictors", folder, model=entry.name)
     measured = measured[measured["status"] == "ok"]
     values = measured.groupby("predictor")["value"]
     means, errors = values.mean(), values.sem()  # over initialisations

@@ -55,7 +55,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     models = _models(data, joined, folder)
     found = ranking(folder)
     release = manifest.read(folder)
-    _add_speedups(models, found.entries, found.references)
+    _add_speedups(models, entries.standings(found))
     for part in (out, out / "models", out / "data" / "models"):
         try:
             part.mkdir(parents=True, exist_ok=True)
@@ -249,15 +249,12 @@ def _models(data: Dataset, joined: pd.DataFrame, folder: Path) -> list[dict[str,
     return models
 
 
-def _add_speedups(models: list[dict[str, Any]], *tables: pd.DataFrame) -> None:
+def _add_speedups(models: list[dict[str, Any]], standings: list[dict[str, Any]]) -> None:
     """Give each entry that is complete its speed-up, with its interval."""
-    complete = {row["model"]: row for table in tables for row in table.to_dict("records")}
+    complete = {row["model"]: row for row in standings if row["y"] is not None}
     for model in models:
-        row = complete.get(model["model"])
-        if row is not None and row["trained"]:
-            columns = {"speedup": "y", "speedup_low": "y_low", "speedup_high": "y_high"}
-            model |= {key: short(row[column]) for key, column in columns.items()}
-            model["needed"] = row["adam_needed"]
+        if row := complete.get(model["model"]):
+            model |= {key: row[key] for key in ("speedup", "needed")}
 
 
 def _metric_table(joined: pd.DataFrame) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.errors import UserError
 from spectra_db.words import STAGES as STAGES  # for entry files, which name it
-from spectra_db.words import TIERS
+from spectra_db.words import TIERS, WHOLE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,6 +195,8 @@ class ModelEntry:
 
         for attribute in ("name", "family"):
             check_slug(f"entry {self.name!r}: {attribute}", getattr(self, attribute))
+        if self.name == WHOLE:
+            refuse("name", "it names what is of all models together")
         if self.tier not in TIERS:
             refuse("tier", f"choose one of {', '.join(TIERS)}")
         if not _FACTORY.fullmatch(self.factory):

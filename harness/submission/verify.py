@@ -73,9 +73,8 @@ class Unverifiable(UserError):  # noqa: N818
 
 
 def sample_rows(rows: pd.DataFrame, num_rows: int, seed: int) -> pd.DataFrame:
-    """Draw rows of table `spectra` that hold a rule, without replacement, in random order."""
-    known = rows[rows["status"] == "ok"]
-    return known.sample(n=min(num_rows, len(known)), random_state=seed)
+    """Draw rows of table `spectra`, without replacement, in random order."""
+    return rows.sample(n=min(num_rows, len(rows)), random_state=seed)
 
 
 def at_hand(
@@ -221,7 +220,7 @@ def mark_verified(
         root: Folder of tables.
         checks: What came of the rows, runs and tables.
         chosen: The rows that were drawn.
-        rows: Rows of table `spectra`, of which they were drawn.
+        rows: All rows that could be drawn.
 
     Raises:
         UserError: The tables are not in a folder.
@@ -238,7 +237,7 @@ def mark_verified(
             wrong.add(str(model))
         elif outcomes == {"agrees"} and len(mine) - runs - tables == len(drawn):
             known = runs_of(rows_of(root, "training", str(model)))
-            holds = int((rows["status"].eq("ok") & rows["model"].eq(model)).sum())
+            holds = int(rows["model"].eq(model).sum())
             agreed[str(model)] = Extent(len(drawn), holds, runs, len(known))
     verified.mark(root, agreed, wrong)
 
@@ -418,11 +417,19 @@ def verify_tables(
 
 
 def load_published(source: Path | None, model: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return tables `spectra` and `stages` of a folder, or of the bundled release.
+    """Return the rows of table `spectra` that hold a rule, and table `stages`.
+
+    Args:
+        source: A folder of tables; None for the bundled release.
+        model: Of which; None for all.
 
     Raises:
         NotFound: The folder holds no spectra, or none of the model.
+        UserError: None of them came of it.
     """
     only = {} if model is None else {"model": model}
     spectra = spectra_db.load("spectra", source=source, **only)
-    return spectra, optional("stages", source)  # there is none beside initial spectra alone
+    rows = spectra[spectra["status"] == "ok"]
+    if rows.empty:
+        raise UserError(f"none of {len(spectra)} rows holds a spectrum: all failed, wait or are 0")
+    return rows, optional("stages", source)  # there is none beside initial spectra alone

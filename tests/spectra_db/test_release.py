@@ -461,6 +461,28 @@ def test_what_follows_from_all_models_is_made_anew_where_a_byte_of_one_changed(
         assert len(times) == expected
 
 
+def test_what_is_of_all_models_is_never_noted_by_one(source, tmp_path):
+    root, board = Path(shutil.copytree(source, tmp_path / "tables")), DERIVED["blocks"]
+    for table in ("models", "spectra"):
+        rows = store.read(root / table / "digits-cnn.parquet", table).to_pandas()
+        store.write(root, table, rows.assign(model="all"))
+    path = root / "leaderboard" / "all.parquet"
+    before = followed.note_of(root, path, board)
+    store.write(root, "gaps", [gap_row("digits-mlp", gap=0.3)], replace=True)
+    assert followed.note_of(root, path, board) != before
+
+
+def test_a_table_whose_rows_are_not_counted_is_refused(tmp_path):
+    out = tmp_path / "data"
+    release(write_tables(tmp_path / "tables", ["digits-cnn"]), out, "0.1.0")
+    path = out / manifest.NAME
+    content = json.loads(path.read_text())
+    content["files"]["spectra/digits-cnn.parquet"]["rows"] = None
+    path.write_text(json.dumps(content))
+    [problem] = check.problems(out)
+    assert "spectra/digits-cnn.parquet: a table's file has a count of rows" in problem
+
+
 def test_code_that_changed_finds_out_again(tmp_path, made_anew, monkeypatch):
     release(write_tables(tmp_path / "tables", ["digits-cnn"]), tmp_path / "data", "0.1.0")
     check.problems(tmp_path / "data")

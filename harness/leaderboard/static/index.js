@@ -121,7 +121,7 @@ function drawPicture() {
   }
   const js0 = points.init?.[JS0] ? gapPoints("init", JS0, "") : [];
   target.replaceChildren(...(known.length ? [pictureOfSpeedups(known, widthOf(target))] : []));
-  byId("picture-note").textContent = (known.length ? "Open points are references, which are not ranked; the dashed line is 0.5, above which Adam is needed." : "") + rest;
+  byId("picture-note").textContent = (known.length ? "Open points are references, which are not ranked; Adam is needed where a whole interval is above the dashed line, 0.5." : "") + rest;
   if (js0.length) {
     const chart = gapChart(js0, { width: widthOf(target), height: 250, stage: "init", name: "JS⁰" });
     target.append(element("p", { className: "caption", textContent: "Earlier runs (protocol 1, which ranks nothing): measure against gap" }), chart);
@@ -129,7 +129,7 @@ function drawPicture() {
 }
 
 function pictureOfSpeedups(known, width) {
-  const said = (e) => `${e.model}: ${signed(e.y, 2)} [${signed(e.low, 2)}, ${signed(e.high, 2)}], Adam needed: ${e.needed}`;
+  const said = (e) => `${e.model}: ${e.speedup}, Adam needed: ${e.needed}`;
   const data = known.map((e) => ({ ...e, said: said(e), href: e.has_page ? `models/${e.model}.html` : null }));
   const shared = { x: "y", y: "model", r: 6, stroke: "family", strokeWidth: 2, href: "href", ariaLabel: "said" };
   return Plot.plot({
@@ -147,7 +147,7 @@ function pictureOfSpeedups(known, width) {
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
       Plot.ruleX([0.5], { strokeDasharray: "4 4", strokeOpacity: 0.7 }),
-      Plot.ruleY(data, { y: "model", x1: (e) => e.low ?? e.y, x2: (e) => e.high ?? e.y, stroke: "family", strokeWidth: 2 }),
+      Plot.ruleY(data, { y: "model", x1: (e) => e.low ?? -2.1, x2: (e) => e.high ?? 2.1, stroke: "family", strokeWidth: 2 }),
       Plot.dot(data.filter((e) => e.ranked), { ...shared, fill: "family" }),
       Plot.dot(data.filter((e) => !e.ranked), { ...shared, fill: "var(--back)" }),
       Plot.text(data, { x: "y", y: "model", dy: -13, text: (e) => signed(e.y, 2), fontSize: 12, fill: "currentColor", ariaHidden: "true" }),
@@ -156,9 +156,10 @@ function pictureOfSpeedups(known, width) {
 }
 
 function pictureOfBoth(width) {
-  const data = measured.map((e) => ({ ...e, x: e.J, xLow: e.J - (e.J_error ?? 0), xHigh: e.J + (e.J_error ?? 0), yLow: e.low ?? e.y, yHigh: e.high ?? e.y,
+  const [bottom, top] = d3.extent(measured.flatMap((e) => [e.y, e.low ?? e.y, e.high ?? e.y])); // an end without a bound goes as far as others
+  const data = measured.map((e) => ({ ...e, x: e.J, xLow: e.J - (e.J_error ?? 0), xHigh: e.J + (e.J_error ?? 0), yLow: e.low ?? bottom, yHigh: e.high ?? top,
     full: e.ranked, href: e.has_page ? `models/${e.model}.html` : null,
-    said: `${e.model}: J ${e.J.toPrecision(3)}, speed-up ${signed(e.y, 2)} [${signed(e.low, 2)}, ${signed(e.high, 2)}]` }));
+    said: `${e.model}: J ${e.J.toPrecision(3)}, speed-up ${e.speedup}` }));
   return pointChart(data, { width, height: Math.max(340, width * 0.62), names: width > 500 ? "all" : "families",
     x: { label: "JS⁰ of raw eigenvalues at initialisation (J) →" }, y: { label: "↑ log₂ of SGD's steps over AdamW's" },
     marks: [Plot.ruleY([0.5], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],

@@ -18,6 +18,7 @@ from harness.records.ledger import Ledger
 from harness.registry import get
 from harness.registry.entry import SpeedupRecipe
 from harness.training.speedup import pending
+from harness.training.stages import STAGE_SEED
 from spectra_db import store
 from spectra_db.derived import DERIVED, differences
 from spectra_db.words import ANSWERS
@@ -98,6 +99,18 @@ def test_runs_of_other_lengths_are_of_another_version_of_the_entry(whole):
     other = replace(TINY, speedup=replace(RECIPE, num_steps=50))
     with pytest.raises(UserError, match="name another --out"):
         list(missing(other, Ledger(whole)))
+
+
+def test_weights_that_are_kept_are_those_of_t_steps(tmp_path):
+    first = replace(TINY, stages=("init", "final"))
+    job = job_of(tmp_path, first)
+    path = job.ledger.checkpoint("tiny", "final", STAGE_SEED)
+    for num_steps in (2 * RECIPE.num_steps, RECIPE.num_steps):
+        assert not path.exists()
+        unit = Unit("tiny", "trial", "adamw", 1e-2, STAGE_SEED, num_steps=num_steps)
+        job.do(unit, lambda *done: None)
+    assert job.ledger.rows("stages", "tiny")["step"].tolist() == [RECIPE.num_steps]
+    assert path.exists()
 
 
 @pytest.mark.slow

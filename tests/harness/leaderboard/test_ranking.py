@@ -13,6 +13,8 @@ from harness.leaderboard.verdict import NOTHING, SUPPORTS
 from harness.predictors import PREDICTORS
 from harness.registry import ranked
 from spectra_db import store
+from spectra_db.loading import BUNDLED
+from spectra_db.manifest import InvalidRelease
 from tests.harness.leaderboard.tables import speedup_row
 
 GATE = {"cifar-resnet8": 0.1, "bpe-gpt": 1.2, "cifar-vit": 0.7, "softmax-balanced": -0.9}
@@ -130,6 +132,36 @@ def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(found, tmp_pat
     for standings in (whole, []):
         preview.draw(tmp_path / "verdict.png", standings)
         assert (tmp_path / "verdict.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ends_without_a_bound_and_bounds_are_said(tmp_path):
+    store.write(
+        tmp_path,
+        "speedups",
+        [
+            speedup_row("cifar-vit", 1.0, ci_low=None, ci_high=None, adam_needed="unclear"),
+            speedup_row("bpe-gpt", 2.0, ci_low=1.5, ci_high=None, censored=True),
+            speedup_row("softmax-balanced", -2.0, ci_low=None, ci_high=-1.5, censored=True),
+        ],
+    )
+    standings = entries.standings(ranking.ranking(tmp_path))
+    assert {row["model"]: row["speedup"] for row in standings if not row["reason"]} == {
+        "bpe-gpt": "> 2.00 [1.50, ∞]",
+        "cifar-vit": "1.00 [−∞, ∞]",
+        "softmax-balanced": "< −2.00 [−∞, −1.50]",
+    }
+    assert "> 2.00 [1.50, ∞]" in CliRunner().invoke(main, ["verdict", "--source", tmp_path]).output
+
+
+def test_a_release_of_other_bytes_than_its_manifest_says_has_no_verdict(tmp_path):
+    shutil.copyfile(BUNDLED / "manifest.json", tmp_path / "manifest.json")
+    for table in ("speedups", "predictors"):
+        shutil.copytree(BUNDLED / table, tmp_path / table)
+    ranking.ranking(tmp_path)
+    row = speedup_row("cifar-vit", 1.9)
+    store.write(tmp_path, "speedups", [row], replace=True)
+    with pytest.raises(InvalidRelease, match=r"cifar-vit\.parquet"):
+        ranking.ranking(tmp_path)
 
 
 def test_a_picture_that_can_not_be_written_is_refused(tmp_path):

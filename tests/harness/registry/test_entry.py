@@ -41,6 +41,7 @@ def changed(**values: Any) -> ModelEntry:
     [
         ({"name": "Two words"}, "name is 'Two words'; use lower-case letters"),
         ({"name": "../up"}, "name is '../up'; use lower-case letters"),
+        ({"name": "all"}, "it names what is of all models together"),
         ({"family": ""}, "family is ''; use lower-case letters"),
         ({"tier": "large"}, "tier is 'large'; choose one of demo, small, paper"),
         ({"factory": "torch.nn.Linear"}, "write module:callable"),

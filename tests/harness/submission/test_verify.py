@@ -245,6 +245,17 @@ def test_rows_are_drawn_of_stages_whose_weights_are_here(folder):
     assert "the checkpoint of cnn-digits at final is not here" in result.stdout
 
 
+def test_rows_that_all_failed_can_not_be_verified(folder):
+    rows = rows_of(folder).assign(status="failed", reason="no memory")
+    rows = rows[rows["probe"] == 0].assign(
+        **{name: [()] * int((rows["probe"] == 0).sum()) for name in LISTS}
+    )
+    store.write(folder, "spectra", rows, replace=True)
+    result = CliRunner().invoke(main, ["verify", str(folder)])
+    assert result.exit_code != 0
+    assert f"none of {len(rows)} rows holds a spectrum" in result.stderr
+
+
 def test_initial_weights_that_were_given_are_those_of_a_checkpoint(tmp_path):
     rows = pd.DataFrame({"model": ["gpt-nano-sft"], "stage": ["init"], "init_seed": [3]})
     assert at_hand(rows, get, None).empty

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
 from harness.errors import EXTRA
+from spectra_db.loading import BUNDLED
 from tests.base_install import PROJECT, ROOT
 
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # of what is imported by another name
@@ -22,13 +24,14 @@ for line in json.load(sys.stdin):
     result = CliRunner().invoke(main, line)
     print(json.dumps([result.exit_code, (result.stderr.splitlines() or [""])[-1]]))
 """
+MODELS = ("cifar-mlp", "cifar-vit", "mlp-mnist-c1")
 WITHOUT = [
     ["list"],
     ["spectrum", "--help"],
     ["describe", "mlp-mnist-c1", "--provenance"],
     ["verdict"],
-    ["dataset", "merge", str(ROOT / "spectra_db/campaign"), "--out", "merged"],
-    ["dataset", "diff", "merged", str(ROOT / "spectra_db/campaign")],
+    ["dataset", "merge", "some", "--out", "merged"],
+    ["dataset", "diff", "merged", "some"],
     ["dataset", "derive", "merged"],
     ["site", "--source", "merged", "--out", "site"],
 ]
@@ -59,6 +62,10 @@ def test_the_base_install_takes_at_most_700_megabytes(base_install):
 def test_commands_on_tables_work_by_the_base_install_and_others_say_what_to_install(
     base_install, tmp_path
 ):
+    for model in MODELS:
+        for path in BUNDLED.glob(f"*/{model}.parquet"):
+            (tmp_path / "some" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, tmp_path / "some" / path.parent.name / path.name)
     answer = base_install.run(RUN, input=json.dumps(WITHOUT + NEEDING), cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     said = [json.loads(line) for line in answer.stdout.splitlines()]

@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.leaderboard.derived import derived_of_release
 from harness.records.derived import derived
 from harness.registry import get
+from harness.submission.publication import unfinished
 from spectra_db import store
 from spectra_db.derived import DERIVED, differences, rows_of
 from spectra_db.followed import note_of
@@ -129,6 +130,10 @@ def test_what_follows_by_our_own_entries_is_noted_and_by_others_is_not(tmp_path)
         "gaps",
         "speedups",
     }
+
+
+def test_every_model_of_the_bundled_release_goes_into_the_next():
+    assert unfinished(BUNDLED) == {}
 
 
 def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path):

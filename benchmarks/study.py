@@ -35,6 +35,7 @@ from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.registry import ModelEntry
 from harness.training import load_problem
 from spectra_db.densities import SCALE
+from spectra_db.heterogeneity import SIGMA
 from spectra_db.quadrature import gauss_rule
 
 PROBES, STEPS = (3, 5, 10), (10, 20, 40, 80)
@@ -130,7 +131,7 @@ def scaled(
     larger = by_exact[by_exact["num_params"] > exact_size]
     pools = sampled(larger, SCALED_REPETITIONS * max(SCALED_PROBES), SCALED_STEPS)
     return pd.DataFrame(
-        {"num_probes": p, "scale": scale, "jump": jump} | estimate(rows, scale)
+        {"num_probes": p, "scale": scale, "jump": jump} | estimate(rows, scale, sigma=SIGMA)
         for p in SCALED_PROBES
         for rows in groups_of(by_exact, pools, p, SCALED_STEPS, SCALED_REPETITIONS)
         for scale in scales
@@ -347,10 +348,14 @@ def groups_of(
 
 
 def estimate(
-    rows: pd.DataFrame, scale: str = "lambda10", *, extend: bool = False
+    rows: pd.DataFrame,
+    scale: str = "lambda10",
+    *,
+    sigma: float | None = None,
+    extend: bool = False,
 ) -> dict[str, float]:
     """Return js0 of some rows with its errors; of rules that end, unless they are to go on."""
-    e = spectra_db.js0(rows, scale=scale, extend=extend)
+    e = spectra_db.js0(rows, scale=scale, sigma=sigma, extend=extend)
     names = ("value", "corrected", "standard_error", "ci_low", "ci_high")
     return {name: getattr(e, name) for name in names}
 

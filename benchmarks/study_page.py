@@ -68,7 +68,7 @@ The same probes in other arithmetic, 3 × 40, all blocks sampled. largest: the m
 largest |node| moved, relative; W1: mean over blocks of how far the rule moved, in rms eigenvalues;
 JS⁰: the corrected value's change, relative, beside which its standard error is {js_error}. TF32 is
 emulated: operands rounded to 10 bits, sums in float32. `medium` lets the processor multiply in
-bfloat16, which it did not do for matrices as small as these.
+bfloat16, where it can.
 
 {arithmetic}
 

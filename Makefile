@@ -18,15 +18,14 @@ demo: $(READY)
 
 # One thread per worker: the tests' models are too small to share. Each worker takes its tests in
 # their order, so that a module's set-up is made once; who is done first takes over from the other.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test: $(READY)
-	$(TESTS) --numprocesses 2 -m 'not slow'
+	$(TESTS) -m 'not slow'
 
 # Whole programs, killed and continued, in a browser, by several processes; intervals that cover.
-# One worker more than cores, since many wait for such a program.
 test-slow: $(READY)
-	$(TESTS) --numprocesses 3 -m slow
+	$(TESTS) -m slow
 
 # The lowest versions that pyproject allows; what tests/oldest.txt lacks, such as torch, is .venv's.
 $(OLD_READY): tests/oldest.txt $(READY)

@@ -83,10 +83,14 @@ def _missing_trials(entry: ModelEntry, recipe: SpeedupRecipe, ledger: Ledger) ->
     with suppress(climb.NoBestRate):
         due = list(speedup.pending(rows, recipe))
         if not due and "final" in entry.stages and not _is_kept(entry, ledger, "final"):
-            lr = speedup.Trials(rows, recipe).best_rate("adamw")
-            due = [speedup.Trial("adamw", recipe.num_steps, lr, STAGE_SEED)]
+            due = [kept_trial(recipe, speedup.Trials(rows, recipe).best_rate("adamw"))]
         for t in due:
             yield Unit(entry.name, "trial", t.optimizer, t.lr, t.seed, num_steps=t.num_steps)
+
+
+def kept_trial(recipe: SpeedupRecipe, lr: float) -> speedup.Trial:
+    """Return the trial whose final weights are kept, where the best rate of AdamW is `lr`."""
+    return speedup.Trial("adamw", recipe.num_steps, lr, STAGE_SEED)
 
 
 def _missing_runs(

@@ -14,7 +14,7 @@ import torch
 from harness import tasks
 from harness.campaign.claims import claim
 from harness.campaign.metric import take_moments
-from harness.campaign.plan import missing, settings_of
+from harness.campaign.plan import kept_trial, missing, settings_of
 from harness.campaign.spectrum import take_spectrum, write_failed
 from harness.campaign.unit import Unit
 from harness.errors import output_error, reason_of
@@ -26,6 +26,7 @@ from harness.records.provenance import code_version
 from harness.registry import ModelEntry
 from harness.tasks.base import Data
 from harness.training import Problem, load_problem, train
+from harness.training.speedup import Trial
 from harness.training.stages import STAGE_SEED, run_name
 from harness.training.trial import run_trial
 
@@ -146,8 +147,8 @@ def _train(unit: Unit, job: Job, on_progress: OnProgress) -> None:
 def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
     """Do a trial; keep the weights that others start from."""
     entry = job.entries[unit.model]
-    assert entry.speedup is not None
-    kept = ("adamw", STAGE_SEED, entry.speedup.num_steps)
+    trial = Trial(unit.optimizer, unit.num_steps, unit.lr, unit.seed)
+    is_kept = entry.speedup is not None and trial == kept_trial(entry.speedup, unit.lr)
     row, stage_rows = run_trial(
         entry,
         job.data(entry),
@@ -156,7 +157,7 @@ def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
         seed=unit.seed,
         num_steps=unit.num_steps,
         checkpoint_dir=job.ledger.checkpoints,
-        keep="final" in entry.stages and (unit.optimizer, unit.seed, unit.num_steps) == kept,
+        keep=is_kept and "final" in entry.stages,
         device=job.device or "cpu",
         on_step=on_progress,
     )

@@ -55,7 +55,8 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     models = _models(data, joined, folder)
     found = ranking(folder)
     release = manifest.read(folder)
-    _add_speedups(models, entries.standings(found))
+    standings = entries.standings(found)
+    _add_speedups(models, standings)
     for part in (out, out / "models", out / "data" / "models"):
         try:
             part.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         _write_model(model, models, ours, data.runs, source, environment, out)
     archive = [model for model in models if model["tier"] not in entries.TIERS]
     pages_of = {model["model"] for model in with_page}
-    standings = [row | {"has_page": row["model"] in pages_of} for row in entries.standings(found)]
+    standings = [row | {"has_page": row["model"] in pages_of} for row in standings]
     if project.SITE:
         preview.write(out, found.verdict, standings)
     verified = [model["model"] for model in archive if model["provenance"] == "verified"]

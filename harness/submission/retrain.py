@@ -12,7 +12,8 @@ import pandas as pd
 from harness import tasks
 from harness.errors import UserError, reason_of
 from harness.registry import ModelEntry
-from harness.submission.verify import Check, TooLong, runs_of
+from harness.submission.recompute import TooLong
+from harness.submission.verify import Check, runs_of
 from harness.training import train
 from spectra_db.derived import rows_of
 

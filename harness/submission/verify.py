@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -13,28 +12,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 import spectra_db
 from harness.errors import UserError, reason_of
-from harness.estimator import gram, shortcuts
-from harness.estimator.batches import batch_hash
-from harness.estimator.hessian import BlockHessian
-from harness.estimator.lanczos import lanczos
-from harness.estimator.operators import opened
-from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.settings import CHOICES, Settings
 from harness.records.derived import derived
 from harness.registry import ModelEntry
 from harness.submission import locate
-from harness.training import Problem, load_problem
-from harness.training.stages import STAGE_SEED, checkpoint_path
+from harness.submission.recompute import TooLong, Wrong, checkpoint_of, problem_of, recompute
+from harness.training.stages import checkpoint_path
 from spectra_db import rules, store, verified
 from spectra_db.derived import DERIVED, differences, rows_of, wrong_rules
-from spectra_db.files import sha256_of
-from spectra_db.jackknife import MIN_PROBES
 from spectra_db.loading import optional
-from spectra_db.quadrature import gauss_rule
 from spectra_db.verified import Extent
 
 
@@ -64,14 +52,6 @@ class Check:
     reason: str | None = None
 
 
-class TooLong(Exception):  # noqa: N818
-    """What was begun would not end within the time that is left."""
-
-
-class Unverifiable(UserError):  # noqa: N818
-    """A row that can't be recomputed here; the text says why."""
-
-
 def sample_rows(rows: pd.DataFrame, num_rows: int, seed: int) -> pd.DataFrame:
     """Draw rows of table `spectra`, without replacement, in random order."""
     return rows.sample(n=min(num_rows, len(rows)), random_state=seed)
@@ -92,7 +72,7 @@ def at_hand(
 
     def is_there(model: str, stage: str, seed: int) -> bool:
         try:
-            needed = _checkpoint_of(find_entry(model), stage, seed)
+            needed = checkpoint_of(find_entry(model), stage, seed)
         except UserError:
             return False
         if needed is None or checkpoint_dir is None:
@@ -133,14 +113,14 @@ def verify(
     """
     try:
         if wrong_rules(pd.DataFrame([row])).any():
-            raise _Wrong("the rule is not that of its alphas and betas")
-        problem = _problem(row, entry, stages, data_root, checkpoint_dir)
-        other = _recompute(row, problem, device, deadline)
+            raise Wrong("the rule is not that of its alphas and betas")
+        problem = problem_of(row, entry, stages, data_root, checkpoint_dir)
+        other = recompute(row, problem, device, deadline)
     except TooLong:
         raise
     except UserError as error:
         return _check(row, "unverifiable", reason=str(error))
-    except _Wrong as error:
+    except Wrong as error:
         return _check(row, "deviates", reason=str(error))
     except Exception as error:  # of the author's code
         said = reason_of(error) + locate.frame_of(error)
@@ -251,139 +231,6 @@ def runs_of(training: pd.DataFrame) -> list[tuple[str, float, int]]:
 def _check(row: dict[Any, Any], outcome: str, **found: Any) -> Check:
     names = ("model", "stage", "partition", "block", "probe")
     return Check(**{name: row[name] for name in names}, outcome=outcome, **found)
-
-
-class _Wrong(Exception):  # noqa: N818
-    """What a row says of itself is not so."""
-
-
-def _problem(
-    row: dict[Any, Any],
-    entry: ModelEntry,
-    published: pd.DataFrame,
-    data_root: Path | None,
-    checkpoint_dir: Path | None,
-) -> Problem:
-    """Load the row's problem, from weights and data that are provably the published ones."""
-    needed = _checkpoint_of(entry, row["stage"], row["init_seed"])
-    if needed is not None:
-        _check_checkpoint(published, *needed, checkpoint_dir)
-    problem = load_problem(
-        entry,
-        row["stage"],
-        row["init_seed"],
-        data_root=data_root,
-        checkpoint_dir=checkpoint_dir,
-    )
-    elsewhere = f"the data here are {problem.data_source}, not {row['data_source']}"
-    if batch_hash(problem.batches) != row["batch_hash"]:
-        same = problem.data_source == row["data_source"]
-        raise _Wrong("the data are the same, the batch is not" if same else elsewhere)
-    if problem.data_source != row["data_source"]:
-        raise _Wrong(elsewhere)
-    return problem
-
-
-def _checkpoint_of(entry: ModelEntry, stage: str, seed: int) -> tuple[str, int, str] | None:
-    """Return model, seed and stage of the weights that a stage has; None: its seed gives them."""
-    if stage != "init":
-        return entry.name, seed, stage
-    return None if entry.pretrained is None else (entry.pretrained, STAGE_SEED, "final")
-
-
-def _check_checkpoint(
-    published: pd.DataFrame, model: str, seed: int, stage: str, checkpoint_dir: Path | None
-) -> None:
-    """Raise unless the checkpoint lies here and is the published one."""
-    known = published[
-        (published["model"] == model)
-        & (published["stage"] == stage)
-        & (published["seed"] == seed)
-        & (published["optimizer"] == "adamw")
-    ]
-    if known.empty:
-        raise Unverifiable(f"table stages has no checkpoint of {model} at {stage}")
-    path = checkpoint_path(checkpoint_dir or "", model, seed, stage)
-    if checkpoint_dir is None or not path.is_file():
-        raise Unverifiable(f"the checkpoint of {model} at {stage} is not here")
-    if sha256_of(path) != known.iloc[0]["checkpoint_sha256"]:
-        raise Unverifiable(f"the checkpoint of {model} at {stage} here is not the published one")
-
-
-def _recompute(
-    row: dict[Any, Any], problem: Problem, device: str | None, deadline: float
-) -> dict[str, Any]:
-    """Return alphas, betas, nodes and weights of the row's block and probe."""
-    found = problem.blocks(row["partition"])
-    block = next((b for b in found if b.name == row["block"]), None)
-    if block is None:
-        raise _Wrong(f"{problem.entry.name} has no block {row['block']!r} in {row['partition']}")
-    if block.num_params != row["num_params"]:
-        raise _Wrong(f"the block has {block.num_params} parameters, not {row['num_params']}")
-    product = row.get("product")  # null in rows that are older than the column
-    settings = Settings(
-        row["partition"],
-        dtype=row["dtype"],
-        device=device,
-        norm_mode=row["norm_mode"],
-        matmul_precision=row["matmul_precision"],
-        operator=row["operator"],
-        product=product if isinstance(product, str) else CHOICES["product"][0],
-    )
-    with opened(problem.objective, [block], settings) as hessian:
-        if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
-            raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
-        count = block.num_params if row["method"] == "exact" else row["num_steps"]
-        if row["method"] == "slq":  # as it was taken, with as many probes as an error needs
-            shortcuts.prepare(hessian, [0], MIN_PROBES * count)
-        multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
-        if row["method"] == "exact":
-            if found := _by_gram(row, hessian):
-                return found
-            for _ in range(min(2, count)):
-                multiply(torch.ones(count, dtype=hessian.dtype, device=hessian.device))
-            eigenvalues = torch.linalg.eigvalsh(hessian.dense(0).double()).cpu().numpy()
-            weights = np.full(len(eigenvalues), 1 / len(eigenvalues))
-            return {"alphas": [], "betas": [], "nodes": eigenvalues, "weights": weights}
-        names = (row["init_seed"], row["model"], row["stage"], row["block"], row["probe"])
-        if probe_seed(*names) != row["probe_seed"]:
-            raise _Wrong("the probe's seed is not the one of its name")
-        v0 = draw_probe(block.num_params, row["probe_seed"], row["probe_distribution"])
-        run = lanczos(
-            multiply,
-            v0.to(hessian.device, hessian.dtype),
-            row["num_steps"],
-            reorthogonalize=row["reorthogonalized"],
-        )
-    nodes, weights = gauss_rule(run.alphas, run.betas)
-    return {"alphas": run.alphas, "betas": run.betas, "nodes": nodes, "weights": weights}
-
-
-def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | None:
-    """Return nodes and weights of an exact row that is of a Gram matrix; None if it is not."""
-    n = row["num_params"]
-    if row["num_products"] == n:  # one for each parameter
-        return None
-    for _, (nodes, weights), _ in gram.spectra(hessian, [0]):
-        return {"alphas": [], "betas": [], "nodes": np.array(nodes), "weights": np.array(weights)}
-    return None
-
-
-def _timed(
-    product: Callable[[torch.Tensor], torch.Tensor], count: int, deadline: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the product; the second call of `count` tells when the last would end."""
-    calls = itertools.count(1)
-
-    def timed(v: torch.Tensor) -> torch.Tensor:
-        begin, call = time.monotonic(), next(calls)
-        result = product(v)
-        now = time.monotonic()
-        if now > deadline or (call == 2 and now + (now - begin) * (count - 2) > deadline):
-            raise TooLong
-        return result
-
-    return timed
 
 
 def verify_tables(

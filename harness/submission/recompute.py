@@ -119,7 +119,7 @@ def recompute(
     Raises:
         TooLong: By the time of the second product it would end later.
         Unverifiable: Its microbatches don't fit.
-        Wrong: The block or the probe's seed is not what the row says.
+        Wrong: The block, the probe's seed or where the recurrence ended is not what the row says.
     """
     found = problem.blocks(row["partition"])
     block = next((b for b in found if b.name == row["block"]), None)
@@ -162,6 +162,8 @@ def recompute(
             row["num_steps"],
             reorthogonalize=row["reorthogonalized"],
         )
+    if run.breakdown != row["breakdown"] or len(run.alphas) != len(row["alphas"]):
+        raise Wrong(f"the recurrence took {len(run.alphas)} steps, breakdown {run.breakdown}")
     nodes, weights = gauss_rule(run.alphas, run.betas)
     return {"alphas": run.alphas, "betas": run.betas, "nodes": nodes, "weights": weights}
 

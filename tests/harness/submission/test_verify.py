@@ -146,6 +146,14 @@ def test_a_node_of_no_weight_that_makes_another_maximum_deviates(folder):
     assert "further apart" in check.reason
 
 
+@pytest.mark.parametrize("changes", [{"breakdown": True}, {"num_steps": 4}])
+def test_a_recurrence_that_ended_elsewhere_deviates(folder, changes):
+    row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
+    check = check_of(folder, row, **changes)
+    assert check.outcome == "deviates"
+    assert "the recurrence took" in check.reason
+
+
 def test_a_later_coefficient_that_was_altered_deviates_before_an_eigenvalue_has_converged(folder):
     row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
     alphas = row["alphas"].copy()

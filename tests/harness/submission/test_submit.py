@@ -356,6 +356,8 @@ def hub(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    # The client read it at its import, which may have been in a test that is offline.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return server
 
 

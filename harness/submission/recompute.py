@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from harness.errors import UserError
 from harness.estimator import gram, shortcuts
 from harness.estimator.batches import batch_hash
+from harness.estimator.blocks import Block
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.operators import opened
@@ -121,22 +123,7 @@ def recompute(
         Unverifiable: Its microbatches don't fit.
         Wrong: The block, the probe's seed or where the recurrence ended is not what the row says.
     """
-    found = problem.blocks(row["partition"])
-    block = next((b for b in found if b.name == row["block"]), None)
-    if block is None:
-        raise Wrong(f"{problem.entry.name} has no block {row['block']!r} in {row['partition']}")
-    if block.num_params != row["num_params"]:
-        raise Wrong(f"the block has {block.num_params} parameters, not {row['num_params']}")
-    product = row.get("product")  # null in rows that are older than the column
-    settings = Settings(
-        row["partition"],
-        dtype=row["dtype"],
-        device=device,
-        norm_mode=row["norm_mode"],
-        matmul_precision=row["matmul_precision"],
-        operator=row["operator"],
-        product=product if isinstance(product, str) else CHOICES["product"][0],
-    )
+    block, settings = _block_of(row, problem), _settings_of(row, device)
     with opened(problem.objective, [block], settings) as hessian:
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
@@ -166,6 +153,49 @@ def recompute(
         raise Wrong(f"the recurrence took {len(run.alphas)} steps, breakdown {run.breakdown}")
     nodes, weights = gauss_rule(run.alphas, run.betas)
     return {"alphas": run.alphas, "betas": run.betas, "nodes": nodes, "weights": weights}
+
+
+def product_error(row: dict[Any, Any], problem: Problem, device: str | None) -> float:
+    """Return by how much of its norm a product of the row's arithmetic differs from float64's.
+
+    Args:
+        row: Of table `spectra`, whose block is that of the problem.
+        problem: From `problem_of`.
+        device: Where to compute.
+    """
+    block, settings = _block_of(row, problem), _settings_of(row, device)
+    names = (row["init_seed"], row["model"], row["stage"], row["block"], 0)
+    v = draw_probe(block.num_params, probe_seed(*names), "gaussian")
+    found = []
+    for each in (settings, replace(settings, dtype="float64", matmul_precision="highest")):
+        with opened(problem.objective, [block], each) as hessian:
+            Hv = hessian.products([(0, v.to(hessian.device, hessian.dtype))])[0]
+            found.append(Hv.double().cpu())
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+def _block_of(row: dict[Any, Any], problem: Problem) -> Block:
+    """Return the row's block; raise Wrong if there is none of its name and size."""
+    found = problem.blocks(row["partition"])
+    block = next((b for b in found if b.name == row["block"]), None)
+    if block is None:
+        raise Wrong(f"{problem.entry.name} has no block {row['block']!r} in {row['partition']}")
+    if block.num_params != row["num_params"]:
+        raise Wrong(f"the block has {block.num_params} parameters, not {row['num_params']}")
+    return block
+
+
+def _settings_of(row: dict[Any, Any], device: str | None) -> Settings:
+    product = row.get("product")  # null in rows that are older than the column
+    return Settings(
+        row["partition"],
+        dtype=row["dtype"],
+        device=device,
+        norm_mode=row["norm_mode"],
+        matmul_precision=row["matmul_precision"],
+        operator=row["operator"],
+        product=product if isinstance(product, str) else CHOICES["product"][0],
+    )
 
 
 def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | None:

@@ -46,5 +46,8 @@ def test_rounding_explains_what_two_arithmetics_make_of_a_probe(model, num_steps
         higher = other["nodes"].copy()
         higher[-1] *= 1.5  # a weight of nothing or not
         assert not compare(facts | one, other | {"nodes": higher}).is_explained
+        last = 10 * np.abs(one["nodes"]).max()  # metrics go on by it
+        betas = [*other["betas"][:-1], last]
+        assert not compare(facts | one, other | {"betas": betas}).is_explained
         compared += 1
     assert compared

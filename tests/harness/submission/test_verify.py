@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,24 @@ def test_an_exact_spectrum_may_be_off_by_the_rounding_of_its_products(folder, ro
     row = rows_of(folder, stage="init", method="exact").iloc[0].to_dict()
     off = roundings * np.finfo(np.float32).eps * np.abs(row["nodes"]).max()
     assert check_of(folder, row, nodes=row["nodes"] + off).outcome == outcome
+
+
+def test_a_network_whose_products_round_more_agrees_with_another_arithmetic(folder):
+    entry = replace(
+        get("cnn-digits"),
+        factory=get("mlp-mnist-c15").factory,
+        options={"widths": (64, 64, 64), "scale": 15.0},
+    )
+    problem = load_problem(entry)
+    settings = Settings(num_probes=1, num_steps=12, exact_size=0, dtype="float64")
+    block = problem.blocks("weights")[0]
+    with opened(problem.objective, [block], settings) as hessian:
+        stamp = source_of(problem) | {"run_id": "run"}
+        [row] = gathered(rules(hessian, settings, stamp), [block]).to_dict("records")
+    row |= {name: np.array(row[name]) for name in LISTS}
+    stages = pd.DataFrame(columns=["model", "stage", "seed", "optimizer"])
+    check = verify(row | {"dtype": "float32"}, entry, stages)
+    assert (check.outcome, check.reason) == ("agrees", None)
 
 
 def test_any_probe_by_differences_agrees_with_itself():

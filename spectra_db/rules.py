@@ -12,7 +12,6 @@ from scipy.linalg import eigh_tridiagonal
 
 from spectra_db.densities import Array, Recurrence
 from spectra_db.heterogeneity import TRUNCATION
-from spectra_db.quadrature import gauss_rule
 
 # Rounding of a product, relative to its norm. float32 against float64 differed by up to 200 eps on
 # perceptrons of 266,000 parameters; another probe differs by 1 / sqrt(num_params) and more.
@@ -96,7 +95,7 @@ def compare(
         for r in (row, other)
     )
     fewer = mine.cut(max(1, int(TRUNCATION * len(row["alphas"]))))
-    change, moves = 0.0, 0.0
+    change, moves = 0.0, np.zeros(2)
     if not row["breakdown"] and settled < len(row["alphas"]):
         shorter = fewer.rule(extend=False)
         change, moves = _distance(_rule(row), shorter), _ends_apart(_rule(row), shorter)

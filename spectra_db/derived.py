@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from spectra_db import followed, store
-from spectra_db.heterogeneity import GRADIENT, MOMENTS, metrics, that_need
+from spectra_db.heterogeneity import CHANGES, GRADIENT, MOMENTS, metrics, that_need
 from spectra_db.schema import KEYS, SPECTRUM, TABLES, VERSIONS
 
 # (folder, rows that one file of the table holds) ↦ the rows that follow, with those columns that
@@ -178,7 +178,10 @@ def _renew(folder: Path, model: str) -> bool:
     stored = rows_of(folder, table, model)
     if stored.empty or (stored["protocol_version"] == now).all():
         return False
-    made = _heterogeneity(folder, stored.assign(protocol_version=now))
+    # What is of a larger batch, which these spectra don't tell, is of rules that aren't continued.
+    times = CHANGES[now] / CHANGES[int(stored["protocol_version"].iloc[0])]
+    states = stored["truncation_error"] * times
+    made = _heterogeneity(folder, stored.assign(protocol_version=now, truncation_error=states))
     key = list(KEYS[table])
     if len(made) != len(stored):
         raise ValueError(

@@ -23,9 +23,9 @@ from spectra_db.schema import VERSIONS
 SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
 # The truncation error compares with a rule of three quarters of the steps.
 TRUNCATION = 0.75
-# How many times that change, of continued rules, the value may be off: it covers the true error in
-# 86 of 100 cases (docs/accuracy.md, Rules that are continued), of raw eigenvalues in 56 to 81.
-CHANGES = 3.0
+# How many times that change the value may be off, by version of the protocol: as often as it takes
+# to cover the true error in 90 of 100 cases (docs/accuracy.md, Rules that are continued).
+CHANGES = {1: 1.0, 2: 3.0, 3: 5.0}
 # Columns of table `heterogeneity` that an estimate has.
 _FROM_ESTIMATE = (
     *("value", "corrected", "standard_error"),
@@ -193,7 +193,7 @@ def measure(rows: pd.DataFrame, metric: str) -> tuple[Estimate, float]:
     full, short = (
         METRICS[metric].estimate(b, *reading) for b in (blocks, blocks.truncated(TRUNCATION))
     )
-    return full, CHANGES * abs(short.value - full.value)
+    return full, CHANGES[VERSIONS["heterogeneity"]] * abs(short.value - full.value)
 
 
 def settled(rows: pd.DataFrame, metric: str, allowed: float) -> set[str]:
@@ -218,7 +218,7 @@ def settled(rows: pd.DataFrame, metric: str, allowed: float) -> set[str]:
     for k, shorter in enumerate(blocks.truncated(TRUNCATION).blocks):
         others = [*full.blocks[:k], shorter, *full.blocks[k + 1 :]]
         change = METRICS[metric].estimate(replace(full, blocks=others), *reading).value - value
-        if CHANGES * abs(change) <= allowed / len(full):
+        if CHANGES[VERSIONS["heterogeneity"]] * abs(change) <= allowed / len(full):
             found.add(shorter.name)
     return found
 
@@ -239,14 +239,14 @@ def metrics(
         rows: Rows of table `spectra` of one model, stage and partition.
         block_rows: Rows of table `blocks` of the same blocks, for `gradient_rms_spread`.
         names: The metrics to return, for a spectrum that is too short for others; None: all.
-        version: Of the protocol: 1 has the rules of the steps that were taken, 2 continues them.
+        version: Of the protocol: 1 has the rules of the steps that were taken, later ones continue
+            them; CHANGES has what else differs.
 
     Raises:
         ValueError: As `js0`.
     """
     blocks = Blocks.of(rows, extend=version > 1)
     shorter = blocks.truncated(TRUNCATION)
-    changes = CHANGES if version > 1 else 1.0
     columns = ("model", "stage", "init_seed", "train_run", "partition")
     identity = {c: rows.iloc[0][c] for c in columns if c in rows} | {"protocol_version": version}
     batch_size = int(rows["batch_size"].iloc[0]) if "batch_size" in rows else None
@@ -262,9 +262,8 @@ def metrics(
             else:
                 full, short = (metric.estimate(b, scale, sigma) for b in (blocks, shorter))
             reading = {"metric": name, "scale": scale, "sigma": sigma}
-            errors: dict[str, float | None] = {
-                "truncation_error": changes * abs(short.value - full.value)
-            }
+            change = abs(short.value - full.value)
+            errors: dict[str, float | None] = {"truncation_error": CHANGES[version] * change}
             errors |= {"batch_error": None, "batch_size": batch_size}
             numbers = {column: getattr(full, column) for column in _FROM_ESTIMATE}
             table.append(identity | reading | numbers | errors)

@@ -12,9 +12,9 @@ from spectra_db.words import ANSWERS, STAGES, listed
 PROTOCOL_VERSION = 1
 # Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second, and
 # so are metrics, whose rules are continued where Lanczos stopped.
-VERSIONS = {"heterogeneity": 2, "trials": 2, "speedups": 2, "predictors": 2}
+VERSIONS = {"heterogeneity": 3, "trials": 2, "speedups": 2, "predictors": 2}
 # Earlier versions that are read, too.
-EARLIER = {"heterogeneity": (1,)}
+EARLIER = {"heterogeneity": (1, 2)}
 
 _TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 _LIST = pa.list_(_FLOAT)

@@ -8,9 +8,9 @@ import pytest
 
 from spectra_db import derived, store
 from spectra_db.densities import blocks_of
-from spectra_db.heterogeneity import METRICS, MOMENTS, js0, metrics, spread, that_need
+from spectra_db.heterogeneity import CHANGES, METRICS, MOMENTS, js0, metrics, spread, that_need
 from spectra_db.quadrature import extended, gauss_rule
-from spectra_db.schema import KEYS
+from spectra_db.schema import KEYS, VERSIONS
 from spectra_db.store import InvalidTable
 
 from .synthetic import COMMON, exact_rows, lanczos, power_of_normal, slq_rows
@@ -39,7 +39,7 @@ def test_the_moments_that_lanczos_knows_stay_and_so_do_the_spreads_of_moments(sp
         assert weights @ nodes**j == pytest.approx(measure @ d**j, rel=1e-10)
     ended, w = gauss_rule(*lanczos(d, v, STEPS))
     assert w @ ended ** (2 * STEPS) != pytest.approx(measure @ d ** (2 * STEPS), rel=1e-10)
-    both = [metrics(rows, version=v, names=that_need(MOMENTS))["value"] for v in (1, 2)]
+    both = [metrics(rows, version=v, names=that_need(MOMENTS))["value"] for v in (1, 3)]
     np.testing.assert_allclose(*both, rtol=1e-12)
 
 
@@ -68,7 +68,7 @@ def test_exact_blocks_rules_that_broke_down_and_those_of_few_steps_stay(spectra,
 
 def test_what_is_stored_decides_by_its_protocol_what_it_is_compared_with(rows, tmp_path):
     store.write(tmp_path, "spectra", rows)
-    for version in (1, 2):
+    for version in CHANGES:
         table = metrics(rows, version=version)
         store.write(tmp_path, "heterogeneity", table, replace=True)
         assert derived.differences(tmp_path, derived.DERIVED) == []
@@ -81,16 +81,17 @@ def test_metrics_of_protocol_1_are_derived_anew_and_what_no_spectrum_tells_is_ke
     store.write(tmp_path, "spectra", rows)
     older = metrics(rows, version=1).assign(batch_error=0.25)
     larger = older["metric"].isin(that_need(MOMENTS))
-    older.loc[larger, ["batch_size", "value"]] = 99, 0.5
+    older.loc[larger, ["batch_size", "value", "truncation_error"]] = 99, 0.5, 0.01
     store.write(tmp_path, "heterogeneity", older)
-    with pytest.raises(InvalidTable, match=r"protocol versions \[1, 2\] .*dataset derive"):
+    with pytest.raises(InvalidTable, match=r"protocol versions \[1, 3\] .*dataset derive"):
         store.write(tmp_path, "heterogeneity", metrics(rows, names=["w1"]))
     assert derived.renew(tmp_path) == [COMMON["model"]]
     key = list(KEYS["heterogeneity"])
     found = derived.rows_of(tmp_path, "heterogeneity", COMMON["model"])
-    assert set(found["protocol_version"]) == {2}
+    assert set(found["protocol_version"]) == {VERSIONS["heterogeneity"]}
     assert set(found["batch_error"]) == {0.25}
     assert set(found.loc[found["batch_size"] == 99, "value"]) == {0.5}
+    assert set(found.loc[found["batch_size"] == 99, "truncation_error"]) == {0.05}
     assert set(found.loc[found["batch_size"] == 99, "metric"]) == set(that_need(MOMENTS))
     both = found.merge(metrics(rows), on=key, suffixes=("", "_anew"))
     of_spectrum = both["batch_size"] == both["batch_size_anew"]

@@ -17,7 +17,7 @@ from spectra_db import store
 from spectra_db.derived import DERIVED, differences, rows_of
 from spectra_db.followed import note_of
 from spectra_db.loading import BUNDLED
-from spectra_db.schema import TABLES
+from spectra_db.schema import TABLES, VERSIONS
 
 MODEL = "mlp-mnist-c1"
 
@@ -102,7 +102,7 @@ def test_metrics_of_protocol_1_are_derived_anew_by_command_and_then_follow(sourc
         "1 models derived anew, the others are of the last protocol",
     )
     now = rows_of(source, "heterogeneity", MODEL)
-    assert set(now["protocol_version"]) == {2}
+    assert set(now["protocol_version"]) == {VERSIONS["heterogeneity"]}
     assert len(now) == len(rows)
     assert differences(source, of_all) == []
     assert run("dataset", "derive", source)[1].startswith("0 models")

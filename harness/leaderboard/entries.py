@@ -88,8 +88,8 @@ def _speedup(numbers: dict[str, float | None], *, is_bound: bool) -> str:
         return "–"
     sign = "" if not is_bound else "> " if y > 0 else "< "
     low, high = numbers["low"], numbers["high"]
-    ends = f"[{'−∞' if low is None else f'{low:.2f}'}, {'∞' if high is None else f'{high:.2f}'}]"
-    return f"{sign}{y:.2f} {ends}".replace("-", "−")
+    ends = f"[{'−∞' if low is None else f'{low:z.2f}'}, {'∞' if high is None else f'{high:z.2f}'}]"
+    return f"{sign}{y:z.2f} {ends}".replace("-", "−")
 
 
 def short(value: Any) -> float | None:

@@ -110,12 +110,15 @@ def _draw_speedups(ax: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _ends(row: dict[str, Any]) -> list[list[float]]:
-    """Return how far the interval goes down and up: out of the picture where it has no bound."""
+    """Return how far the interval goes down and up: out of the picture where it has no bound.
+
+    Not at all where y lies beyond that end, as one of resampled runs may.
+    """
     low, high = row["low"], row["high"]
     beyond = 10.0
     return [
-        [beyond if low is None else row["y"] - low],
-        [beyond if high is None else high - row["y"]],
+        [beyond if low is None else max(row["y"] - low, 0.0)],
+        [beyond if high is None else max(high - row["y"], 0.0)],
     ]
 
 

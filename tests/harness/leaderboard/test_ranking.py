@@ -142,14 +142,17 @@ def test_ends_without_a_bound_and_bounds_are_said(tmp_path):
             speedup_row("cifar-vit", 1.0, ci_low=None, ci_high=None, adam_needed="unclear"),
             speedup_row("bpe-gpt", 2.0, ci_low=1.5, ci_high=None, censored=True),
             speedup_row("softmax-balanced", -2.0, ci_low=None, ci_high=-1.5, censored=True),
+            speedup_row("cifar-mlp", -0.001, ci_low=-0.3, ci_high=-0.002),
         ],
     )
     standings = entries.standings(ranking.ranking(tmp_path))
     assert {row["model"]: row["speedup"] for row in standings if not row["reason"]} == {
         "bpe-gpt": "> 2.00 [1.50, ∞]",
+        "cifar-mlp": "0.00 [−0.30, 0.00]",
         "cifar-vit": "1.00 [−∞, ∞]",
         "softmax-balanced": "< −2.00 [−∞, −1.50]",
     }
+    preview.draw(tmp_path / "verdict.png", standings)
     assert "> 2.00 [1.50, ∞]" in CliRunner().invoke(main, ["verdict", "--source", tmp_path]).output
 
 

@@ -49,7 +49,7 @@ def merge(sources: Sequence[Path], out: Path) -> Merged:
         out: Where to; may hold tables already, or not be there.
 
     Raises:
-        InvalidTable: A file is not valid; nothing is written.
+        InvalidTable: A file is not valid, or files are of several protocols; nothing is written.
     """
     found = Merged()
     roots = [root for root in (out, *sources) if root.exists()]
@@ -80,10 +80,17 @@ def _gather(roots: Sequence[Path], place: Path, out: Path, found: Merged) -> tup
     kept: dict[Key, tuple[Path, pa.Table]] = {}
     again: set[Key] = set()
     before = 0
+    versions: dict[int, Path] = {}
     for root in roots:
         if not (root / place).exists():
             continue
         rows = store.read(root / place, table)
+        versions |= {int(v): root for v in rows["protocol_version"].unique().to_pylist()}
+        if len(versions) > 1:
+            unlike = ", ".join(f"{root} has protocol version {v}" for v, root in versions.items())
+            raise store.InvalidTable(
+                f"{place}: {unlike}; `harness dataset derive FOLDER` brings a folder up to date"
+            )
         before = rows.num_rows if root == out else before
         for key, group in _groups(table, rows).items():
             first, known = kept.setdefault(key, (root, group))

@@ -52,11 +52,15 @@ class Difference:
             their own change: a weight of nothing moves no distance, and its node every maximum.
             Those of the rules continued, as metrics take them, by a fifth of the largest more: the
             last beta is in no other rule.
+        product: By how much of its norm a product may be off.
+        is_telling: That is less than what another probe's products differ by, 1 / sqrt(num_params).
     """
 
     distance: float
     allowed: float
     first: float
+    product: float
+    is_telling: bool
     is_first_alike: bool = True
     are_ends_alike: bool = True
 
@@ -80,13 +84,14 @@ def compare(
     eps = epsilon(row)
     count = max(len(row["nodes"]), len(other["nodes"]))
     of_product = max(product_rounding(row), _PRODUCT_ERRORS * product_error)
+    is_telling = of_product < row["num_params"] ** -0.5
     rounding = of_product + count * eps
     largest = float(np.abs(row["nodes"]).max())
     if row["method"] == "exact":
         values, others = (_eigenvalues(rule, row["num_params"]) for rule in (row, other))
         as_many = len(values) == len(others)
         distance = float(np.abs(values - others).max()) if as_many else np.inf
-        return Difference(distance, rounding * largest, 0.0)
+        return Difference(distance, rounding * largest, 0.0, of_product, is_telling)
     norm = float(np.hypot(row["alphas"][0], row["betas"][0]))  # of Hv
     largest = max(largest, norm)
     settled = _settled(row["alphas"], row["betas"], eps)
@@ -115,6 +120,8 @@ def compare(
         _distance(_rule(row), _rule(other)),
         rounded + _TRUNCATIONS * change,
         first,
+        of_product,
+        is_telling,
         is_first_alike=first <= of_product,
         are_ends_alike=bool(are_ends_alike),
     )

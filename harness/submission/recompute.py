@@ -158,6 +158,8 @@ def recompute(
 def product_error(row: dict[Any, Any], problem: Problem, device: str | None) -> float:
     """Return by how much of its norm a product of the row's arithmetic differs from float64's.
 
+    Infinite where that norm is 0.
+
     Args:
         row: Of table `spectra`, whose block is that of the problem.
         problem: From `problem_of`.
@@ -171,7 +173,8 @@ def product_error(row: dict[Any, Any], problem: Problem, device: str | None) -> 
         with opened(problem.objective, [block], each) as hessian:
             Hv = hessian.products([(0, v.to(hessian.device, hessian.dtype))])[0]
             found.append(Hv.double().cpu())
-    return float((found[0] - found[1]).norm() / found[1].norm())
+    norm = float(found[1].norm())
+    return float((found[0] - found[1]).norm()) / norm if norm else float("inf")
 
 
 def _block_of(row: dict[Any, Any], problem: Problem) -> Block:

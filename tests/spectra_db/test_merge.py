@@ -6,16 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import spectra_db
 from harness.cli import main
 from spectra_db import store
+from spectra_db.heterogeneity import metrics
 from spectra_db.merge import merge
 from spectra_db.release import list_files
 
-from .synthetic import COMMON, exact_row, failed_row, gap_row, run_row, write_tables
+from .synthetic import COMMON, exact_row, exact_rows, failed_row, gap_row, run_row, write_tables
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,13 @@ def test_tables_of_larger_batches_are_brought_along(tmp_path):
     folder_of(tmp_path / "one" / "larger_batch", block(1.0))
     merge([tmp_path / "one"], tmp_path / "out")
     assert len(spectra_db.load("spectra", source=tmp_path / "out" / "larger_batch")) == 1
+
+
+def test_folders_of_two_protocols_are_refused_before_anything_is_written(tmp_path):
+    for seed, (name, version) in enumerate((("one", 2), ("two", 3))):
+        rows = exact_rows([np.arange(1.0, 4), np.arange(4.0)]).assign(init_seed=seed)
+        store.write(tmp_path / name, "spectra", rows)
+        store.write(tmp_path / name, "heterogeneity", metrics(rows, version=version))
+    with pytest.raises(store.InvalidTable, match=r"one has .* 2, .*two has .* 3; .*derive"):
+        merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from harness.cli import main
 from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.estimator.spectrum import gathered, rules
-from harness.registry import get
+from harness.registry import ModelEntry, get
 from harness.submission.retrain import compare_runs, verify_runs
 from harness.submission.verify import at_hand, sample_rows, verify, verify_sample
 from harness.training import load_problem
@@ -90,22 +90,41 @@ def test_an_exact_spectrum_may_be_off_by_the_rounding_of_its_products(folder, ro
     assert check_of(folder, row, nodes=row["nodes"] + off).outcome == outcome
 
 
-def test_a_network_whose_products_round_more_agrees_with_another_arithmetic(folder):
-    entry = replace(
-        get("cnn-digits"),
-        factory=get("mlp-mnist-c15").factory,
-        options={"widths": (64, 64, 64), "scale": 15.0},
-    )
+def of_scaled_outputs(scale: float) -> tuple[ModelEntry, list[dict]]:
+    """Return a perceptron and two probes of a block in float64, said to be of float32."""
+    options = {"widths": (16, 16, 16), "scale": scale}
+    entry = replace(get("cnn-digits"), factory=get("mlp-mnist-c15").factory, options=options)
     problem = load_problem(entry)
-    settings = Settings(num_probes=1, num_steps=12, exact_size=0, dtype="float64")
+    settings = Settings(num_probes=2, num_steps=12, exact_size=0, dtype="float64")
     block = problem.blocks("weights")[0]
     with opened(problem.objective, [block], settings) as hessian:
-        stamp = source_of(problem) | {"run_id": "run"}
-        [row] = gathered(rules(hessian, settings, stamp), [block]).to_dict("records")
-    row |= {name: np.array(row[name]) for name in LISTS}
+        stamp = source_of(problem) | {"run_id": "run", "dtype": "float32"}
+        rows = gathered(rules(hessian, settings, stamp), [block]).to_dict("records")
+    arrays = [{name: np.array(row[name]) for name in LISTS} for row in rows]
+    return entry, [
+        row | lists | {"dtype": "float32"} for row, lists in zip(rows, arrays, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scale", "mine", "other"),
+    [(12.5, "agrees", "deviates"), (25.0, "unverifiable", "unverifiable")],
+)
+def test_of_networks_whose_products_round_more_as_much_is_allowed(scale, mine, other):
+    entry, [row, second] = of_scaled_outputs(scale)
     stages = pd.DataFrame(columns=["model", "stage", "seed", "optimizer"])
-    check = verify(row | {"dtype": "float32"}, entry, stages)
-    assert (check.outcome, check.reason) == ("agrees", None)
+    check = verify(row, entry, stages)
+    assert check.outcome == mine
+    passed_off = verify(row | {name: second[name] for name in LISTS}, entry, stages)
+    assert passed_off.outcome == other
+
+
+def test_a_row_of_coarse_arithmetic_that_any_probe_would_fit_is_not_verified(folder):
+    row = rows_of(folder, stage="init", method="slq").iloc[0].to_dict()
+    lists = {name: 3 * row[name] for name in ("alphas", "betas", "nodes")}
+    check = check_of(folder, row, matmul_precision="medium", **lists)
+    assert check.outcome == "unverifiable"
+    assert "precision medium" in check.reason
 
 
 def test_any_probe_by_differences_agrees_with_itself():

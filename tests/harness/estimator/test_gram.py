@@ -258,6 +258,17 @@ def test_rows_are_taken_where_they_cost_no_more_than_the_products_they_replace(m
     assert [methods[0].to_list(), sorted(methods[1])] == [["slq"] * 3, ["exact", "slq", "slq"]]
 
 
+@pytest.mark.parametrize(("few_passes", "method"), [(2, "slq"), (3, "exact")])
+def test_rows_of_many_passes_are_not_taken_where_products_cost_less(
+    monkeypatch, few_passes, method
+):
+    model, batch = net("cnn", 20)  # 3 passes, for one block of one product
+    monkeypatch.setattr(gram, "_FEW_PASSES", few_passes)
+    some = {"blocks": find_blocks(model)[:1], "num_steps": 1}
+    rows = estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS | some)
+    assert set(rows["method"]) == {method}
+
+
 def test_a_criterion_that_is_not_convex_falls_back():
     model, batch = net("cnn")
     odd = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z.sin().mean())

@@ -11,10 +11,9 @@ from benchmarks.study import drawn
 from benchmarks.study_page import percent, rms, table
 from harness.estimator.lanczos import Recurrence, lanczos
 from spectra_db.densities import Array, BlockSpectrum
-from spectra_db.heterogeneity import CHANGES, METRICS, TRUNCATION
+from spectra_db.heterogeneity import CHANGES_NOW, METRICS, TRUNCATION
 from spectra_db.jackknife import Blocks
 from spectra_db.quadrature import LENGTH, WINDOW, extended, gauss_rule
-from spectra_db.schema import VERSIONS
 
 STEPS, PROBES, GROUPS = (8, 10, 15, 20, 40), 3, 4
 NOTHING = 1e-3  # an error as small counts as none
@@ -26,7 +25,6 @@ READINGS = (
 )
 # Other parts of the steps to average, and other lengths.
 VARIED = ((1 / 4, LENGTH), (1 / 2, LENGTH), (1.0, LENGTH), (WINDOW, 45), (WINDOW, 100))
-_CHANGES = CHANGES[VERSIONS["heterogeneity"]]
 _NAMES = [" ".join(reading) for reading in READINGS]
 # Steps, window and length of each rule; both 0: T ends.
 SETTINGS = [
@@ -107,7 +105,7 @@ def section(found: Mapping[str, pd.DataFrame]) -> str:
         length=LENGTH,
         updates=UPDATES,
         both=f"{len(found)} cases, {GROUPS} groups of {PROBES} probes each",
-        changes=_CHANGES,
+        changes=CHANGES_NOW,
         nothing=NOTHING,
         of_own_rms=_by_case(ended, ours, "js0 own_rms"),
         of_lambda10=_by_case(ended, ours, "js0 lambda10"),
@@ -148,7 +146,7 @@ def _varied(rows: pd.DataFrame) -> str:
 
 
 def _covered(ours: pd.DataFrame) -> str:
-    hit = ours["error"].abs() <= np.maximum(_CHANGES * ours["change"], NOTHING)
+    hit = ours["error"].abs() <= np.maximum(CHANGES_NOW * ours["change"], NOTHING)
     by = hit.groupby([ours["reading"], ours["num_steps"]]).mean()
     lines = [[n, *(f"{100 * by[n, m]:.0f}" for m in STEPS)] for n in _NAMES]
     of_all = hit.groupby(ours["num_steps"]).mean()

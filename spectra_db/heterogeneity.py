@@ -26,6 +26,7 @@ TRUNCATION = 0.75
 # How many times that change the value may be off, by version of the protocol: as often as it takes
 # to cover the true error in 90 of 100 cases (docs/accuracy.md, Rules that are continued).
 CHANGES = {1: 1.0, 2: 3.0, 3: 5.0}
+CHANGES_NOW = CHANGES[VERSIONS["heterogeneity"]]
 # Columns of table `heterogeneity` that an estimate has.
 _FROM_ESTIMATE = (
     *("value", "corrected", "standard_error"),
@@ -193,7 +194,7 @@ def measure(rows: pd.DataFrame, metric: str) -> tuple[Estimate, float]:
     full, short = (
         METRICS[metric].estimate(b, *reading) for b in (blocks, blocks.truncated(TRUNCATION))
     )
-    return full, CHANGES[VERSIONS["heterogeneity"]] * abs(short.value - full.value)
+    return full, CHANGES_NOW * abs(short.value - full.value)
 
 
 def settled(rows: pd.DataFrame, metric: str, allowed: float) -> set[str]:
@@ -218,7 +219,7 @@ def settled(rows: pd.DataFrame, metric: str, allowed: float) -> set[str]:
     for k, shorter in enumerate(blocks.truncated(TRUNCATION).blocks):
         others = [*full.blocks[:k], shorter, *full.blocks[k + 1 :]]
         change = METRICS[metric].estimate(replace(full, blocks=others), *reading).value - value
-        if CHANGES[VERSIONS["heterogeneity"]] * abs(change) <= allowed / len(full):
+        if CHANGES_NOW * abs(change) <= allowed / len(full):
             found.add(shorter.name)
     return found
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 from spectra_db.words import ANSWERS, STAGES, listed
 
 PROTOCOL_VERSION = 1
-# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second, and
-# so are metrics, whose rules are continued where Lanczos stopped.
+# Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second;
+# metrics are of the third, whose rules are continued and which states more truncation.
 VERSIONS = {"heterogeneity": 3, "trials": 2, "speedups": 2, "predictors": 2}
 # Earlier versions that are read, too.
 EARLIER = {"heterogeneity": (1, 2)}

@@ -112,7 +112,7 @@ def _draw_speedups(ax: Axes, rows: list[dict[str, Any]]) -> None:
 def _ends(row: dict[str, Any]) -> list[list[float]]:
     """Return how far the interval goes down and up: out of the picture where it has no bound.
 
-    Not at all where y lies beyond that end, as one of resampled runs may.
+    Not at all where y lies beyond that end.
     """
     low, high = row["low"], row["high"]
     beyond = 10.0

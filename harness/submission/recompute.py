@@ -128,8 +128,7 @@ def recompute(
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
         count = block.num_params if row["method"] == "exact" else row["num_steps"]
-        if row["method"] == "slq":  # as it was taken, with as many probes as an error needs
-            shortcuts.prepare(hessian, [0], MIN_PROBES * count)
+        _prepare(row, hessian)
         multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
             if found := _by_gram(row, hessian):
@@ -171,6 +170,7 @@ def product_error(row: dict[Any, Any], problem: Problem, device: str | None) -> 
     found = []
     for each in (settings, replace(settings, dtype="float64", matmul_precision="highest")):
         with opened(problem.objective, [block], each) as hessian:
+            _prepare(row, hessian)
             Hv = hessian.products([(0, v.to(hessian.device, hessian.dtype))])[0]
             found.append(Hv.double().cpu())
     norm = float(found[1].norm())
@@ -199,6 +199,12 @@ def _settings_of(row: dict[Any, Any], device: str | None) -> Settings:
         operator=row["operator"],
         product=product if isinstance(product, str) else CHOICES["product"][0],
     )
+
+
+def _prepare(row: dict[Any, Any], hessian: BlockHessian) -> None:
+    """Have products made as the row's were, with as many probes as an error needs."""
+    if row["method"] == "slq":
+        shortcuts.prepare(hessian, [0], MIN_PROBES * row["num_steps"])
 
 
 def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | None:

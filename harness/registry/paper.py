@@ -1,8 +1,9 @@
 """The systems of Zhang et al. 2024 (arXiv 2402.16788), but for the perceptrons, which are in `mlp`.
 
 Architectures and data are the real ones; the batches of the Hessian are what two cores can do, and
-are recorded with every row. The metrics that need few products are taken on four times as many
-samples. `harness run` takes initial spectra only. The recipes are the paper's
+are recorded with every row. Entries named `…-b16` and the like take a larger batch at a third of
+the steps. The metrics that need few products are taken on four times as many samples.
+`harness run` takes initial spectra only. The recipes are the paper's
 budgets with two departures: our schedule (cosine) for all, and for language no weight decay, which
 0.1 would make another function for SGD than for AdamW.
 
@@ -69,7 +70,7 @@ _GPT2_124M: dict[str, Any] = {
     **OWN,
 }
 
-ENTRIES = (
+_ENTRIES = (
     ModelEntry(
         name="resnet18-imagenet",
         family="resnet",
@@ -206,5 +207,28 @@ ENTRIES = (
         description="GPT-2 from its pretrained weights, fine-tuned on instructions",
         **TRANSFORMERS,
         **_PAPER_TIER,
+    ),
+)
+
+# The same on at least 16 images or 2,048 tokens. ResNet-18 and nanoGPT have as many as they are.
+_LARGER = {
+    "vgg16-imagenet": 16,
+    "vit-base-imagenet": 16,
+    "mixer-imagenet": 16,
+    "bert-cornell": 32,
+}
+
+ENTRIES = (
+    *_ENTRIES,
+    *(
+        replace(
+            entry,
+            name=f"{entry.name}-b{_LARGER[entry.name]}",
+            hessian_batch_size=_LARGER[entry.name],
+            num_steps=10,
+            description=f"{entry.description}; on a batch of {_LARGER[entry.name]}",
+        )
+        for entry in _ENTRIES
+        if entry.name in _LARGER
     ),
 )

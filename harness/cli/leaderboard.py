@@ -117,7 +117,7 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
     click.echo(found.verdict.sentence)
     print_speedups(standings)
     print_measures(entries.measure_table(found.verdict.measures))
-    print_pairs(entries.pair_table(found.verdict.pairs))
+    print_pairs(entries.pair_table(found))
     for line in found.verdict.lines:
         click.echo(f"- {line}")
     for model, reason in found.pending.items():

@@ -103,6 +103,7 @@ def describe(
 
     from harness.campaign.plan import settings_of
     from harness.cli.display import cost_line, print_blocks
+    from harness.cli.progress import progress_bar
     from harness.registry import get
     from harness.training import load_problem
 
@@ -110,7 +111,8 @@ def describe(
     # The pretraining's weights change nothing that is shown.
     problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
     blocks = problem.blocks(partition)
-    cost = problem.forecast(settings_of(entry, partition))
+    with progress_bar(f"{entry.name}: a product with each block") as on_progress:
+        cost = problem.forecast(settings_of(entry, partition), on_progress)
     num_params = sum(p.numel() for p in problem.model.parameters())
     if as_json:
         facts = {

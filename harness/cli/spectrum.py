@@ -203,7 +203,8 @@ def _take_whole(
     with team(str(settings.device), share) as together:
         leads, cost = together is None or together.leads, None
         if leads:
-            cost = problem.forecast(settings)
+            with progress_bar(f"{name}: a product with each block") as on_progress:
+                cost = problem.forecast(settings, on_progress)
             click.echo(cost_line(settings.num_probes, settings.num_steps, cost))
         with progress_bar(name, shown=leads, log=log if leads else None) as on_progress:
             rows = take_spectrum(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -71,11 +71,22 @@ class Forecast:
         return float(self.flops + self.pass_flops * (passes - 1))
 
 
-def forecast(objective: Objective, blocks: Sequence[Block], settings: Settings) -> Forecast:
+def forecast(
+    objective: Objective,
+    blocks: Sequence[Block],
+    settings: Settings,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Forecast:
     """Count the cost of a spectrum on one sample and scale it to the batch.
 
     Takes one product with each block on the first sample, or on the first two where the model
     fails on one, on the model's device.
+
+    Args:
+        objective: The loss.
+        blocks: The blocks.
+        settings: Probes, steps and what else tells the products apart.
+        on_progress: Called with (blocks done, blocks in all).
     """
     size, first = objective.batch_size, objective.batches[0]
     device = choose_device(objective.model, None)
@@ -92,6 +103,7 @@ def forecast(objective: Objective, blocks: Sequence[Block], settings: Settings) 
             with _counter() as counter:
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size // few)
+            on_progress(index + 1, len(blocks))
         more = take(first, 0, 2 * few)
         added = leading_size(more) - few
         grows = (hessian.measure_peak(more) - hessian.product_bytes) // added if added else 0

@@ -10,6 +10,7 @@ import pandas as pd
 from harness import registry
 from harness.leaderboard.ranking import Ranking
 from harness.predictors import PREDICTORS
+from harness.registry.ranked import PAIRS
 
 TIERS = ("ranked", "reference")
 # What a verdict and its pages are made of.
@@ -58,12 +59,27 @@ def measure_table(measures: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def pair_table(pairs: pd.DataFrame) -> list[dict[Any, Any]]:
-    """Return the pairs, for a table, each with its `outcome`: right, wrong or why none."""
+def pair_table(found: Ranking) -> list[dict[Any, Any]]:
+    """Return the pairs, for a table, each with its `outcome`: right, wrong or why none.
+
+    A decided one says whose interval has no bound: where `adam_needed` is unclear for that reason,
+    the standard errors by which pairs are decided may still be small. Pairs of entries that are
+    not complete come last.
+    """
+    bounds = found.entries.set_index("model")[["y_low", "y_high"]]
+    unbounded = set(bounds.index[bounds.isna().any(axis=1)])
     words = {True: "right", False: "wrong"}
-    return [
-        row | {"outcome": words[row["right"]] if row["decided"] else f"undecided: {row['why']}"}
-        for row in pairs.to_dict("records")
+    rows = found.verdict.pairs.to_dict("records")
+    for row in rows:
+        row["outcome"] = words[row["right"]] if row["decided"] else f"undecided: {row['why']}"
+        if row["decided"] and (open_ := unbounded & {row["model_a"], row["model_b"]}):
+            row["outcome"] += f"; the interval of {' and '.join(sorted(open_))} has no bounds"
+    waiting = [pair for pair in PAIRS if found.pending.keys() & {*pair[1:]}]
+    return rows + [
+        {"pair": name, "model_a": a, "model_b": b, "dy": math.nan, "dy_error": math.nan}
+        | {"decided": False, "dj": math.nan, "right": None, "outcome": "waits for training runs"}
+        for name, a, b in waiting
+        if not found.verdict.pairs.empty
     ]
 
 

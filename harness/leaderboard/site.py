@@ -94,7 +94,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "bibtex": card.bibtex(release.version if release else None),
         "verdict": found.verdict,
         "measures": entries.measure_table(found.verdict.measures),
-        "pairs": entries.pair_table(found.verdict.pairs),
+        "pairs": entries.pair_table(found),
         "entries": standings,
         "measured": entries.points(standings),
         "example": _example(archive),

@@ -1,11 +1,11 @@
 """The systems of Zhang et al. 2024 (arXiv 2402.16788), but for the perceptrons, which are in `mlp`.
 
 Architectures and data are the real ones; the batches of the Hessian are what two cores can do, and
-are recorded with every row. Entries named `…-b16` and the like take a larger batch at a third of
-the steps. The metrics that need few products are taken on four times as many samples.
-`harness run` takes initial spectra only. The recipes are the paper's
-budgets with two departures: our schedule (cosine) for all, and for language no weight decay, which
-0.1 would make another function for SGD than for AdamW.
+are recorded with every row. The metrics that need few products are taken on four times as many
+samples; entries named `…-b16` and the like have spectra of such a batch, at a third of the steps.
+`harness run` takes initial spectra only. The recipes are the paper's budgets with two departures:
+our schedule (cosine) for all, and for language no weight decay, which 0.1 would make another
+function for SGD than for AdamW.
 
 Partition `paper` keeps the layers that the paper names. The authors' code
 (github.com/zyushun/hessian-spectrum) lists the weights of these layers without biases, and for the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,9 +77,14 @@ class Problem:
         can = isinstance(self.loss_fn, SplitLoss) and settings.product == "autograd"
         return replace(settings, gram=can)
 
-    def forecast(self, settings: Settings) -> Forecast:
+    def forecast(
+        self,
+        settings: Settings,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Forecast:
         """Return what a spectrum costs, from one product per block on one sample."""
-        return forecast(self.objective, self.blocks(settings.partition), settings)
+        blocks = self.blocks(settings.partition)
+        return forecast(self.objective, blocks, settings, on_progress)
 
     def hessian(self, settings: Settings) -> AbstractContextManager[BlockHessian]:
         """Open the block Hessian, in its fixed arithmetic."""

@@ -35,7 +35,12 @@ def surveyed():
 @pytest.mark.parametrize("memory_budget", [None, 1_000_000])
 def test_the_operations_are_those_of_a_real_spectrum(memory_budget):
     problem = load_problem(tiny(hessian_batch_size=64, full_stages=()))
-    cost = problem.forecast(Settings(num_probes=3, num_steps=4))
+    told = []
+    cost = problem.forecast(
+        Settings(num_probes=3, num_steps=4), lambda done, total: told.append((done, total))
+    )
+    num_blocks = len(problem.blocks("weights"))
+    assert told == [(done, num_blocks) for done in range(1, num_blocks + 1)]
     with FlopCounterMode(display=False) as counter:
         estimate_spectra(
             problem.model, problem.loss_fn, problem.batches,

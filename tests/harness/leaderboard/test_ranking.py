@@ -120,6 +120,19 @@ def test_the_command_lists_every_measure_and_every_pair(folder, monkeypatch):
     assert ", less of it " in shown
 
 
+def test_a_pair_says_what_it_waits_for_and_whose_interval_has_no_bounds(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    unbounded = speedup_row("barcodes-vit", 0.1, ci_low=None, ci_high=None, adam_needed="unclear")
+    store.write(tmp_path, "speedups", [unbounded])
+    (tmp_path / "speedups" / "bpe-bert.parquet").unlink()
+    rows = {row["pair"]: row for row in entries.pair_table(ranking.ranking(tmp_path))}
+    assert rows.keys() == {name for name, *_ in ranked.PAIRS}
+    assert rows["gpt or bert"]["outcome"] == "waits for training runs"
+    assert [row["outcome"] for row in rows.values() if "barcodes-vit" in row["outcome"]] == [
+        "right; the interval of barcodes-vit has no bounds"
+    ]
+
+
 def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(found, tmp_path):
     whole = entries.standings(found)
     assert {row["model"] for row in entries.points(whole)} == {

@@ -1,11 +1,10 @@
 """The systems of Zhang et al. 2024 (arXiv 2402.16788), but for the perceptrons, which are in `mlp`.
 
 Architectures and data are the real ones; the batches of the Hessian are what two cores can do, and
-are recorded with every row: 16 images or 2,048 tokens and more, but for GPT-2. Of ResNet-18, nanoGPT
-and GPT-2 the metrics that need few products are taken on four times as many samples. `harness run`
-takes initial spectra only. The recipes are the paper's budgets with two departures: our schedule
-(cosine) for all, and for language no weight decay, which 0.1 would make another function for SGD
-than for AdamW.
+are recorded with every row. The metrics that need few products are taken on four times as many
+samples. `harness run` takes initial spectra only. The recipes are the paper's
+budgets with two departures: our schedule (cosine) for all, and for language no weight decay, which
+0.1 would make another function for SGD than for AdamW.
 
 Partition `paper` keeps the layers that the paper names. The authors' code
 (github.com/zyushun/hessian-spectrum) lists the weights of these layers without biases, and for the
@@ -46,14 +45,13 @@ _GPT2_RECIPE = Recipe(
     warmup_steps=2000,
     eval_size=128,
 )
-# The low end of 30 to 40 steps, or on a larger batch a third of it: blocks this large need fewer
-# than small ones (docs/accuracy.md).
+# The low end of 30 to 40 steps: blocks this large need fewer than small ones (docs/accuracy.md).
 _PAPER_TIER: dict[str, Any] = {"tier": "paper", "num_steps": 30}
 _IMAGENET: dict[str, Any] = {
     **_PAPER_TIER,
     "task": "imagenet",
-    "hessian_batch_size": 16,
-    "num_steps": 10,
+    "hessian_batch_size": 4,
+    "moments_batch_size": 16,
     "recipe": _IMAGENET_RECIPE,
 }
 _GPT2_124M: dict[str, Any] = {
@@ -79,7 +77,7 @@ ENTRIES = (
         reference=f"He et al. 2016, arXiv 1512.03385; {_PAPER}",
         description="ResNet-18 on ImageNet",
         **TORCHVISION,
-        **_IMAGENET | {"num_steps": 30, "moments_batch_size": 64},
+        **_IMAGENET | {"hessian_batch_size": 16, "moments_batch_size": 64},
     ),
     ModelEntry(
         name="vgg16-imagenet",
@@ -133,13 +131,14 @@ ENTRIES = (
         },
         task="cornell",
         task_options={"context": 64, "vocab_size": 30_522},
-        hessian_batch_size=32,
+        hessian_batch_size=8,
+        moments_batch_size=32,
         paper_blocks=("*.weight",),
         recipe=replace(_GPT2_RECIPE, num_steps=20_000, batch_size=32, eval_size=1024),
         reference=f"Devlin et al. 2019, arXiv 1810.04805; {_PAPER}",
         description="BERT of two layers of width 768 on films' dialogue, by words for WordPiece",
         **TRANSFORMERS,
-        **_PAPER_TIER | {"num_steps": 10},
+        **_PAPER_TIER,
     ),
     ModelEntry(
         name="gpt2-nano-shakespeare",

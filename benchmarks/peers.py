@@ -171,6 +171,20 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
     return [parameters[block.name] for block in find_blocks(model)]
 
 
+def sgemm_rate(size: int = 2048, rounds: int = 5) -> float:
+    """Return the GFLOP/s of torch's float32 product of two square matrices, the best of several.
+
+    What a machine makes of these products moves with it: a step is mostly such.
+    """
+    a, b = torch.randn(2, size, size)
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
 @click.command()
 @click.option(
     "--case", "names", multiple=True, help=f"{', '.join(CASES)} (default: both), or a model's name."
@@ -178,7 +192,7 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
 @click.option("--way", "ways", type=click.Choice(list(PEERS)), multiple=True, help="Default: all")
 @click.option("--rounds", default=3, show_default=True, help="Steps of each way.")
 def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
-    """Time a step of each way, by turns, and print operations and the least of the times.
+    """Time a step of each way, by turns, and print operations, the least of the times and sgemm's.
 
     Turns spread what else the machine does over all ways; the least of several times is the one
     that it disturbed least.
@@ -210,7 +224,9 @@ def main(names: Sequence[str], ways: Sequence[str], rounds: int) -> None:
             )
             count = f"{flops[way]:.0f}" if flops[way] else "–"  # JAX's are not seen
             table.add_row(name, way, count, f"{wall:.2f}", f"{cpu:.2f}", *ratios)
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    console.print(f"sgemm: {sgemm_rate():.0f} GFLOP/s, matrices of 2,048 rows")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,6 +30,7 @@ def test_a_way_is_compared_with_ours_on_a_model_of_the_registry():
     rows = [line.split("│")[1:-1] for line in done.output.splitlines() if "cnn-digits" in line]
     assert [row[1].strip() for row in rows] == ["ours", "paper-algorithm"]
     assert float(rows[1][2]) >= float(rows[0][2])  # operations
+    assert re.search(r"sgemm: \d+ GFLOP/s", done.output)
 
 
 @pytest.mark.parametrize(

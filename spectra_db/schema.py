@@ -11,10 +11,10 @@ from spectra_db.words import ANSWERS, STAGES, listed
 
 PROTOCOL_VERSION = 1
 # Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second;
-# metrics are of the third, whose rules are continued and which states more truncation.
-VERSIONS = {"heterogeneity": 3, "trials": 2, "speedups": 2, "predictors": 2}
+# metrics are of the fourth, whose rules are continued and which states more truncation.
+VERSIONS = {"heterogeneity": 4, "trials": 2, "speedups": 2, "predictors": 2}
 # Earlier versions that are read, too.
-EARLIER = {"heterogeneity": (1, 2)}
+EARLIER = {"heterogeneity": (1, 2, 3)}
 
 _TEXT, _INT, _INT32, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 _LIST = pa.list_(_FLOAT)

@@ -57,7 +57,8 @@ def _metrics() -> list[str]:
 @click.option(
     "--gram/--no-gram",
     default=None,
-    help="Exact spectra where outputs are locally linear, and of ggn. Default: of whole spectra.",
+    help="Exact spectra where outputs are locally linear, and of ggn. Default: of whole spectra, "
+    "where a sample has at most 100 outputs.",
 )
 @click.option("--memory-budget", type=float, help="GiB for graphs and vectors.")
 @click.option("--batch-error", is_flag=True, help="Also take each half of the batch.")

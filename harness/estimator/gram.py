@@ -29,8 +29,6 @@ from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
 MOST_ROWS = 4096
-# So many passes over the batch are worth a spectrum without the error of probes.
-_FEW_PASSES = 100
 # Entries of A that are taken to float64 at a time: 8 MiB, so that its memory is used again.
 _CHUNK = 1 << 20
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
@@ -47,9 +45,7 @@ Rule = tuple[list[float], list[float]]  # nodes and weights
 Way = Callable[[BlockHessian, Roots, Sequence[int]], dict[int, torch.Tensor]]
 
 
-def spectra(
-    hessian: BlockHessian, indices: Sequence[int], num_products: float = math.inf
-) -> Iterator[tuple[int, Rule, int]]:
+def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int, Rule, int]]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
 
     The matrix is A Aᵀ, or Aᵀ A where the block has fewer parameters than there are rows, of at most
@@ -59,10 +55,7 @@ def spectra(
 
     Args:
         hessian: The products; it holds the whole batch.
-        indices: The blocks to look at.
-        num_products: Products that sampling would take of each: where rows take more than 100
-            backward passes over the batch, or are more than 4,096, and take more than the products
-            of all blocks that they are for, none is taken.
+        indices: The blocks to look at. Which of them are taken does not depend on the others.
 
     Yields:
         A block's index, its nodes, ascending, and weights, one node 0 for all zeros, and the
@@ -81,9 +74,8 @@ def spectra(
     if not indices:
         return
     sizes = {i: hessian.blocks[i].num_params for i in indices}
-    num_small = sum(n <= MOST_ROWS for n in sizes.values())  # of these A may have more rows
-    of_small = num_small * num_products if num_small else 0.0
-    roots = _roots(hessian, split, max(_FEW_PASSES, len(sizes) * num_products), of_small, free)
+    has_small = min(sizes.values()) <= MOST_ROWS  # of these A may have more rows
+    roots = _roots(hessian, split, math.inf if has_small else MOST_ROWS, free)
     if roots is None:
         return
     num_rows = sum(len(root) for _, root in roots)
@@ -122,19 +114,15 @@ def _first_outputs(hessian: BlockHessian) -> int:
 
 
 def _roots(
-    hessian: BlockHessian,
-    split: SplitLoss,
-    most_passes: float,
-    most_passes_of_many: float,
-    most_bytes: int,
+    hessian: BlockHessian, split: SplitLoss, most_rows: float, most_bytes: int
 ) -> list[tuple[Batch, torch.Tensor]] | None:
     """Return pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 
-    None where a piece has too many outputs, all are too many bytes or take too many passes over the
-    batch, of more than 4,096 rows another number, or the criterion is not convex in the outputs.
+    None where a piece has too many outputs, all have too many rows or bytes, or the criterion is
+    not convex in the outputs.
     """
     found: list[tuple[Batch, torch.Tensor]] = []
-    num_rows = num_samples = nbytes = 0
+    num_rows = nbytes = 0
     for piece, weight in hessian.pieces():
         with torch.no_grad():
             z = hessian.outputs(piece)
@@ -142,11 +130,8 @@ def _roots(
         if root is None:
             return None
         num_rows += len(root)
-        num_samples += leading_size(piece)
         nbytes += root.numel() * z.element_size()
-        # Rows per sample are passes over the batch, if the pieces go on like this.
-        most = most_passes if num_rows <= MOST_ROWS else most_passes_of_many
-        if nbytes > most_bytes or num_rows / num_samples > most:
+        if num_rows > most_rows or nbytes > most_bytes:
             return None
         if len(root):
             found.append((piece, (weight**0.5 * root).to(z.dtype).view(-1, *z.shape)))

@@ -58,8 +58,8 @@ class Settings:
         gram: Diagonalise blocks of whatever size through the Gram matrix of the derivatives of the
             outputs of a `SplitLoss`: with operator hessian those in which the outputs are locally
             linear, with ggn all, where there are at most 4,096 outputs, or parameters, and the
-            matrices fit the memory budget. The others are taken as without it. What is forecast
-            is their cost.
+            matrices fit the memory budget: a backward pass over the batch for each output of a
+            sample. The others are taken as without it. What is forecast is all by products.
 
     Raises:
         UserError: One of them is out of range, or differences are asked for with ggn or gram.

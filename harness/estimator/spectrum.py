@@ -333,8 +333,7 @@ def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
     """Yield the rows of blocks whose spectra are those of Gram matrices; return their names."""
     begin = time.perf_counter()
     done, hessian = set(), plan.hessian
-    num_products = plan.settings.num_probes * plan.settings.num_steps
-    for index, rule, num_passes in gram.spectra(hessian, [i for i, _ in plan.todo], num_products):
+    for index, rule, num_passes in gram.spectra(hessian, [i for i, _ in plan.todo]):
         yield [_exact_row(plan, index, rule, num_passes, begin)]
         done.add(hessian.blocks[index].name)
         begin = time.perf_counter()

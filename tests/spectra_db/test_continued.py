@@ -83,7 +83,7 @@ def test_metrics_of_protocol_1_are_derived_anew_and_what_no_spectrum_tells_is_ke
     larger = older["metric"].isin(that_need(MOMENTS))
     older.loc[larger, ["batch_size", "value", "truncation_error"]] = 99, 0.5, 0.01
     store.write(tmp_path, "heterogeneity", older)
-    with pytest.raises(InvalidTable, match=r"protocol versions \[1, 3\] .*dataset derive"):
+    with pytest.raises(InvalidTable, match=r"protocol versions \[1, 4\] .*dataset derive"):
         store.write(tmp_path, "heterogeneity", metrics(rows, names=["w1"]))
     assert derived.renew(tmp_path) == [COMMON["model"]]
     key = list(KEYS["heterogeneity"])

@@ -10,13 +10,13 @@ from spectra_db.densities import blocks_of, lambda10
 from spectra_db.energy import energy_js
 from spectra_db.gauss_newton import ggn_share
 from spectra_db.heterogeneity import (
-    CHANGES,
     Estimate,
     js0,
     js0_paper,
     metrics,
     pairwise_js,
     spread,
+    truncation_error,
     w1,
 )
 from spectra_db.quadrature import gauss_rule
@@ -249,19 +249,33 @@ def test_metrics_fill_the_table_of_heterogeneity(sampled, tmp_path):
     assert back["batch_error"].isna().all()
 
 
-@pytest.mark.parametrize(("version", "times"), CHANGES.items())
-def test_truncation_error_is_of_the_change_against_three_quarters_of_the_steps(
-    sampled, version, times
+@pytest.mark.parametrize(
+    ("version", "scale", "times"),
+    [
+        *[(1, "raw", {22: 1}), (2, "raw", {22: 3}), (3, "raw", {22: 5})],
+        *[(4, "raw", {22: 5, 15: 2.5}), (4, "own_rms", {22: 5})],
+    ],
+)
+def test_truncation_error_is_of_the_change_over_a_quarter_of_the_steps(
+    sampled, version, scale, times
 ):
-    T = {name: [x[:22] for x in sampled[name]] for name in ("alphas", "betas")}
-    rules = [gauss_rule(a, b) for a, b in zip(*T.values(), strict=True)]
-    nodes, weights = zip(*rules, strict=True)
-    shorter = sampled.assign(**T, nodes=nodes, weights=weights)
-    raw = {"scale": "raw", "sigma": 1e-5**0.5, "extend": version > 1}
-    expected = abs(js0(shorter, **raw).value - js0(sampled, **raw).value)
-    assert expected > 0
+    reading = {"scale": scale, "extend": version > 1}
+    now, stated = js0(sampled, **reading).value, []
+    assert {len(x) for x in sampled["alphas"]} == {30}
+    for num_steps, factor in times.items():
+        T = {name: [x[:num_steps] for x in sampled[name]] for name in ("alphas", "betas")}
+        nodes, weights = zip(*map(gauss_rule, *T.values()), strict=True)
+        shorter = sampled.assign(**T, nodes=nodes, weights=weights)
+        stated.append(factor * abs(js0(shorter, **reading).value - now))
     table = metrics(sampled, version=version, names=["js0"]).set_index("scale")
-    assert table.loc["raw", "truncation_error"] == pytest.approx(times * expected)
+    assert table.loc[scale, "truncation_error"] == pytest.approx(max(stated))
+    assert max(stated) > 0
+
+
+def test_truncation_error_takes_the_larger_of_the_changes_per_step():
+    assert truncation_error(1.0, {0.75: 1.1}) == pytest.approx(0.5)
+    assert truncation_error(1.0, {0.75: 1.1, 0.5: 0.7}) == pytest.approx(0.75)
+    assert truncation_error(1.0, {0.75: 1.1, 0.5: 0.9}) == pytest.approx(0.5)
 
 
 def test_probes_that_broke_down_have_no_truncation_error():

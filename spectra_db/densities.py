@@ -24,6 +24,8 @@ _HALF = 5 * POINTS_PER_SIGMA
 _RANK = 10
 # Eigenvalues this small next to the largest are rounding of products in float32 (eps 1.2e-7).
 _ROUNDING = 1.2e-7
+# Of a probe that broke down no smaller part of the steps is taken: more would change nothing.
+_ENDED = 0.75
 # What identifies one spectrum; rows that differ here belong to different ones.
 GROUP = tuple(column for column in KEYS["spectra"] if column not in ("block", "probe"))
 # What is read of each row beside.
@@ -101,15 +103,18 @@ class BlockSpectrum:
         """Return the block as it would be after a fraction of the Lanczos steps.
 
         Args:
-            num_steps: Steps that were asked for: a probe that broke down before the fraction of
+            num_steps: Steps that were asked for: a probe that broke down before three quarters of
                 them keeps its rule, which further steps would not change but for rounding.
-            fraction: Share of a probe's steps to keep.
+            fraction: Share of a probe's steps to keep; of one that broke down at least ¾.
             extend: Continue what is kept of T.
         """
         shorter = []
         for r in self.recurrences:
-            asked = max(num_steps, len(r.alphas)) if r.breakdown else len(r.alphas)
-            shorter.append(r.cut(max(1, int(asked * fraction))))
+            if r.breakdown:
+                kept = max(num_steps, len(r.alphas)) * max(fraction, _ENDED)
+            else:
+                kept = len(r.alphas) * fraction
+            shorter.append(r.cut(max(1, int(kept))))
         return replace(self, recurrences=tuple(shorter)).ruled(extend=extend)
 
     def ruled(self, *, extend: bool) -> BlockSpectrum:

@@ -147,13 +147,15 @@ def renew(
 ) -> list[str]:
     """Derive table `heterogeneity` of a folder anew where it is of an earlier protocol.
 
+    Those within it too: of a batch's halves, and of larger batches.
+
     The rows stay, and of each what spectra here do not tell: the batch error, which is that of the
     earlier protocol, and what was taken on a larger batch, moments and gradients, which are the
     same in both.
 
     Args:
         folder: Folder of tables, each valid.
-        on_progress: Called with (models done, models in all).
+        on_progress: Called with (files done, files in all).
 
     Returns:
         The models that were of an earlier protocol.
@@ -161,15 +163,14 @@ def renew(
     Raises:
         ValueError: The rows of a model do not follow from its other tables.
     """
-    models = sorted(path.stem for path in (folder / "heterogeneity").glob("*.parquet"))
+    paths = sorted(folder.rglob("heterogeneity/*.parquet"))
     found = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for model, was_older in zip(
-            models, threads.map(partial(_renew, folder), models), strict=True
-        ):
-            found += [model] if was_older else []
-            on_progress(models.index(model) + 1, len(models))
-    return found
+        renewed = threads.map(lambda path: _renew(path.parents[1], path.stem), paths)
+        for done, (path, was_older) in enumerate(zip(paths, renewed, strict=True), start=1):
+            found += [path.stem] if was_older else []
+            on_progress(done, len(paths))
+    return list(dict.fromkeys(found))
 
 
 def _renew(folder: Path, model: str) -> bool:

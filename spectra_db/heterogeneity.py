@@ -25,8 +25,8 @@ SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
 # which settle late and not evenly, with one of half of them too.
 TRUNCATION, HALF = 0.75, 0.5
 # How many times the change over a quarter of the steps the value may be off, by version of the
-# protocol: as often as it takes to cover the true error in 90 of 100 cases of each reading
-# (docs/accuracy.md, Rules that are continued).
+# protocol; the last covers the true error in 90 of 100 cases of each reading (docs/accuracy.md,
+# Rules that are continued).
 CHANGES = {1: 1.0, 2: 3.0, 3: 5.0, 4: 5.0}
 _HALF_SINCE = 4
 # Columns of table `heterogeneity` that an estimate has.

@@ -172,7 +172,7 @@ _COLUMNS = {
         _float("value", "Plug-in estimate"),
         _float("corrected", "Estimate after the jackknife's bias correction"),
         _float("standard_error", "Jackknife standard error over probes"),
-        _float("truncation_error", "What more steps may change, from three quarters of them"),
+        _float("truncation_error", "What more steps may change, by what the last ones did"),
         _float("batch_error", "Difference between two halves of the batch"),
         _column("num_blocks", _INT, "Blocks that entered", "blocks"),
         _column("num_zero_blocks", _INT, "Exactly zero blocks left out", "blocks"),

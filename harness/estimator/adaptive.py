@@ -35,7 +35,7 @@ class Reached:
     Attributes:
         rows: Rows of table `spectra`.
         estimate: The metric, with its jackknife standard error.
-        truncation_error: What more steps may change, by what the last quarter of them did.
+        truncation_error: What more steps may change, by what the last ones did.
         num_probes: Probes per block that were needed.
         num_steps: Steps per probe that were needed, of the blocks that took the most.
         tolerance: What was asked for, relative to the corrected value; None: nothing.

@@ -29,6 +29,9 @@ from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
 MOST_ROWS = 4096
+# Unasked they are taken of samples with so many outputs: of 1,000 they take longer than sampling
+# (VGG-16 on two images half an hour and more, 3 × 10 steps seven minutes).
+FEW_OUTPUTS = 100
 # Entries of A that are taken to float64 at a time: 8 MiB, so that its memory is used again.
 _CHUNK = 1 << 20
 # What of a singular value of A is rounding, in eps of its dtype and relative to the largest.
@@ -45,7 +48,9 @@ Rule = tuple[list[float], list[float]]  # nodes and weights
 Way = Callable[[BlockHessian, Roots, Sequence[int]], dict[int, torch.Tensor]]
 
 
-def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int, Rule, int]]:
+def spectra(
+    hessian: BlockHessian, indices: Sequence[int], most_outputs: float = math.inf
+) -> Iterator[tuple[int, Rule, int]]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
 
     The matrix is A Aᵀ, or Aᵀ A where the block has fewer parameters than there are rows, of at most
@@ -55,7 +60,9 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int
 
     Args:
         hessian: The products; it holds the whole batch.
-        indices: The blocks to look at. Which of them are taken does not depend on the others.
+        indices: The blocks to look at. But for the memory that is left, whether one is taken does
+            not depend on the others.
+        most_outputs: Of a sample; none are taken of more.
 
     Yields:
         A block's index, its nodes, ascending, and weights, one node 0 for all zeros, and the
@@ -67,7 +74,8 @@ def spectra(hessian: BlockHessian, indices: Sequence[int]) -> Iterator[tuple[int
     """
     split = split_or_refuse(hessian.loss_fn, "gram=True")
     free = hessian.memory_budget - hessian.product_bytes - 8 * _CHUNK
-    if _first_outputs(hessian) > MOST_ROWS:
+    num_outputs, num_samples = _first_outputs(hessian)
+    if num_outputs > min(MOST_ROWS, most_outputs * num_samples):
         return
     if hessian.operator == "hessian":
         indices = linear_blocks(hessian, split, indices)
@@ -106,11 +114,11 @@ def _bytes_of_rows(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
     return kept + 3 * 8 * min(num_params, num_rows) ** 2
 
 
-def _first_outputs(hessian: BlockHessian) -> int:
-    """Return how many outputs the first piece of the batch has."""
+def _first_outputs(hessian: BlockHessian) -> tuple[int, int]:
+    """Return how many outputs the first piece of the batch has, and how many samples."""
     piece, _ = next(iter(hessian.pieces()))
     with torch.no_grad():
-        return hessian.outputs(piece).numel()
+        return hessian.outputs(piece).numel(), leading_size(piece)
 
 
 def _roots(

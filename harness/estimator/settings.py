@@ -59,7 +59,8 @@ class Settings:
             outputs of a `SplitLoss`: with operator hessian those in which the outputs are locally
             linear, with ggn all, where there are at most 4,096 outputs, or parameters, and the
             matrices fit the memory budget: a backward pass over the batch for each output of a
-            sample. The others are taken as without it. What is forecast is all by products.
+            sample. The others are taken as without it. None: where a sample has at most 100
+            outputs. What is forecast is all by products.
 
     Raises:
         UserError: One of them is out of range, or differences are asked for with ggn or gram.
@@ -78,7 +79,7 @@ class Settings:
     exact_size: int | None = None
     operator: str = "hessian"
     product: str = "autograd"
-    gram: bool = False
+    gram: bool | None = False
 
     def __post_init__(self) -> None:
         """Check the values, and write them plainly."""

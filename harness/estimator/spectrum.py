@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -198,7 +199,7 @@ class _Plan:
 
 def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
-    if plan.settings.gram:
+    if plan.settings.gram is not False:
         taken = yield from _gram_rows(plan)
         others = {name: some for name, some in plan.probes.items() if name not in taken}
         plan = replace(plan, probes=others)
@@ -333,7 +334,8 @@ def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
     """Yield the rows of blocks whose spectra are those of Gram matrices; return their names."""
     begin = time.perf_counter()
     done, hessian = set(), plan.hessian
-    for index, rule, num_passes in gram.spectra(hessian, [i for i, _ in plan.todo]):
+    most = math.inf if plan.settings.gram else gram.FEW_OUTPUTS
+    for index, rule, num_passes in gram.spectra(hessian, [i for i, _ in plan.todo], most):
         yield [_exact_row(plan, index, rule, num_passes, begin)]
         done.add(hessian.blocks[index].name)
         begin = time.perf_counter()

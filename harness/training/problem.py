@@ -7,28 +7,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from harness import tasks
 from harness.errors import UserError
-from harness.estimator.batches import place, take
 from harness.estimator.blocks import Block, find_blocks
-from harness.estimator.causes import explained
-from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.cost import Forecast, forecast
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.objective import LossFn, Objective, SplitLoss
 from harness.estimator.operators import opened
-from harness.estimator.prepare import on_few
 from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch, Task
 from harness.training import stages
-
-# Gram matrices are taken unasked up to so many outputs of a sample: of 1,000 they take longer than
-# sampling (VGG-16 on two images half an hour and more, 3 × 10 steps seven minutes).
-MOST_OUTPUTS = 100
 
 
 @dataclass(frozen=True)
@@ -79,25 +70,12 @@ class Problem:
         )
 
     def by_gram(self, settings: Settings) -> Settings:
-        """Return the settings with Gram matrices where they are taken unasked, else without.
+        """Return the settings with Gram matrices where they are cheap, as is done unasked.
 
-        That is where the loss is in two parts, products are autograd's, and a sample has at most
-        100 outputs, as each costs a backward pass over the batch. Not asked is which blocks are
-        left, or how many probes: a spectrum that is continued has the rows of one in one go.
+        Without where the task has a loss of its own, or products are differences.
         """
-        loss_fn, first = self.loss_fn, self.batches[0]
-        if not isinstance(loss_fn, SplitLoss) or settings.product != "autograd":
-            return replace(settings, gram=False)
-        like = next(self.model.parameters())
-
-        def num_outputs(few: int) -> int:
-            some = place(take(first, 0, few), like.device, like.dtype)
-            with explained(self.model, loss_fn, some):
-                return loss_fn.outputs_of(self.model, some).numel()
-
-        with fixed_arithmetic(self.model), torch.no_grad():
-            few, count = on_few(first, num_outputs)
-        return replace(settings, gram=count <= MOST_OUTPUTS * few)
+        can = isinstance(self.loss_fn, SplitLoss) and settings.product == "autograd"
+        return replace(settings, gram=None if can else False)
 
     def forecast(
         self,

@@ -99,6 +99,18 @@ def test_metrics_of_protocol_1_are_derived_anew_and_what_no_spectrum_tells_is_ke
     assert derived.renew(tmp_path) == []
 
 
+def test_halves_within_a_folder_are_derived_anew_with_it(rows, tmp_path):
+    half = tmp_path / "halves" / "first"
+    for folder in (tmp_path, half):
+        store.write(folder, "spectra", rows)
+    store.write(half, "heterogeneity", metrics(rows, version=2))
+    store.write(tmp_path, "heterogeneity", metrics(rows))
+    assert derived.renew(tmp_path) == [COMMON["model"]]
+    found = derived.rows_of(half, "heterogeneity", COMMON["model"])
+    assert set(found["protocol_version"]) == {VERSIONS["heterogeneity"]}
+    assert derived.renew(tmp_path) == []
+
+
 def test_every_metric_is_one_entry_of_one_table(rows):
     assert spread(rows, "trace").num_products == 3 * 3
     table = metrics(rows)

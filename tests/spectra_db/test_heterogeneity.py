@@ -299,6 +299,15 @@ def test_a_probe_that_broke_down_after_more_steps_than_others_took_keeps_three_q
     assert len(short.recurrences[0].alphas) == 2
 
 
+@pytest.mark.parametrize("part", [0.75, 0.5])
+def test_a_probe_that_broke_down_before_three_quarters_keeps_its_rule(part):
+    [ended] = blocks_of(
+        slq_rows([np.repeat([1.0, 2.0, 5.0], 200)], 1, 10, np.random.default_rng(0))
+    )
+    kept = ended.truncated(4, part, extend=True)
+    np.testing.assert_allclose(kept.rules, ended.rules, rtol=1e-12)
+
+
 def test_gradient_spread_comes_from_the_table_of_blocks(sampled):
     names = sampled["block"].unique()
     blocks = pd.DataFrame({"block": names, "gradient_rms": [1.0, 10.0, 100.0]})

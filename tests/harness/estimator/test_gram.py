@@ -265,6 +265,15 @@ def test_what_is_taken_of_a_block_does_not_depend_on_how_many_blocks_are_asked_f
     assert set(rows["method"]) == {"exact"}
 
 
+@pytest.mark.parametrize(("few", "method"), [(3, "slq"), (4, "exact")])
+def test_unasked_they_are_taken_of_samples_with_few_outputs(monkeypatch, few, method):
+    model, batch = net("cnn")  # of 4 outputs
+    monkeypatch.setattr(gram, "FEW_OUTPUTS", few)
+    for asked, expected in ((None, method), (True, "exact"), (False, "slq")):
+        rows = estimate_spectra(model, CROSS_ENTROPY, [batch], **OPTIONS | {"gram": asked})
+        assert set(rows["method"]) == {expected}
+
+
 def test_a_criterion_that_is_not_convex_falls_back():
     model, batch = net("cnn")
     odd = SplitLoss(lambda m, b: m(b[0]), lambda z, b: z.sin().mean())

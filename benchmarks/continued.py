@@ -11,9 +11,10 @@ from benchmarks.study import drawn
 from benchmarks.study_page import percent, rms, table
 from harness.estimator.lanczos import Recurrence, lanczos
 from spectra_db.densities import Array, BlockSpectrum
-from spectra_db.heterogeneity import HALF, METRICS, TRUNCATION, parts_of, truncation_error
+from spectra_db.heterogeneity import METRICS
 from spectra_db.jackknife import Blocks
 from spectra_db.quadrature import LENGTH, WINDOW, extended, gauss_rule
+from spectra_db.truncation import HALF, TRUNCATION, parts_of, truncation_error
 
 STEPS, PROBES, GROUPS = (8, 10, 15, 20, 40), 3, 4
 NOTHING = 1e-3  # an error as small counts as none

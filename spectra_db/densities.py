@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from spectra_db.quadrature import LENGTH, MIN_STEPS, extended, gauss_rule
 from spectra_db.schema import KEYS
+from spectra_db.truncation import TRUNCATION
 
 Array = NDArray[np.float64]
 
@@ -24,8 +25,6 @@ _HALF = 5 * POINTS_PER_SIGMA
 _RANK = 10
 # Eigenvalues this small next to the largest are rounding of products in float32 (eps 1.2e-7).
 _ROUNDING = 1.2e-7
-# Of a probe that broke down no smaller part of the steps is taken: more would change nothing.
-_ENDED = 0.75
 # What identifies one spectrum; rows that differ here belong to different ones.
 GROUP = tuple(column for column in KEYS["spectra"] if column not in ("block", "probe"))
 # What is read of each row beside.
@@ -110,8 +109,8 @@ class BlockSpectrum:
         """
         shorter = []
         for r in self.recurrences:
-            if r.breakdown:
-                kept = max(num_steps, len(r.alphas)) * max(fraction, _ENDED)
+            if r.breakdown:  # no smaller part: more steps would change nothing
+                kept = max(num_steps, len(r.alphas)) * max(fraction, TRUNCATION)
             else:
                 kept = len(r.alphas) * fraction
             shorter.append(r.cut(max(1, int(kept))))

@@ -13,8 +13,9 @@ import pandas as pd
 import pyarrow as pa
 
 from spectra_db import followed, store
-from spectra_db.heterogeneity import CHANGES, GRADIENT, MOMENTS, metrics, that_need
+from spectra_db.heterogeneity import GRADIENT, MOMENTS, metrics, that_need
 from spectra_db.schema import KEYS, SPECTRUM, TABLES, VERSIONS
+from spectra_db.truncation import CHANGES
 
 # (folder, rows that one file of the table holds) ↦ the rows that follow, with those columns that
 # do. Rows that say themselves that they come from what a release does not hold are handed back.

@@ -5,7 +5,7 @@ A metric is one entry of METRICS, with its function; all else reads that table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -18,17 +18,10 @@ from spectra_db.divergence import w1_distances
 from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
 from spectra_db.pairs import Divergences, js_distance, mean_of_pairs
 from spectra_db.schema import VERSIONS
+from spectra_db.truncation import parts_of, truncation_error
 
 # Widths of the two readings: ours, the paper's; raw eigenvalues take the authors' code's σ² = 1e-5.
 SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
-# The truncation error compares with a rule of three quarters of the steps, and of raw eigenvalues,
-# which settle late and not evenly, with one of half of them too.
-TRUNCATION, HALF = 0.75, 0.5
-# How many times the change over a quarter of the steps the value may be off, by version of the
-# protocol; the last covers the true error in 90 of 100 cases of each reading (docs/accuracy.md,
-# Rules that are continued).
-CHANGES = {1: 1.0, 2: 3.0, 3: 5.0, 4: 5.0}
-_HALF_SINCE = 4
 # Columns of table `heterogeneity` that an estimate has.
 _FROM_ESTIMATE = (
     *("value", "corrected", "standard_error"),
@@ -201,30 +194,6 @@ def measure(rows: pd.DataFrame, metric: str) -> tuple[Estimate, float]:
     return full, truncation_error(full.value, fewer)
 
 
-def parts_of(scale: str, version: int = VERSIONS["heterogeneity"]) -> tuple[float, ...]:
-    """Return the parts of the steps with which a reading's truncation error compares.
-
-    Args:
-        scale: What eigenvalues are divided by.
-        version: Of the protocol.
-    """
-    return (TRUNCATION, HALF) if scale == "raw" and version >= _HALF_SINCE else (TRUNCATION,)
-
-
-def truncation_error(
-    value: float, fewer: Mapping[float, float], version: int = VERSIONS["heterogeneity"]
-) -> float:
-    """Return how far a metric may be from its value of all steps (docs/protocol.md, Error).
-
-    Args:
-        value: With the steps that were taken.
-        fewer: Part of the steps, as `parts_of` has them ↦ the value with so many.
-        version: Of the protocol.
-    """
-    quarters = [abs(v - value) * (1 - TRUNCATION) / (1 - part) for part, v in fewer.items()]
-    return CHANGES[version] * max(quarters)
-
-
 def settled(rows: pd.DataFrame, metric: str, allowed: float) -> set[str]:
     """Return the blocks that need no more steps for a metric's truncation error to be allowed.
 
@@ -290,14 +259,14 @@ def metrics(
         for scale, sigma in metric.readings:
             if of_gradient:
                 found = metric.estimate(block_rows, [b.name for b in blocks.blocks])
-                full, change = replace(found, num_zero_blocks=blocks.num_zero_blocks), 0.0
+                full, stated = replace(found, num_zero_blocks=blocks.num_zero_blocks), 0.0
             else:
                 full = metric.estimate(blocks, scale, sigma)
                 parts = parts_of(scale, version)
                 fewer = {p: metric.estimate(shorter[p], scale, sigma).value for p in parts}
-                change = truncation_error(full.value, fewer, version)
+                stated = truncation_error(full.value, fewer, version)
             reading = {"metric": name, "scale": scale, "sigma": sigma}
-            errors: dict[str, float | None] = {"truncation_error": change}
+            errors: dict[str, float | None] = {"truncation_error": stated}
             errors |= {"batch_error": None, "batch_size": batch_size}
             numbers = {column: getattr(full, column) for column in _FROM_ESTIMATE}
             table.append(identity | reading | numbers | errors)

@@ -11,7 +11,7 @@ import scipy  # its stats take a second to import, and only where they are used
 from scipy.linalg import eigh_tridiagonal
 
 from spectra_db.densities import Array, Recurrence
-from spectra_db.heterogeneity import TRUNCATION
+from spectra_db.truncation import TRUNCATION
 
 # Rounding of a product, relative to its norm. float32 against float64 differed by up to 200 eps on
 # perceptrons of 266,000 parameters; another probe differs by 1 / sqrt(num_params) and more.

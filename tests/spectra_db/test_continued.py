@@ -8,10 +8,11 @@ import pytest
 
 from spectra_db import derived, store
 from spectra_db.densities import blocks_of
-from spectra_db.heterogeneity import CHANGES, METRICS, MOMENTS, js0, metrics, spread, that_need
+from spectra_db.heterogeneity import METRICS, MOMENTS, js0, metrics, spread, that_need
 from spectra_db.quadrature import extended, gauss_rule
 from spectra_db.schema import KEYS, VERSIONS
 from spectra_db.store import InvalidTable
+from spectra_db.truncation import CHANGES
 
 from .synthetic import COMMON, exact_rows, lanczos, power_of_normal, slq_rows
 

@@ -16,12 +16,12 @@ from spectra_db.heterogeneity import (
     metrics,
     pairwise_js,
     spread,
-    truncation_error,
     w1,
 )
 from spectra_db.quadrature import gauss_rule
 from spectra_db.rules import compare
 from spectra_db.schema import TABLES
+from spectra_db.truncation import truncation_error
 
 from .synthetic import (
     compact_row,

@@ -44,7 +44,7 @@ def compare(name: str, data_root: Path | None) -> None:
             begin = time.process_time()
         elif what == "done":
             # The forecast of spectra has that of moments in it.
-            kind = "training" if unit.kind == "train" else "spectra"
+            kind = "training" if unit.kind in ("train", "trial") else "spectra"
             spent[kind] += time.process_time() - begin
 
     with tempfile.TemporaryDirectory() as folder:

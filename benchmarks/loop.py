@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from benchmarks.suite.pieces import Rule, scaled_rules, synthetic_rows
-from spectra_db.heterogeneity import SIGMA
+from spectra_db.densities import SIGMA
 
 
 def loop_seconds(num_blocks: int = 100) -> float:

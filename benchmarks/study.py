@@ -31,8 +31,7 @@ from harness.estimator.operators import opened
 from harness.estimator.settings import EXACT_SIZE, Settings
 from harness.registry import ModelEntry
 from harness.training import load_problem
-from spectra_db.densities import SCALE
-from spectra_db.heterogeneity import SIGMA
+from spectra_db.densities import SCALE, SIGMA
 from spectra_db.quadrature import gauss_rule
 
 PROBES, STEPS = (3, 5, 10), (10, 20, 40, 80)

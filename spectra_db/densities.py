@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 # Lattice points per width: a sum over a Gaussian at spacing σ/3 is exact to 1e-38, and over the
 # entropy of mixtures of them to about 1e-6 (tests/spectra_db/test_divergence.py).
 POINTS_PER_SIGMA = 3
+# Width of the smoothing, in units of the scale.
+SIGMA = 0.05
 # Half-width of a node's window, 5 widths, in lattice points; the mass outside is 6e-7.
 _HALF = 5 * POINTS_PER_SIGMA
 # λ10 is the 10th largest |eigenvalue|.
@@ -350,7 +352,7 @@ def check_reading(scale: str, sigma: float) -> None:
         raise ValueError(f"sigma is {sigma}; it must be a positive number")
 
 
-def density(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> pd.DataFrame:
+def density(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> pd.DataFrame:
     """Return the smoothed spectral density of each block, averaged over probes.
 
     p_l(t) = Σ w̄ N(t; θ/s_l, σ²), with s_l the block's scale, of rules that are continued where

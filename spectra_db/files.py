@@ -62,12 +62,19 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """Return a JSON object; a file that is none of ours counts as empty."""
+    """Return a JSON object, empty where there is no file.
+
+    Raises:
+        ValueError: The file holds no JSON object.
+    """
     try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return {}
-    return notes if isinstance(notes, dict) else {}
+    notes = json.loads(text)
+    if not isinstance(notes, dict):
+        raise ValueError(f"{type(notes).__name__}, not an object")
+    return notes
 
 
 def write_notes(path: Path, notes: dict[str, Any]) -> None:

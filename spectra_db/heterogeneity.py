@@ -13,15 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from spectra_db.densities import SCALE, SCALES, Array, check_reading
+from spectra_db.densities import SCALE, SCALES, SIGMA, Array, check_reading
 from spectra_db.divergence import w1_distances
 from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
 from spectra_db.pairs import Divergences, js_distance, mean_of_pairs
 from spectra_db.schema import VERSIONS
 from spectra_db.truncation import parts_of, truncation_error
 
-# Widths of the two readings: ours, the paper's; raw eigenvalues take the authors' code's σ² = 1e-5.
-SIGMA, PAPER_SIGMA, RAW_SIGMA = 0.05, 0.01, 1e-5**0.5
+# Width of the smoothing in the paper's reading; raw eigenvalues take the authors' code's σ² = 1e-5.
+PAPER_SIGMA, RAW_SIGMA = 0.01, 1e-5**0.5
 # Columns of table `heterogeneity` that an estimate has.
 _FROM_ESTIMATE = (
     *("value", "corrected", "standard_error"),

@@ -15,7 +15,7 @@ from spectra_db.schema import KEYS, TABLES
 # Differ between two computations of the same.
 _TIMINGS = ("seconds", "peak_bytes", "run_id", "started", "command")
 # Follow from other tables, of all folders together.
-_DERIVED = ("gaps", "leaderboard")
+_DERIVED = ("gaps", "speedups", "leaderboard")
 _NOTES = "entries"  # of the versions of entries, beside the tables
 _GOOD = ("ok", "zero")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spectra_db.densities import SCALE, SCALES, check_columns, density
+from spectra_db.densities import SCALE, SCALES, SIGMA, check_columns, density
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.schema import BEST_RATES
 
@@ -59,7 +59,7 @@ def style() -> Iterator[None]:
 
 
 @style()
-def spectra(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Figure:
+def spectra(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> Figure:
     """Draw the smoothed spectral density of each block, on a logarithmic axis.
 
     Args:
@@ -86,7 +86,7 @@ def spectra(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> F
 
 
 @style()
-def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Figure:
+def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> Figure:
     """Draw each block's spectral density at every stage of training, from dark to light.
 
     Args:
@@ -130,13 +130,13 @@ def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Fi
 
 
 @style()
-def js_heatmap(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = 0.05) -> Figure:
+def js_heatmap(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float | None = None) -> Figure:
     """Draw the matrix of Jensen-Shannon distances between the blocks' spectra.
 
     Args:
         rows: Rows of table `spectra` of one model, stage and partition.
         scale: What eigenvalues are divided by, as in `spectra_db.js0`.
-        sigma: Width of the smoothing, in units of the scale.
+        sigma: Width of the smoothing, in units of the scale; None: as in `spectra_db.js0`.
     """
     from matplotlib.figure import Figure
 

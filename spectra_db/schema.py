@@ -330,9 +330,9 @@ TABLES = {table: pa.schema(columns) for table, columns in _COLUMNS.items()}
 
 # What names a spectrum, and the lists of a quadrature rule with the recurrence behind it.
 SPECTRUM = ("model", "stage", "init_seed", "train_run", "partition")
+LISTS = ("alphas", "betas", "nodes", "weights")
 # Of table `gaps`: which column names the learning rate that an optimizer is compared at.
 BEST_RATES = {"sgd": "sgd_lr", "adamw": "adam_lr"}
-LISTS = ("alphas", "betas", "nodes", "weights")
 KEYS: dict[str, tuple[str, ...]] = {
     "models": ("model", "protocol_version"),
     "spectra": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,19 +173,27 @@ def raw(path: Path) -> pa.Table:
     return content
 
 
+# Errors that say nothing of the file, which is there and may be whole.
+_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what a damaged file raises into a line with its name, the cause and the remedy.
 
     Raises:
         InvalidTable: As said, or the file is too large.
+        OSError: The disk or the machine fails, of which the file is not the cause.
     """
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise InvalidTable(f"{path}: {size} bytes; a file has at most {MAX_FILE_BYTES}")
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        number = getattr(error, "errno", None)
+        if number in _OF_THE_MACHINE:
+            raise OSError(number, os.strerror(number), str(path)) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidTable(f"{path}: not readable as Parquet: {reason}; {_REMEDY}") from error
 

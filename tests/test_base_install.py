@@ -33,6 +33,7 @@ WITHOUT = [
     ["dataset", "merge", "some", "--out", "merged"],
     ["dataset", "diff", "merged", "some"],
     ["dataset", "derive", "merged"],
+    ["dataset", "release", "some", "--out", "released", "--version", "0.1.0"],
     ["site", "--source", "merged", "--out", "site"],
 ]
 NEEDING = [

@@ -26,8 +26,8 @@ from harness.estimator.settings import Settings
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry, entries, get
 from harness.training import load_problem, train
+from harness.training.checkpoints import initial_model
 from harness.training.loop import running, updates
-from harness.training.stages import initial_model
 from spectra_db import load as load_table
 from tests.cuda_emulation import CUDA, NAME, OnCuda, emulated_cuda
 

@@ -13,9 +13,8 @@ import spectra_db
 from benchmarks.study import rows_of
 from harness.estimator.lanczos import advance, lanczos, start
 from spectra_db import store
-from spectra_db.densities import Array, density, lattice_densities
+from spectra_db.densities import SIGMA, Array, density, lattice_densities
 from spectra_db.divergence import js_divergences
-from spectra_db.heterogeneity import SIGMA
 from spectra_db.jackknife import Blocks
 from spectra_db.quadrature import gauss_rule
 

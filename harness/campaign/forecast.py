@@ -6,14 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness import tasks
 from harness.campaign.plan import settings_of
 from harness.campaign.survey import Survey
 from harness.campaign.work import num_threads
 from harness.errors import UserError
 from harness.training.stages import STAGE_SEED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.registry.entry import Recipe, SpeedupRecipe
+    from harness.tasks.base import Batch, Task
 
 # float32 without tensor cores, dense, as the makers' data sheets have it (operations per second),
 # and memory (bytes). The protocol computes in float32 without TF32.
@@ -72,16 +77,19 @@ def outlook(survey: Survey, throughput: Throughput) -> Outlook:
     kept = max(min(cost.product_bytes, budget) for cost, _ in times)
     # With the graph kept one block's probes are advanced at a time: at most those of the full one.
     vectors = max(min(cost.vector_bytes, budget) for cost, _ in times)
-    trains = survey.entry.trains
+    entry = survey.entry
+    trains = entry.trained_by is not None
+    # Of trials the final weights alone are kept, where others start from them.
+    kept_stages = len(entry.stages) if entry.grid_recipe else entry.stages.count("final")
     # float64 of random mantissas hardly compresses; other columns are small beside the lists.
     tables = sum(8.0 * cost.stored_numbers * count for cost, count in times)
     return Outlook(
-        model=survey.entry.name,
+        model=entry.name,
         num_products=survey.num_products,
         flops=spectra + survey.training_flops,
         hours=(spectra / throughput.products + survey.training_flops / throughput.training) / 3600,
         memory_bytes=max(weights + kept + vectors, _TRAINING_STATE * weights * trains),
-        disk_bytes=tables + weights * len(survey.entry.stages) * trains,
+        disk_bytes=tables + weights * kept_stages,
     )
 
 
@@ -117,7 +125,6 @@ def measured(
     from harness.estimator.device import choose_device, device_memory
     from harness.estimator.operators import opened
     from harness.training import load_problem
-    from harness.training.loop import make_optimizer
 
     torch.set_num_threads(num_threads())
     entry = survey.entry
@@ -158,23 +165,30 @@ def measured(
         flops = per_sample * size
         products = flops / seconds(lambda: hessian.products(requests), repeats(flops))
     training = products
-    if entry.trains and entry.recipe is not None:
-        recipe, model = entry.recipe, problem.model.to(target)
-        model.train()
-        task = tasks.get(entry.task, **entry.task_options)
-        update = make_optimizer(model, recipe, "adamw", 1e-6)
-        step_flops = cost.pass_flops / problem.batch_size * recipe.batch_size
+    if (recipe := entry.trained_by) is not None:
         size = max(1, min(problem.microbatch_size, recipe.batch_size))
         some = tuple(t.to(target) for t in take(problem.batches[0], 0, size))
-
-        def step() -> None:
-            task.loss(model, some).backward()
-            update.step()
-            update.zero_grad(set_to_none=True)
-
-        step_flops *= size / recipe.batch_size
-        training = step_flops / seconds(step, repeats(step_flops))
+        step = _training_step(problem.model.to(target), problem.task, recipe, some)
+        flops = cost.pass_flops / problem.batch_size * size
+        training = flops / seconds(step, repeats(flops))
     return Throughput(products, training, memory, f"measured on this machine's {target.type}")
+
+
+def _training_step(
+    model: nn.Module, task: Task, recipe: Recipe | SpeedupRecipe, batch: Batch
+) -> Callable[[], None]:
+    """Return a step of AdamW, at a rate that moves nothing far."""
+    from harness.training.loop import make_optimizer
+
+    model.train()
+    update = make_optimizer(model, recipe, "adamw", 1e-6)
+
+    def step() -> None:
+        task.loss(model, batch).backward()
+        update.step()
+        update.zero_grad(set_to_none=True)
+
+    return step
 
 
 def total(outlooks: Sequence[Outlook]) -> Outlook:

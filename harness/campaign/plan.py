@@ -54,7 +54,7 @@ def _missing(entry: ModelEntry, ledger: Ledger) -> Iterator[Unit]:
         yield from _missing_trials(entry, entry.speedup, ledger)
     rows = ledger.rows("training", entry.name)
     retrained = False
-    if entry.trains and entry.recipe is not None:
+    if entry.grid_recipe is not None:
         for optimizer in ("sgd", "adamw"):
             for unit in _missing_runs(entry, optimizer, rows, ledger):
                 # Checkpoints that lie there are then of another run, such as `train --lr`'s.

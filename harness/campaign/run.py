@@ -91,19 +91,19 @@ def _finish(job: Job, entry: ModelEntry, failed: Mapping[Unit, str]) -> None:
     if entry.speedup is not None:
         rows = ledger.rows("trials", entry.name)
         ledger.write("speedups", [speedup(entry.name, rows, entry.speedup)])
-    if not entry.trains or entry.recipe is None:
+    if entry.grid_recipe is None:
         return
     reasons = [r for u, r in failed.items() if (u.model, u.kind) == (entry.name, "train")]
     for unit in missing(entry, ledger) if reasons else ():
         if unit.kind == "spectrum" and not unit.ready:
             note_failure(unit, job, f"its stage was not trained: {reasons[0]}")
     task, data = tasks.get(entry.task, **entry.task_options), job.data(entry)
-    size = min(entry.recipe.eval_size, task.size(data, "train"))
+    size = min(entry.grid_recipe.eval_size, task.size(data, "train"))
     entropy = target_entropy(task, task.fixed(data, "train", size))
     row = gap(
         entry.name,
         ledger.rows("training", entry.name),
-        entry.recipe,
+        entry.grid_recipe,
         entropy=entropy,
         reference=partial(reference_loss, entry, entropy=entropy),
     )

@@ -94,17 +94,9 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         few = replace(settings_of(entry), num_steps=1, exact_size=entry.num_probes)
         costs["moments"] = larger.forecast(few)
         counts["moments"] = 1
-    runs, training, step = 0, 0.0, 0.0
     per_sample = costs[entry.partition].pass_flops / problem.batch_size
-    if entry.speedup is not None:
-        runs = TYPICAL_TRIALS
-        step = per_sample * entry.speedup.batch_size
-        training = step * entry.speedup.num_steps * TYPICAL_LENGTH
-    if entry.trains and entry.recipe is not None:
-        runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
-        # The fixed subset is seen forward before and after, which is a third of both ways.
-        samples = entry.recipe.num_steps * entry.recipe.batch_size + 2 * entry.recipe.eval_size / 3
-        training = per_sample * samples * runs
+    runs, samples = training_of(entry)
+    training = per_sample * samples
     return Survey(
         entry,
         num_params=sum(p.numel() for p in problem.model.parameters()),
@@ -116,6 +108,21 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         graph_bytes=max(cost.graph_bytes for cost in costs.values()),
         costs=costs,
         counts=counts,
-        run_flops=training / max(runs, 1) if entry.trains else 0.0,
-        step_flops=step,
+        run_flops=training / runs if entry.grid_recipe else 0.0,
+        step_flops=per_sample * entry.speedup.batch_size if entry.speedup else 0.0,
     )
+
+
+def training_of(entry: ModelEntry) -> tuple[int, float]:
+    """Return how many runs an entry trains if none is done yet, and the samples that all see.
+
+    Of a sample seen a pass forward and backward; forward alone is a third of it.
+    """
+    if entry.speedup is not None:
+        steps = entry.speedup.num_steps * TYPICAL_LENGTH
+        return TYPICAL_TRIALS, float(steps * entry.speedup.batch_size)
+    if (recipe := entry.grid_recipe) is not None:
+        runs = 2 * (recipe.num_lrs + len(SEEDS))
+        # The fixed subset is seen forward before and after a run.
+        return runs, runs * (recipe.num_steps * recipe.batch_size + 2 * recipe.eval_size / 3)
+    return 0, 0.0

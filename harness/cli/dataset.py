@@ -53,8 +53,8 @@ def release(
     say why. What lay at --out is replaced as a whole; SOURCE may be --out, to bring a release up
     to date.
     """
+    from harness.campaign.unfinished import unfinished
     from harness.leaderboard.derived import derive
-    from harness.submission.publication import unfinished
     from spectra_db.release import release as make
 
     left_out = unfinished(source, registry)

@@ -209,11 +209,11 @@ def submit(
     --source is the folder that `harness run` wrote. --out is a folder ready to be sent, if not by
     --create-pr, then by any other way.
     """
+    from harness.campaign.unfinished import unfinished
     from harness.records import version
     from harness.records.ledger import Ledger
     from harness.records.provenance import code_version
     from harness.registry import get
-    from harness.submission.publication import unfinished
     from harness.submission.submit import assemble
     from spectra_db.publish import check_can_write, open_pull_request
 

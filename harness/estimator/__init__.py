@@ -1,8 +1,8 @@
 """The estimator: from any PyTorch model to the spectra of its Hessian's blocks.
 
 In the order the data flows: `blocks` names the parts of the model, `hessian` multiplies their
-Hessians with vectors, `lanczos` and `quadrature` turn products into rules, `spectrum` is the
-recipe that puts them together: read that one first.
+Hessians with vectors, `lanczos` and `spectra_db.quadrature` turn products into rules, `spectrum`
+is the recipe that puts them together: read that one first.
 """
 
 from __future__ import annotations

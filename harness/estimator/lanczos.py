@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 # A residual of at most this many rounding errors of the product's arithmetic, relative to the norm
-# of T, can't be told from zero (docs/protocol.md, SLQ). 64 of them took bulks under an outlier of
-# 1e5 times their size for exhausted; going on from a residual that is rounding costs products, not
-# accuracy: the nodes that it adds have no weight.
+# of T, can't be told from zero (docs/protocol.md, Stochastic Lanczos quadrature). 64 of them took
+# bulks under an outlier of 1e5 times their size for exhausted; going on from a residual that is
+# rounding costs products, not accuracy: the nodes that it adds have no weight.
 _BREAKDOWN_EPS = 1.0
 # Entries summed in float64 at a time: keeps the copies in cache.
 _DOT_CHUNK = 1 << 20

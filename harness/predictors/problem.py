@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.estimator import find_blocks
 from harness.predictors import Value
-from harness.tasks.base import IGNORED
 
 _ATTENTION = {"query", "key", "value", "attention"}
 
 
-def of_problem(model: nn.Module, targets: Tensor, num_classes: int) -> dict[str, Value]:
+def of_problem(
+    model: nn.Module, entropy: float | None, num_classes: int | None
+) -> dict[str, Value]:
     """Measure label imbalance, and the dummies: attention, log10 d, log10 C.
 
     None has halves of a batch: they are of the data and the network.
@@ -26,21 +26,27 @@ def of_problem(model: nn.Module, targets: Tensor, num_classes: int) -> dict[str,
 
     Args:
         model: The model.
-        targets: Class indices of any shape; −100 counts for nothing.
-        num_classes: C.
+        entropy: Of the targets' frequencies, in nats; None where they are no classes.
+        num_classes: C; None likewise.
     """
     kinds = {block.kind for block in find_blocks(model, "weights")}
     num_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    no_classes = Value(None, reason="the targets are no classes")
+    imbalance = classes = no_classes
+    if num_classes is not None:
+        classes = Value(math.log10(num_classes))
+        if entropy is not None:
+            imbalance = label_imbalance(entropy, num_classes)
     return {
-        "label_imbalance": label_imbalance(targets, num_classes),
+        "label_imbalance": imbalance,
         "has_attention": Value(float(bool(kinds & _ATTENTION))),
         "log_params": Value(math.log10(num_params)),
-        "log_classes": Value(math.log10(num_classes)),
+        "log_classes": classes,
     }
 
 
-def label_imbalance(targets: Tensor, num_classes: int) -> Value:
-    """Measure ln C − H, H = −Σ_c f_c ln f_c the entropy of the targets' frequencies f, in nats.
+def label_imbalance(entropy: float, num_classes: int) -> Value:
+    """Measure ln C − H, H the entropy of the targets' frequencies, in nats.
 
     The Kullback-Leibler divergence of the targets from balanced ones: 0 if they are balanced, ln C
     if all are one class. N targets of k classes that occur add about (k − 1) / 2N to it. Kunstner
@@ -48,9 +54,7 @@ def label_imbalance(targets: Tensor, num_classes: int) -> Value:
     it (classes by a power law) and define no such number.
 
     Args:
-        targets: As `of_problem`.
-        num_classes: As `of_problem`.
+        entropy: H, in nats.
+        num_classes: C.
     """
-    counts = torch.bincount(targets[targets != IGNORED].flatten(), minlength=num_classes)
-    frequencies = counts.double() / counts.sum()
-    return Value(math.log(num_classes) + float(torch.special.xlogy(frequencies, frequencies).sum()))
+    return Value(math.log(num_classes) - entropy)

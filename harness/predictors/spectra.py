@@ -8,8 +8,9 @@ from functools import partial
 import pandas as pd
 
 from harness.predictors import Value
+from spectra_db.densities import SIGMA
 from spectra_db.energy import energy_js
-from spectra_db.heterogeneity import RAW_SIGMA, SIGMA, js0
+from spectra_db.heterogeneity import RAW_SIGMA, js0
 from spectra_db.jackknife import Estimate
 
 _METRICS: dict[str, Callable[[pd.DataFrame], Estimate]] = {

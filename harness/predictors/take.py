@@ -26,6 +26,7 @@ from harness.records.ledger import Ledger
 from harness.records.provenance import describe_run
 from harness.registry import ModelEntry, Recipe
 from harness.registry.entry import SpeedupRecipe
+from harness.tasks.base import target_entropy
 from harness.training import Problem, load_problem
 from spectra_db.schema import VERSIONS
 
@@ -150,10 +151,10 @@ def _look(problem: Problem, data_root: Path | None) -> Parts:
     task = tasks.get(entry.task, **entry.task_options)
     data = task.load(data_root)
     size = min(training_of(entry).eval_size, task.size(data, "train"))
-    targets = task.fixed(data, "train", size)[1]
+    entropy = target_entropy(task, task.fixed(data, "train", size))
     options = data.model_options
-    num_classes = int(options.get("num_classes") or options["vocab_size"])
-    return of_problem(problem.model, targets, num_classes), {}, {}
+    num_classes = options.get("num_classes") or options.get("vocab_size")
+    return of_problem(problem.model, entropy, num_classes), {}, {}
 
 
 def _from_store(

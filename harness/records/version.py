@@ -39,12 +39,12 @@ def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> N
     runs = ledger.rows("training", entry.name)
     spectra = ledger.rows("spectra", entry.name)
     spectra = spectra[spectra["status"].isin(["ok", "zero"])]
-    if entry.trains and entry.recipe is not None:
+    if (recipe := entry.grid_recipe) is not None:
         ends = runs.loc[(runs["split"] == "train") & (runs["step"] > 0) & ~runs["diverged"]]
-        if strange := set(ends["step"]) - {entry.recipe.num_steps}:
+        if strange := set(ends["step"]) - {recipe.num_steps}:
             raise UserError(
                 f"{out} holds runs of {entry.name} of {min(strange)} steps, its recipe has "
-                f"{entry.recipe.num_steps}: name another --out"
+                f"{recipe.num_steps}: name another --out"
             )
     if strange := set(spectra["batch_size"]) - {entry.hessian_batch_size}:
         raise UserError(
@@ -73,7 +73,7 @@ def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> N
 
 def _check_note(entry: ModelEntry, out: Path) -> None:
     """Raise unless a folder's note, if there is one, is of this version of an entry."""
-    noted, facts = read_notes(_path(out, entry.name)), _facts(entry)
+    noted, facts = _read(_path(out, entry.name)), _facts(entry)
     for name in sorted(noted.keys() & facts.keys()):
         before, now = (json.dumps(found[name], sort_keys=True) for found in (noted, facts))
         if before != now:
@@ -86,11 +86,22 @@ def _check_note(entry: ModelEntry, out: Path) -> None:
 def note(entry: ModelEntry, ledger: Ledger) -> None:
     """Note that what a folder holds of an entry is of this version."""
     path = _path(ledger.folder, entry.name)
-    noted = read_notes(path)
+    noted = _read(path)
     facts = noted | _facts(entry)
     if facts != noted:
         with locked(path):
             write_notes(path, facts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a note; one that can't be read does not say which version the results are of."""
+    try:
+        return read_notes(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}, which says of which version of the entry the results beside it are, can't "
+            f"be read ({error}): restore it, or name another --out"
+        ) from error
 
 
 def _facts(entry: ModelEntry) -> dict[str, Any]:
@@ -104,8 +115,8 @@ def _facts(entry: ModelEntry) -> dict[str, Any]:
         "paper_blocks": entry.paper_blocks,
         "blocks": dict(entry.blocks),
     }
-    if entry.trains and entry.recipe is not None:
-        recipe = asdict(entry.recipe)
+    if entry.grid_recipe is not None:
+        recipe = asdict(entry.grid_recipe)
         facts |= {f"recipe's {name}": recipe[name] for name in recipe if name not in _GRID}
     if entry.speedup is not None:
         recipe = asdict(entry.speedup)

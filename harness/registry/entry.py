@@ -228,14 +228,19 @@ class ModelEntry:
             object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
 
     @property
-    def trains(self) -> bool:
-        """Tell whether `harness run` trains it: it has a recipe and stages after init."""
-        return self.recipe is not None and self.stages != ("init",)
+    def grid_recipe(self) -> Recipe | None:
+        """The recipe of the grid of runs that is trained; None without stages after init."""
+        return self.recipe if self.stages != ("init",) else None
+
+    @property
+    def trained_by(self) -> Recipe | SpeedupRecipe | None:
+        """The recipe of the runs that are trained, of either protocol; None where none are."""
+        return self.speedup or self.grid_recipe
 
     @property
     def is_rehearsal(self) -> bool:
         """Tell whether its runs are too short to be results: they try the way to a submission."""
-        return self.trains and self.recipe is not None and self.recipe.num_steps < MIN_STEPS
+        return self.grid_recipe is not None and self.grid_recipe.num_steps < MIN_STEPS
 
     @property
     def partition(self) -> str:

@@ -25,7 +25,6 @@ from harness.submission.entry_file import TODO
 from harness.submission.source import check_factory, parse_options, parse_source
 from harness.tasks.base import Data, Task
 from harness.tasks.images import ImageTask
-from harness.tasks.masked import MaskedTask
 
 # Bytes per parameter that training with AdamW takes at least: weight, gradient, two moments.
 _TRAINING_BYTES = 16
@@ -208,7 +207,7 @@ def _sizes(task: Task, data: Data) -> dict[str, Any]:
     if not images:
         samples = _EVAL_TOKENS // data.model_options.get("context", 64)
         recipe = replace(recipe, eval_size=max(1, samples))
-    if isinstance(task, MaskedTask):  # a seventh of the words are terms
+    if task.causal is False:  # a seventh of the words are terms
         batch *= 2
     available = task.size(data, "train")
     least = {name: min(getattr(recipe, name), available) for name in ("eval_size", "batch_size")}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from harness.campaign.survey import training_of
 from harness.errors import UserError
 from harness.estimator import Block
 from harness.estimator.batches import Batch, take
@@ -28,7 +29,6 @@ from harness.submission import locate
 from harness.submission.draft import names
 from harness.submission.subject import CPU, Caution, Failed, Subject
 from harness.tasks.base import Task
-from harness.training.gap import SEEDS
 
 # Relative, by the precision of the arithmetic.
 _SYMMETRY = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -108,11 +108,11 @@ def _take_a_step(s: Subject, told: str) -> None:
     """
     told = f"{told}; that is all but the head"
     remedy = "Does the head, or the last scale of the branches, start at zero? Start it elsewhere"
-    if not s.entry.trains or s.entry.recipe is None:
+    if s.entry.grid_recipe is None:
         raise Failed(f"{told}. {remedy} (timm: zero_init_last=False), or name later stages, too")
     s.model = copy.deepcopy(s.model)
     parameters = [p for p in s.model.parameters() if p.requires_grad]
-    rate = s.entry.recipe.adamw_lrs[0]
+    rate = s.entry.grid_recipe.adamw_lrs[0]
     for _ in range(2):  # the second step moves what is behind a branch that starts at zero
         loss = s.task.loss(s.model, s.mates)
         gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
@@ -324,11 +324,8 @@ def cost(s: Subject) -> str:
         )
     flops = sum(cost.flops * len(stages[partition]) for partition, cost in costs.items())
     pass_flops = costs[entry.partition].pass_flops / entry.hessian_batch_size
-    if entry.trains and entry.recipe is not None:
-        runs = 2 * (entry.recipe.num_lrs + len(SEEDS))
-        # As `harness run` forecasts: the fixed subset is seen forward before and after a run.
-        samples = entry.recipe.num_steps * entry.recipe.batch_size + 2 * entry.recipe.eval_size / 3
-        flops += round(runs * samples * pass_flops)
+    _, samples = training_of(entry)
+    flops += round(samples * pass_flops)
     speed = _speed(s, pass_flops)
     return (
         f"a spectrum about {_duration(costs[entry.partition].flops / speed)} here, the whole entry "

@@ -17,7 +17,6 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.tasks.base import Data, Task
-from harness.tasks.masked import MaskedTask
 
 ROOT = Path(__file__).parents[2]
 _LIBRARIES = "harness.registry.networks.libraries"
@@ -214,7 +213,7 @@ def _of_hub(name: str) -> str:
 def _head(task: Task) -> str:
     if task.metric == "accuracy":
         return "ImageClassification"
-    return "MaskedLM" if isinstance(task, MaskedTask) else "CausalLM"
+    return "MaskedLM" if task.causal is False else "CausalLM"
 
 
 def _said(error: Exception) -> str:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.campaign.unfinished import unfinished
 from harness.errors import UserError
 from harness.records import version
 from harness.records.ledger import Ledger
 from harness.registry import ModelEntry
 from harness.submission import entry_file, submit
-from harness.submission.publication import unfinished
 from spectra_db import store
 from spectra_db.files import sha256_of, whole
 

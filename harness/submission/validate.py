@@ -341,7 +341,7 @@ def _deterministic(s: Subject) -> str:
 
 
 def _training(s: Subject) -> str:
-    if not s.entry.trains:
+    if s.entry.trained_by is None:
         return "not trained: initialisation alone"
     model = copy.deepcopy(s.model)
     model.train()
@@ -364,7 +364,7 @@ def _training(s: Subject) -> str:
 
 def _learns(s: Subject) -> str:
     """See whether AdamW gets the loss of few samples a tenth below R, that of nothing learnt."""
-    if not s.entry.trains:
+    if s.entry.trained_by is None:
         return "not trained: initialisation alone"
     entropy = target_entropy(s.task, s.mates)
     least = reference = reference_loss(s.entry, float("inf"), entropy)

@@ -25,8 +25,9 @@ from harness.errors import UserError
 from harness.estimator.checks import fixed_arithmetic
 from harness.registry.entry import ModelEntry, Recipe, SpeedupRecipe
 from harness.tasks.base import Batch, Data, Task
-from harness.training import stages
+from harness.training import checkpoints
 from harness.training.schedule import learning_rate
+from harness.training.stages import folder_of, stage_steps
 from spectra_db.schema import PROTOCOL_VERSION
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -107,7 +108,7 @@ def train(
     )
     chunk = EVALUATION_FACTOR * recipe.batch_size
     start = pretrained_dir or checkpoint_dir
-    model = stages.initial_model(entry, data.model_options, seed, start).to(device)
+    model = checkpoints.initial_model(entry, data.model_options, seed, start).to(device)
     init_loss, init_score = evaluate(task, model, subset, chunk)
     if not math.isfinite(init_loss):
         raise ValueError(f"model {entry.name!r} has a loss of {init_loss} before the first step")
@@ -118,14 +119,14 @@ def train(
     stage_at: dict[str, int] = {}
     kept: AbstractContextManager[Path] = nullcontext(Path())
     if optimizer == "adamw" and checkpoint_dir is not None:
-        stage_at = stages.stage_steps(entry.stages, recipe.num_steps)
-        kept = stages.replaced(stages.folder_of(checkpoint_dir, entry.name, seed))
+        stage_at = stage_steps(entry.stages, recipe.num_steps)
+        kept = checkpoints.replaced(folder_of(checkpoint_dir, entry.name, seed))
 
     def keep_stages(step: int, loss: float) -> None:
         """Save the stages that fall on this step (in a tiny budget, two may)."""
         for stage in [name for name, at in stage_at.items() if at == step and math.isfinite(loss)]:
             score = evaluate_test(task, model, data, recipe, device)[1] if scored else None
-            row = stages.keep(
+            row = checkpoints.keep(
                 model, folder, entry,
                 metric=score, stage=stage, step=step, loss=loss,
                 optimizer=optimizer, lr=lr, seed=seed,

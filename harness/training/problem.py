@@ -19,7 +19,8 @@ from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch, Task
-from harness.training import stages
+from harness.training import checkpoints
+from harness.training.stages import STAGE_SEED, checkpoint_path, run_name
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,22 @@ def load_problem(
         )
     path = None
     if stage != "init":
-        path = stages.checkpoint_path(checkpoint_dir or ".", entry.name, seed, stage)
+        path = checkpoint_path(checkpoint_dir or ".", entry.name, seed, stage)
         if checkpoint_dir is None or not path.is_file():
             where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
+            # At the best rate, which the first command finds.
+            further = f", then harness train {entry.name} --seed {seed}"
             raise UserError(
                 f"stage {stage!r} of {entry.name!r} is not trained yet for seed {seed} ({where}); "
-                f"run: harness train {entry.name} --seed {seed}"
+                f"run: harness run {entry.name}{further if seed != STAGE_SEED else ''}"
             )
     task = tasks.get(entry.task, **entry.task_options)
     data = task.load(data_root)
     if path is None:
-        model, step = stages.initial_model(entry, data.model_options, seed, checkpoint_dir), 0
+        model, step = checkpoints.initial_model(entry, data.model_options, seed, checkpoint_dir), 0
     else:
         model = entry.build(data.model_options, seed)
-        step = int(stages.load(model, path, sha256=sha256, entry=entry)["step"])
+        step = int(checkpoints.load(model, path, sha256=sha256, entry=entry)["step"])
     model.eval()  # an author's override may return nothing
     batch = task.fixed(data, "train", batch_size or entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
@@ -162,7 +165,7 @@ def load_problem(
         step=step,
         progress=step / entry.recipe.num_steps if entry.recipe else 0.0,
         init_seed=seed,
-        train_run="" if stage == "init" else stages.run_name(seed),
+        train_run="" if stage == "init" else run_name(seed),
         batch_size=len(batch[0]),
         microbatch_size=microbatch_size,
         num_terms=sum(map(task.num_terms, batches)),

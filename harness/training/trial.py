@@ -23,7 +23,7 @@ from harness import tasks
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch, Data, Task, target_entropy
-from harness.training import stages
+from harness.training import checkpoints
 from harness.training.loop import (
     EVALUATION_FACTOR,
     OPTIMIZERS,
@@ -36,6 +36,7 @@ from harness.training.loop import (
 )
 from harness.training.reference import reference_loss
 from harness.training.schedule import learning_rate
+from harness.training.stages import folder_of
 from spectra_db.schema import VERSIONS
 
 WARMUP, FINAL_FRACTION = 0.05, 0.01
@@ -88,7 +89,7 @@ def run_trial(
     whole = task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train")))
     entropy = target_entropy(task, whole)
     subset = to_device(whole, device)
-    model = stages.initial_model(entry, data.model_options, seed, checkpoint_dir)
+    model = checkpoints.initial_model(entry, data.model_options, seed, checkpoint_dir)
     # Convolutions on a CPU take 0.6 to 0.85 of the time so; other layers have no such format.
     model = model.to(device).to(memory_format=torch.channels_last)
     chunk = EVALUATION_FACTOR * recipe.batch_size
@@ -130,8 +131,8 @@ def run_trial(
     kept = []
     if keep and not diverged:
         scored = has_test_score(task, data)
-        stage_row = stages.keep(
-            model, stages.folder_of(checkpoint_dir or ".", entry.name, seed), entry,
+        stage_row = checkpoints.keep(
+            model, folder_of(checkpoint_dir or ".", entry.name, seed), entry,
             metric=evaluate_test(task, model, data, recipe, device)[1] if scored else None,
             stage="final", step=num_steps, loss=loss, optimizer=optimizer, lr=lr, seed=seed,
         )  # fmt: skip

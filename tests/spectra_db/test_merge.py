@@ -16,6 +16,7 @@ from spectra_db import store
 from spectra_db.heterogeneity import metrics
 from spectra_db.merge import merge
 from spectra_db.release import list_files
+from tests.harness.leaderboard.tables import speedup_row
 
 from .synthetic import COMMON, exact_row, exact_rows, failed_row, gap_row, run_row, write_tables
 
@@ -91,14 +92,20 @@ def test_probes_of_a_block_come_from_one_folder(tmp_path):
     assert all("probe" in text for text in found.conflicts)
 
 
-def test_a_gap_that_differs_is_left_to_be_derived_again(tmp_path):
-    for name, gap in (("one", 0.2), ("two", 0.3)):
-        store.write(tmp_path / name, "gaps", [gap_row("m", gap=gap)])
+@pytest.mark.parametrize(
+    ("table", "row", "column"),
+    [("gaps", gap_row("m"), "gap"), ("speedups", speedup_row("m"), "log2_speedup")],
+)
+def test_what_follows_from_runs_is_left_to_be_derived_again_where_it_differs(
+    tmp_path, table, row, column
+):
+    for name, value in (("one", 0.2), ("two", 0.3)):
+        store.write(tmp_path / name, table, [row | {column: value}])
     out = tmp_path / "out"
     command = ["dataset", "merge", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0
-    assert "`harness run` derives it again: gaps/m.parquet: model m" in done.output
+    assert f"`harness run` derives it again: {table}/m.parquet: model m" in done.output
     assert not list_files(out)
 
 

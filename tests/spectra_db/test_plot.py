@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from spectra_db import plot
+from spectra_db.heterogeneity import pairwise_js
 
 from .synthetic import exact_rows, like_a_network, slq_rows, zero_row
 
@@ -57,6 +58,12 @@ def test_the_heatmap_labels_the_blocks_that_are_not_zero(rows):
     labels = [t.get_text() for t in figure.axes[0].get_xticklabels()]
     assert len(set(labels)) == 6
     assert drawn(figure)
+
+
+@pytest.mark.parametrize("scale", ["raw", "own_rms"])
+def test_the_heatmap_shows_the_distances_that_are_returned(rows, scale):
+    [image] = plot.js_heatmap(rows, scale=scale).axes[0].get_images()
+    assert np.array_equal(image.get_array(), pairwise_js(rows, scale=scale))
 
 
 def test_the_rates_of_the_gap_are_labelled_and_no_others():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,20 @@ def test_a_link_that_leads_nowhere_is_refused_by_name(tmp_path):
     path.symlink_to(tmp_path / "gone.parquet")
     with pytest.raises(InvalidTable, match=r"made-up\.parquet: not readable"):
         store.read(path, "training")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_fails_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, number):
+    store.write(tmp_path, "training", [training()])
+    path = store.path_of(tmp_path, "training", "made-up")
+
+    def fail(*args, **options):
+        raise OSError(number, "no file is read")
+
+    monkeypatch.setattr(store.pq, "ParquetFile", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        store.read(path, "training")
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
 
 
 def test_a_file_cut_short_is_refused_by_name(tmp_path):

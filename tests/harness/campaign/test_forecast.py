@@ -21,6 +21,7 @@ from harness.campaign.survey import survey
 from harness.errors import UserError
 from harness.estimator.cost import Forecast, cut
 from harness.estimator.settings import Settings
+from harness.registry.entry import SpeedupRecipe
 from harness.training import load_problem
 from tests.harness.campaign.test_run import do, tiny
 
@@ -88,6 +89,20 @@ def test_a_measurement_divides_operations_by_the_clock(surveyed):
     assert fast.products == pytest.approx(2 * slow.products)
     assert fast.training == pytest.approx(2 * slow.training)
     assert 0 < fast.products < 1e12
+
+
+def test_the_steps_of_trials_are_measured_and_their_state_is_counted():
+    recipe = SpeedupRecipe(num_steps=20, batch_size=16, sgd_lr=0.1, adamw_lr=0.01, eval_size=64)
+    entry = tiny(recipe=None, speedup=recipe, stages=("init",), full_stages=())
+    alone = tiny(recipe=None, stages=("init",), full_stages=())
+    found = survey(entry, None)
+    rate = measured(found, None, "cpu")
+    assert rate.training != rate.products
+    assert outlook(found, SLOW).memory_bytes >= 16 * found.num_params
+    kept = survey(replace(entry, stages=("init", "final")), None)
+    spectra_alone = outlook(survey(alone, None), SLOW).disk_bytes
+    assert outlook(found, SLOW).disk_bytes == spectra_alone
+    assert outlook(kept, SLOW).disk_bytes == 2 * spectra_alone + 4 * found.num_params
 
 
 def test_a_device_that_is_not_here_has_its_data_sheet_or_a_given_throughput():

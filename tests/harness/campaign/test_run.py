@@ -249,6 +249,16 @@ def test_a_folder_without_notes_of_its_entries_is_complete(whole, tmp_path):
     assert do(out, tiny()) == ({}, [])
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_note_of_an_entry_that_cannot_be_read_is_not_passed_over(whole, tmp_path, text):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    note = out / "entries" / "tiny.json"
+    note.write_text(text)
+    with pytest.raises(UserError, match=r"tiny\.json, which says .* can't be read .*: restore it"):
+        do(out, tiny())
+    assert note.read_text() == text
+
+
 def test_where_nothing_was_finished_an_entry_may_be_changed(tmp_path):
     entry = tiny(recipe=None, stages=("init",), full_stages=())
     assert do(tmp_path, entry, fails=lambda unit: MemoryError("no memory"))[0]

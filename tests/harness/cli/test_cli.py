@@ -134,7 +134,7 @@ def test_spectrum_with_three_probes_states_its_error(tmp_path):
 
 def test_a_stage_is_there_once_its_model_is_trained(tmp_path):
     final = (*SPECTRUM, "--stage", "final", "--out", tmp_path)
-    assert "run: harness train cnn-digits --seed 1" in refused(call(*final))
+    assert "run: harness run cnn-digits" in refused(call(*final))
     result = call("train", "cnn-digits", "--lr", "0.01", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert call(*final).exit_code == 0

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+from harness.campaign.unfinished import unfinished
 from harness.cli import main
 from harness.errors import UserError
 from harness.leaderboard.derived import derived_of_release
 from harness.records.derived import derived
 from harness.registry import get
-from harness.submission.publication import unfinished
 from spectra_db import store
 from spectra_db.derived import DERIVED, differences, rows_of
 from spectra_db.followed import note_of
@@ -143,16 +143,12 @@ def test_models_that_are_not_finished_stay_out_with_the_reason(source, tmp_path)
     assert code == 2
     assert "has no model to release" in output
     assert not out.exists()
-    from harness.submission.publication import unfinished
-
     assert unfinished(source) == {MODEL: "its gap is missing"}
     (source / "spectra" / f"{MODEL}.parquet").unlink()
     assert "units are missing, the first" in unfinished(source)[MODEL]
 
 
 def test_a_failure_with_its_reason_is_released(source):
-    from harness.submission.publication import unfinished
-
     rows = store.read(source / "gaps" / f"{MODEL}.parquet", "gaps").to_pandas()
     store.write(source, "gaps", rows.assign(status="failed", reason="all runs diverged", gap=None))
     training = store.read(source / "training" / f"{MODEL}.parquet", "training").to_pandas()
@@ -163,11 +159,9 @@ def test_a_failure_with_its_reason_is_released(source):
 
 
 def test_moments_that_wait_for_a_failed_spectrum_keep_nothing_out_of_a_release(source, monkeypatch):
-    from harness.submission.publication import unfinished
-
     entry = replace(get(MODEL), moments_batch_size=4096)
     monkeypatch.setattr(
-        "harness.submission.publication.registry.entries", lambda registry_dir: [entry]
+        "harness.campaign.unfinished.registry.entries", lambda registry_dir: [entry]
     )
     assert "moments on a larger batch" in unfinished(source)[MODEL]
     rows = store.read(source / "spectra" / f"{MODEL}.parquet", "spectra").to_pandas()
@@ -178,8 +172,6 @@ def test_moments_that_wait_for_a_failed_spectrum_keep_nothing_out_of_a_release(s
 
 
 def test_a_model_that_the_registry_does_not_know_stays_out(source):
-    from harness.submission.publication import unfinished
-
     rows = store.read(source / "models" / f"{MODEL}.parquet", "models").to_pandas()
     store.write(source, "models", rows.assign(model="stranger"))
     assert unfinished(source) == {"stranger": "not in the registry; --registry DIR adds entries"}

@@ -266,18 +266,21 @@ def test_chunks_count_by_their_terms():
 
 
 def test_label_imbalance_is_the_divergence_from_balanced_labels():
-    assert label_imbalance(torch.arange(8) % 4, 4).value == pytest.approx(0, abs=1e-12)
-    assert label_imbalance(torch.zeros(8).long(), 4).value == pytest.approx(math.log(4))
-    targets = torch.tensor([[0, 0, 1, -100], [-100, -100, 0, -100]])
-    assert label_imbalance(targets, 2).value == pytest.approx(
-        math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
-    )
+    assert label_imbalance(math.log(4), 4).value == pytest.approx(0, abs=1e-12)
+    assert label_imbalance(0.0, 4).value == pytest.approx(math.log(4))
+
+
+def test_targets_that_are_no_classes_have_no_imbalance_and_say_so():
+    model, _ = models.problem("mlp")
+    found = of_problem(model, None, None)
+    assert found["label_imbalance"].value is found["log_classes"].value is None
+    assert found["label_imbalance"].reason == "the targets are no classes"
 
 
 @pytest.mark.parametrize(("name", "attends"), [("gpt", 1), ("vit", 1), ("cnn", 0), ("mlp", 0)])
 def test_dummies_see_attention_and_count_parameters_and_classes(name, attends):
     model, _ = models.problem(name)
-    found = of_problem(model, torch.zeros(3).long(), 100)
+    found = of_problem(model, 0.0, 100)
     num_params = sum(p.numel() for p in model.parameters())
     assert found["has_attention"].value == attends
     assert found["log_params"].value == pytest.approx(math.log10(num_params))

@@ -42,7 +42,7 @@ def of_few_data(entry: ModelEntry) -> ModelEntry:
     few: dict[str, int] = {}
     if entry.task in IMAGES:
         few = {"train_size": 8} | ({} if entry.task == "imagenet" else {"test_size": 2})
-    elif not entry.trains and "context" in entry.task_options:
+    elif not entry.grid_recipe and "context" in entry.task_options:
         few = {"context": 64}
     return replace(entry, task_options={**entry.task_options, **few})
 
@@ -90,16 +90,16 @@ def test_an_entry_trains_keeps_its_stages_and_has_a_hessian(
     if not task_options:
         assert dict(data.model_options) == model_options(tiny)
     for optimizer, rates in (("sgd", recipe.sgd_lrs), ("adamw", recipe.adamw_lrs)):
-        if entry.trains:  # the paper's systems at their size are not
+        if entry.grid_recipe:  # the paper's systems at their size are not
             run = train(
                 tiny, data, optimizer=optimizer, lr=rates[0], seed=1, checkpoint_dir=tmp_path
             )
             assert run.final_loss != run.init_loss or run.diverged
 
-    stage = "final" if entry.trains else "init"
+    stage = "final" if entry.grid_recipe else "init"
     problem = load_problem(tiny, stage, 1, data_root=data_root, checkpoint_dir=tmp_path)
     checkpoint_path(tmp_path, tiny.name, 1, "final").unlink(missing_ok=True)
-    assert problem.step == (1 if entry.trains else 0)
+    assert problem.step == (1 if entry.grid_recipe else 0)
     block = min(problem.blocks(entry.partition), key=lambda block: block.num_params)
     with opened(problem.objective, [block], Settings(device="cpu")) as hessian:
         [product] = hessian.products([(0, torch.ones(block.num_params))])

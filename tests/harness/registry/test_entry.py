@@ -136,6 +136,6 @@ def test_a_factory_that_fails_is_named(values: dict[str, Any], message: str) -> 
 
 
 def test_only_an_entry_with_a_recipe_and_later_stages_trains() -> None:
-    assert ENTRY.trains
-    assert not changed(stages=("init",)).trains
-    assert not changed(stages=("init",), recipe=None).trains
+    assert ENTRY.grid_recipe == ENTRY.recipe
+    assert changed(stages=("init",)).grid_recipe is None
+    assert changed(stages=("init",), recipe=None).trained_by is None

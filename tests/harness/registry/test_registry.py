@@ -72,7 +72,7 @@ def test_an_entry_names_a_task_with_its_options_and_a_known_pretraining(
 
 def test_small_entries_are_trained_by_five_rates_half_a_decade_apart() -> None:
     for entry in registry.entries("small"):
-        assert entry.trains
+        assert entry.grid_recipe
         assert entry.recipe is not None
         assert 300 <= entry.recipe.num_steps <= 500
         assert entry.recipe.num_lrs == 5

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from harness import registry as catalogue
 from harness import tasks
 from harness.submission import draft, validate
+from harness.submission.source import parse_source
 from harness.submission.subject import Caution, Failed, Subject
 from harness.tasks.base import Data, Task
 
@@ -79,6 +80,10 @@ class Blanks(tasks.get("pydoc", context=6).__class__):
 
     def __init__(self):
         super().__init__(context=6)
+
+
+def test_a_masked_task_of_one_s_own_gets_a_network_that_sees_both_sides():
+    assert parse_source("transformers:bert", Blanks()).options["head"] == "MaskedLM"
 
 
 class Peeks(tasks.get("digits").__class__):

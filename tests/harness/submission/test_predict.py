@@ -12,7 +12,7 @@ from harness.cli import main
 from harness.estimator.settings import Settings
 from harness.estimator.spectrum import gathered, rules
 from harness.submission.predict import measure
-from harness.training import load_problem, stages
+from harness.training import checkpoints, load_problem, stages
 from spectra_db import store
 from spectra_db.heterogeneity import metrics
 from tests.harness.leaderboard.tables import made_up
@@ -138,7 +138,7 @@ def test_an_entry_that_starts_from_another_s_weights_is_predicted_from_them(fold
     )
     first = registry.get("first", registry_dir=registry_dir)
     path = stages.checkpoint_path(tmp_path, "first", stages.STAGE_SEED, "final")
-    stages.save(load_problem(first, seed=5).model, path, {"entry_hash": ""})
+    checkpoints.save(load_problem(first, seed=5).model, path, {"entry_hash": ""})
     arguments = ["tuned", "--registry", registry_dir, "--source", folder, "--json"]
     result = call(*arguments, "--checkpoints", tmp_path)
     assert result.exit_code == 0, result.output

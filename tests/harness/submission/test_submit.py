@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import spectra_db
+from harness.campaign.unfinished import unfinished
 from harness.cli import main
 from harness.submission import submit
-from harness.submission.publication import unfinished
 from spectra_db import store
 from spectra_db.verified import verified_models
 from tests.spectra_db import hub_server

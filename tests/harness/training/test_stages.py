@@ -14,7 +14,7 @@ from torch import nn
 from harness import tasks
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
-from harness.training import load_problem, stages, train
+from harness.training import checkpoints, load_problem, stages, train
 
 MakeEntry = Callable[..., ModelEntry]
 
@@ -44,8 +44,8 @@ def test_stages_fall_on_their_fractions_of_the_budget() -> None:
 
 def test_tied_weights_come_back_tied(tied: nn.Module, untrained: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "final.safetensors"
-    stages.save(tied, path, {"step": 7})
-    assert stages.load(untrained, path)["step"] == 7
+    checkpoints.save(tied, path, {"step": 7})
+    assert checkpoints.load(untrained, path)["step"] == 7
     assert untrained.head.weight is untrained.embedding.weight
     for name, tensor in tied.state_dict().items():
         assert untrained.state_dict()[name].equal(tensor), name
@@ -53,7 +53,7 @@ def test_tied_weights_come_back_tied(tied: nn.Module, untrained: nn.Module, tmp_
 
 def test_the_file_is_a_function_of_weights_and_facts(tied: nn.Module, tmp_path: Path) -> None:
     facts = {"step": 7, "loss": 1.5, "lr": 0.1}
-    hashes = {stages.save(tied, tmp_path / f"{i}.safetensors", facts) for i in range(8)}
+    hashes = {checkpoints.save(tied, tmp_path / f"{i}.safetensors", facts) for i in range(8)}
     assert len(hashes) == 1
     content = (tmp_path / "0.safetensors").read_bytes()
     assert hashes == {hashlib.sha256(content).hexdigest()}
@@ -63,16 +63,16 @@ def test_a_killed_save_leaves_the_old_file(
     tied: nn.Module, untrained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "p50.safetensors"
-    old = stages.save(tied, path, {"step": 1})
+    old = checkpoints.save(tied, path, {"step": 1})
 
     def killed(handle: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        stages.save(untrained, path, {"step": 2})
+        checkpoints.save(untrained, path, {"step": 2})
     assert [file.name for file in tmp_path.iterdir()] == ["p50.safetensors"]
-    assert stages.load(untrained, path, sha256=old)["step"] == 1
+    assert checkpoints.load(untrained, path, sha256=old)["step"] == 1
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "text"])
@@ -80,7 +80,7 @@ def test_a_corrupted_checkpoint_names_the_file_and_the_remedy(
     damage: str, tied: nn.Module, tmp_path: Path
 ) -> None:
     path = tmp_path / "final.safetensors"
-    stages.save(tied, path, {"step": 7})
+    checkpoints.save(tied, path, {"step": 7})
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[-5] ^= 1
@@ -90,7 +90,7 @@ def test_a_corrupted_checkpoint_names_the_file_and_the_remedy(
         content = bytearray(b"" if damage == "empty" else b"not a checkpoint at all")
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint .*final\.safetensors .*delete it and train"):
-        stages.load(tied, path)
+        checkpoints.load(tied, path)
 
 
 @pytest.mark.parametrize("facts", ["{}", "7"])
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_this_program_did_not_write_is_refused(
     path = tmp_path / "final.safetensors"
     save_model(tied, str(path), metadata={"harness": facts})
     with pytest.raises(UserError, match=r"cannot be read .*; delete it and train again"):
-        stages.load(tied, path)
+        checkpoints.load(tied, path)
 
 
 def test_a_checkpoint_of_another_hash_or_entry_is_refused(
@@ -108,14 +108,14 @@ def test_a_checkpoint_of_another_hash_or_entry_is_refused(
 ) -> None:
     path = tmp_path / "final.safetensors"
     entry = make_entry()
-    stages.save(tied, path, {"step": 7, "entry_hash": stages.entry_hash(entry)})
+    checkpoints.save(tied, path, {"step": 7, "entry_hash": checkpoints.entry_hash(entry)})
     with pytest.raises(UserError, match="does not have the sha256 00"):
-        stages.load(tied, path, sha256="00")
+        checkpoints.load(tied, path, sha256="00")
     other = dataclasses.replace(entry, options={"width": 4})
     with pytest.raises(UserError, match="another version of 'tiny'"):
-        stages.load(tied, path, entry=other)
+        checkpoints.load(tied, path, entry=other)
     described = dataclasses.replace(entry, description="in other words")
-    assert stages.load(tied, path, entry=described)["step"] == 7
+    assert checkpoints.load(tied, path, entry=described)["step"] == 7
 
 
 @pytest.mark.parametrize(("factory", "task"), [("cnn", "digits"), ("TiedLanguageModel", "pydoc")])
@@ -216,7 +216,7 @@ def test_the_weights_of_another_version_of_the_pretraining_are_refused(
     tuned = make_entry(name="tuned", pretrained="tiny")
     model = load_problem(first).model
     path = stages.checkpoint_path(tmp_path, "tiny", stages.STAGE_SEED, "final")
-    stages.save(model, path, {"entry_hash": stages.entry_hash(first)})
+    checkpoints.save(model, path, {"entry_hash": checkpoints.entry_hash(first)})
     changed = dataclasses.replace(first, task_options={"train_size": 100})
     for known in ([], [first]):  # of an entry outside the tree nothing is known
         monkeypatch.setattr("harness.registry.entries", lambda known=known: known)
@@ -227,9 +227,11 @@ def test_the_weights_of_another_version_of_the_pretraining_are_refused(
 
 
 def test_an_untrained_stage_names_the_command(make_entry: MakeEntry, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run: harness train tiny --seed 2"):
+    with pytest.raises(
+        UserError, match=r"run: harness run tiny, then harness train tiny --seed 2$"
+    ):
         load_problem(make_entry(), "final", 2, checkpoint_dir=tmp_path)
-    with pytest.raises(UserError, match="no checkpoint folder is given"):
+    with pytest.raises(UserError, match=r"no checkpoint folder is given\); run: harness run tiny$"):
         load_problem(make_entry(), "final")
     with pytest.raises(UserError, match="no stage 'p10'; its stages: init, p50, final"):
         load_problem(make_entry(), "p10")

@@ -11,7 +11,7 @@ from harness import tasks
 from harness.errors import UserError
 from harness.registry.entry import SpeedupRecipe
 from harness.tasks.base import target_entropy
-from harness.training import stages
+from harness.training import checkpoints, stages
 from harness.training.loop import evaluate_test
 from harness.training.reference import reference_loss
 from harness.training.trial import renew_batch_norm, run_trial
@@ -120,7 +120,7 @@ def test_the_weights_that_others_start_from_are_kept(entry, data, tmp_path):
     row, [kept] = run(entry, data, **asked)
     model = entry.build(data.model_options, 9)
     path = stages.checkpoint_path(tmp_path, entry.name, 1, "final")
-    facts = stages.load(model, path, sha256=kept["checkpoint_sha256"], entry=entry)
+    facts = checkpoints.load(model, path, sha256=kept["checkpoint_sha256"], entry=entry)
     assert facts["loss"] == kept["loss"] == row["final_loss"]
     task = tasks.get(entry.task)
     assert kept["metric"] == evaluate_test(task, model, data, entry.speedup, "cpu")[1]

@@ -40,7 +40,7 @@ def unfinished(
         gaps = ledger.rows("gaps", model)
         if left:
             reasons[model] = f"{len(left)} units are missing, the first {left[0]}"
-        elif entry.trains and gaps.empty:
+        elif entry.grid_recipe and gaps.empty:
             reasons[model] = "its gap is missing"
         elif entry.is_rehearsal and not rehearsals and entry.recipe is not None:
             reasons[model] = (

@@ -92,9 +92,14 @@ def says_no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(s in str(error).lower() for s in _NO_MEMORY)
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error in one line: its class and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def reason_of(error: BaseException) -> str:
     """Return an error in one line, with the remedy where memory ran out."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = one_line(error)
     if says_no_memory(error):
         return f"out of memory, use fewer --jobs or a smaller batch ({text})"
     return text

@@ -16,6 +16,7 @@ from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.release import list_files
 from spectra_db.schema import SPECTRUM, TABLES
 from spectra_db.store import InvalidTable
+from spectra_db.words import WITH_RULE
 
 _SPECTRUM = list(SPECTRUM)
 # Columns by which rows of different tables are compared.
@@ -130,7 +131,7 @@ def _fits(folder: Path, read: Mapping[str, list[pd.DataFrame]]) -> Iterator[str]
         for path, names in zip(paths, columns, strict=True):
             if names != columns[0]:
                 yield f"{path}: has other columns than {paths[0].name}; release the folder again"
-    made = spectra[spectra["status"].isin(["ok", "zero"])]
+    made = spectra[spectra["status"].isin(WITH_RULE)]
     yield from _without(made, runs, ["model", "run_id"], folder / "spectra", "runs")
     trained = made[made["stage"] != "init"]
     yield from _without(trained, stages, ["model", "stage"], folder / "spectra", "stages")

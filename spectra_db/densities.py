@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from spectra_db.quadrature import LENGTH, MIN_STEPS, extended, gauss_rule
 from spectra_db.schema import KEYS
 from spectra_db.truncation import TRUNCATION
+from spectra_db.words import WITH_RULE
 
 Array = NDArray[np.float64]
 
@@ -157,7 +158,7 @@ def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
         raise ValueError(
             f"probe {first['probe']} of block {first['block']!r} is there twice; keep one"
         )
-    missing = rows[~rows["status"].isin(["ok", "zero"])]
+    missing = rows[~rows["status"].isin(WITH_RULE)]
     if len(missing):
         first = missing.iloc[0]
         raise ValueError(

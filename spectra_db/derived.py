@@ -16,6 +16,7 @@ from spectra_db import followed, store
 from spectra_db.heterogeneity import GRADIENT, MOMENTS, metrics, that_need
 from spectra_db.schema import KEYS, SPECTRUM, TABLES, VERSIONS
 from spectra_db.truncation import CHANGES
+from spectra_db.words import WITH_RULE
 
 # (folder, rows that one file of the table holds) ↦ the rows that follow, with those columns that
 # do. Rows that say themselves that they come from what a release does not hold are handed back.
@@ -221,7 +222,7 @@ def _blocks(folder: Path, stored: pd.DataFrame) -> pd.DataFrame:
     key = list(KEYS["blocks"])
     columns = ["trace", "lambda_max", "lambda_min"]
     rows = rows_of(folder, "spectra", str(stored["model"].iloc[0]))
-    rows = rows[(rows["partition"] != "full") & rows["status"].isin(["ok", "zero"])]
+    rows = rows[(rows["partition"] != "full") & rows["status"].isin(WITH_RULE)]
     parts = [standard(some) for _, some in rows.groupby(list(SPECTRUM))]
     rows = pd.concat(parts, ignore_index=True) if parts else rows
     made = rows[[*key, "partition"]].assign(

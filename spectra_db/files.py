@@ -35,7 +35,22 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def swap(staging: Path, out: Path) -> None:
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside another, which takes its place when the block ends.
+
+    An error leaves what was there. So the files of a folder are of one writing always.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        yield staging
+        _swap(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, out: Path) -> None:
     """Put a finished folder in the place of another, which is kept until the new one is there."""
     staging.chmod(0o755)
     if not out.exists():

@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from spectra_db.errors import DatasetError
+from spectra_db.errors import DatasetError, first_line
 from spectra_db.files import sha256_of, whole
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
+from spectra_db.words import SLUG
 
 NAME = "manifest.json"
 CARD, CHANGELOG = "README.md", "CHANGELOG.md"
 # Beside tables: what `harness verify` leaves; and CSV files, which releases before 0.10.1 hold.
 _NOTES = r"README\.md|CHANGELOG\.md|verified\.json|leaderboard/[a-z0-9_-]+\.csv"
 _NAMES = "|".join(TABLES)
-_TABLE = re.compile(rf"(?:{_NAMES})/[a-z0-9][a-z0-9._-]*\.parquet")
+_TABLE = re.compile(rf"(?:{_NAMES})/{SLUG.pattern}\.parquet")
 _MERGED = rf"merged/(?:(?:overview|{_NAMES})\.parquet|spectra\.png)"  # see merged.py
 _FILE = re.compile(rf"(?:{_NOTES}|{_MERGED}|{_TABLE.pattern})")
 _VERSION = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})")
@@ -118,8 +119,7 @@ def read(folder: Path) -> Manifest | None:
             raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         return _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidRelease(f"{path}: {reason}") from error
+        raise InvalidRelease(f"{path}: {first_line(error)}") from error
 
 
 @lru_cache(maxsize=4)

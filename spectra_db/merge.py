@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from spectra_db import store
 from spectra_db.schema import KEYS, TABLES
+from spectra_db.words import WITH_RULE
 
 # Differ between two computations of the same.
 _TIMINGS = ("seconds", "peak_bytes", "run_id", "started", "command")
 # Follow from other tables, of all folders together.
 _DERIVED = ("gaps", "speedups", "leaderboard")
 _NOTES = "entries"  # of the versions of entries, beside the tables
-_GOOD = ("ok", "zero")
 
 Key = tuple[object, ...]
 
@@ -135,7 +135,7 @@ def _differing(one: pa.Table, two: pa.Table) -> list[str]:
 def _is_good(rows: pa.Table) -> bool:
     if "status" not in rows.schema.names:
         return True
-    return set(rows["status"].to_pylist()) <= set(_GOOD)
+    return set(rows["status"].to_pylist()) <= set(WITH_RULE)
 
 
 def _named(table: str, key: Key) -> str:

@@ -45,8 +45,8 @@ KINDS = {
     "conv": "#7B5EC6", "recurrent": "#C0392B", "head": "#6E7B8B", "state": "#008B8B",
     "norm": "#7F9F2F", "bias": "#A9A9A9", "other": "#8A8A8A",
 }  # fmt: skip
-# Densities below this are drawn at the floor: less than one eigenvalue of any block.
-_FLOOR = 1e-5
+# The least density that figures and pages show: less than one eigenvalue of any block.
+FLOOR = 1e-5
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[
     size = (3.4, 2.3) if len(blocks) == 1 else (width, 1.2 * shape[0] + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
-    axes[0].set(yscale="log", ylim=(_FLOOR, top))
+    axes[0].set(yscale="log", ylim=(FLOOR, top))
     axes[0].set_xscale("symlog", linthresh=1, linscale=0.7)
     axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}".replace("-", "−"))
     kinds = blocks["block_kind"].astype(str)
@@ -247,9 +247,9 @@ def _panels(blocks: pd.DataFrame, top: float, scale: str) -> tuple[Figure, list[
 
 def _broken(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Return a density's points above the floor, with nan where the line is to break."""
-    x, y = values.index.to_numpy(), np.maximum(values.to_numpy(), _FLOOR)
+    x, y = values.index.to_numpy(), np.maximum(values.to_numpy(), FLOOR)
     spacing = np.diff(x).min()
-    drawn = np.convolve(y > _FLOOR, [True, True, True], mode="same") > 0
+    drawn = np.convolve(y > FLOOR, [True, True, True], mode="same") > 0
     x, y = x[drawn], y[drawn]
     gaps = np.flatnonzero(np.diff(x) > 1.5 * spacing) + 1
     return np.insert(x, gaps, np.nan), np.insert(y, gaps, np.nan)
@@ -258,7 +258,7 @@ def _broken(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 def _draw_density(ax: Axes, values: pd.Series, colour: str) -> None:
     """Fill the area under a density, broken where the lattice has gaps."""
     x, y = _broken(values)
-    ax.fill_between(x, _FLOOR, y, color=colour, alpha=0.35, linewidth=0)
+    ax.fill_between(x, FLOOR, y, color=colour, alpha=0.35, linewidth=0)
     ax.plot(x, y, color=colour, linewidth=0.9)
 
 

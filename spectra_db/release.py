@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from spectra_db import card, manifest, merged, store, verified
-from spectra_db.files import swap
+from spectra_db.files import replaced
 from spectra_db.manifest import InvalidRelease, Manifest
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 
@@ -115,14 +113,9 @@ def replacing(out: Path) -> Iterator[Path]:
     Raises:
         InvalidRelease: What lies at `out` is no release.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
+    with replaced(out) as staging:
         yield staging
         _earlier(out)
-        swap(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _earlier(out: Path) -> Manifest | None:

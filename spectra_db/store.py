@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spectra_db.errors import DatasetError
+from spectra_db.errors import DatasetError, first_line
 from spectra_db.files import locked, whole
 from spectra_db.schema import EARLIER, KEYS, LISTS, PROTOCOL_VERSION, TABLES, VERSIONS
-from spectra_db.words import STATUSES, WHOLE
+from spectra_db.words import SLUG, STATUSES, WHOLE, WITH_RULE
 
-_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # A task of one's own is named as in module:Class.
 _WORD = re.compile(r"[A-Za-z0-9_][\w.-]*(:[A-Za-z_]\w*)?", re.ASCII)
 # Larger files are no spectra of ours (a model of 100 blocks takes 5 MB a stage): a reader must not
@@ -46,7 +45,7 @@ def path_of(root: Path | str, table: str, model: str) -> Path:
     Raises:
         InvalidTable: The model's name is no slug: it would not be a safe path.
     """
-    if not _SLUG.fullmatch(model):
+    if not SLUG.fullmatch(model):
         raise InvalidTable(
             f"model {model!r} can't name a file; use lower-case letters, digits, '.', '_', '-'"
         )
@@ -194,8 +193,9 @@ def reading(path: Path) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number in _OF_THE_MACHINE:
             raise OSError(number, os.strerror(number), str(path)) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidTable(f"{path}: not readable as Parquet: {reason}; {_REMEDY}") from error
+        raise InvalidTable(
+            f"{path}: not readable as Parquet: {first_line(error)}; {_REMEDY}"
+        ) from error
 
 
 def _check_table(table: str) -> None:
@@ -274,7 +274,7 @@ def _check_values(table: str, content: pa.Table, where: str) -> None:
         return
     if "model" in names:
         for model in pc.unique(content["model"]).to_pylist():
-            if not _SLUG.fullmatch(model):
+            if not SLUG.fullmatch(model):
                 refuse(f"model {model!r} is no slug")
     for name in ("family", "tier", "task") if table == "models" else ():
         for word in pc.unique(content[name]).to_pylist() if name in names else ():
@@ -332,7 +332,7 @@ def _validate_rules(content: pa.Table, refuse: Any) -> None:
     for name, other in (("nodes", "weights"), ("alphas", "betas")):
         first(size[name] != size[other], f"{name} and {other} differ in length")
 
-    present = np.isin(status, ["ok", "zero"])
+    present = np.isin(status, WITH_RULE)
     unexplained = np.asarray(pc.fill_null(pc.equal(content["reason"], ""), True))
     first(~present & (size["nodes"] + size["alphas"] > 0), "a failed or pending row has no rule")
     first(~present & unexplained, "a failed or pending row needs a reason")

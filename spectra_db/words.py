@@ -1,14 +1,18 @@
-"""The words of columns that hold few: each list stands here alone. Imports nothing of ours."""
+"""The words of columns that hold few, and what they mean: here alone. Imports nothing of ours."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-STATUSES = ("ok", "zero", "pending", "failed")
+# Of rows that have a rule; a zero block has the one node 0.
+WITH_RULE = ("ok", "zero")
+STATUSES = (*WITH_RULE, "pending", "failed")
+# Models and families: their names are those of files, too.
+SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Names the one file of a table that is not per model.
 WHOLE = "all"
-# "Adam needed": whether the 95 % interval of the log2 speed-up is above 0.5, below it, or neither.
+# "Adam needed": whether a 95 % interval is above a threshold, below it, or neither.
 ANSWERS = ("yes", "no", "unclear")
 # Stages of training, by the part of its steps that is done.
 FRACTIONS = {"init": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "final": 1.0}
@@ -17,6 +21,9 @@ STAGES = tuple(FRACTIONS)
 PARTITIONS = ("weights", "paper", "all", "full", "layers", "heads")
 # ranked and reference: entries of protocol 2, those of the leaderboard and those shown beside it.
 TIERS = ("demo", "small", "paper", "ranked", "reference")
+OPTIMIZERS = ("sgd", "adamw")
+# Kinds of the blocks that make attention weights.
+ATTENTION = frozenset({"query", "key", "value", "attention"})
 
 
 # Of models outside the registry: as they came, and along a training of one's own.
@@ -40,6 +47,16 @@ def in_order(stages: Iterable[str]) -> list[str]:
         return (0.5, int(own[1] or 0)) if own else (FRACTIONS.get(stage, 1.0), 0)
 
     return sorted(set(stages), key=place)
+
+
+def answer(low: float, high: float, threshold: float) -> str:
+    """Return whether Adam is needed, one of `ANSWERS`, from the ends of an interval.
+
+    >>> answer(0.6, 0.9, 0.5), answer(0.1, 0.4, 0.5), answer(0.4, 0.6, 0.5)
+    ('yes', 'no', 'unclear')
+    """
+    yes, no, unclear = ANSWERS
+    return yes if low > threshold else no if high < threshold else unclear
 
 
 def listed(words: tuple[str, ...]) -> str:

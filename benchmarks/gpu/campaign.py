@@ -16,7 +16,7 @@ from benchmarks.gpu.desk import Desk
 from benchmarks.gpu.entries import REHEARSAL, TINY
 from harness.campaign.plan import missing
 from harness.records.ledger import Ledger
-from harness.registry import TIERS, ModelEntry, entries, get
+from harness.registry import ModelEntry, entries, get
 from spectra_db import store
 
 ROOT = Path(__file__).parents[2]
@@ -68,14 +68,13 @@ def kill_and_continue(desk: Desk) -> bool:
 
 def train_entries(desk: Desk) -> bool:
     """Let the campaign of the ranked entries go on as far as the time allows."""
-    tier = "ranked" if "ranked" in TIERS else "small"
     out, log = desk.folder / "tables", desk.folder / "log.jsonl"
     jobs = 1 if desk.rehearse else max(1, (os.cpu_count() or 2) // 2)
-    command = ["run", *_some(desk, tier), "--device", desk.device, "--out", str(out)]
+    command = ["run", *_some(desk, "ranked"), "--device", desk.device, "--out", str(out)]
     process = harness(*command, "--jobs", str(jobs), "--log", str(log))
     ended = finish(process, desk.left - _END)
     rows = check_tables(out)
-    desk.say("training", tier=tier, jobs=jobs, ended=ended, units=_done(log), rows=rows)
+    desk.say("training", tier="ranked", jobs=jobs, ended=ended, units=_done(log), rows=rows)
     return ended
 
 

@@ -34,6 +34,7 @@ DEVICES = {
 EFFICIENCY = 0.4
 _SAMPLE_FLOPS = 1e10  # of a measurement: a second or so on one core
 _MEASURED_BLOCKS = 6
+_FILE_BYTES = 16_384  # of a file of table `spectra` beside its lists
 _TRAINING_STATE = 4  # weights, gradient and two moments of AdamW
 
 
@@ -81,8 +82,8 @@ def outlook(survey: Survey, throughput: Throughput) -> Outlook:
     trains = entry.trained_by is not None
     # Of trials the final weights alone are kept, where others start from them.
     kept_stages = len(entry.stages) if entry.grid_recipe else entry.stages.count("final")
-    # float64 of random mantissas hardly compresses; other columns are small beside the lists.
-    tables = sum(8.0 * cost.stored_numbers * count for cost, count in times)
+    # float64 of random mantissas hardly compresses.
+    tables = _FILE_BYTES + sum(8.0 * cost.stored_numbers * count for cost, count in times)
     return Outlook(
         model=entry.name,
         num_products=survey.num_products,

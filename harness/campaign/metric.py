@@ -22,6 +22,7 @@ from harness.training import Problem
 from spectra_db.heterogeneity import EXTREMES, GRADIENT, METRICS, MOMENTS, that_need
 from spectra_db.jackknife import Estimate
 from spectra_db.schema import KEYS, VERSIONS
+from spectra_db.words import WITH_RULE
 
 [GRADIENT_METRIC] = that_need(GRADIENT)
 # What says enough for a spectrum too short for other metrics.
@@ -160,7 +161,7 @@ def take_moments(
     larger = Ledger(ledger.folder / "larger_batch")
     take_metric(
         problem,
-        replace(settings, exact_size=settings.num_probes),
+        replace(settings, exact_size=settings.num_probes, gram=False),
         larger,
         that_need(MOMENTS)[0],
         tolerance=None,
@@ -251,7 +252,7 @@ def _place(problem: Problem, settings: Settings) -> dict[str, object]:
 def _known(problem: Problem, settings: Settings, ledger: Ledger) -> pd.DataFrame | None:
     """Return the rows in the folder that are of this spectrum and its settings."""
     rows = stored_rows(problem, settings, ledger)
-    same = rows["status"].isin(["ok", "zero"])
+    same = rows["status"].isin(WITH_RULE)
     for column, value in settings.columns.items():
         same &= rows[column] == value
     same &= rows["block"].isin([block.name for block in problem.blocks(settings.partition)])

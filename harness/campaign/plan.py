@@ -18,12 +18,16 @@ from harness.training import climb, grid, speedup
 from harness.training.gap import SEEDS
 from harness.training.stages import STAGE_SEED
 from spectra_db.heterogeneity import MOMENTS, that_need
+from spectra_db.words import OPTIMIZERS
 
 
 def settings_of(entry: ModelEntry, partition: str = "", device: str | None = None) -> Settings:
-    """Return an entry's own settings of a spectrum, of its own partition if none is named."""
+    """Return an entry's own settings of a spectrum, of its own partition if none is named.
+
+    With Gram matrices where they are cheap.
+    """
     numbers = entry.num_probes, entry.num_steps
-    return Settings(partition or entry.partition, *numbers, device=device)
+    return Settings(partition or entry.partition, *numbers, device=device, gram=None)
 
 
 def partitions_of(entry: ModelEntry, stage: str) -> list[str]:
@@ -55,7 +59,7 @@ def _missing(entry: ModelEntry, ledger: Ledger) -> Iterator[Unit]:
     rows = ledger.rows("training", entry.name)
     retrained = False
     if entry.grid_recipe is not None:
-        for optimizer in ("sgd", "adamw"):
+        for optimizer in OPTIMIZERS:
             for unit in _missing_runs(entry, optimizer, rows, ledger):
                 # Checkpoints that lie there are then of another run, such as `train --lr`'s.
                 retrained |= (unit.optimizer, unit.seed) == ("adamw", STAGE_SEED)

@@ -97,9 +97,8 @@ def _finish(job: Job, entry: ModelEntry, failed: Mapping[Unit, str]) -> None:
     for unit in missing(entry, ledger) if reasons else ():
         if unit.kind == "spectrum" and not unit.ready:
             note_failure(unit, job, f"its stage was not trained: {reasons[0]}")
-    task, data = tasks.get(entry.task, **entry.task_options), job.data(entry)
-    size = min(entry.grid_recipe.eval_size, task.size(data, "train"))
-    entropy = target_entropy(task, task.fixed(data, "train", size))
+    task, data = tasks.of(entry), job.data(entry)
+    entropy = target_entropy(task, task.training_subset(data, entry.grid_recipe.eval_size))
     row = gap(
         entry.name,
         ledger.rows("training", entry.name),

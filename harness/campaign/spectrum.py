@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -66,6 +67,12 @@ def take_spectrum(
             f"another --out for products by {settings.product}"
         )
     done = done[done["block"].isin(settings.complete(done) & names)] if leads else done
+    if settings.gram and (sampled := done.loc[done["method"] == "slq", "block"].nunique()):
+        warnings.warn(
+            f"{ledger.folder} holds {sampled} of the blocks sampled, and they stay: where Gram "
+            "matrices were not asked for, name another --out",
+            stacklevel=2,
+        )
     run = describe_run(source | settings.key, settings, command)
     stamp = source | {"run_id": run["run_id"]}
     parts: list[Any] = [done.to_dict("records")]

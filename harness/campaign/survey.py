@@ -91,7 +91,7 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         larger = load_problem(
             fresh, "init", STAGE_SEED, data_root=data_root, batch_size=entry.moments_batch_size
         )
-        few = replace(settings_of(entry), num_steps=1, exact_size=entry.num_probes)
+        few = replace(settings_of(entry), num_steps=1, exact_size=entry.num_probes, gram=False)
         costs["moments"] = larger.forecast(few)
         counts["moments"] = 1
     per_sample = costs[entry.partition].pass_flops / problem.batch_size

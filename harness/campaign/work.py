@@ -66,7 +66,7 @@ class Job:
 
     def data(self, entry: ModelEntry) -> Data:
         """Load an entry's data."""
-        return tasks.get(entry.task, **entry.task_options).load(self.data_root)
+        return tasks.of(entry).load(self.data_root)
 
     def problem(self, unit: Unit, *, batch_size: int | None = None) -> Problem:
         """Load the model of a unit at its stage, from the checkpoint that the tables name."""
@@ -170,7 +170,7 @@ def _take(unit: Unit, job: Job, on_progress: OnProgress) -> None:
     problem = job.problem(unit)
     take_spectrum(
         problem,
-        problem.by_gram(job.settings(unit)),
+        job.settings(unit),
         job.ledger,
         command=job.command,
         on_progress=on_progress,

@@ -323,9 +323,11 @@ def print_provenance(found: dict[str, Any]) -> None:
 
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:
     """Return the forecast of one spectrum in a line."""
+    some = f"{cost.num_gram} block{'s' * (cost.num_gram > 1)}"
+    exact = f"{some} by {cost.gram_passes:,} passes, " if cost.num_gram else ""
     return (
         f"forecast at {num_probes} probes × {num_steps} steps: {cost.num_products:,} products, "
-        f"{cost.flops / 1e12:.3g} TFLOP, {cost.graph_bytes / 2**20:,.0f} MiB of kept graph"
+        f"{exact}{cost.flops / 1e12:.3g} TFLOP, {cost.graph_bytes / 2**20:,.0f} MiB of kept graph"
     )
 
 

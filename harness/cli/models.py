@@ -123,6 +123,8 @@ def describe(
                 for b in blocks
             ],
             "num_products": cost.num_products,
+            "num_gram": cost.num_gram,
+            "gram_passes": cost.gram_passes,
             "flops": cost.flops,
             "graph_bytes": cost.graph_bytes,
         }

@@ -158,10 +158,8 @@ def spectrum(
     )
     choose_device(problem.model, chosen.device)
     cheaply = tol is not None or metric not in that_need(WHOLE)
-    if gram is not None:
-        chosen = replace(chosen, gram=gram)
-    elif not cheaply and processes() == 1:
-        chosen = problem.by_gram(chosen)
+    if gram is not None or cheaply or processes() > 1:
+        chosen = replace(chosen, gram=bool(gram))
     if processes() > 1 and (cheaply or batch_error or chosen.gram):
         raise UserError("--tol, --batch-error, --gram and the scale metrics run without torchrun")
     if cheaply and batch_error:

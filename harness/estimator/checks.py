@@ -105,7 +105,7 @@ def check_deterministic(
     """Raise unless the loss is finite, repeatable and, if asked, a mean over independent samples.
 
     Two passes over every microbatch must agree, and so must each microbatch and the weighted
-    mean of its halves.
+    mean of its halves, and their numbers of terms.
 
     Args:
         model: In the mode in which products will be taken.
@@ -133,6 +133,7 @@ def check_deterministic(
             continue
         if size > 1:
             halves = [take(batch, 0, size // 2), take(batch, size // 2, size)]
+            _check_counts(num_terms(batch), sum(map(num_terms, halves)), i)
             mean = _mean(model, loss_fn, halves, num_terms, i)
             _compare(float(first), mean, eps, f"the loss of batch {i}", "its halves")
         few = min(size, 2)  # some models fail on one sample
@@ -144,6 +145,16 @@ def check_deterministic(
             both = float(_loss(model, loss_fn, whole, i))
             what = f"the loss of the first samples of batches {i} and {i + 1} together"
             _compare(both, mean, eps, what, "the two")
+
+
+def _check_counts(whole: float, halves: float, index: int) -> None:
+    """Raise unless the terms of a batch are those of its halves: pieces are weighted by theirs."""
+    if not math.isclose(whole, halves, rel_tol=1e-6):
+        raise UserError(
+            f"batch_weights gives {whole:g} for batch {index}, and {halves:g} for its halves "
+            "together: pass batch_weights as a function that counts the terms of the mean, or as "
+            "one number per batch"
+        )
 
 
 def _mean(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.estimator import gram
 from harness.estimator.batches import leading_size, take
 from harness.estimator.blocks import Block
 from harness.estimator.checks import fixed_arithmetic
@@ -37,6 +38,8 @@ class Forecast:
         num_exact: Blocks that are diagonalised.
         vector_bytes: Memory of the Lanczos vectors of all probes at once.
         stored_numbers: Numbers in the lists of the rows.
+        num_gram: Blocks that are taken by Gram matrices, with no products.
+        gram_passes: Backward passes over the batch that these take, all together.
     """
 
     num_products: int
@@ -51,6 +54,8 @@ class Forecast:
     vector_bytes: int = 0
     stored_numbers: int = 0
     product_bytes: int = 0
+    num_gram: int = 0
+    gram_passes: int = 0
 
     @property
     def spectrum_flops(self) -> list[int]:
@@ -104,13 +109,17 @@ def forecast(
                 hessian.products([(index, vector)])
             block_flops.append(counter.get_total_flops() * size // few)
             on_progress(index + 1, len(blocks))
+        by_gram, passes = gram.foreseen(hessian, settings, size)
         more = take(first, 0, 2 * few)
         added = leading_size(more) - few
         grows = (hessian.measure_peak(more) - hessian.product_bytes) // added if added else 0
     pass_flops = shared.get_total_flops() * size // few
-    counts = [settings.num_products(b.num_params) for b in blocks]
-    sizes = [b.num_params for b in blocks if not settings.is_exact(b.num_params)]
-    flops = sum(n * f for n, f in zip(counts, block_flops, strict=True))
+    others = [b for i, b in enumerate(blocks) if i not in by_gram]
+    counts = [
+        0 if i in by_gram else settings.num_products(b.num_params) for i, b in enumerate(blocks)
+    ]
+    sizes = [b.num_params for b in others if not settings.is_exact(b.num_params)]
+    flops = sum(n * f for n, f in zip(counts, block_flops, strict=True)) + passes * pass_flops
     return Forecast(
         num_products=sum(counts),
         flops=flops + pass_flops,
@@ -121,13 +130,16 @@ def forecast(
         block_names=tuple(b.name for b in blocks),
         block_products=tuple(counts),
         num_steps=settings.num_steps,
-        num_exact=len(blocks) - len(sizes),
+        num_exact=len(others) - len(sizes),
         # Three vectors of 4 bytes a probe; alphas, betas, nodes and weights, or eigenvalues alone.
         vector_bytes=12 * settings.num_probes * sum(sizes),
         stored_numbers=sum(
             n if settings.is_exact(b.num_params) else 4 * n
             for n, b in zip(counts, blocks, strict=True)
-        ),
+        )
+        + sum(2 * min(blocks[i].num_params, passes * size + 1) for i in by_gram),
+        num_gram=len(by_gram),
+        gram_passes=passes,
     )
 
 

@@ -49,12 +49,12 @@ class Differences:
     def precise(cls, model: nn.Module, loss_fn: LossFn, *parts: Any) -> Differences:
         """Return those of a copy in float64, if the model can: small steps cross no kinks."""
         parameter = next(model.parameters())
-        copied = copy.deepcopy(model).double()
         try:
+            copied = copy.deepcopy(model).double()
             with torch.no_grad():
                 loss_fn(copied, place(parts[0][0], parameter.device, torch.float64))
-        except Exception:  # knows no float64, or differentiates inside and knows no no_grad
-            copied = copy.deepcopy(model)
+        except Exception:  # knows no float64 or no no_grad, or keeps what its last pass made
+            copied = model  # moved in place, and put back
         return cls(copied, loss_fn, *parts)
 
     def shard(self, index: int, vector: torch.Tensor) -> torch.Tensor:

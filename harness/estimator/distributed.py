@@ -180,7 +180,7 @@ def rules_together(
         here = replace(settings, memory_budget=budget)
         parts = divide(cost, blocks, here, way=together.way, size=together.size)
     parts, budget = together.agree((parts, budget))
-    settings = replace(settings, memory_budget=budget, device=together.device)
+    settings = replace(settings, memory_budget=budget, device=together.device, gram=False)
     if parts is None:
         share = Share(together.rank, together.size, together.add_up)
         progress = on_progress if together.leads else None

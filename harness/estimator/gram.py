@@ -12,19 +12,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
 
 from harness.estimator.batches import Batch, leading_size, place
 from harness.estimator.blocks import Block
+from harness.estimator.checks import check_twice_differentiable
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.layers import agrees, layers_of, places, traced
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
+from harness.estimator.settings import Settings
 from harness.estimator.shortcuts import linear_blocks
 
 # The eigenvalues of so many rows take half a minute of one core.
@@ -45,11 +47,48 @@ _PIECES = 2  # what is wrong with a model is wrong with few samples
 Roots = Sequence[tuple[Batch, torch.Tensor]]
 Factors = tuple[torch.Tensor, torch.Tensor]
 Rule = tuple[list[float], list[float]]  # nodes and weights
-Way = Callable[[BlockHessian, Roots, Sequence[int]], dict[int, torch.Tensor]]
+OnRows = Callable[[int, int], None]
+Way = Callable[[BlockHessian, Roots, Sequence[int], OnRows], dict[int, torch.Tensor]]
+
+
+def most_outputs(hessian: BlockHessian, settings: Settings) -> float:
+    """Return of how many outputs of a sample matrices are taken; unasked, 0 where they can't be."""
+    if settings.gram is not None:
+        return math.inf if settings.gram else 0
+    can = hessian.is_autograd and not hessian.is_shared and isinstance(hessian.loss_fn, SplitLoss)
+    return FEW_OUTPUTS if can else 0
+
+
+def foreseen(hessian: BlockHessian, settings: Settings, num_samples: int) -> tuple[list[int], int]:
+    """Return the blocks that `spectra` takes of so many samples, if memory lasts, and its passes.
+
+    Args:
+        hessian: Of few of the samples, which are taken to be like the others.
+        settings: Tell of how many outputs.
+        num_samples: In the whole batch.
+    """
+    if not (most := most_outputs(hessian, settings)):
+        return [], 0
+    split = split_or_refuse(hessian.loss_fn, "gram=True")
+    num_outputs, few = _first_outputs(hessian)
+    found = list(range(len(hessian.blocks)))
+    if num_outputs > min(MOST_ROWS, most * few):
+        return [], 0
+    if hessian.operator == "hessian":
+        found = [] if _knows_more(hessian, split) else linear_blocks(hessian, split, found)
+    roots = _roots(hessian, split, math.inf, hessian.memory_budget) if found else None
+    num_rows = sum(len(root) for _, root in roots or ()) * num_samples // few
+    found = [i for i in found if min(hessian.blocks[i].num_params, num_rows) <= MOST_ROWS]
+    if roots is None or not found:
+        return [], 0
+    return found, -(-num_rows // num_samples) + (hessian.operator == "hessian")
 
 
 def spectra(
-    hessian: BlockHessian, indices: Sequence[int], most_outputs: float = math.inf
+    hessian: BlockHessian,
+    indices: Sequence[int],
+    most_outputs: float = math.inf,
+    on_rows: OnRows = lambda done, total: None,
 ) -> Iterator[tuple[int, Rule, int]]:
     """Yield the spectra of those blocks to which this applies and whose matrices fit the memory.
 
@@ -63,6 +102,8 @@ def spectra(
         indices: The blocks to look at. But for the memory that is left, whether one is taken does
             not depend on the others.
         most_outputs: Of a sample; none are taken of more.
+        on_rows: Called with (rows done, rows in all) of those blocks that fit the memory at a time,
+            and with (0, 1) before.
 
     Yields:
         A block's index, its nodes, ascending, and weights, one node 0 for all zeros, and the
@@ -78,12 +119,14 @@ def spectra(
     if num_outputs > min(MOST_ROWS, most_outputs * num_samples):
         return
     if hessian.operator == "hessian":
+        if _knows_more(hessian, split):
+            return
         indices = linear_blocks(hessian, split, indices)
     if not indices:
         return
     sizes = {i: hessian.blocks[i].num_params for i in indices}
     has_small = min(sizes.values()) <= MOST_ROWS  # of these A may have more rows
-    roots = _roots(hessian, split, math.inf if has_small else MOST_ROWS, free)
+    roots = _roots(hessian, split, math.inf if has_small else MOST_ROWS, free, on_rows)
     if roots is None:
         return
     num_rows = sum(len(root) for _, root in roots)
@@ -103,7 +146,7 @@ def spectra(
             while left and used + taken[left[0]] <= free:
                 used += taken[left[0]]
                 group.append(left.pop(0))
-            for i, matrix in way(hessian, roots, group).items():
+            for i, matrix in way(hessian, roots, group, on_rows).items():
                 fitting.remove(i)
                 yield i, _rule(matrix, hessian.blocks[i], hessian.dtype), passes
 
@@ -117,12 +160,37 @@ def _bytes_of_rows(num_params: int, num_rows: int, dtype: torch.dtype) -> int:
 def _first_outputs(hessian: BlockHessian) -> tuple[int, int]:
     """Return how many outputs the first piece of the batch has, and how many samples."""
     piece, _ = next(iter(hessian.pieces()))
-    with torch.no_grad():
-        return hessian.outputs(piece).numel(), leading_size(piece)
+    return hessian.outputs(piece).numel(), leading_size(piece)
+
+
+def _knows_more(hessian: BlockHessian, split: SplitLoss) -> bool:
+    """Tell, and warn, whether the criterion depends on the model beside by the outputs.
+
+    As one does that adds a penalty which `outputs` left somewhere: H_l holds it, J_l does not.
+    """
+    piece, _ = next(iter(hessian.pieces()))
+    place = hessian.outputs(piece).detach().requires_grad_()
+    value = split.criterion(place, piece).reshape(())
+    if not value.requires_grad:  # `slope_of` says what that means
+        return False
+    trained = [p for p in hessian.model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, [place, *trained], allow_unused=True)[1:]
+    if all(g is None for g in found):
+        return False
+    warnings.warn(
+        "the criterion of the SplitLoss depends on the model beside its outputs, so that no block "
+        "is taken by a Gram matrix, and operator='ggn' leaves that part out; let outputs return it",
+        stacklevel=2,
+    )
+    return True
 
 
 def _roots(
-    hessian: BlockHessian, split: SplitLoss, most_rows: float, most_bytes: int
+    hessian: BlockHessian,
+    split: SplitLoss,
+    most_rows: float,
+    most_bytes: int,
+    on_rows: OnRows = lambda done, total: None,
 ) -> list[tuple[Batch, torch.Tensor]] | None:
     """Return pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 
@@ -131,26 +199,36 @@ def _roots(
     """
     found: list[tuple[Batch, torch.Tensor]] = []
     num_rows = nbytes = 0
+    lowest = allowed = 0.0
     for piece, weight in hessian.pieces():
-        with torch.no_grad():
-            z = hessian.outputs(piece)
-        root = _root(split, z, piece) if z.numel() <= MOST_ROWS else None
-        if root is None:
+        # Without no_grad, which models that differentiate inside don't know.
+        on_rows(0, 1)
+        z = hessian.outputs(piece).detach()
+        parts = _root(split, z, piece) if z.numel() <= MOST_ROWS else None
+        if parts is None:
             return None
+        root, least, rounding = parts
+        lowest, allowed = min(lowest, weight * least), max(allowed, weight * rounding)
         num_rows += len(root)
         nbytes += root.numel() * z.element_size()
         if num_rows > most_rows or nbytes > most_bytes:
             return None
         if len(root):
             found.append((piece, (weight**0.5 * root).to(z.dtype).view(-1, *z.shape)))
-    return found
+    return found if lowest >= -allowed else None
 
 
-def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """Return Sᵀ, shape (rank, outputs), of ∇²c = S Sᵀ; None where that has no such root.
+def _root(
+    split: SplitLoss, z: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, float, float] | None:
+    """Return Sᵀ, shape (rank, outputs), of ∇²c = S Sᵀ but for negative eigenvalues.
 
-    It has none with a negative eigenvalue, or entries that aren't finite. In float64, but for a
-    criterion with tensors of its own in another dtype.
+    In float64, but for a criterion with tensors of its own in another dtype.
+
+    Returns:
+        Sᵀ, the smallest eigenvalue, and how far below 0 one of any sample may be by rounding: √eps
+        of the largest. Of samples of which the model is sure rounding decides the signs: p (1 − p)
+        is off by eps, not by eps of itself. None where an entry isn't finite.
     """
     try:
         at, slope = slope_of(split, z.double(), place(batch, z.device, torch.float64))
@@ -165,11 +243,11 @@ def _root(split: SplitLoss, z: torch.Tensor, batch: Batch) -> torch.Tensor | Non
     if not torch.isfinite(H).all():
         return None
     values, vectors = torch.linalg.eigh((H + H.T).double() / 2)
-    rounding = len(H) * torch.finfo(at.dtype).eps * values.abs().max()
-    if (values < -rounding).any():
-        return None
-    kept = values > rounding
-    return (vectors[:, kept] * values[kept].sqrt()).T
+    dtypes = (at.dtype, check_twice_differentiable([slope]))
+    eps, largest = max(torch.finfo(d).eps for d in dtypes), float(values.abs().max())
+    kept = values > len(H) * eps * largest
+    root = (vectors[:, kept] * values[kept].sqrt()).T
+    return root, float(values.min()), math.sqrt(eps) * largest
 
 
 def _warn_of_wrong_derivatives(hessian: BlockHessian) -> None:
@@ -219,7 +297,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _of_parameters(
-    hessian: BlockHessian, roots: Roots, group: Sequence[int]
+    hessian: BlockHessian, roots: Roots, group: Sequence[int], on_rows: OnRows
 ) -> dict[int, torch.Tensor]:
     """Return A Aᵀ, or Aᵀ A if that is smaller, of each block, from one backward pass per row."""
     num_rows = sum(len(root) for _, root in roots)
@@ -234,6 +312,7 @@ def _of_parameters(
     found = {i: torch.zeros(n, n, **like | {"dtype": torch.float64}) for i, n in sizes.items()}
     start = 0
     for piece, root in roots:
+        on_rows(start, num_rows)
         stop = start + len(root)
         rows = {
             i: kept[i][start:stop] if i in kept else torch.empty(len(root), n, **like)
@@ -270,7 +349,7 @@ def _bytes_of_layers(hessian: BlockHessian, roots: Roots, indices: Sequence[int]
 
 
 def _of_layers(
-    hessian: BlockHessian, roots: Roots, group: Sequence[int]
+    hessian: BlockHessian, roots: Roots, group: Sequence[int], on_rows: OnRows
 ) -> dict[int, torch.Tensor]:
     """Return A Aᵀ, or Aᵀ A if that is smaller, of layers' weights, without their rows.
 
@@ -281,7 +360,10 @@ def _of_layers(
     """
     layers = layers_of(hessian, group)
     factors: dict[int, list[Factors]] = {i: [] for i in layers}
-    for piece, root in roots:
+    ends = accumulate(len(root) for _, root in roots)
+    num_rows = sum(len(root) for _, root in roots)
+    for (piece, root), end in zip(roots, ends, strict=True):
+        on_rows(end - len(root), num_rows)
         mine = {i: layers[i] for i in factors}
         z, traces = traced(hessian, piece, mine)
         if not traces:
@@ -300,7 +382,7 @@ def _of_layers(
             if inputs is not None:
                 X, channels = inputs
                 U = torch.stack(pulled[i]).movedim(channels + 1, -1).flatten(1, -2)
-                if agrees((torch.tensordot(mixture, U, 1).T @ X).flatten(), row):
+                if agrees((torch.tensordot(mixture.to(U), U, 1).T @ X).flatten(), row):
                     factors[i].append((U, X))
                     continue
             del factors[i]

@@ -59,7 +59,7 @@ def places(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor
         dimension of channels. None for other layers.
     """
     if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1]), y.dim() - 1
+        return (x.reshape(-1, x.shape[-1]), y.dim() - 1) if y.dim() > 1 else None
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
     if not plain or x.dim() != 4 or isinstance(layer.padding, str):
         return None

@@ -60,7 +60,7 @@ class Settings:
             linear, with ggn all, where there are at most 4,096 outputs, or parameters, and the
             matrices fit the memory budget: a backward pass over the batch for each output of a
             sample. The others are taken as without it. None: where a sample has at most 100
-            outputs. What is forecast is all by products.
+            outputs, of a `SplitLoss`, in one process, without differences.
 
     Raises:
         UserError: One of them is out of range, or differences are asked for with ggn or gram.
@@ -104,6 +104,8 @@ class Settings:
             given = getattr(self, name)
             if given not in allowed:
                 raise UserError(f"{name} is {given!r}; choose one of {', '.join(allowed)}")
+        if not (self.gram is None or isinstance(self.gram, bool)):
+            raise UserError(f"gram is {self.gram!r}; choose one of True, False, None")
         if self.operator == "ggn" and self.product == "differences":
             raise UserError("operator ggn takes first derivatives alone: leave product='autograd'")
         if self.gram and self.product == "differences":

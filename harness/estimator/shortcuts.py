@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -102,10 +103,11 @@ def linear_blocks(
     """
     if not indices:
         return []
+    seeds = count()  # another u for each microbatch: bends of opposite ones would cancel
 
     def functional(model: nn.Module, batch: Batch) -> torch.Tensor:
         z = split.outputs(model, batch)
-        u = draw_probe(z.numel(), 0, "gaussian").to(z)
+        u = draw_probe(z.numel(), next(seeds), "gaussian").to(z)
         return (z * u.view_as(z)).sum()
 
     requests = [(i, _random(hessian, i)) for i in indices]
@@ -173,10 +175,10 @@ class _Part:
         layer, (x, tail) = self._layers[index], self._kept[index]
         v = vector.detach().view_as(layer.weight).requires_grad_()
         y = without_bias(layer, x, v)
-        change = tail @ y.detach().flatten(1).unsqueeze(2)
+        change = (tail @ y.detach().flatten(1).unsqueeze(2)).to(self._place)  # maybe another dtype
         kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
         (back,) = torch.autograd.grad(self._slope, self._place, change.view_as(self._place), **kept)
-        cotangent = (back.flatten(1).unsqueeze(1) @ tail).view_as(y)
+        cotangent = (back.flatten(1).unsqueeze(1).to(tail) @ tail).view_as(y)
         (product,) = torch.autograd.grad(y, v, cotangent)
         return self._weight * product.flatten()
 

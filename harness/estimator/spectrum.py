@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -199,8 +198,15 @@ class _Plan:
 
 def _run(plan: _Plan, on_progress: OnProgress) -> Iterator[list[Row]]:
     """Yield the rows of each block as it is finished."""
-    if plan.settings.gram is not False:
-        taken = yield from _gram_rows(plan)
+    if most_outputs := gram.most_outputs(plan.hessian, plan.settings):
+        taken = yield from _gram_rows(plan, most_outputs)
+        if plan.settings.gram and not taken:
+            warnings.warn(
+                "gram=True takes none of the blocks that are left: the outputs bend in each, or "
+                "the criterion is not convex in them, or outputs or memory do not allow it; they "
+                "are taken as without it",
+                stacklevel=2,
+            )
         others = {name: some for name, some in plan.probes.items() if name not in taken}
         plan = replace(plan, probes=others)
         if not others:
@@ -330,12 +336,12 @@ def _slq_row(plan: _Plan, index: int, probe: int, state: lanczos.Recurrence, sec
     }
 
 
-def _gram_rows(plan: _Plan) -> Generator[list[Row], None, set[str]]:
+def _gram_rows(plan: _Plan, most_outputs: float) -> Generator[list[Row], None, set[str]]:
     """Yield the rows of blocks whose spectra are those of Gram matrices; return their names."""
     begin = time.perf_counter()
     done, hessian = set(), plan.hessian
-    most = math.inf if plan.settings.gram else gram.FEW_OUTPUTS
-    for index, rule, num_passes in gram.spectra(hessian, [i for i, _ in plan.todo], most):
+    todo = [i for i, _ in plan.todo]
+    for index, rule, num_passes in gram.spectra(hessian, todo, most_outputs):
         yield [_exact_row(plan, index, rule, num_passes, begin)]
         done.add(hessian.blocks[index].name)
         begin = time.perf_counter()

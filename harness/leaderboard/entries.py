@@ -12,7 +12,7 @@ from harness.leaderboard.ranking import Ranking
 from harness.predictors import PREDICTORS
 from harness.registry.ranked import PAIRS
 
-TIERS = ("ranked", "reference")
+SPEEDUP_TIERS = ("ranked", "reference")
 # What a verdict and its pages are made of.
 FILES = tuple(f"{table}/*.parquet" for table in ("models", "speedups", "predictors", "trials"))
 _WORDS = {p.name: p.what for p in PREDICTORS} | {"J": "JS⁰ of raw eigenvalues (J)"}

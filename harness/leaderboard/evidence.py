@@ -25,12 +25,12 @@ from harness.leaderboard.statistics import (
     left_out_accuracy,
     resampled,
 )
+from spectra_db.words import ANSWERS
 
 PRIMARY = "J"
 # What every measure must beat; more of each is guessed to need Adam more.
 DUMMIES = {"has_attention": 1, "log_params": 1, "log_classes": 1}
 MODALITIES = ("images", "text")
-ANSWERS = ("yes", "no", "unclear")
 CENSORED_AT = 2.0  # log2 of the longest schedule, 4T
 _OUTCOMES = ["y", "y_error", "y_prime"]
 _COLUMNS = [

@@ -15,12 +15,10 @@ from spectra_db.derived import standard
 from spectra_db.extremes import at_a_gap, without_each
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.loading import optional
-from spectra_db.plot import KINDS
+from spectra_db.plot import FLOOR, KINDS
 from spectra_db.schema import BEST_RATES
 from spectra_db.words import in_order
 
-# Densities below this are not drawn: less than one eigenvalue of any block.
-FLOOR = 1e-5
 _BINS_PER_UNIT = 20  # of the axis, which is arsinh of the eigenvalue: σ = 0.05 near zero
 _POINTS = 250  # of a training curve
 # Of both protocols' runs, and of their ends.

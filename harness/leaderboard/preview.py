@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import UserError
 from harness.leaderboard import entries
 from harness.leaderboard.verdict import Verdict
+from harness.training.speedup import THRESHOLD
 from spectra_db import plot
 from spectra_db.files import whole
 
@@ -92,7 +93,7 @@ def _draw_both(ax: Axes, rows: list[dict[str, Any]]) -> None:
             at = (row["J"], row["y"])
             ax.annotate(row["family"], at, xytext=(6, 5), textcoords="offset points", size=12)
         named.add(row["family"])
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
+    ax.axhline(THRESHOLD, color="black", linestyle="--", linewidth=0.8)
     ax.set_xlabel("J: JS⁰ of raw eigenvalues at initialisation", size=14)
     ax.set_ylabel("log₂ of SGD's steps\nover AdamW's", size=14)
 
@@ -105,7 +106,7 @@ def _draw_speedups(ax: Axes, rows: list[dict[str, Any]]) -> None:
     ax.set(xlim=(-2.1, 2.1), ylim=(0.6 - max(len(rows), 1), 0.6))
     ax.set_xticks([-2, -1, 0, 1, 2], ["4×", "2×", "as many", "2×", "4×"])
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.axvline(0.5, color="black", linestyle="--", linewidth=0.8)
+    ax.axvline(THRESHOLD, color="black", linestyle="--", linewidth=0.8)
     ax.set_xlabel("← steps that AdamW needs more · that SGD needs more →", size=14)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.leaderboard import classifier
-from harness.leaderboard.statistics import DUMMIES, REFERENCE, TIERS, measurements
+from harness.leaderboard.statistics import DUMMIES, ENTERING_TIERS, REFERENCE, measurements
 from harness.leaderboard.tables import Dataset, natural_key
 from harness.training.gap import THRESHOLD
 from spectra_db.files import whole
@@ -110,7 +110,8 @@ def sentences(board: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     if js0 is None or js0["spearman"].value != js0["spearman"].value:
         count = 0 if js0 is None else js0["num_models"]
         return [
-            f"{count} trained models of the tiers {' and '.join(TIERS)} are too few for statistics."
+            f"{count} trained models of the tiers {' and '.join(ENTERING_TIERS)} are too few for "
+            "statistics."
         ]
     models = measured[measured["enters"] & (measured["stage"] == "init")]
     models = models.drop_duplicates("model").sort_values("model", key=lambda s: s.map(natural_key))

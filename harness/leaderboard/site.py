@@ -23,6 +23,8 @@ from harness.leaderboard.export import export
 from harness.leaderboard.ranking import ranking
 from harness.leaderboard.statistics import measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
+from harness.training import gap as protocol_1
+from harness.training import speedup as protocol_2
 from spectra_db import card, manifest, project, store
 from spectra_db.heterogeneity import LEADING, METRICS, is_leading
 from spectra_db.loading import folder_of
@@ -30,6 +32,8 @@ from spectra_db.schema import TABLES
 from spectra_db.words import ANSWERS, in_order
 
 _STATIC = Path(__file__).parent / "static"
+# Above which Adam is needed, of the gap and of the log2 speed-up.
+_THRESHOLDS = {"gap": protocol_1.THRESHOLD, "speedup": protocol_2.THRESHOLD}
 
 
 def build(source: Path | str | None, out: Path, docs_folder: Path | None = None) -> Path:
@@ -78,7 +82,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     for model in with_page:
         ours = joined[joined["model"] == model["model"]]
         _write_model(model, models, ours, data.runs, source, environment, out)
-    archive = [model for model in models if model["tier"] not in entries.TIERS]
+    archive = [model for model in models if model["tier"] not in entries.SPEEDUP_TIERS]
     pages_of = {model["model"] for model in with_page}
     standings = [row | {"has_page": row["model"] in pages_of} for row in standings]
     if project.SITE:
@@ -99,6 +103,7 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "measured": entries.points(standings),
         "example": _example(archive),
         "claims": _claims(pages),
+        "thresholds": _THRESHOLDS,
     })  # fmt: skip
     _write_js(out / "data" / "index.js", index_data(archive, joined, board, standings))
     _write(out / "compare.html", environment, "compare.html", {"models": models})
@@ -135,7 +140,7 @@ def index_data(
     columns = ["stage", "metric", "scale", "statistic", "value", "ci_low", "ci_high"]
     columns += ["num_models", "num_families", "num_products"]
     rows = json.loads(whole[columns].to_json(orient="values", double_precision=15))
-    keys = ("model", "family", "tier", "task", "gap", "low", "high", "needed", "enters")
+    keys = ("model", "family", "gap", "low", "high", "needed", "enters")
     return {
         "models": [{key: model[key] for key in keys} for model in models],
         "entries": standings,
@@ -147,6 +152,7 @@ def index_data(
         "leading": LEADING,
         "scales": report.SCALE_WORDS,
         "statistics": report.COLUMNS,
+        "thresholds": _THRESHOLDS,
     }
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.leaderboard.ranks import Array, concordance, pearson, ranks, signs
-from harness.training.gap import THRESHOLD
+from harness.training.gap import needs_adam
 from spectra_db.heterogeneity import LEADING
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
 from spectra_db.words import STAGES
@@ -27,7 +27,7 @@ REFERENCE = ("js0", LEADING["js0"])
 # What needs no spectrum, and what every measure must beat; at initialisation alone.
 DUMMIES = ("has_attention", "num_params")
 # Demo models are there to try the tools: 8×8 images, some seconds of training.
-TIERS = ("small", "paper")
+ENTERING_TIERS = ("small", "paper")
 LEVEL = 0.95
 NUM_DRAWS = 4000  # another seed then moves the ends of intervals by about 0.02
 MIN_MODELS = 4
@@ -76,7 +76,7 @@ def measurements(
     if "block_products" not in joined:
         joined["block_products"] = joined["num_products"] / joined["num_blocks"]
     estimate = joined["corrected"].where(joined["corrected"] > 0, joined["value"])
-    enters = joined["gap_status"].eq("ok") & joined["tier"].isin(TIERS) & (estimate > 0)
+    enters = joined["gap_status"].eq("ok") & joined["tier"].isin(ENTERING_TIERS) & (estimate > 0)
     enters &= joined["partition"].eq("weights")  # over other blocks it is another metric
     return joined.assign(
         estimate=estimate, standard_error=joined["standard_error"].fillna(0.0), enters=enters
@@ -89,7 +89,6 @@ def leaderboard(
     gaps: pd.DataFrame,
     *,
     num_draws: int = NUM_DRAWS,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Return table `leaderboard`: every statistic of every reading at every stage.
 
@@ -102,7 +101,6 @@ def leaderboard(
         heterogeneity: Table `heterogeneity`, one spectrum per model and stage.
         gaps: Table `gaps`.
         num_draws: Draws of the bootstrap.
-        seed: Seeds them.
 
     Raises:
         UserError: The tables are of several protocols.
@@ -114,7 +112,7 @@ def leaderboard(
     for stage in STAGES:
         at_stage = joined[joined["stage"] == stage]
         if len(at_stage):
-            rows += _stage_rows(at_stage, joined[joined["stage"] == "init"], num_draws, seed)
+            rows += _stage_rows(at_stage, joined[joined["stage"] == "init"], num_draws)
     names = TABLES["leaderboard"].names
     board = pd.DataFrame(rows, columns=[n for n in names if n != "protocol_version"])
     board.insert(names.index("protocol_version"), "protocol_version", PROTOCOL_VERSION)
@@ -160,16 +158,15 @@ class _Sample:
     normal: Array
 
     @classmethod
-    def of(cls, rows: pd.DataFrame, num_draws: int, seed: int) -> _Sample:
+    def of(cls, rows: pd.DataFrame, num_draws: int) -> _Sample:
         """Draw families and errors; `rows` has a row per model."""
         rows = rows.sort_values("model")
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         families, family_names, drawn = resampled(rows["family"], generator, num_draws)
         error = rows["gap_standard_error"].fillna(0.0).to_numpy(np.float64)
         dof = np.maximum(rows["num_seeds"].to_numpy(np.float64) - 1, 1)
         noise = generator.standard_t(dof, size=(num_draws, len(rows))) * error
         gap = rows["gap"].to_numpy(np.float64) + np.vstack([np.zeros(len(rows)), noise])
-        needed = (gap > THRESHOLD) & (gap > 2 * error)
         normal = generator.standard_normal((num_draws, len(rows)))
         return cls(
             names=rows["model"].tolist(),
@@ -177,7 +174,7 @@ class _Sample:
             family_names=list(family_names),
             weights=np.vstack([np.ones(len(rows)), drawn]),
             gap=gap,
-            needed=needed.astype(np.float64),
+            needed=needs_adam(gap, error).astype(np.float64),
             log_size=np.log10(np.maximum(rows["num_params"].to_numpy(np.float64), 1)),
             normal=np.vstack([np.zeros(len(rows)), normal]),
         )
@@ -196,9 +193,9 @@ class _Sample:
 
 
 def _stage_rows(
-    at_stage: pd.DataFrame, at_init: pd.DataFrame, num_draws: int, seed: int
+    at_stage: pd.DataFrame, at_init: pd.DataFrame, num_draws: int
 ) -> list[dict[str, object]]:
-    sample = _Sample.of(at_stage.drop_duplicates("model"), num_draws, seed)
+    sample = _Sample.of(at_stage.drop_duplicates("model"), num_draws)
     readings = dict(list(at_stage.groupby(READING, sort=False)))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy holds no lock
         of_each = threads.map(partial(_all_statistics, sample), readings.values())

@@ -20,10 +20,10 @@ from spectra_db.derived import standard
 from spectra_db.loading import folder_of, optional
 from spectra_db.schema import PROTOCOL_VERSION, SPECTRUM
 from spectra_db.verified import NOTE, verified_models
+from spectra_db.words import ATTENTION
 
 _SPECTRUM = list(SPECTRUM)
 _OF_ENTRY = ("family", "tier", "task", "source", "licence", "reference")
-_ATTENTION = {"attention", "query", "key", "value"}
 _COUNTED = [*_SPECTRUM, "operator", "block", "block_kind", "method", "num_products"]
 
 
@@ -104,7 +104,7 @@ def read(source: Path | str | None, *, registry_dir: Path | None = None) -> Data
     verified = verified_models(folder)
     # That of a folder that grows may be of other rows, or of an earlier protocol: it is not read.
     board = optional("leaderboard", source) if manifest.read(folder) else pd.DataFrame()
-    attention = set(spectra.loc[spectra["block_kind"].isin(_ATTENTION), "model"])
+    attention = set(spectra.loc[spectra["block_kind"].isin(ATTENTION), "model"])
     return Dataset(
         models=_with_pending(models, metrics, gaps, registry_dir).assign(
             provenance=lambda m: np.where(m["model"].isin(verified), "verified", "self-reported"),

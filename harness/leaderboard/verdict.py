@@ -42,7 +42,7 @@ _NAME = "JS⁰ of raw eigenvalues at initialisation"
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether the protocol's gate holds.
+    """Whether the protocol's gate holds: it does where both are empty.
 
     Attributes:
         reasons: Why it does not.
@@ -51,11 +51,6 @@ class Gate:
 
     reasons: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """It does."""
-        return not (self.reasons or self.unknown)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
     model, stage, text = unit.rsplit("-", 2)
     power = float(text.removeprefix("p"))
     entry = get(model)
-    data = tasks.get(entry.task, **entry.task_options).load(data_root)
+    data = tasks.of(entry).load(data_root)
     curvatures = _curvatures(source, model, stage)
     factors = block_factors(curvatures, power)
     [plain] = optional("gaps", source, model=model).to_dict("records")

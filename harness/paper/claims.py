@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from spectra_db.words import ANSWERS
+
 REPRODUCED, PARTLY = "reproduced", "partly"
 NOT_REPRODUCED, UNDECIDED = "not reproduced", "undecided"
 NOT_TESTABLE, NOT_TESTED = "not testable", "not tested here"
@@ -366,7 +368,7 @@ def _gap_against_js0(v: Values) -> Verdict:
 
 
 def _adam_needed(wanted: str, v: Values) -> Verdict:
-    models = {m: x for m, x in v["models"].items() if x["answer"] in ("yes", "no", "unclear")}
+    models = {m: x for m, x in v["models"].items() if x["answer"] in ANSWERS}
     ours = ", ".join(
         f"{m} {x['gap']:.2f} ± {x['error']:.2f} ({x['answer']})" for m, x in models.items()
     )

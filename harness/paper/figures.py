@@ -24,6 +24,7 @@ from spectra_db.densities import GROUP
 from spectra_db.heterogeneity import METRICS, pairwise_js
 from spectra_db.loading import optional
 from spectra_db.schema import BEST_RATES
+from spectra_db.words import ANSWERS, OPTIMIZERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,7 +182,7 @@ def fig14(source: release.Source) -> Result:
     axes[0].legend(loc="lower left")
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("loss of the minibatch at the best rates", fontsize=8)
-    columns = ["c", *(f"{o}{end}" for o in ("sgd", "adamw") for end in ("", "_lr", "_edge"))]
+    columns = ["c", *(f"{o}{end}" for o in OPTIMIZERS for end in ("", "_lr", "_edge"))]
     values: dict[str, Any] = {"rows": found[columns].to_dict("records")}
     values["c against sgd"] = _spearman(found["c"], found["sgd"])
     return Result(values, {"fig14": figure})
@@ -440,7 +441,7 @@ def _curves(source: release.Source, kind: str, name: str) -> Result:
     for model in models:
         facts = gaps.loc[model]
         values[model] = {"answer": facts["answer"]}
-        if facts["answer"] in ("yes", "no", "unclear"):
+        if facts["answer"] in ANSWERS:
             gap, error = facts["gap_from_reference"], facts["gap_from_reference_error"]
             values[model] |= {"gap": gap, "error": error}
     columns = min(4, len(models))

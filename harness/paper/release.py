@@ -11,6 +11,7 @@ import spectra_db
 from harness.leaderboard.tables import in_network_order
 from spectra_db.derived import STANDARD
 from spectra_db.loading import optional
+from spectra_db.words import WITH_RULE
 
 # Folder of tables, or None for the bundled release.
 Source = Path | str | None
@@ -45,7 +46,7 @@ def spectrum(
         part = found[found["partition"] == name]
         metrics = optional("heterogeneity", source, model=model, stage=stage, partition=name)
         complete = len(part) > 0 and (name == "full" or len(metrics) > 0)
-        if complete and part["status"].isin(["ok", "zero"]).all():
+        if complete and part["status"].isin(WITH_RULE).all():
             return in_network_order(part)
     return found[:0]
 

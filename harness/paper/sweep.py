@@ -40,8 +40,8 @@ from harness.tasks.images import Mnist
 from harness.training import climb, train
 from harness.training.gap import SEEDS
 from harness.training.grid import GRID_SEED
-from harness.training.loop import OPTIMIZERS
 from spectra_db.loading import optional
+from spectra_db.words import OPTIMIZERS
 
 VARIANT_SCALES = (5, 15)
 _FACTORY = "harness.paper.sweep:{}".format
@@ -117,7 +117,7 @@ def measure(unit: str, source: release.Source, data_root: Path | None) -> dict[s
     """Train what the release lacks of a scale or of a variant; return the new runs by column."""
     variant, _, c = unit.rpartition("c")
     entry = get(f"mlp-mnist-c{c}")
-    data = tasks.get(entry.task, **entry.task_options).load(data_root)
+    data = tasks.of(entry).load(data_root)
     if variant:
         change, optimizers = list(VARIANTS.values())[int(variant.strip("v-"))]
         todo = [(optimizer, k) for optimizer in optimizers for k in DECADES]

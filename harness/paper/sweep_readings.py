@@ -15,8 +15,8 @@ from harness.paper.drawing import panels
 from harness.training import climb
 from harness.training.gap import SEEDS
 from harness.training.grid import GRID_SEED
-from harness.training.loop import OPTIMIZERS
 from spectra_db import plot
+from spectra_db.words import OPTIMIZERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -67,13 +67,12 @@ def gradients_of(problem: Problem, settings: Settings) -> Gradients:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     whole = tuple(torch.cat(tensors) for tensors in zip(*problem.batches, strict=True))
     chunks = tasks.split(whole, -(-problem.batch_size // NUM_CHUNKS))
-    task = tasks.get(problem.entry.task, **problem.entry.task_options)
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     squares, terms = 0.0, 0
     with fixed_arithmetic(model):
         for chunk in chunks:
             here = tuple(t.to(device, dtype if t.is_floating_point() else None) for t in chunk)
-            t = task.num_terms(chunk)
+            t = problem.task.num_terms(chunk)
             loss = problem.loss_fn(model, here)
             found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
             for name, g in zip(parameters, found, strict=True):

@@ -8,8 +8,7 @@ from torch import nn
 
 from harness.estimator import find_blocks
 from harness.predictors import Value
-
-_ATTENTION = {"query", "key", "value", "attention"}
+from spectra_db.words import ATTENTION
 
 
 def of_problem(
@@ -39,7 +38,7 @@ def of_problem(
             imbalance = label_imbalance(entropy, num_classes)
     return {
         "label_imbalance": imbalance,
-        "has_attention": Value(float(bool(kinds & _ATTENTION))),
+        "has_attention": Value(float(bool(kinds & ATTENTION))),
         "log_params": Value(math.log10(num_params)),
         "log_classes": classes,
     }

@@ -98,7 +98,7 @@ def take(
 
 def load(entry: ModelEntry, seed: int, data_root: Path | None, ledger: Ledger) -> Problem:
     """Return an entry at initialisation with the predictors' batch: 512 images, or 8,192 tokens."""
-    context = getattr(tasks.get(entry.task, **entry.task_options), "context", None)
+    context = getattr(tasks.of(entry), "context", None)
     return load_problem(
         entry,
         "init",
@@ -147,11 +147,9 @@ def _measure(problem: Problem, settings: Settings, family: str, data_root: Path 
 
 def _look(problem: Problem, data_root: Path | None) -> Parts:
     """Measure what the task and the architecture say, the targets on the fixed training subset."""
-    entry = problem.entry
-    task = tasks.get(entry.task, **entry.task_options)
-    data = task.load(data_root)
-    size = min(training_of(entry).eval_size, task.size(data, "train"))
-    entropy = target_entropy(task, task.fixed(data, "train", size))
+    task, data = problem.task, problem.task.load(data_root)
+    subset = task.training_subset(data, training_of(problem.entry).eval_size)
+    entropy = target_entropy(task, subset)
     options = data.model_options
     num_classes = options.get("num_classes") or options.get("vocab_size")
     return of_problem(problem.model, entropy, num_classes), {}, {}

@@ -58,11 +58,9 @@ class Ledger:
             kept &= rows[column].to_numpy() == value
         return rows[kept] if columns else rows
 
-    def write(
-        self, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]], *, replace: bool = False
-    ) -> None:
+    def write(self, table: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> None:
         """Add rows to a table in the place of those of the same keys, as `store.write`."""
-        store.write(self.folder, table, rows, replace=replace)
+        store.write(self.folder, table, rows)
 
     def checkpoint(self, model: str, stage: str, seed: int) -> Path:
         """Return where the checkpoint of a stage lies."""

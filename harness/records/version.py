@@ -17,6 +17,7 @@ from harness.records.ledger import Ledger
 from harness.registry.entry import ModelEntry
 from harness.training.speedup import LENGTHS
 from spectra_db.files import locked, read_notes, write_notes
+from spectra_db.words import WITH_RULE
 
 FOLDER = "entries"
 # Runs at other rates are runs of the same grid.
@@ -38,7 +39,7 @@ def check(entry: ModelEntry, ledger: Ledger, num_params: int | None = None) -> N
     out = ledger.folder
     runs = ledger.rows("training", entry.name)
     spectra = ledger.rows("spectra", entry.name)
-    spectra = spectra[spectra["status"].isin(["ok", "zero"])]
+    spectra = spectra[spectra["status"].isin(WITH_RULE)]
     if (recipe := entry.grid_recipe) is not None:
         ends = runs.loc[(runs["split"] == "train") & (runs["step"] > 0) & ~runs["diverged"]]
         if strange := set(ends["step"]) - {recipe.num_steps}:

@@ -6,18 +6,17 @@ import ast
 import importlib.util
 import pkgutil
 import sys
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.registry.entry import ModelEntry, Recipe
+from spectra_db.errors import hint
 from spectra_db.words import TIERS
 
 __all__ = [
     "MAX_BYTES",
     "SUBMITTED",
-    "TIERS",
     "ModelEntry",
     "Recipe",
     "defines_entries",
@@ -76,9 +75,7 @@ def get(name: str, *, registry_dir: Path | str | None = None) -> ModelEntry:
     known = {entry.name: entry for entry in entries(registry_dir=registry_dir)}
     if name in known:
         return known[name]
-    close = get_close_matches(name, known, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else "see `harness list`"
-    raise UserError(f"unknown model {name!r}; {hint}")
+    raise UserError(f"unknown model {name!r}; {hint(name, known, 'see `harness list`')}")
 
 
 def make_importable(folder: Path) -> None:
@@ -102,7 +99,7 @@ def defines_entries(path: Path) -> bool:
     try:
         body = ast.parse(path.read_bytes(), str(path)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} can't be read: {one_line(error)}") from error
     names = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
     names |= {a.asname or a.name for n in body if isinstance(n, ast.ImportFrom) for a in n.names}
     return "ENTRIES" in names
@@ -128,5 +125,5 @@ def _read_folder(folder: Path) -> list[ModelEntry]:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+            raise UserError(f"{path} can't be read: {one_line(error)}") from error
     return found

@@ -15,14 +15,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.errors import UserError
+from spectra_db.words import SLUG, TIERS, WHOLE
 from spectra_db.words import STAGES as STAGES  # for entry files, which name it
-from spectra_db.words import TIERS, WHOLE
 
 if TYPE_CHECKING:
     from torch import nn
 
 MIN_STEPS = 100  # of a training run whose losses are results; fewer are a rehearsal
-_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -123,7 +122,7 @@ def partition_of(tier: str) -> str:
 
 def check_slug(what: str, given: str) -> None:
     """Raise unless a name can name files and rows."""
-    if not _SLUG.fullmatch(given):
+    if not SLUG.fullmatch(given):
         raise UserError(
             f"{what} is {given!r}; use lower-case letters, digits, '.', '_', '-', as in vit-digits"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harness import tasks
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.estimator import Block, find_blocks
 from harness.estimator.blocks import unclassified
 from harness.estimator.device import device_memory
@@ -122,8 +122,7 @@ def draft(
     except UserError:
         raise
     except Exception as error:  # of a task that is not ours
-        why = f"{type(error).__name__}: {error}"
-        raise UserError(f"the task {task_text!r} can't load its data: {why}") from error
+        raise UserError(f"the task {task_text!r} can't load its data: {one_line(error)}") from error
     if task.size(data, "train") < 1:
         context = data.model_options.get("context")
         sample = "sample" if context is None else f"sequence of {context:,} tokens"

@@ -21,7 +21,7 @@ from harness.estimator.hessian import BlockHessian
 from harness.estimator.lanczos import lanczos
 from harness.estimator.operators import opened
 from harness.estimator.probes import draw_probe, probe_seed
-from harness.estimator.settings import CHOICES, Settings
+from harness.estimator.settings import CHOICES, MOST_EXACT, Settings
 from harness.registry import ModelEntry
 from harness.training import Problem, load_problem
 from harness.training.stages import STAGE_SEED, checkpoint_path
@@ -131,7 +131,7 @@ def recompute(
         _prepare(row, hessian)
         multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
         if row["method"] == "exact":
-            if found := _by_gram(row, hessian):
+            if found := _by_gram(row, hessian, deadline):
                 return found
             for _ in range(min(2, count)):
                 multiply(torch.ones(count, dtype=hessian.dtype, device=hessian.device))
@@ -207,14 +207,32 @@ def _prepare(row: dict[Any, Any], hessian: BlockHessian) -> None:
         shortcuts.prepare(hessian, [0], MIN_PROBES * row["num_steps"])
 
 
-def _by_gram(row: dict[Any, Any], hessian: BlockHessian) -> dict[str, Any] | None:
+def _by_gram(row: dict[Any, Any], hessian: BlockHessian, deadline: float) -> dict[str, Any] | None:
     """Return nodes and weights of an exact row that is of a Gram matrix; None if it is not."""
     n = row["num_params"]
     if row["num_products"] == n:  # one for each parameter
         return None
-    for _, (nodes, weights), _ in gram.spectra(hessian, [0]):
+    for _, (nodes, weights), _ in gram.spectra(hessian, [0], on_rows=_until(deadline)):
         return {"alphas": [], "betas": [], "nodes": np.array(nodes), "weights": np.array(weights)}
+    if n > MOST_EXACT:
+        raise Unverifiable(
+            "its Gram matrix is not to be had here, for want of memory or by rounding"
+        )
     return None
+
+
+def _until(deadline: float) -> Callable[[int, int], None]:
+    """Return what stops work that, by how far it is, would end after the deadline."""
+    begin = time.monotonic()
+
+    def on_rows(done: int, total: int) -> None:
+        nonlocal begin
+        now = time.monotonic()
+        begin = begin if done else now
+        if now + (now - begin) * (total - done) / max(done, 1) > deadline:
+            raise TooLong
+
+    return on_rows
 
 
 def _timed(

@@ -64,7 +64,7 @@ def verify_runs(
         published = training[mine & training["seed"].eq(run_seed)]
         try:
             entry = find_entry(model)
-            data = tasks.get(entry.task, **entry.task_options).load(data_root)
+            data = tasks.of(entry).load(data_root)
             run = train(
                 entry,
                 data,

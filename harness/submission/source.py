@@ -8,15 +8,15 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.tasks.base import Data, Task
+from spectra_db.errors import hint
 
 ROOT = Path(__file__).parents[2]
 _LIBRARIES = "harness.registry.networks.libraries"
@@ -120,11 +120,10 @@ def check_factory(source: Source, data: Data, folder: Path | None) -> None:
     try:
         place = import_module(module)
     except Exception as error:  # whatever a module does when it is imported
-        raise UserError(f"{module} can't be imported: {_said(error)}") from error
+        raise UserError(f"{module} can't be imported: {one_line(error)}") from error
     if not hasattr(place, attribute):
-        close = get_close_matches(attribute, dir(place), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{module} has no {attribute!r}{hint}")
+        what = hint(attribute, dir(place), "name a function or class of it")
+        raise UserError(f"{module} has no {attribute!r}; {what}")
     factory = getattr(place, attribute)
     if not callable(factory):
         raise UserError(f"{source.factory} is no function or class, but {factory!r}")
@@ -173,7 +172,7 @@ def _check_place(module: str, folder: Path | None) -> None:
     except (ImportError, ValueError):
         spec = None
     except Exception as error:  # of the package around it
-        raise UserError(f"{module} can't be imported: {_said(error)}") from error
+        raise UserError(f"{module} can't be imported: {one_line(error)}") from error
     origin = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
     if spec is None and not local:
         place = "is not installed" if folder is None else f"is neither installed nor in {folder}"
@@ -214,7 +213,3 @@ def _head(task: Task) -> str:
     if task.metric == "accuracy":
         return "ImageClassification"
     return "MaskedLM" if task.causal is False else "CausalLM"
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -15,7 +15,6 @@ import json
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.estimator.batches import take
 from harness.records.derived import derived
 from harness.records.ledger import Ledger
@@ -37,7 +36,7 @@ from harness.training.problem import load_problem
 from harness.training.stages import STAGE_SEED, checkpoint_path
 from spectra_db import check, store
 from spectra_db.derived import DERIVED, Derive
-from spectra_db.files import sha256_of, swap, whole
+from spectra_db.files import replaced, sha256_of, whole
 from spectra_db.loading import optional
 from spectra_db.release import release
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
@@ -80,9 +79,7 @@ def assemble(
         raise UserError(f"{entry.name}: {', '.join(left)} not filled in yet; edit the entry's file")
     _check_free(out, entry.name)
     code = _check_tables(entry, source, registry, data_root)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
+    with replaced(out) as staging:
         release(source, staging / "data", VERSION, models=[entry.name])
         _write_entry(entry, registry, code, staging / "entry")
         if checkpoints:
@@ -100,9 +97,6 @@ def assemble(
             "platform": platform.platform(),
         }
         _seal(staging, facts)
-        swap(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return problems(out, entry)
 
 
@@ -124,7 +118,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         store.path_of(folder, "models", facts["model"])  # a name that names files
         files = {str(name): str(digest) for name, digest in facts["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is broken: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is broken: {one_line(error)}") from error
     return facts | {"files": files}
 
 

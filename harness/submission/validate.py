@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from harness import tasks
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.estimator import find_blocks
 from harness.estimator.batches import leading_size, take
 from harness.estimator.causes import BY_DIFFERENCES
@@ -87,8 +87,7 @@ def validate(
         except UserError as error:
             outcome, text = "failed", _for_authors(str(error))
         except Exception as error:  # of the author's code
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            outcome, text = "failed", said + locate.frame_of(error)
+            outcome, text = "failed", one_line(error) + locate.frame_of(error)
         if outcome == "failed":
             failed.add(name)
         yield Finding(name, outcome, text, time.process_time() - begin)
@@ -120,7 +119,7 @@ def _entry(s: Subject) -> str:
 
 
 def _data(s: Subject) -> str:
-    s.task = tasks.get(s.entry.task, **s.entry.task_options)
+    s.task = tasks.of(s.entry)
     s.data = s.task.load(s.data_root)
     size = s.entry.hessian_batch_size
     available = s.task.size(s.data, "train")

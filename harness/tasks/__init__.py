@@ -8,7 +8,6 @@ imports no torch; `get` imports the one file that holds the task.
 from __future__ import annotations
 
 import ast
-import difflib
 import pkgutil
 from dataclasses import fields
 from functools import cache
@@ -18,11 +17,13 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from harness.errors import UserError
+from spectra_db.errors import hint
 
 if TYPE_CHECKING:
+    from harness.registry.entry import ModelEntry
     from harness.tasks.base import Batch, Task
 
-__all__ = ["UnknownTaskError", "get", "names", "split"]
+__all__ = ["UnknownTaskError", "get", "names", "of", "split"]
 
 # Plain types of options, as they are written on the command line.
 _KINDS = {
@@ -104,9 +105,8 @@ def get(name: str, **options: Any) -> Task:
     elif name in _places():
         task = _ours(name)
     else:
-        close = difflib.get_close_matches(name, names(), n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"tasks: {', '.join(names())}"
-        raise UnknownTaskError(f"unknown task {name!r}; {hint}, or module:Class of your own")
+        ours = hint(name, names())
+        raise UnknownTaskError(f"unknown task {name!r}; {ours}, or module:Class of your own")
     allowed = [field.name for field in fields(task)]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
@@ -134,6 +134,15 @@ def get(name: str, **options: Any) -> Task:
                 "none or a tuple of these"
             ) from None
     return made
+
+
+def of(entry: ModelEntry) -> Task:
+    """Return the task of an entry, with the entry's options.
+
+    Raises:
+        UnknownTaskError, UserError: As `get`.
+    """
+    return get(entry.task, **entry.task_options)
 
 
 def _kinds(hint: Any, value: Any) -> list[str] | None:

@@ -42,6 +42,11 @@ class Data:
     checksum: str
     model_options: Mapping[str, Any]
 
+    @property
+    def identity(self) -> str:
+        """What rows say of their data."""
+        return f"{self.source}, sha256 {self.checksum[:12]}"
+
     def part(self, split: str) -> Batch:
         """Return the tensors of split "train" or "test"."""
         if split not in ("train", "test"):
@@ -129,13 +134,16 @@ class Task(ABC):
     def fixed(self, data: Data, split: str, size: int) -> Batch:
         """Choose `size` distinct samples, the same ones every time (seed 0).
 
-        The Hessian batch is `fixed(data, "train", hessian_batch_size)`, the evaluation subset
-        `fixed(data, "train", eval_size)`; both begin with the same samples, and neither ever
-        touches the test split.
+        The Hessian batch is `fixed(data, "train", hessian_batch_size)`; it begins with the same
+        samples as `training_subset`, and neither ever touches the test split.
         """
         generator = torch.Generator().manual_seed(0)
         indices = torch.randperm(self._checked_size(data, split, size), generator=generator)
         return self.take(data, split, indices[:size], generator)
+
+    def training_subset(self, data: Data, eval_size: int) -> Batch:
+        """Choose the fixed training subset, whose loss is a run's: `eval_size` samples, or all."""
+        return self.fixed(data, "train", min(eval_size, self.size(data, "train")))
 
     def batches(self, data: Data, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yield training batches for ever: one permutation an epoch, its ragged rest dropped."""

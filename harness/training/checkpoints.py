@@ -10,10 +10,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,25 +24,11 @@ from harness import registry
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
 from harness.training.stages import STAGE_SEED, checkpoint_path, file_name
-from spectra_db.files import sha256_of, swap, whole
+from spectra_db.errors import first_line
+from spectra_db.files import sha256_of, whole
 from spectra_db.schema import PROTOCOL_VERSION
 
 _FACTS = "harness"  # the key of our facts in the safetensors metadata
-
-
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside a run's stages, which takes their place when the run has ended.
-
-    So the stages that lie there are of one run always, and of one that ended.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
-    try:
-        yield fresh
-        swap(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def initial_model(
@@ -172,8 +155,9 @@ def load(
             )
         load_model(model, path)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"checkpoint {path} cannot be read ({reason}); {retrain}") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({first_line(error)}); {retrain}"
+        ) from error
     if _digest(model) != recorded:
         raise UserError(f"checkpoint {path} is corrupted: its weights were altered; {retrain}")
     return facts

@@ -31,6 +31,7 @@ from scipy.special import stdtrit  # scipy.stats takes a second to import
 from harness.registry.entry import Recipe
 from harness.training import grid
 from spectra_db.schema import PROTOCOL_VERSION
+from spectra_db.words import OPTIMIZERS, answer
 
 Array = NDArray[np.float64]
 
@@ -75,7 +76,7 @@ def gap(
         ("gap", "standard_error", "ci_low", "ci_high", "sgd_loss", "adam_loss", "init_loss")
     )
     row |= {"target_entropy": entropy} | dict.fromkeys(FROM_REFERENCE)
-    rates = {optimizer: grid.best(rows, optimizer, recipe) for optimizer in ("sgd", "adamw")}
+    rates = {optimizer: grid.best(rows, optimizer, recipe) for optimizer in OPTIMIZERS}
     row |= {"sgd_lr": rates["sgd"], "adam_lr": rates["adamw"]}
     row["at_edge"] = any(grid.at_edge(recipe, optimizer, rows) for optimizer in rates)
     row["num_lrs"] = min(len(grid.grid_losses(recipe, optimizer, rows)) for optimizer in rates)
@@ -99,7 +100,7 @@ def gap(
     if absent:
         return row | {"status": "pending", "reason": f"not run: {', '.join(absent)}"}
 
-    sgd, adam = (np.array(losses[name], dtype=float) for name in ("sgd", "adamw"))
+    sgd, adam = (np.array(losses[name], dtype=float) for name in OPTIMIZERS)
     starts = rows[(rows["step"] == 0) & (rows["split"] == "train") & (rows["metric"] == "loss")]
     # The loss before the first step, which both optimizers share.
     init = np.array([starts.loc[starts["seed"] == seed, "value"].mean() for seed in SEEDS])
@@ -121,10 +122,16 @@ def gap(
         "standard_error": error,
         "ci_low": value - QUANTILE * error,
         "ci_high": value + QUANTILE * error,
-        "adam_needed": bool(value > THRESHOLD and value > 2 * error),
+        "adam_needed": bool(needs_adam(value, error)),
         "status": "ok",
         "reason": None,
     }
+
+
+def needs_adam(value: ArrayLike, error: ArrayLike) -> NDArray[np.bool_]:
+    """Tell whether gaps are above the threshold, and above two of their standard errors."""
+    gaps, errors = np.asarray(value, dtype=float), np.asarray(error, dtype=float)
+    return (gaps > THRESHOLD) & (gaps > 2 * errors)
 
 
 def _from_reference(sgd: Array, adam: Array, reference: Array) -> dict[str, Any]:
@@ -135,13 +142,12 @@ def _from_reference(sgd: Array, adam: Array, reference: Array) -> dict[str, Any]
         return found
     value, error = relative_gap(np.minimum(sgd, reference), adam, reference)
     low, high = value - QUANTILE * error, value + QUANTILE * error
-    answer = "yes" if low > THRESHOLD else "no" if high < THRESHOLD else "unclear"
     return found | {
         "gap_from_reference": value,
         "gap_from_reference_error": error,
         "gap_from_reference_low": low,
         "gap_from_reference_high": high,
-        "adam_needed_now": answer,
+        "adam_needed_now": answer(low, high, THRESHOLD),
     }
 
 

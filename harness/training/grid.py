@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from harness.registry.entry import Recipe
+from spectra_db.words import OPTIMIZERS, listed
 
 MAX_EXTENSIONS = 4
 GRID_SEED = 0  # learning rates are chosen on seed 0 and never on the seeds of the gap
@@ -102,8 +103,8 @@ def at_edge(recipe: Recipe, optimizer: str, rows: pd.DataFrame) -> bool:
 
 
 def _rate(recipe: Recipe, optimizer: str, k: int) -> float:
-    if optimizer not in ("sgd", "adamw"):
-        raise ValueError(f"unknown optimizer {optimizer!r}; choose sgd or adamw")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; choose {listed(OPTIMIZERS)}")
     low, high = recipe.sgd_lrs if optimizer == "sgd" else recipe.adamw_lrs
     return float(f"{low * (high / low) ** (k / (recipe.num_lrs - 1)):.6g}")
 

@@ -28,9 +28,10 @@ from harness.tasks.base import Batch, Data, Task
 from harness.training import checkpoints
 from harness.training.schedule import learning_rate
 from harness.training.stages import folder_of, stage_steps
+from spectra_db.files import replaced
 from spectra_db.schema import PROTOCOL_VERSION
+from spectra_db.words import OPTIMIZERS
 
-OPTIMIZERS = ("sgd", "adamw")
 MOMENTUM = 0.9
 NUM_LOGGED = 50  # minibatch losses kept of a run, enough for a curve
 EVALUATION_FACTOR = 4  # without a backward pass, four training batches fit where one did
@@ -77,7 +78,7 @@ def train(
 
     Args:
         entry: what to train, with a recipe.
-        data: the entry's data, `harness.tasks.get(entry.task, ...).load(...)`.
+        data: the entry's data, `harness.tasks.of(entry).load(...)`.
         optimizer: "sgd" (momentum 0.9) or "adamw".
         lr: peak learning rate.
         seed: of the initialisation, the order of the data and dropout.
@@ -102,10 +103,8 @@ def train(
         raise UserError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     started = time.perf_counter()
     recipe = entry.recipe
-    task = tasks.get(entry.task, **entry.task_options)
-    subset = to_device(
-        task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train"))), device
-    )
+    task = tasks.of(entry)
+    subset = to_device(task.training_subset(data, recipe.eval_size), device)
     chunk = EVALUATION_FACTOR * recipe.batch_size
     start = pretrained_dir or checkpoint_dir
     model = checkpoints.initial_model(entry, data.model_options, seed, start).to(device)
@@ -120,7 +119,8 @@ def train(
     kept: AbstractContextManager[Path] = nullcontext(Path())
     if optimizer == "adamw" and checkpoint_dir is not None:
         stage_at = stage_steps(entry.stages, recipe.num_steps)
-        kept = checkpoints.replaced(folder_of(checkpoint_dir, entry.name, seed))
+        # The stages that lie there are of one run always, and of one that ended.
+        kept = replaced(folder_of(checkpoint_dir, entry.name, seed))
 
     def keep_stages(step: int, loss: float) -> None:
         """Save the stages that fall on this step (in a tiny budget, two may)."""

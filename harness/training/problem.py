@@ -70,14 +70,6 @@ class Problem:
             self.model, partition, paper_blocks=entry.paper_blocks, kinds=entry.blocks
         )
 
-    def by_gram(self, settings: Settings) -> Settings:
-        """Return the settings with Gram matrices where they are cheap, as is done unasked.
-
-        Without where the task has a loss of its own, or products are differences.
-        """
-        can = isinstance(self.loss_fn, SplitLoss) and settings.product == "autograd"
-        return replace(settings, gram=None if can else False)
-
     def forecast(
         self,
         settings: Settings,
@@ -143,7 +135,7 @@ def load_problem(
                 f"stage {stage!r} of {entry.name!r} is not trained yet for seed {seed} ({where}); "
                 f"run: harness run {entry.name}{further if seed != STAGE_SEED else ''}"
             )
-    task = tasks.get(entry.task, **entry.task_options)
+    task = tasks.of(entry)
     data = task.load(data_root)
     if path is None:
         model, step = checkpoints.initial_model(entry, data.model_options, seed, checkpoint_dir), 0
@@ -169,5 +161,5 @@ def load_problem(
         batch_size=len(batch[0]),
         microbatch_size=microbatch_size,
         num_terms=sum(map(task.num_terms, batches)),
-        data_source=f"{data.source}, sha256 {data.checksum[:12]}",
+        data_source=data.identity,
     )

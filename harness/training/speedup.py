@@ -29,6 +29,7 @@ from harness.registry.entry import SpeedupRecipe
 from harness.training import climb
 from harness.training.gap import CONFIDENCE, learnt, relative_gap
 from spectra_db.schema import VERSIONS
+from spectra_db.words import OPTIMIZERS, answer
 
 LENGTHS = (1, 2, 4)  # in T; beyond the last one a speed-up is not measured
 TUNING_SEEDS = (0, 11, 12)  # rates are chosen on them, and they are not scored
@@ -39,7 +40,6 @@ MORE_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # where y is near the threshold
 THRESHOLD = 0.5  # of y: SGD takes 1.4 times the steps
 NEAR = 2.0  # standard errors
 _REACH = 3.0  # how far y is searched for the ends of the interval
-OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,6 @@ def speedup(model: str, rows: pd.DataFrame, recipe: SpeedupRecipe) -> dict[str, 
     num_seeds = trials.num_seeds("adamw", 1)
     slower = _slower(trials)
     y = _speedup(trials, num_seeds, trials.num_seeds(slower, 2))
-    answer = "yes" if y.low > THRESHOLD else "no" if y.high < THRESHOLD else "unclear"
     return row | {
         "log2_speedup": y.value,
         "standard_error": y.error if math.isfinite(y.error) else None,
@@ -362,7 +361,7 @@ def speedup(model: str, rows: pd.DataFrame, recipe: SpeedupRecipe) -> dict[str, 
         "ci_high": y.high if math.isfinite(y.high) else None,
         "censored": y.censored,
         "slower": slower,
-        "adam_needed": answer,
+        "adam_needed": answer(y.low, y.high, THRESHOLD),
         "longest": y.longest,
     }
 

@@ -26,7 +26,6 @@ from harness.tasks.base import Batch, Data, Task, target_entropy
 from harness.training import checkpoints
 from harness.training.loop import (
     EVALUATION_FACTOR,
-    OPTIMIZERS,
     evaluate,
     evaluate_test,
     has_test_score,
@@ -38,6 +37,7 @@ from harness.training.reference import reference_loss
 from harness.training.schedule import learning_rate
 from harness.training.stages import folder_of
 from spectra_db.schema import VERSIONS
+from spectra_db.words import OPTIMIZERS
 
 WARMUP, FINAL_FRACTION = 0.05, 0.01
 NUM_EVALUATIONS = 16
@@ -85,8 +85,8 @@ def run_trial(
     if optimizer not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    task = tasks.get(entry.task, **entry.task_options)
-    whole = task.fixed(data, "train", min(recipe.eval_size, task.size(data, "train")))
+    task = tasks.of(entry)
+    whole = task.training_subset(data, recipe.eval_size)
     entropy = target_entropy(task, whole)
     subset = to_device(whole, device)
     model = checkpoints.initial_model(entry, data.model_options, seed, checkpoint_dir)
@@ -153,7 +153,7 @@ def run_trial(
         "eval_steps": list(curve),
         "eval_losses": list(curve.values()),
         "batch_size": recipe.batch_size,
-        "data_source": f"{data.source}, sha256 {data.checksum[:12]}",
+        "data_source": data.identity,
         "torch_version": torch.__version__,
         "device": device,
         "num_threads": torch.get_num_threads(),

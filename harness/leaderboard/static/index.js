@@ -1,7 +1,7 @@
 // The first page: the picture, the archive of protocol 1, and the table of the models.
 "use strict";
 
-const { models, entries, measured, points, board, columns, labels, leading, scales: scaleWords, statistics } = window.DATA;
+const { models, entries, measured, points, board, columns, labels, leading, scales: scaleWords, statistics, thresholds } = window.DATA;
 // The scale that each metric is judged at; dummies have none.
 const leads = (metric, scale) => scale === (leading[metric] ?? "none");
 const JS0 = `js0:${leading.js0}`;
@@ -116,12 +116,12 @@ function drawPicture() {
   if (measured.length) {
     target.replaceChildren(pictureOfBoth(widthOf(target)));
     byId("picture-note").textContent = "A point leads to its entry; open points are references. Bars are 95 % intervals of the " +
-      `speed-up and standard errors of J; the line is 0.5, above which Adam is needed.${rest}`;
+      `speed-up and standard errors of J; the line is ${thresholds.speedup}, above which Adam is needed.${rest}`;
     return;
   }
   const js0 = points.init?.[JS0] ? gapPoints("init", JS0, "") : [];
   target.replaceChildren(...(known.length ? [pictureOfSpeedups(known, widthOf(target))] : []));
-  byId("picture-note").textContent = (known.length ? "Open points are references, which are not ranked; Adam is needed where a whole interval is above the dashed line, 0.5." : "") + rest;
+  byId("picture-note").textContent = (known.length ? `Open points are references, which are not ranked; Adam is needed where a whole interval is above the dashed line, ${thresholds.speedup}.` : "") + rest;
   if (js0.length) {
     const chart = gapChart(js0, { width: widthOf(target), height: 250, stage: "init", name: "JS⁰" });
     target.append(element("p", { className: "caption", textContent: "Earlier runs (protocol 1, which ranks nothing): measure against gap" }), chart);
@@ -146,7 +146,7 @@ function pictureOfSpeedups(known, width) {
     ariaLabel: `Speed-ups: ${data.map((e) => e.said).join("; ")}`,
     marks: [
       Plot.ruleX([0], { strokeOpacity: 0.6 }),
-      Plot.ruleX([0.5], { strokeDasharray: "4 4", strokeOpacity: 0.7 }),
+      Plot.ruleX([thresholds.speedup], { strokeDasharray: "4 4", strokeOpacity: 0.7 }),
       Plot.ruleY(data, { y: "model", x1: (e) => e.low ?? -2.1, x2: (e) => e.high ?? 2.1, stroke: "family", strokeWidth: 2 }),
       Plot.dot(data.filter((e) => e.ranked), { ...shared, fill: "family" }),
       Plot.dot(data.filter((e) => !e.ranked), { ...shared, fill: "var(--back)" }),
@@ -162,7 +162,7 @@ function pictureOfBoth(width) {
     said: `${e.model}: J ${e.J.toPrecision(3)}, speed-up ${e.speedup}` }));
   return pointChart(data, { width, height: Math.max(340, width * 0.62), names: width > 500 ? "all" : "families",
     x: { label: "JS⁰ of raw eigenvalues at initialisation (J) →" }, y: { label: "↑ log₂ of SGD's steps over AdamW's" },
-    marks: [Plot.ruleY([0.5], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
+    marks: [Plot.ruleY([thresholds.speedup], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
     ariaLabel: `Scatter of the speed-up against J, ${data.length} entries` });
 }
 
@@ -180,14 +180,14 @@ function gapPoints(stage, reading, family) {
 
 function gapChart(data, { width, height, stage, name }) {
   const gaps = data.map((p) => p.gap);
-  const bounds = [Math.min(...gaps, 0) - 0.05, Math.max(...gaps, 0.1) + 0.1];
+  const bounds = [Math.min(...gaps, 0) - 0.05, Math.max(...gaps, thresholds.gap) + 0.1];
   const clamp = (y) => Math.max(bounds[0], Math.min(bounds[1], y));
   const cut = data.map((p) => ({ ...p, yLow: clamp(p.low), yHigh: clamp(p.high) }));
   const wide = d3.extent(cut.flatMap((p) => [p.xLow, p.xHigh]));
   return pointChart(cut, { width, height,
     x: { type: "log", domain: [0.9 * wide[0], 1.1 * wide[1]], label: `${name} at ${stage} →`, ticks: width < 700 ? 3 : 8, tickFormat: (v) => `${+v.toPrecision(3)}` },
     y: { domain: bounds, label: "↑ SGD-Adam gap" },
-    marks: [Plot.ruleY([0.1], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
+    marks: [Plot.ruleY([thresholds.gap], { strokeDasharray: "4 4", strokeOpacity: 0.7 })],
     ariaLabel: `Scatter of the SGD-Adam gap against ${name} at ${stage}, ${data.length} models` });
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from harness.errors import UserError
+from spectra_db.errors import hint
 
 
 def timm_model(
@@ -118,9 +118,8 @@ def _counting_from_0(model: nn.Module) -> nn.Module:
 
 
 def _unknown(library: str, what: str, name: str, known: Any) -> UserError:
-    close = get_close_matches(name, list(known), n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"see {library}'s documentation"
-    return UserError(f"{library} has no {what} {name!r}; {hint}")
+    remedy = hint(name, known, f"see {library}'s documentation")
+    return UserError(f"{library} has no {what} {name!r}; {remedy}")
 
 
 def mixer(

@@ -93,7 +93,7 @@ def test_list_knows_the_entries_of_a_folder(tmp_path):
 def test_describe_shows_blocks_and_forecast():
     result = call("describe", "vit-digits")
     assert "26,474 parameters, 15 blocks" in result.stdout
-    assert "forecast at 3 probes × 40 steps: 2,400 products" in result.stdout
+    assert "3 probes × 40 steps: 2,080 products, 1 block by 10 passes, " in result.stdout
 
 
 def test_describe_gives_json_whose_blocks_add_up_with_partition_all():

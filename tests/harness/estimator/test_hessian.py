@@ -295,6 +295,15 @@ def test_a_loss_that_is_no_finite_scalar_is_refused(loss, message):
         block_hessian(model, loss, [batch], find_blocks(model))
 
 
+@pytest.mark.parametrize("sizes", [[6], [4, 2]])
+def test_terms_that_do_not_add_up_are_refused(sizes):
+    model, batch = problem("mlp", 6)
+    with pytest.raises(UserError, match="gives 1 for batch 0, and 2 for its halves together: pass"):
+        block_hessian(
+            model, cross_entropy, split(batch, sizes), find_blocks(model), batch_weights=lambda b: 1
+        )
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], 3.0])
 def test_bad_batch_weights_are_refused(weights):
     model, batch = problem("mlp")

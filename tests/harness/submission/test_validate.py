@@ -381,7 +381,7 @@ def test_what_learns_slowly_at_one_rate_is_not_said_to_learn_nothing(monkeypatch
     model = nn.Linear(1, 1)
     task = SimpleNamespace(loss=lambda m, batch: m.weight.sum() * 0 + next(values))
     subject = SimpleNamespace(
-        entry=SimpleNamespace(trains=True), task=task, model=model, mates=(torch.ones(1),),
+        entry=SimpleNamespace(trained_by="one"), task=task, model=model, mates=(torch.ones(1),),
         time_for=lambda share: float("inf"),
     )  # fmt: skip
     monkeypatch.setattr(checks, "_FIT_STEPS", 1)

@@ -23,6 +23,7 @@ from harness.records.provenance import describe_run
 from harness.training import Problem
 from spectra_db.heterogeneity import metrics
 from spectra_db.schema import KEYS, LISTS, PROTOCOL_VERSION
+from spectra_db.words import WITH_RULE
 
 
 def take_spectrum(
@@ -180,7 +181,7 @@ def stored_rows(
 def write_failed(problem: Problem, settings: Settings, ledger: Ledger, reason: str) -> None:
     """Write failed rows, with the reason, for the blocks that the folder holds no rows of."""
     stored = stored_rows(problem, settings, ledger)
-    present = set(stored.loc[stored["status"].isin(["ok", "zero"]), "block"])
+    present = set(stored.loc[stored["status"].isin(WITH_RULE), "block"])
     common = source_of(problem) | settings.columns | dict.fromkeys(LISTS, ())
     common |= dict.fromkeys(("probe", "probe_seed", "num_steps", "num_products"), 0)
     common |= {

@@ -9,12 +9,12 @@ import click
 
 from harness.cli.base import choice, device_of, main, options
 from harness.errors import UserError
-from spectra_db.words import TIERS
+from spectra_db.words import OPTIMIZERS, TIERS
 
 
 @main.command()
 @click.argument("model")
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="adamw")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: best of the grid in --out]")
 @options("registry", "data_root", "out", "seed", "device", "log")
 def train(
@@ -48,7 +48,7 @@ def train(
             raise UserError(f"{out} has no {optimizer} grid of {model} to choose from: pass --lr")
     if not 0 < lr < float("inf"):
         raise UserError(f"--lr is {lr}; it must be positive")
-    data = tasks.get(entry.task, **entry.task_options).load(data_root)
+    data = tasks.of(entry).load(data_root)
     unit = Unit(entry.name, "train", optimizer, lr, seed)
     with (
         claim_or_refuse(out, unit),

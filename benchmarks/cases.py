@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,7 @@ def entry(name: str) -> Case:
         UserError: There is no such entry, or its data are not here.
     """
     problem = load_problem(get(name))
-    return Case(problem.model, problem.loss_fn, whole(problem.batches))
-
-
-def whole(microbatches: Iterable[Batch]) -> Batch:
-    """Put microbatches together, sample by sample."""
-    return tuple(torch.cat(tensors) for tensors in zip(*microbatches, strict=True))
+    return Case(problem.model, problem.loss_fn, problem.whole)
 
 
 def small(kind: str) -> Case:

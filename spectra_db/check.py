@@ -47,7 +47,7 @@ def problems(
     Args:
         folder: The release.
         previous: The release before.
-        derived: What is made anew, and from what; `harness.leaderboard.derived` adds what needs
+        derived: What is made anew, and from what; `harness.leaderboard.board` adds what needs
             entries.
         on_progress: Called with (files made anew, files in all).
     """

@@ -14,6 +14,9 @@ from typing import Any
 
 from filelock import FileLock
 
+# Folder beside the tables: which version of an entry a model's rows are of.
+NOTES = "entries"
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:

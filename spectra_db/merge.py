@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from spectra_db import store
+from spectra_db.files import NOTES
 from spectra_db.schema import KEYS, TABLES
 from spectra_db.words import WITH_RULE
 
@@ -17,7 +18,6 @@ from spectra_db.words import WITH_RULE
 _TIMINGS = ("seconds", "peak_bytes", "run_id", "started", "command")
 # Follow from other tables, of all folders together.
 _DERIVED = ("gaps", "speedups", "leaderboard")
-_NOTES = "entries"  # of the versions of entries, beside the tables
 
 Key = tuple[object, ...]
 
@@ -147,7 +147,7 @@ def _notes(roots: Sequence[Path], found: Merged) -> dict[Path, Path]:
     """Return the notes of entries' versions by place; of unlike ones, results don't go together."""
     notes: dict[Path, Path] = {}
     for root in roots:
-        for path in sorted(root.glob(f"{_NOTES}/*.json")):
+        for path in sorted(root.glob(f"{NOTES}/*.json")):
             first = notes.setdefault(path.relative_to(root), path)
             if first.read_bytes() != path.read_bytes():
                 found.conflicts.append(f"{first} and {path} are of different versions of the entry")

@@ -136,7 +136,7 @@ def test_it_takes_no_torch():
         "from harness.registry import entries; entries()",
         "from harness.tasks import names; names()",
         "import harness.training.grid, harness.training.gap",
-        "import harness.leaderboard.site, harness.leaderboard.derived",
+        "import harness.leaderboard.site, harness.leaderboard.board",
     ]
     heavy = {"torch", "timm", "transformers", "torchvision"}
     # In one process: what one imports, the next ones have; the first with torch is named.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from benchmarks.cases import whole
 from harness import tasks
 from harness.errors import UserError
 from harness.registry import ModelEntry, entries, get
@@ -53,7 +52,7 @@ def load(name: str, *, batch_size: int | None = None, rehearse: bool) -> Problem
 
 def split(problem: Problem, size: int) -> Problem:
     """Return a problem in microbatches of at most so many samples."""
-    return problem.on(tasks.split(whole(problem.batches), size))
+    return problem.on(tasks.split(problem.whole, size))
 
 
 def gather(folder: Path) -> None:

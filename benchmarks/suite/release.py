@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from harness.leaderboard.derived import derive, derived_of_release
+from harness.leaderboard.board import derive, derived_of_release
 from spectra_db import check
 from spectra_db.diff import compare
 from spectra_db.loading import BUNDLED

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pandas as pd
-import torch
 
 from harness import tasks
 from harness.campaign.spectrum import source_of, stored_rows, take_spectrum, write_derived
@@ -88,11 +87,12 @@ def take_metric(
             on_round=write_round,
             on_progress=on_progress,
         )
-        # Blocks have the steps that they needed: one of few is too short for other metrics.
-        long = replace(settings, num_probes=1).complete(reached.rows)
-        few_steps = metric in _CHEAP and not long >= set(reached.rows["block"])
-        names = _CHEAP if few_steps else None
-        write_derived(problem, settings, ledger, hessian, reached.rows, names=names)
+        if settings.derives:
+            # Blocks have the steps that they needed: one of few is too short for other metrics.
+            long = replace(settings, num_probes=1).complete(reached.rows)
+            few_steps = metric in _CHEAP and not long >= set(reached.rows["block"])
+            names = _CHEAP if few_steps else None
+            write_derived(problem, ledger, hessian, reached.rows, names=names)
     return reached
 
 
@@ -118,10 +118,9 @@ def take_gradient_metric(problem: Problem, settings: Settings, ledger: Ledger) -
         estimate = METRICS[GRADIENT_METRIC].estimate(*gradients)
     except ValueError as error:
         raise UserError(f"{name!r}, partition {settings.partition}: {error}") from error
-    if settings.partition == "full" or not settings.is_protocol:
+    if not settings.derives:
         return estimate
-    keys = ("model", "stage", "init_seed", "train_run", "protocol_version")
-    shared = {key: value for key, value in source_of(problem).items() if key in keys}
+    shared = {key: value for key, value in source_of(problem).items() if key in KEYS["blocks"]}
     present = set(ledger.rows("blocks", **shared)["block"])
     if new := [shared | size for size in sizes if size["block"] not in present]:
         ledger.write("blocks", new)
@@ -145,7 +144,7 @@ def take_moments(
     """Take the spreads of moments and of gradients on a batch larger than the spectrum's.
 
     They need one product a probe, and one gradient; blocks that would take more products to be
-    exact than to be sampled are sampled. The rules are kept in OUT/larger_batch, apart
+    exact than to be sampled are sampled. The rules are kept in `ledger.larger`, apart
     from the spectrum; the metrics replace those of the spectrum's batch, and say their own.
 
     Args:
@@ -158,18 +157,17 @@ def take_moments(
     Returns:
         The rows of `heterogeneity`.
     """
-    larger = Ledger(ledger.folder / "larger_batch")
     take_metric(
         problem,
         replace(settings, exact_size=settings.num_probes, gram=False),
-        larger,
+        ledger.larger,
         that_need(MOMENTS)[0],
         tolerance=None,
         most=(settings.num_probes, None),
         command=command,
         on_progress=on_progress,
     )
-    rows = larger.rows("heterogeneity", problem.entry.name, **_place(problem, settings))
+    rows = ledger.larger.rows("heterogeneity", problem.entry.name, **_place(problem, settings))
     rows = rows[rows["metric"].isin(that_need(MOMENTS, GRADIENT))]
     ledger.write("heterogeneity", rows)
     return rows
@@ -183,7 +181,7 @@ def halves(problem: Problem, settings: Settings) -> tuple[Problem, Problem]:
             than init, settings other than the protocol's, fewer than two blocks, or one sample.
     """
     name, size = problem.entry.name, problem.batch_size
-    if problem.stage != "init" or not settings.is_protocol or settings.partition == "full":
+    if problem.stage != "init" or not settings.derives:
         raise UserError(
             "the batch error is one of metrics at init with the protocol's settings; leave out "
             "--stage, --partition full, and options that change the arithmetic"
@@ -192,7 +190,7 @@ def halves(problem: Problem, settings: Settings) -> tuple[Problem, Problem]:
         raise UserError(f"{name!r} has one block, so that no metric compares blocks")
     if size < 2:
         raise UserError(f"the batch of {name!r} has one sample, and no halves")
-    whole = tuple(torch.cat(tensors) for tensors in zip(*problem.batches, strict=True))
+    whole = problem.whole
 
     def part(start: int, stop: int) -> Problem:
         some = tuple(t[start:stop] for t in whole)
@@ -211,8 +209,8 @@ def take_batch_error(
 ) -> pd.DataFrame:
     """Take the spectra of both halves of a batch, and write by how much their metrics differ.
 
-    The halves' tables are kept in OUT/halves/first and second, apart from the spectrum of the
-    whole batch, which is in the store already; what is there is not taken again.
+    The halves' tables are kept in `ledger.halves`, apart from the spectrum of the whole batch,
+    which is in the store already; what is there is not taken again.
 
     Args:
         parts: From `halves`.
@@ -226,8 +224,7 @@ def take_batch_error(
     """
     keys = list(KEYS["heterogeneity"])
     found = []
-    for name, part in zip(("first", "second"), parts, strict=True):
-        half = Ledger(ledger.folder / "halves" / name)
+    for half, part in zip(ledger.halves, parts, strict=True):
         take_spectrum(part, settings, half, command=command, on_progress=on_progress)
         found.append(half.rows("heterogeneity", part.entry.name).set_index(keys))
     first, second = (rows["corrected"].fillna(rows["value"]) for rows in found)

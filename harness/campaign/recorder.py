@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
+from harness.campaign.spectrum import derived_rows
 from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import find_blocks
@@ -17,11 +18,9 @@ from harness.estimator.operators import opened
 from harness.estimator.prepare import is_sharded
 from harness.estimator.settings import Settings, check_names, whole_number
 from harness.estimator.spectrum import gathered, rules
-from harness.estimator.summary import block_summaries
 from harness.records.ledger import Ledger
-from harness.records.provenance import command_line, describe_run
+from harness.records.provenance import FACTS, command_line, describe_run
 from harness.registry.entry import check_slug
-from spectra_db.heterogeneity import metrics
 from spectra_db.jackknife import MIN_PROBES
 from spectra_db.schema import PROTOCOL_VERSION
 
@@ -129,15 +128,13 @@ class Recorder:
         with opened(objective, blocks, settings) as hessian:
             parts = rules(hessian, settings, source | {"run_id": run["run_id"]})
             rows = gathered(parts, blocks)
-            summaries = block_summaries(hessian, rows)
-        self._ledger.write("models", [self._row_of_model(model, len(blocks))])
-        self._ledger.write("runs", [run])
-        self._ledger.write("spectra", rows)
-        if not settings.is_protocol or settings.partition == "full":
-            return rows
-        self._ledger.write("blocks", summaries)
-        if len(set(rows.loc[rows["status"] == "ok", "block"])) > 1:
-            self._ledger.write("heterogeneity", metrics(rows, block_rows=pd.DataFrame(summaries)))
+            self._ledger.write("models", [self._row_of_model(model, len(blocks))])
+            self._ledger.write("runs", [run])
+            self._ledger.write("spectra", rows)
+            if settings.derives:
+                summaries, found = derived_rows(hessian, rows)
+                self._ledger.write("blocks", summaries)
+                self._ledger.write("heterogeneity", found)
         return rows
 
     def for_trainer(self) -> TrainerCallback:
@@ -162,14 +159,11 @@ class Recorder:
         return Spectra()
 
     def _row_of_model(self, model: nn.Module, num_blocks: int) -> dict[str, Any]:
-        return {
+        return dict.fromkeys(FACTS, "own") | {
             "model": self._name,
-            "family": "own",
             "tier": "small",
-            "task": "own",
             "num_params": sum(p.numel() for p in model.parameters()),
             "num_blocks": num_blocks,
-            **dict.fromkeys(("source", "licence", "reference"), "own"),
             "status": "ok",
             "reason": None,
             "protocol_version": PROTOCOL_VERSION,

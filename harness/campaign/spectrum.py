@@ -93,7 +93,7 @@ def take_spectrum(
             rules_together(together, cost, *of, on_block=write, on_progress=on_progress)
         if not leads:
             return gathered([], blocks)
-    derives = not only and settings.partition != "full" and settings.is_protocol
+    derives = not only and settings.derives
     if todo or derives:
         with opened(problem.objective, blocks, settings) as hessian:
             if together is None:
@@ -101,7 +101,7 @@ def take_spectrum(
                 for rows in rules(hessian, settings, stamp, probes=probes, on_progress=on_progress):
                     write(rows)
             if derives:
-                write_derived(problem, settings, ledger, hessian, gathered(parts, blocks))
+                write_derived(problem, ledger, hessian, gathered(parts, blocks))
     if not todo:
         on_progress(0, 0)
     return gathered(parts, blocks)
@@ -109,48 +109,60 @@ def take_spectrum(
 
 def write_derived(
     problem: Problem,
-    settings: Settings,
     ledger: Ledger,
     hessian: BlockHessian,
     rows: pd.DataFrame,
     *,
     names: Collection[str] | None = None,
 ) -> None:
-    """Write the tables `blocks` and `heterogeneity` of a spectrum that is complete.
-
-    They have no column for other settings: they follow the protocol's alone.
+    """Write what follows from a spectrum that is complete, of settings of which something does.
 
     Args:
         problem: The model at a stage, and its batch.
-        settings: How the spectrum was taken.
         ledger: Where to.
         hessian: All blocks.
         rows: Rows of table `spectra` of all of them.
         names: The metrics to write; None: all.
 
     Raises:
-        UserError: Fewer than two blocks are not zero.
+        UserError: There are several blocks, of which fewer than two are not zero.
     """
-    if settings.partition == "full" or not settings.is_protocol:
-        return
-    summaries = block_summaries(hessian, rows)
+    summaries, found = derived_rows(hessian, rows, names)
     ledger.write("blocks", summaries)
-    nonzero, blocks = rows.loc[rows["status"] == "ok", "block"].nunique(), hessian.blocks
-    if len(blocks) > 1 and nonzero < 2:
+    if found.empty and len(summaries) > 1:
+        zero = rows.loc[rows["status"] == "zero", "block"].nunique()
         raise UserError(
-            f"{len(blocks) - nonzero} of the {len(blocks)} blocks of {problem.entry.name!r} are "
+            f"{zero} of the {len(summaries)} blocks of {problem.entry.name!r} are "
             "exactly zero, so there is nothing to compare; does its head, or the last scale of its "
             "branches, start at zero? Start it elsewhere"
         )
-    if nonzero >= 2:
-        found = metrics(rows, block_rows=pd.DataFrame(summaries), names=names)
-        larger = problem.entry.moments_batch_size
-        if larger is not None and problem.batch_size < larger:  # of which the folder's are kept
-            keys = list(KEYS["heterogeneity"])
-            kept = ledger.rows("heterogeneity", problem.entry.name, batch_size=larger)[keys]
-            known = pd.MultiIndex.from_frame(found[keys]).isin(pd.MultiIndex.from_frame(kept))
-            found = found[~known]
-        ledger.write("heterogeneity", found)
+    larger = problem.entry.moments_batch_size
+    if len(found) and larger is not None and problem.batch_size < larger:
+        # Those of the larger batch that the folder has are kept.
+        keys = list(KEYS["heterogeneity"])
+        kept = ledger.rows("heterogeneity", problem.entry.name, batch_size=larger)[keys]
+        known = pd.MultiIndex.from_frame(found[keys]).isin(pd.MultiIndex.from_frame(kept))
+        found = found[~known]
+    ledger.write("heterogeneity", found)
+
+
+def derived_rows(
+    hessian: BlockHessian, rows: pd.DataFrame, names: Collection[str] | None = None
+) -> tuple[list[Row], pd.DataFrame]:
+    """Return the rows of tables `blocks` and `heterogeneity` that follow from a spectrum.
+
+    Args:
+        hessian: All blocks.
+        rows: Rows of table `spectra` of all of them.
+        names: The metrics to take; None: all.
+
+    Returns:
+        Those of `heterogeneity` are none where fewer than two blocks are not zero.
+    """
+    summaries = block_summaries(hessian, rows)
+    if rows.loc[rows["status"] == "ok", "block"].nunique() < 2:
+        return summaries, pd.DataFrame()
+    return summaries, metrics(rows, block_rows=pd.DataFrame(summaries), names=names)
 
 
 def source_of(problem: Problem) -> dict[str, Any]:

@@ -152,10 +152,7 @@ def _try(unit: Unit, job: Job, on_progress: OnProgress) -> None:
     row, stage_rows = run_trial(
         entry,
         job.data(entry),
-        optimizer=unit.optimizer,
-        lr=unit.lr,
-        seed=unit.seed,
-        num_steps=unit.num_steps,
+        trial,
         checkpoint_dir=job.ledger.checkpoints,
         keep=is_kept and "final" in entry.stages,
         device=job.device or "cpu",

@@ -54,7 +54,7 @@ def release(
     to date.
     """
     from harness.campaign.unfinished import unfinished
-    from harness.leaderboard.derived import derive
+    from harness.leaderboard.board import derive
     from spectra_db.release import release as make
 
     left_out = unfinished(source, registry)
@@ -163,7 +163,7 @@ def merge(sources: tuple[Path, ...], out: Path) -> None:
 
 def _problems(folder: Path, previous: Path | None, registry: Path | None) -> list[str]:
     from harness.cli.progress import progress_bar
-    from harness.leaderboard.derived import derived_of_release
+    from harness.leaderboard.board import derived_of_release
     from spectra_db import check
 
     with progress_bar("check") as on_progress:
@@ -196,7 +196,7 @@ def publish(repo: str, source: Path | None, dry_run: bool, create_pr: bool) -> N
 
     One commit, then the tag vX.Y.Z. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from harness.leaderboard.derived import derived_of_release
+    from harness.leaderboard.board import derived_of_release
     from spectra_db import publish as publication
     from spectra_db.loading import BUNDLED
 

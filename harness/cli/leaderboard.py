@@ -39,7 +39,7 @@ def leaderboard(
     """Tell which measure of heterogeneity predicts the SGD-Adam gap."""
     from harness.cli.display import print_leaderboard
     from harness.errors import UserError
-    from harness.leaderboard import derived, report, statistics, tables
+    from harness.leaderboard import board, report, statistics, tables
     from harness.leaderboard.export import export
     from spectra_db.schema import PROTOCOL_VERSION
     from spectra_db.words import STAGES
@@ -47,27 +47,27 @@ def leaderboard(
     if stage not in STAGES:
         raise UserError(f"--stage is {stage!r}; choose one of {', '.join(STAGES)}")
     data = tables.read(source, registry_dir=registry)
-    board = derived.leaderboard(data)
+    rows = board.leaderboard(data)
     if out is not None:
-        for path in export(data, board, out):
+        for path in export(data, rows, out):
             click.echo(f"written: {path}", err=True)
     if docs is not None:
-        report.write_part(docs, report.docs_block(board, data))
+        report.write_part(docs, report.docs_block(rows, data))
         click.echo(f"written: {docs}", err=True)
     measured = statistics.measurements(data.models, data.heterogeneity, data.gaps)
-    said = report.sentences(board, measured)
+    said = report.sentences(rows, measured)
     if as_json:
         facts: dict[str, Any] = {
             "updated": None if data.updated is None else data.updated.isoformat(),
             "protocol_version": PROTOCOL_VERSION,
             "statements": said,
-            "leaderboard": _records(board),
+            "leaderboard": _records(rows),
             "pending": data.pending.to_dict("records"),
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     shown = {c: report.COLUMNS[c] for c in ("spearman", "auc")}
-    print_leaderboard(report.ranking(board, stage), shown, stage)
+    print_leaderboard(report.ranking(rows, stage), shown, stage)
     for sentence in said:
         click.echo(f"- {sentence}")
     click.echo(f"data: {data.age}; {len(data.pending)} models pending (--json lists them)")
@@ -88,18 +88,18 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
     is listed with the reason.
     """
     from harness.cli.display import print_measures, print_pairs, print_speedups
-    from harness.leaderboard import entries, preview
+    from harness.leaderboard import preview, standings
     from harness.leaderboard.ranking import ranking
     from harness.leaderboard.report import write_part
     from spectra_db.loading import folder_of
 
     found = ranking(folder_of(source))
-    standings = entries.standings(found)
+    shown = standings.of_entries(found)
     if readme is not None:
         write_part(readme, "**{}**: {}".format(*found.verdict.parts))
         click.echo(f"written: {readme}", err=True)
     if picture is not None:
-        preview.draw(picture, standings)
+        preview.draw(picture, shown)
         click.echo(f"written: {picture}", err=True)
     if as_json:
         facts = {
@@ -115,9 +115,9 @@ def verdict(readme: Path | None, picture: Path | None, source: Path | None, as_j
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     click.echo(found.verdict.sentence)
-    print_speedups(standings)
-    print_measures(entries.measure_table(found.verdict.measures))
-    print_pairs(entries.pair_table(found))
+    print_speedups(shown)
+    print_measures(standings.measure_table(found.verdict.measures))
+    print_pairs(standings.pair_table(found))
     for line in found.verdict.lines:
         click.echo(f"- {line}")
     for model, reason in found.pending.items():

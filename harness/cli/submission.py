@@ -306,75 +306,44 @@ def verify(
     from harness.cli.display import print_checks
     from harness.cli.progress import progress_bar
     from harness.registry import get
-    from harness.submission.retrain import verify_runs
-    from harness.submission.submit import check_registry, reseal, tables_of
-    from harness.submission.verify import (
-        at_hand,
-        load_published,
-        mark_verified,
-        sample_rows,
-        verify_sample,
-        verify_tables,
-    )
-    from spectra_db.loading import folder_of
+    from harness.submission.published import draw, find, note_verified, verify_all
+    from harness.submission.recompute import Means
 
     if not 0 < budget < float("inf"):
         raise UserError(f"--budget is {budget}; it must be positive, in seconds")
-    folder: Path | None = None
-    if Path(target).is_dir() and target:
-        if source is not None:
-            raise UserError(f"{target} is a folder, and --source names another: pass one of them")
-        folder, target = Path(target), ""
-        source, beside = tables_of(folder)
-        check_registry(folder, registry)
-        if checkpoints is None and beside.is_dir():
-            checkpoints = beside
-    elif "/" in target:
-        raise UserError(f"there is no folder {target}; name one, or a model of the tables")
-    rows, stages = load_published(source, target or None)
-    if source is not None and checkpoints is None and (source / "checkpoints").is_dir():
-        checkpoints = source / "checkpoints"
+    published = find(target, source, registry, checkpoints)
     find_entry = partial(get, registry_dir=registry)
-    here = at_hand(rows, find_entry, checkpoints)
-    chosen = sample_rows(here if len(here) else rows, sample, seed)
+    drawn = draw(published, find_entry, sample, seed)
+    chosen = drawn.chosen
     products, seconds = int(chosen["num_products"].sum()), float(chosen["seconds"].sum())
     click.echo(
-        f"{len(chosen)} of {len(rows)} rows: {products:,} products, {seconds:,.0f} s where they "
-        f"were made; at most {budget:,.0f} s here",
+        f"{len(chosen)} of {len(drawn.rows)} rows: {products:,} products, {seconds:,.0f} s where "
+        f"they were made; at most {budget:,.0f} s here",
         err=True,
     )
-    if without := len(rows) - len(here):
+    if drawn.num_away:
         click.echo(
-            f"{without} rows are of checkpoints that are not here, or of unknown entries",
+            f"{drawn.num_away} rows are of checkpoints that are not here, or of unknown entries",
             err=True,
         )
     deadline = time.monotonic() + budget
-    where: dict[str, Any] = {"data_root": data_root, "checkpoint_dir": checkpoints}
-    where["device"] = device_of(device)
+    means = Means(data_root, published.checkpoints, device_of(device), deadline)
     with progress_bar("verify") as on_progress:
-        of_rows = verify_sample(
-            chosen, stages, find_entry, budget=budget, on_progress=on_progress, **where
+        checks = verify_all(
+            published, drawn, find_entry, means, num_runs=runs, seed=seed, on_progress=on_progress
         )
-    models = sorted(set(chosen["model"]))
-    tables = folder_of(source, paths=[f"*/{model}.parquet" for model in models])
-    of_tables = verify_tables(tables, models, find_entry)
-    of_runs = verify_runs(tables, models, find_entry, runs, seed=seed, deadline=deadline, **where)
-    checks = [*of_rows, *of_tables, *of_runs]
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=2))
+        click.echo(json.dumps([asdict(check) for check in checks.all], indent=2))
     else:
-        print_checks(checks)
+        print_checks(checks.all)
     if mark:
-        mark_verified(tables, checks, chosen, rows)
-        if folder is not None and source != folder:
-            reseal(folder)  # a submission lists its files
-    rest = f"{len(chosen) - len(of_rows)} left for want of time"
-    click.echo(f"{_counts(of_rows)}, {rest}", err=True)
-    click.echo(f"tables that follow from others: {_counts(of_tables)}", err=True)
+        note_verified(published, drawn, checks)
+    rest = f"{len(chosen) - len(checks.rows)} left for want of time"
+    click.echo(f"{_counts(checks.rows)}, {rest}", err=True)
+    click.echo(f"tables that follow from others: {_counts(checks.tables)}", err=True)
     if runs:
-        click.echo(f"training runs: {_counts(of_runs)}", err=True)
-    outcomes = {check.outcome for check in checks}
-    if "deviates" in outcomes or "agrees" not in {check.outcome for check in of_rows}:
+        click.echo(f"training runs: {_counts(checks.runs)}", err=True)
+    if not checks.agree:
         sys.exit(1)
 
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, islice, pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby, islice, pairwise
 from typing import Any
 
 import torch
 
-from harness.estimator.batches import Batch, leading_size, place
+from harness.estimator.batches import Batch, join, leading_size, place, tensors_of
 from harness.estimator.blocks import Block
 from harness.estimator.checks import check_twice_differentiable
 from harness.estimator.graphs import slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
-from harness.estimator.layers import agrees, layers_of, places, traced
+from harness.estimator.layers import Layer, agrees, layers_of, places, traced
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
 from harness.estimator.probes import draw_probe
@@ -42,6 +42,7 @@ _ROUNDING = 64
 # agree to be believed, and how far off them a product is wrong.
 _STEPS, _AGREEMENT, _OFF = (1e-6, 1e-5, 1e-4), 0.01, 0.1
 _PIECES = 2  # what is wrong with a model is wrong with few samples
+_TOGETHER = 32  # samples whose rows are pulled back at once: more save little
 
 # Pieces of the batch, each with Sᵀ by its outputs, shape (rank, *outputs).
 Roots = Sequence[tuple[Batch, torch.Tensor]]
@@ -354,39 +355,80 @@ def _of_layers(
     """Return A Aᵀ, or Aᵀ A if that is smaller, of layers' weights, without their rows.
 
     A row is Uᵀ X: U what is pulled back to the layer's outputs, shape (places, outputs), X what the
-    weight multiplies there, shape (places, inputs). Of each piece one mixture of its rows must be
-    what autograd says it is, to rounding; blocks of which it isn't are left out, such as weights
-    that are used elsewhere too.
+    weight multiplies there, shape (places, inputs). Samples do not depend on each other, so one
+    backward pass pulls back a row of each of several pieces.
     """
     layers = layers_of(hessian, group)
     factors: dict[int, list[Factors]] = {i: [] for i in layers}
-    ends = accumulate(len(root) for _, root in roots)
-    num_rows = sum(len(root) for _, root in roots)
-    for (piece, root), end in zip(roots, ends, strict=True):
-        on_rows(end - len(root), num_rows)
-        mine = {i: layers[i] for i in factors}
-        z, traces = traced(hessian, piece, mine)
-        if not traces:
-            return {}
-        mixture = draw_probe(len(root), 0, "gaussian").to(root)
-        blocks = [hessian.blocks[i] for i in mine]
-        like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
-        expected = [torch.empty(1, b.num_params, **like) for b in blocks]
-        hessian.pull_back(piece, torch.tensordot(mixture, root, 1)[None], blocks, expected)
-        outputs = [y for _, y in traces.values()]
-        kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
-        back = [torch.autograd.grad(z, outputs, u, **kept) for u in root]
-        pulled = dict(zip(traces, zip(*back, strict=True), strict=True))
-        for (i, layer), [row] in zip(mine.items(), expected, strict=True):
-            inputs = places(layer, *traces[i]) if i in traces else None
-            if inputs is not None:
-                X, channels = inputs
-                U = torch.stack(pulled[i]).movedim(channels + 1, -1).flatten(1, -2)
-                if agrees((torch.tensordot(mixture.to(U), U, 1).T @ X).flatten(), row):
-                    factors[i].append((U, X))
-                    continue
-            del factors[i]
+    num_rows, done = sum(len(root) for _, root in roots), 0
+    for some in _together(hessian, roots):
+        on_rows(done, num_rows)
+        done += sum(len(root) for _, root in some)
+        found = _factors(hessian, {i: layers[i] for i in factors}, some)
+        factors = {i: [*factors[i], *more] for i, more in found.items()}
+        if not factors:
+            break
     return {i: _matrix_of(some, hessian.blocks[i].num_params) for i, some in factors.items()}
+
+
+def _together(hessian: BlockHessian, roots: Roots) -> Iterator[Roots]:
+    """Yield pieces that follow each other and have the same shapes, of few samples in all."""
+
+    def shapes(of: tuple[Batch, torch.Tensor]) -> list[torch.Size]:
+        piece, root = of
+        return [t.shape for t in (*tensors_of(piece), root[0])]
+
+    most = min(_TOGETHER, hessian.microbatch_size) if hessian.can_cut else 1
+    for _, alike in groupby(roots, shapes):
+        some = list(alike)
+        step = max(1, most // leading_size(some[0][0]))
+        yield from (some[start : start + step] for start in range(0, len(some), step))
+
+
+def _factors(
+    hessian: BlockHessian, layers: Mapping[int, Layer], some: Roots
+) -> dict[int, list[Factors]]:
+    """Return U and X of pieces that are alike, of each layer.
+
+    One mixture of all their rows must be what autograd says it is, to rounding; layers of which it
+    isn't are left out, such as those whose weights are used elsewhere too. So are all where the
+    outputs of several pieces are not theirs one after the other.
+    """
+    batch, first = some[0]
+    for piece, _ in some[1:]:
+        whole = join(batch, piece)
+        if whole is None:
+            return {}
+        batch = whole
+    z, traces = traced(hessian, batch, layers)
+    in_order = z.shape == (len(some) * first[0].shape[:1].numel(), *first.shape[2:])
+    if not traces or not (in_order or len(some) == 1):
+        return {}
+    rows = z.new_zeros(max(len(root) for _, root in some), len(some), *first.shape[1:])
+    for k, (_, root) in enumerate(some):
+        rows[: len(root), k] = root
+    mixture = draw_probe(rows.shape[0] * len(some), 0, "gaussian").to(rows).view(-1, len(some))
+    mixed = torch.einsum("rk,rk...->k...", mixture, rows)
+    blocks = [hessian.blocks[i] for i in layers]
+    like: dict[str, Any] = {"dtype": hessian.dtype, "device": hessian.device}
+    expected = [torch.empty(1, b.num_params, **like) for b in blocks]
+    hessian.pull_back(batch, mixed.reshape(1, *z.shape), blocks, expected)
+    kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
+    outputs = [y for _, y in traces.values()]
+    back = [torch.autograd.grad(z, outputs, row.view(z.shape), **kept) for row in rows]
+    pulled = dict(zip(traces, zip(*back, strict=True), strict=True))
+    found = {}
+    for i, [row] in zip(layers, expected, strict=True):
+        inputs = places(layers[i], *traces[i]) if i in traces else None
+        if inputs is None:
+            continue
+        X, channels = inputs
+        U = torch.stack(pulled[i]).movedim(channels + 1, -1).flatten(1, -2)
+        U, X = U.unflatten(1, (len(some), -1)), X.unflatten(0, (len(some), -1))
+        own = torch.einsum("rk,rkpo->kpo", mixture.to(U), U)
+        if agrees(torch.einsum("kpo,kpi->oi", own, X).flatten(), row):
+            found[i] = [(U[: len(root), k], X[k]) for k, (_, root) in enumerate(some)]
+    return found
 
 
 def _matrix_of(factors: Sequence[Factors], num_params: int) -> torch.Tensor:
@@ -423,14 +465,32 @@ def _pays_by_places(factors: Sequence[Factors]) -> bool:
 
 
 def _add_by_places(total: torch.Tensor, factors: Sequence[Factors]) -> None:
-    """Add A Aᵀ below its diagonal: ⟨Uᵀ X, U′ᵀ X′⟩ = Σ_pq (U U′ᵀ)_pq (X X′ᵀ)_pq."""
-    wide = [(U.double(), X.double()) for U, X in factors]
-    ends = torch.tensor([len(U) for U, _ in factors]).cumsum(0).tolist()
-    for a, (U, X) in enumerate(wide):
-        for b, (V, Y) in enumerate(wide[: a + 1]):
-            of_outputs = (U.flatten(0, 1) @ V.flatten(0, 1).T).view(*U.shape[:2], *V.shape[:2])
-            both = torch.einsum("kplq,pq->kl", of_outputs, X @ Y.T)
-            total[ends[a] - len(U) : ends[a], ends[b] - len(V) : ends[b]] = both
+    """Add A Aᵀ below its diagonal: ⟨Uᵀ X, U′ᵀ X′⟩ = Σ_pq (U U′ᵀ)_pq (X X′ᵀ)_pq.
+
+    The rows U of a piece at a time, with as many U′ as `_CHUNK` allows.
+    """
+    groups = []  # of pieces with as many places
+    for _, pieces in groupby(factors, lambda factor: len(factor[1])):
+        us, xs = zip(*pieces, strict=True)
+        sizes = torch.tensor([len(U) for U in us])
+        owner = torch.arange(len(us)).repeat_interleave(sizes)  # the piece of each row
+        groups.append((torch.cat(us).double(), torch.stack(xs).double(), owner.to(total.device)))
+    stop = 0
+    for U, X in factors:
+        start, stop, first = stop, stop + len(U), 0
+        left, inputs = U.double().flatten(0, 1), X.double()
+        for V, Y, owner in groups:
+            num_rows = min(len(V), stop - first)
+            if num_rows <= 0:
+                break
+            of_inputs = torch.einsum("pi,nqi->pnq", inputs, Y[: owner[num_rows - 1] + 1])
+            for rows in torch.arange(num_rows).split(max(1, _CHUNK // (len(left) * V.shape[1]))):
+                some = slice(int(rows[0]), int(rows[-1]) + 1)
+                both = (left @ V[some].flatten(0, 1).T).view(len(U), len(X), len(rows), -1)
+                both *= of_inputs[:, owner[some]]
+                columns = slice(first + some.start, first + some.stop)
+                total[start:stop, columns] = both.sum((1, 3))
+            first += len(V)
 
 
 def _add_gram(total: torch.Tensor, columns: torch.Tensor) -> None:

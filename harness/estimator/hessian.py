@@ -237,6 +237,11 @@ class BlockHessian:
         """Let go of graphs that are kept between products; the next product makes them again."""
         self._kept = []
 
+    @property
+    def can_cut(self) -> bool:
+        """Tell whether samples are independent and counted: batches can be cut, and joined."""
+        return self._count is not None
+
     def pieces(self) -> Iterator[tuple[Batch, float]]:
         """Yield as few samples at a time as the model takes, with their weights in the mean.
 

@@ -112,9 +112,13 @@ class Settings:
             raise UserError("gram takes derivatives of the outputs: leave product='autograd'")
 
     @property
-    def is_protocol(self) -> bool:
-        """Whether the arithmetic and the mode are the protocol's, those of published spectra."""
-        return all(getattr(self, name) == allowed[0] for name, allowed in CHOICES.items())
+    def derives(self) -> bool:
+        """Whether tables `blocks` and `heterogeneity` follow from spectra of these settings.
+
+        They have no column for another arithmetic or mode than the protocol's, and compare blocks.
+        """
+        plain = all(getattr(self, name) == allowed[0] for name, allowed in CHOICES.items())
+        return plain and self.partition != "full"
 
     @property
     def key(self) -> dict[str, Any]:

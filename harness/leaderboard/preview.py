@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
-from harness.leaderboard import entries
+from harness.leaderboard import standings
 from harness.leaderboard.verdict import Verdict
 from harness.training.speedup import THRESHOLD
 from spectra_db import plot
@@ -24,13 +24,13 @@ _TEXT, _RANKED, _REFERENCE = "#1c1e21", "#0b57a4", "#6e7b8b"
 
 
 @plot.style()
-def write(folder: Path, verdict: Verdict, standings: list[dict[str, Any]]) -> None:
-    """Draw the verdict and the entries that are measured, with J once `entries.points` has it.
+def write(folder: Path, verdict: Verdict, shown: list[dict[str, Any]]) -> None:
+    """Draw the verdict and the entries that are measured, with J once `standings.points` has it.
 
     Args:
         folder: Where the picture goes, as NAME.
         verdict: What it says.
-        standings: As `entries.standings` returns them.
+        shown: As `standings.of_entries` returns them.
     """
     from matplotlib.figure import Figure
 
@@ -44,29 +44,29 @@ def write(folder: Path, verdict: Verdict, standings: list[dict[str, Any]]) -> No
     ):
         figure.text(0.04, y, text, size=size, weight=weight, va="top", color=colour)
     figure.text(0.96, 0.03, "Hessian Spectra", size=15, ha="right", color=_REFERENCE)
-    known = [row for row in standings if row["y"] is not None]
+    known = [row for row in shown if row["y"] is not None]
     if known:
-        both = entries.points(standings)
+        both = standings.points(shown)
         ax = figure.add_axes((0.09 if both else 0.2, 0.14, 0.86 if both else 0.74, 0.4))
         _draw(ax, both, known[:_LINES])
     figure.savefig(folder / NAME, dpi=100)
 
 
 @plot.style()
-def draw(path: Path, standings: list[dict[str, Any]]) -> None:
+def draw(path: Path, shown: list[dict[str, Any]]) -> None:
     """Draw the entries that are measured alone, for a page that has the words.
 
     Args:
         path: The picture, a PNG.
-        standings: As `entries.standings` returns them.
+        shown: As `standings.of_entries` returns them.
 
     Raises:
         UserError: It can't be written.
     """
     from matplotlib.figure import Figure
 
-    known = [row for row in standings if row["y"] is not None]
-    both = entries.points(standings)
+    known = [row for row in shown if row["y"] is not None]
+    both = standings.points(shown)
     height = 5 if both else 0.9 + 0.36 * len(known)
     figure = Figure(figsize=(9, height), layout="constrained")
     _draw(figure.add_subplot(), both, known)

@@ -16,11 +16,11 @@ import pandas as pd
 import spectra_db
 from harness import registry
 from harness.errors import UserError
-from harness.leaderboard import docs, entries, model_page, preview, report
-from harness.leaderboard.derived import leaderboard
-from harness.leaderboard.entries import short
+from harness.leaderboard import docs, model_page, preview, report, standings
+from harness.leaderboard.board import leaderboard
 from harness.leaderboard.export import export
 from harness.leaderboard.ranking import ranking
+from harness.leaderboard.standings import short
 from harness.leaderboard.statistics import measurements
 from harness.leaderboard.tables import Dataset, natural_key, read
 from harness.training import gap as protocol_1
@@ -55,12 +55,12 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     data = read(source)
     joined = measurements(data.models, data.heterogeneity, data.gaps)
     board = leaderboard(data)
-    folder = folder_of(source, paths=[manifest.NAME, *entries.FILES])
+    folder = folder_of(source, paths=[manifest.NAME, *standings.FILES])
     models = _models(data, joined, folder)
     found = ranking(folder)
     release = manifest.read(folder)
-    standings = entries.standings(found)
-    _add_speedups(models, standings)
+    shown = standings.of_entries(found)
+    _add_speedups(models, shown)
     for part in (out, out / "models", out / "data" / "models"):
         try:
             part.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,11 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
     for model in with_page:
         ours = joined[joined["model"] == model["model"]]
         _write_model(model, models, ours, data.runs, source, environment, out)
-    archive = [model for model in models if model["tier"] not in entries.SPEEDUP_TIERS]
+    archive = [model for model in models if model["tier"] not in standings.SPEEDUP_TIERS]
     pages_of = {model["model"] for model in with_page}
-    standings = [row | {"has_page": row["model"] in pages_of} for row in standings]
+    shown = [row | {"has_page": row["model"] in pages_of} for row in shown]
     if project.SITE:
-        preview.write(out, found.verdict, standings)
+        preview.write(out, found.verdict, shown)
     verified = [model["model"] for model in archive if model["provenance"] == "verified"]
     _write(out / "index.html", environment, "index.html", {
         "models": archive,
@@ -97,15 +97,15 @@ def build(source: Path | str | None, out: Path, docs_folder: Path | None = None)
         "stages": in_order(joined["stage"]),
         "bibtex": card.bibtex(release.version if release else None),
         "verdict": found.verdict,
-        "measures": entries.measure_table(found.verdict.measures),
-        "pairs": entries.pair_table(found),
-        "entries": standings,
-        "measured": entries.points(standings),
+        "measures": standings.measure_table(found.verdict.measures),
+        "pairs": standings.pair_table(found),
+        "entries": shown,
+        "measured": standings.points(shown),
         "example": _example(archive),
         "claims": _claims(pages),
         "thresholds": _THRESHOLDS,
     })  # fmt: skip
-    _write_js(out / "data" / "index.js", index_data(archive, joined, board, standings))
+    _write_js(out / "data" / "index.js", index_data(archive, joined, board, shown))
     _write(out / "compare.html", environment, "compare.html", {"models": models})
     return out / "index.html"
 
@@ -121,7 +121,7 @@ def index_data(
     models: list[dict[str, Any]],
     joined: pd.DataFrame,
     board: pd.DataFrame,
-    standings: list[dict[str, Any]],
+    shown: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return what the first page's script needs.
 
@@ -143,8 +143,8 @@ def index_data(
     keys = ("model", "family", "gap", "low", "high", "needed", "enters")
     return {
         "models": [{key: model[key] for key in keys} for model in models],
-        "entries": standings,
-        "measured": entries.points(standings),
+        "entries": shown,
+        "measured": standings.points(shown),
         "points": points,
         "columns": columns,
         "board": rows,
@@ -256,9 +256,9 @@ def _models(data: Dataset, joined: pd.DataFrame, folder: Path) -> list[dict[str,
     return models
 
 
-def _add_speedups(models: list[dict[str, Any]], standings: list[dict[str, Any]]) -> None:
+def _add_speedups(models: list[dict[str, Any]], shown: list[dict[str, Any]]) -> None:
     """Give each entry that is complete its speed-up, with its interval."""
-    complete = {row["model"]: row for row in standings if row["y"] is not None}
+    complete = {row["model"]: row for row in shown if row["y"] is not None}
     for model in models:
         if row := complete.get(model["model"]):
             model |= {key: row[key] for key in ("speedup", "needed")}

@@ -19,9 +19,10 @@ from harness.paper.drawing import heat_map, panels
 from harness.paper.quadratic import Array
 from harness.paper.release import Source
 from harness.paper.result import Result
+from harness.records.ledger import Ledger
 from harness.registry import get
 from harness.training import Problem, load_problem
-from harness.training.stages import checkpoint_path
+from harness.training.stages import STAGE_SEED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +179,7 @@ def units(source: Source) -> list[str]:
         f"{model}-{stage}"
         for model in MODELS
         for stage in STAGES
-        if stage == "init" or _checkpoint(source, model, stage).is_file()
+        if stage == "init" or _ledger(source).checkpoint(model, stage, STAGE_SEED).is_file()
     ]
 
 
@@ -195,7 +196,7 @@ def forecast(todo: Sequence[str], data_root: Path | None) -> str:
 def measure(unit: str, source: Source, data_root: Path | None) -> dict[str, Any]:
     """Measure the block norms of one model at a stage."""
     name, _, stage = unit.rpartition("-")
-    folder = None if stage == "init" else _checkpoint(source, name, stage).parents[2]
+    folder = None if stage == "init" else _ledger(source).checkpoints
     problem = load_problem(get(name), stage, data_root=data_root, checkpoint_dir=folder)
     blocks = find_blocks(problem.model)
     squares = squared_norms(problem, blocks, num_probes=NUM_PROBES)
@@ -313,8 +314,8 @@ def summarise(records: Mapping[str, dict[str, Any]], source: Source) -> Result:
     return Result({"models": values} if values else {}, figures, tuple(missing))
 
 
-def _checkpoint(source: Source, model: str, stage: str) -> Path:
-    return checkpoint_path(Path(source or ".") / "checkpoints", model, 1, stage)
+def _ledger(source: Source) -> Ledger:
+    return Ledger(Path(source or "."))
 
 
 def _draw_tiny(matrices: Mapping[tuple[int, str], Array]) -> Figure:

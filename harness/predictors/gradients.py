@@ -65,8 +65,7 @@ def gradients_of(problem: Problem, settings: Settings) -> Gradients:
     device, dtype = choose_device(problem.model, settings.device), DTYPES[settings.dtype]
     model = copy.deepcopy(problem.model).to(device=device, dtype=dtype).eval()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    whole = tuple(torch.cat(tensors) for tensors in zip(*problem.batches, strict=True))
-    chunks = tasks.split(whole, -(-problem.batch_size // NUM_CHUNKS))
+    chunks = tasks.split(problem.whole, -(-problem.batch_size // NUM_CHUNKS))
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     squares, terms = 0.0, 0
     with fixed_arithmetic(model):

@@ -18,8 +18,8 @@ from harness.estimator.batches import batch_hash
 from harness.estimator.settings import Settings
 from harness.predictors import FAMILIES, PREDICTORS, Value
 from harness.predictors.curvature import of_blocks, of_full
+from harness.predictors.dummies import of_problem
 from harness.predictors.gradients import of_gradients
-from harness.predictors.problem import of_problem
 from harness.predictors.spectra import of_spectrum
 from harness.records import version
 from harness.records.ledger import Ledger
@@ -34,8 +34,6 @@ SEEDS = (1, 2, 3)
 IMAGES, TOKENS = 512, 8192
 # How much of its value a measure may differ between the halves of the batch.
 STABLE = 0.2
-# Where `harness spectrum --batch-error` keeps the spectra of the halves.
-_FOLDERS = (Path(), Path("halves/first"), Path("halves/second"))
 
 Parts = tuple[dict[str, Value], dict[str, Value], dict[str, Value]]
 
@@ -159,8 +157,8 @@ def _from_store(
     problem: Problem, settings: Settings, ledger: Ledger
 ) -> tuple[Parts, dict[str, Any]]:
     """Measure the spectra that the store has, of whichever batch, and say of which."""
-    ledgers = [Ledger(ledger.folder / folder) for folder in _FOLDERS]
-    found = [stored_rows(problem, settings, some, any_batch=True) for some in ledgers]
+    places = (ledger, *ledger.halves)
+    found = [stored_rows(problem, settings, place, any_batch=True) for place in places]
     whole, first, second = ({} if rows.empty else of_spectrum(rows) for rows in found)
     if not whole:
         return (whole, first, second), _facts(problem)

@@ -34,6 +34,16 @@ class Ledger:
         """The folder of checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def halves(self) -> tuple[Ledger, Ledger]:
+        """What the folder holds of the first and of the second half of batches."""
+        return Ledger(self.folder / "halves" / "first"), Ledger(self.folder / "halves" / "second")
+
+    @property
+    def larger(self) -> Ledger:
+        """What the folder holds of batches larger than a spectrum's."""
+        return Ledger(self.folder / "larger_batch")
+
     def rows(self, table: str, model: str, **columns: Any) -> pd.DataFrame:
         """Return a model's rows of a table, none where there is no file; read once per change.
 

@@ -20,6 +20,9 @@ from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from spectra_db.schema import PROTOCOL_VERSION
 
+# What table `models` has of an entry as it stands there.
+FACTS = ("family", "tier", "task", "source", "licence", "reference")
+
 
 def describe_run(identity: Mapping[str, Any], settings: Settings, command: str) -> dict[str, Any]:
     """Return the row of table `runs`; its id is a hash of what determines the spectra.
@@ -55,8 +58,7 @@ def describe_model(
         num_blocks: Blocks of the entry's partition.
         reason: Why nothing of it is computed, if that is so.
     """
-    same = ("family", "tier", "task", "source", "licence", "reference")
-    return {name: getattr(entry, name) for name in same} | {
+    return {name: getattr(entry, name) for name in FACTS} | {
         "model": entry.name,
         "num_params": num_params,
         "num_blocks": num_blocks,

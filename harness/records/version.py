@@ -16,10 +16,9 @@ from harness.errors import UserError
 from harness.records.ledger import Ledger
 from harness.registry.entry import ModelEntry
 from harness.training.speedup import LENGTHS
-from spectra_db.files import locked, read_notes, write_notes
+from spectra_db.files import NOTES, locked, read_notes, write_notes
 from spectra_db.words import WITH_RULE
 
-FOLDER = "entries"
 # Runs at other rates are runs of the same grid.
 _GRID = ("sgd_lrs", "adamw_lrs", "num_lrs", "extend_grid")
 _CLIMB = ("sgd_lr", "adamw_lr")  # rates at which a climb begins
@@ -127,4 +126,4 @@ def _facts(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _path(out: Path, model: str) -> Path:
-    return out / FOLDER / f"{model}.json"
+    return out / NOTES / f"{model}.json"

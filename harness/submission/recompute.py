@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,25 @@ class Wrong(Exception):  # noqa: N818
     """What a row says of itself is not so."""
 
 
+@dataclass(frozen=True)
+class Means:
+    """What there is to make published results again with.
+
+    Attributes:
+        data_root: Folder of data sets.
+        checkpoint_dir: Folder of checkpoints, which stages after init need; None: there is none.
+        device: Where to compute.
+        deadline: When it must end, in the time of `time.monotonic`.
+    """
+
+    data_root: Path | None = None
+    checkpoint_dir: Path | None = None
+    device: str | None = None
+    deadline: float = math.inf
+
+
 def problem_of(
-    row: dict[Any, Any],
-    entry: ModelEntry,
-    published: pd.DataFrame,
-    data_root: Path | None,
-    checkpoint_dir: Path | None,
+    row: dict[Any, Any], entry: ModelEntry, published: pd.DataFrame, means: Means
 ) -> Problem:
     """Load the row's problem, from weights and data that are provably the published ones.
 
@@ -55,8 +69,7 @@ def problem_of(
         row: Of table `spectra`.
         entry: Its entry.
         published: Rows of table `stages` beside it.
-        data_root: Folder of data sets.
-        checkpoint_dir: Folder of checkpoints.
+        means: Where data and checkpoints lie.
 
     Raises:
         UserError: The data or the weights are not here.
@@ -64,13 +77,13 @@ def problem_of(
     """
     needed = checkpoint_of(entry, row["stage"], row["init_seed"])
     if needed is not None:
-        _check_checkpoint(published, *needed, checkpoint_dir)
+        _check_checkpoint(published, *needed, means.checkpoint_dir)
     problem = load_problem(
         entry,
         row["stage"],
         row["init_seed"],
-        data_root=data_root,
-        checkpoint_dir=checkpoint_dir,
+        data_root=means.data_root,
+        checkpoint_dir=means.checkpoint_dir,
     )
     elsewhere = f"the data here are {problem.data_source}, not {row['data_source']}"
     if batch_hash(problem.batches) != row["batch_hash"]:
@@ -107,31 +120,28 @@ def _check_checkpoint(
         raise Unverifiable(f"the checkpoint of {model} at {stage} here is not the published one")
 
 
-def recompute(
-    row: dict[Any, Any], problem: Problem, device: str | None, deadline: float
-) -> dict[str, Any]:
+def recompute(row: dict[Any, Any], problem: Problem, means: Means) -> dict[str, Any]:
     """Return alphas, betas, nodes and weights of the row's block and probe.
 
     Args:
         row: Of table `spectra`.
         problem: From `problem_of`.
-        device: Where to compute.
-        deadline: When it must end, in the time of `time.monotonic`.
+        means: Where to compute, and until when.
 
     Raises:
         TooLong: By the time of the second product it would end later.
         Unverifiable: Its microbatches don't fit.
         Wrong: The block, the probe's seed or where the recurrence ended is not what the row says.
     """
-    block, settings = _block_of(row, problem), _settings_of(row, device)
+    block, settings = _block_of(row, problem), _settings_of(row, means.device)
     with opened(problem.objective, [block], settings) as hessian:
         if row["norm_mode"] == "train" and hessian.microbatch_size != row["microbatch_size"]:
             raise Unverifiable(f"batch statistics of {row['microbatch_size']} samples don't fit")
         count = block.num_params if row["method"] == "exact" else row["num_steps"]
         _prepare(row, hessian)
-        multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, deadline)
+        multiply = _timed(lambda v: hessian.products([(0, v)])[0], count, means.deadline)
         if row["method"] == "exact":
-            if found := _by_gram(row, hessian, deadline):
+            if found := _by_gram(row, hessian, means.deadline):
                 return found
             for _ in range(min(2, count)):
                 multiply(torch.ones(count, dtype=hessian.dtype, device=hessian.device))

@@ -12,7 +12,7 @@ import pandas as pd
 from harness import tasks
 from harness.errors import UserError, reason_of
 from harness.registry import ModelEntry
-from harness.submission.recompute import TooLong
+from harness.submission.recompute import Means, TooLong
 from harness.submission.verify import Check, runs_of
 from harness.training import train
 from spectra_db.derived import rows_of
@@ -31,12 +31,9 @@ def verify_runs(
     models: Sequence[str],
     find_entry: Callable[[str], ModelEntry],
     num_runs: int,
+    means: Means,
     *,
     seed: int,
-    deadline: float,
-    data_root: Path | None = None,
-    checkpoint_dir: Path | None = None,
-    device: str = "cpu",
 ) -> list[Check]:
     """Repeat some training runs, one of a model, as far as time allows.
 
@@ -45,18 +42,16 @@ def verify_runs(
         models: Whose runs are drawn from.
         find_entry: Name ↦ entry; raises UserError for a name it doesn't know.
         num_runs: Runs at most.
+        means: Where data and the weights lie that entries start from, where to compute, and when
+            the last run must end.
         seed: Draws them.
-        deadline: When the last must end, in the time of `time.monotonic`.
-        data_root: Folder of data sets.
-        checkpoint_dir: Folder of checkpoints, for entries that start from another's weights.
-        device: Where to compute.
     """
     generator = np.random.default_rng(seed)
     checks: list[Check] = []
     for model in generator.permutation(sorted(set(models))).tolist():
         training = rows_of(folder, "training", model)
         runs = runs_of(training)
-        if not runs or len(checks) >= num_runs or time.monotonic() > deadline:
+        if not runs or len(checks) >= num_runs or time.monotonic() > means.deadline:
             continue
         optimizer, lr, run_seed = runs[generator.integers(len(runs))]
         place = (model, "training", "", f"{optimizer} at {lr:g}", run_seed)
@@ -64,16 +59,16 @@ def verify_runs(
         published = training[mine & training["seed"].eq(run_seed)]
         try:
             entry = find_entry(model)
-            data = tasks.of(entry).load(data_root)
+            data = tasks.of(entry).load(means.data_root)
             run = train(
                 entry,
                 data,
                 optimizer=optimizer,
                 lr=lr,
                 seed=run_seed,
-                pretrained_dir=checkpoint_dir,
-                device=device,
-                on_step=_limit(deadline),
+                pretrained_dir=means.checkpoint_dir,
+                device=means.device or "cpu",
+                on_step=_limit(means.deadline),
             )
         except TooLong:
             continue

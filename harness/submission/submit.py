@@ -29,11 +29,13 @@ from harness.errors import UserError, one_line
 from harness.estimator.batches import take
 from harness.records.derived import derived
 from harness.records.ledger import Ledger
+from harness.records.provenance import FACTS
 from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries
 from harness.submission import entry_file, report
+from harness.submission.recompute import Means
 from harness.submission.verify import verify
 from harness.training.problem import load_problem
-from harness.training.stages import STAGE_SEED, checkpoint_path
+from harness.training.stages import STAGE_SEED
 from spectra_db import check, store
 from spectra_db.derived import DERIVED, Derive
 from spectra_db.files import replaced, sha256_of, whole
@@ -45,7 +47,6 @@ NAME = "submission.json"
 VERSION = "0.0.0"  # of the data: not of a release yet
 _FORMAT = 1
 _MOST_BYTES = 1 << 20  # of a submission.json
-_FACTS = ("family", "tier", "task", "source", "reference", "licence")
 
 
 def assemble(
@@ -128,11 +129,12 @@ def tables_of(folder: Path) -> tuple[Path, Path]:
     Raises:
         UserError: It is a submission with problems.
     """
+    checkpoints = Ledger(folder).checkpoints
     if read(folder) is None:
-        return folder, folder / "checkpoints"
+        return folder, checkpoints
     if found := problems(folder):
         raise UserError(f"{found[0]}; problems: {len(found)}")
-    return folder / "data", folder / "checkpoints"
+    return folder / "data", checkpoints
 
 
 def check_registry(folder: Path, registry: Path | None) -> None:
@@ -198,7 +200,7 @@ def _check_tables(
         raise UserError(f"{entry.name} has status {row['status']}: {row['reason']}")
     # What the pretraining decides are values alone.
     problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
-    facts = {name: getattr(entry, name) for name in _FACTS}
+    facts = {name: getattr(entry, name) for name in FACTS}
     facts["num_params"] = sum(p.numel() for p in problem.model.parameters())
     found = problem.blocks(entry.partition)
     facts["num_blocks"] = len(found)
@@ -243,8 +245,8 @@ def _check_product(
     if row["method"] != "exact":
         first = {name: row[name][:1] for name in ("alphas", "betas")}
         row |= first | {"num_steps": 1, "nodes": first["alphas"], "weights": np.ones(1)}
-    stages, beside = optional("stages", source), source / "checkpoints"
-    found = verify(row, entry, stages, data_root=data_root, checkpoint_dir=beside)
+    means = Means(data_root, Ledger(source).checkpoints)
+    found = verify(row, entry, optional("stages", source), means)
     if found.outcome == "deviates":
         raise UserError(
             f"{source} holds another {entry.name}: a row of {row['block']} is not what the entry "
@@ -281,9 +283,10 @@ def _write_entry(entry: ModelEntry, registry: Path | None, code: list[Path], fol
 
 def _copy_checkpoints(entry: ModelEntry, source: Path, staging: Path) -> None:
     """Copy the weights that table `stages` lists, as far as they are there and are those."""
-    for row in Ledger(source).rows("stages", entry.name).to_dict("records"):
-        name = checkpoint_path("checkpoints", entry.name, row["seed"], row["stage"])
-        original, copy = source / name, staging / name
+    ledger, ours = Ledger(source), Ledger(staging)
+    for row in ledger.rows("stages", entry.name).to_dict("records"):
+        of = entry.name, row["stage"], row["seed"]
+        original, copy = ledger.checkpoint(*of), ours.checkpoint(*of)
         if original.is_file() and sha256_of(original) == row["checkpoint_sha256"]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, copy)

@@ -19,6 +19,7 @@ from harness.records.derived import derived
 from harness.registry import ModelEntry
 from harness.submission import locate
 from harness.submission.recompute import (
+    Means,
     TooLong,
     Wrong,
     checkpoint_of,
@@ -95,11 +96,7 @@ def verify(
     row: dict[Any, Any],
     entry: ModelEntry,
     stages: pd.DataFrame,
-    *,
-    data_root: Path | None = None,
-    checkpoint_dir: Path | None = None,
-    device: str | None = None,
-    deadline: float = float("inf"),
+    means: Means,
 ) -> Check:
     """Recompute one row of table `spectra` and compare.
 
@@ -110,10 +107,7 @@ def verify(
         row: The published row.
         entry: Its entry.
         stages: Rows of table `stages` published beside it; they have the checkpoints' sha256.
-        data_root: Folder of data sets.
-        checkpoint_dir: Folder of checkpoints; stages after init need theirs.
-        device: Where to compute.
-        deadline: When it must end, in the time of `time.monotonic`.
+        means: Where data and checkpoints lie, where to compute, and until when.
 
     Raises:
         TooLong: By the time of its second product it would end later.
@@ -121,12 +115,12 @@ def verify(
     try:
         if wrong_rules(pd.DataFrame([row])).any():
             raise Wrong("the rule is not that of its alphas and betas")
-        problem = problem_of(row, entry, stages, data_root, checkpoint_dir)
-        other = recompute(row, problem, device, deadline)
+        problem = problem_of(row, entry, stages, means)
+        other = recompute(row, problem, means)
         found = rules.compare(row | other, row)
         if not found.is_explained:  # are products of this network further off than most are?
             with suppress(UserError, RuntimeError):  # float64 is not everywhere: then it stays
-                off = product_error(row, problem, device)
+                off = product_error(row, problem, means.device)
                 found = rules.compare(row | other, row, product_error=off)
     except TooLong:
         raise
@@ -165,33 +159,28 @@ def verify_sample(
     rows: pd.DataFrame,
     stages: pd.DataFrame,
     find_entry: Callable[[str], ModelEntry],
+    means: Means,
     *,
-    budget: float,
-    data_root: Path | None = None,
-    checkpoint_dir: Path | None = None,
-    device: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Check]:
-    """Verify rows one after another; give up those that would not end within the budget.
+    """Verify rows one after another; give up those that would not end before the deadline.
+
+    What a row takes follows from its second product here.
 
     Args:
         rows: Rows of table `spectra`, as `sample_rows` returns them.
         stages: Table `stages` beside them.
         find_entry: Name ↦ entry; raises UserError for a name it doesn't know.
-        budget: Seconds. What a row takes follows from its second product here.
-        data_root: Folder of data sets.
-        checkpoint_dir: Folder of checkpoints.
-        device: Where to compute.
+        means: As `verify`.
         on_progress: Called with (rows done, rows in all).
 
     Returns:
         One check per row that was not given up, in the order of the rows.
     """
-    deadline = time.monotonic() + budget
     checks = []
     for done, row in enumerate(rows.to_dict("records")):
         on_progress(done, len(rows))
-        if time.monotonic() > deadline:
+        if time.monotonic() > means.deadline:
             break
         try:
             entry = find_entry(row["model"])
@@ -199,14 +188,8 @@ def verify_sample(
             checks.append(_check(row, "unverifiable", reason=str(error)))
             continue
         mine = stages[stages["model"].isin([entry.name, entry.pretrained])]
-        where: dict[str, Any] = {
-            "data_root": data_root,
-            "checkpoint_dir": checkpoint_dir,
-            "device": device,
-            "deadline": deadline,
-        }
         with suppress(TooLong):
-            checks.append(verify(row, entry, mine, **where))
+            checks.append(verify(row, entry, mine, means))
     on_progress(len(rows), len(rows))
     return checks
 

@@ -99,8 +99,7 @@ def train(
     """
     if entry.recipe is None:
         raise UserError(f"model {entry.name!r} has no training recipe: only its init stage exists")
-    if optimizer not in OPTIMIZERS:
-        raise UserError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+    check_optimizer(optimizer)
     started = time.perf_counter()
     recipe = entry.recipe
     task = tasks.of(entry)
@@ -114,7 +113,6 @@ def train(
 
     values = _measured(0, "train", init_loss, init_score)
     stage_rows: list[dict[str, Any]] = []
-    scored = has_test_score(task, data)
     stage_at: dict[str, int] = {}
     kept: AbstractContextManager[Path] = nullcontext(Path())
     if optimizer == "adamw" and checkpoint_dir is not None:
@@ -125,11 +123,10 @@ def train(
     def keep_stages(step: int, loss: float) -> None:
         """Save the stages that fall on this step (in a tiny budget, two may)."""
         for stage in [name for name, at in stage_at.items() if at == step and math.isfinite(loss)]:
-            score = evaluate_test(task, model, data, recipe, device)[1] if scored else None
             row = checkpoints.keep(
                 model, folder, entry,
-                metric=score, stage=stage, step=step, loss=loss,
-                optimizer=optimizer, lr=lr, seed=seed,
+                metric=score_of_test(task, model, data, recipe, device),
+                stage=stage, step=step, loss=loss, optimizer=optimizer, lr=lr, seed=seed,
             )  # fmt: skip
             stage_rows.append(row)
 
@@ -233,6 +230,12 @@ def updates(
         yield loss.detach()
 
 
+def check_optimizer(name: str) -> None:
+    """Raise unless there is an optimizer of that name."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+
+
 @contextmanager
 def running(model: nn.Module, seed: int, device: str) -> Iterator[None]:
     """Seed what draws from the global generator (dropout), and fix the arithmetic of a device.
@@ -281,11 +284,6 @@ def evaluate(task: Task, model: nn.Module, batch: Batch, chunk: int) -> tuple[fl
     return loss, sum(known) / sum(sizes) if known else None
 
 
-def has_test_score(task: Task, data: Data) -> bool:
-    """Tell whether there is an accuracy on the test split."""
-    return task.metric == "accuracy" and task.size(data, "test") > 0
-
-
 def evaluate_test(
     task: Task, model: nn.Module, data: Data, recipe: Recipe | SpeedupRecipe, device: str
 ) -> tuple[float, float | None]:
@@ -295,6 +293,15 @@ def evaluate_test(
         size = min(size, recipe.eval_size)
     batch = to_device(task.fixed(data, "test", size), device)
     return evaluate(task, model, batch, EVALUATION_FACTOR * recipe.batch_size)
+
+
+def score_of_test(
+    task: Task, model: nn.Module, data: Data, recipe: Recipe | SpeedupRecipe, device: str
+) -> float | None:
+    """Return the accuracy on the test split, None where there is none."""
+    if task.metric != "accuracy" or not task.size(data, "test"):
+        return None
+    return evaluate_test(task, model, data, recipe, device)[1]
 
 
 def _measured(

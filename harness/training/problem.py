@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from harness import tasks
@@ -62,6 +63,11 @@ class Problem:
         """What is differentiated."""
         count = self.task.count_of(self.batches)
         return Objective(self.model, self.loss_fn, self.batches, count)
+
+    @property
+    def whole(self) -> Batch:
+        """The Hessian batch in one piece."""
+        return tuple(torch.cat(tensors) for tensors in zip(*self.batches, strict=True))
 
     def blocks(self, partition: str) -> list[Block]:
         """Return the blocks of the model."""

@@ -44,7 +44,14 @@ _REACH = 3.0  # how far y is searched for the ends of the interval
 
 @dataclass(frozen=True)
 class Trial:
-    """A training run to be done."""
+    """A training run to be done.
+
+    Attributes:
+        optimizer: "sgd" or "adamw".
+        num_steps: Of the whole schedule.
+        lr: Peak learning rate.
+        seed: Of the initialisation and the order of the data.
+    """
 
     optimizer: str
     num_steps: int

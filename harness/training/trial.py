@@ -26,18 +26,18 @@ from harness.tasks.base import Batch, Data, Task, target_entropy
 from harness.training import checkpoints
 from harness.training.loop import (
     EVALUATION_FACTOR,
+    check_optimizer,
     evaluate,
-    evaluate_test,
-    has_test_score,
     running,
+    score_of_test,
     to_device,
     updates,
 )
 from harness.training.reference import reference_loss
 from harness.training.schedule import learning_rate
+from harness.training.speedup import Trial
 from harness.training.stages import folder_of
 from spectra_db.schema import VERSIONS
-from spectra_db.words import OPTIMIZERS
 
 WARMUP, FINAL_FRACTION = 0.05, 0.01
 NUM_EVALUATIONS = 16
@@ -48,11 +48,8 @@ NUM_LOOKS = 64  # how often a run looks whether it has diverged
 def run_trial(
     entry: ModelEntry,
     data: Data,
+    trial: Trial,
     *,
-    optimizer: str,
-    lr: float,
-    seed: int,
-    num_steps: int,
     checkpoint_dir: Path | None = None,
     keep: bool = False,
     device: str = "cpu",
@@ -63,10 +60,7 @@ def run_trial(
     Args:
         entry: What to train, with a `speedup` recipe.
         data: The entry's data.
-        optimizer: "sgd" or "adamw".
-        lr: Peak learning rate.
-        seed: Of the initialisation and the order of the data.
-        num_steps: Steps of the whole schedule.
+        trial: Which run of it.
         checkpoint_dir: Where the weights lie that a pretrained entry starts from, and are kept.
         keep: Save the final weights there.
         device: Where to compute.
@@ -82,8 +76,8 @@ def run_trial(
     recipe = entry.speedup
     if recipe is None:
         raise UserError(f"model {entry.name!r} has no speedup recipe: it has no trials")
-    if optimizer not in OPTIMIZERS:
-        raise UserError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+    check_optimizer(trial.optimizer)
+    num_steps, seed = trial.num_steps, trial.seed
     begun, begun_cpu = time.perf_counter(), time.process_time()
     task = tasks.of(entry)
     whole = task.training_subset(data, recipe.eval_size)
@@ -100,14 +94,14 @@ def run_trial(
 
     rate_at = partial(
         learning_rate,
-        peak=lr,
+        peak=trial.lr,
         warmup_steps=round(WARMUP * num_steps),
         num_steps=num_steps,
         final_fraction=FINAL_FRACTION,
     )
     steps = updates(
         model, task, data, recipe,
-        optimizer=optimizer, rate_at=rate_at, num_steps=num_steps, seed=seed, device=device,
+        optimizer=trial.optimizer, rate_at=rate_at, num_steps=num_steps, seed=seed, device=device,
     )  # fmt: skip
     looks = max(1, num_steps // NUM_LOOKS)
     due = {round(num_steps * i / NUM_EVALUATIONS) for i in range(1, NUM_EVALUATIONS + 1)}
@@ -130,19 +124,15 @@ def run_trial(
     diverged = not loss <= curve[0]
     kept = []
     if keep and not diverged:
-        scored = has_test_score(task, data)
         stage_row = checkpoints.keep(
             model, folder_of(checkpoint_dir or ".", entry.name, seed), entry,
-            metric=evaluate_test(task, model, data, recipe, device)[1] if scored else None,
-            stage="final", step=num_steps, loss=loss, optimizer=optimizer, lr=lr, seed=seed,
+            metric=score_of_test(task, model, data, recipe, device),
+            stage="final", step=num_steps, loss=loss,
+            optimizer=trial.optimizer, lr=trial.lr, seed=seed,
         )  # fmt: skip
         kept.append(stage_row)
-    row = {
+    row = vars(trial) | {
         "model": entry.name,
-        "optimizer": optimizer,
-        "num_steps": num_steps,
-        "lr": lr,
-        "seed": seed,
         "protocol_version": VERSIONS["trials"],
         "init_loss": curve[0],
         "target_entropy": entropy,

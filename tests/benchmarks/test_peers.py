@@ -7,15 +7,16 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import peers
-from benchmarks.cases import entry, whole
+from benchmarks.cases import entry
 from harness import tasks
 from harness.registry import get
 from harness.training import load_problem
 
 
 def test_a_model_of_the_registry_comes_with_its_hessians_batch_in_one_piece():
-    [batch] = load_problem(get("gpt-pydoc")).batches
-    again = whole(tasks.split(batch, 10))
+    problem = load_problem(get("gpt-pydoc"))
+    [batch] = problem.batches
+    again = problem.on(tasks.split(batch, 10)).whole
     for found in (entry("gpt-pydoc").batch, again):
         for tensor, expected in zip(found, batch, strict=True):
             torch.testing.assert_close(tensor, expected, rtol=0, atol=0)

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 import spectra_db
 from harness.cli import main
 from harness.registry import get
+from harness.submission.recompute import Means
 from harness.submission.verify import verify
 from spectra_db.gauss_newton import ggn_share
 
@@ -314,4 +315,4 @@ def test_exact_spectra_of_both_operators_stand_side_by_side_and_verify(tmp_path)
     entry = get("mine", registry_dir=tmp_path / "registry")
     for row in rows[rows["num_params"] == rows["num_params"].max()].to_dict("records"):
         assert len(row["nodes"]) < row["num_params"]
-        assert verify(row, entry, rows[:0]).outcome == "agrees"
+        assert verify(row, entry, rows[:0], Means()).outcome == "agrees"

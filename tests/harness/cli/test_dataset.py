@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from harness.campaign.unfinished import unfinished
 from harness.cli import main
 from harness.errors import UserError
-from harness.leaderboard.derived import derived_of_release
+from harness.leaderboard.board import derived_of_release
 from harness.records.derived import derived
 from harness.registry import get
 from spectra_db import store

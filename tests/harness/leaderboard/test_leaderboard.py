@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import spectra_db
 from harness.cli import main
 from harness.leaderboard import report, statistics, tables
-from harness.leaderboard.derived import derive, leaderboard
+from harness.leaderboard.board import derive, leaderboard
 from harness.leaderboard.export import export
 from harness.leaderboard.model_page import charts
 from harness.leaderboard.ranking import ranking

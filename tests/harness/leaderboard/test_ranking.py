@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from harness import registry
 from harness.cli import main
-from harness.leaderboard import entries, evidence, preview, ranking
+from harness.leaderboard import evidence, preview, ranking, standings
 from harness.leaderboard.verdict import NOTHING, SUPPORTS
 from harness.predictors import PREDICTORS
 from harness.registry import ranked
@@ -124,7 +124,7 @@ def test_a_pair_says_what_it_waits_for_and_whose_interval_has_no_bounds(folder, 
     unbounded = speedup_row("barcodes-vit", 0.1, ci_low=None, ci_high=None, adam_needed="unclear")
     store.write(tmp_path, "speedups", [unbounded])
     (tmp_path / "speedups" / "bpe-bert.parquet").unlink()
-    rows = {row["pair"]: row for row in entries.pair_table(ranking.ranking(tmp_path))}
+    rows = {row["pair"]: row for row in standings.pair_table(ranking.ranking(tmp_path))}
     assert rows.keys() == {name for name, *_ in ranked.PAIRS}
     assert rows["gpt or bert"]["outcome"] == "waits for training runs"
     assert [row["outcome"] for row in rows.values() if "barcodes-vit" in row["outcome"]] == [
@@ -133,16 +133,16 @@ def test_a_pair_says_what_it_waits_for_and_whose_interval_has_no_bounds(folder, 
 
 
 def test_a_picture_draws_j_once_it_is_known_of_all_ranked_entries(found, tmp_path):
-    whole = entries.standings(found)
-    assert {row["model"] for row in entries.points(whole)} == {
+    whole = standings.of_entries(found)
+    assert {row["model"] for row in standings.points(whole)} == {
         entry.name for entry in registry.entries("ranked")
     }
     for row in whole:
         if row["model"] == "cifar-vit":
             row["J"] = None
-    assert entries.points(whole) == []
-    for standings in (whole, []):
-        preview.draw(tmp_path / "verdict.png", standings)
+    assert standings.points(whole) == []
+    for shown in (whole, []):
+        preview.draw(tmp_path / "verdict.png", shown)
         assert (tmp_path / "verdict.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -157,14 +157,14 @@ def test_ends_without_a_bound_and_bounds_are_said(tmp_path):
             speedup_row("cifar-mlp", -0.001, ci_low=-0.3, ci_high=-0.002),
         ],
     )
-    standings = entries.standings(ranking.ranking(tmp_path))
-    assert {row["model"]: row["speedup"] for row in standings if not row["reason"]} == {
+    shown = standings.of_entries(ranking.ranking(tmp_path))
+    assert {row["model"]: row["speedup"] for row in shown if not row["reason"]} == {
         "bpe-gpt": "> 2.00 [1.50, ∞]",
         "cifar-mlp": "0.00 [−0.30, 0.00]",
         "cifar-vit": "1.00 [−∞, ∞]",
         "softmax-balanced": "< −2.00 [−∞, −1.50]",
     }
-    preview.draw(tmp_path / "verdict.png", standings)
+    preview.draw(tmp_path / "verdict.png", shown)
     assert "> 2.00 [1.50, ∞]" in CliRunner().invoke(main, ["verdict", "--source", tmp_path]).output
 
 

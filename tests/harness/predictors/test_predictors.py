@@ -24,8 +24,8 @@ from harness.predictors.curvature import (
     row_norms,
     sharpness,
 )
+from harness.predictors.dummies import label_imbalance, of_problem
 from harness.predictors.gradients import density, gini, gradients_of, noise_share, of_gradients
-from harness.predictors.problem import label_imbalance, of_problem
 from harness.registry import get
 from harness.training import Problem
 from tests.harness.estimator import models

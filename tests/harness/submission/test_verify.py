@@ -19,6 +19,7 @@ from harness.estimator.operators import opened
 from harness.estimator.settings import Settings
 from harness.estimator.spectrum import gathered, rules
 from harness.registry import ModelEntry, get
+from harness.submission.recompute import Means
 from harness.submission.retrain import compare_runs, verify_runs
 from harness.submission.verify import at_hand, sample_rows, verify, verify_sample
 from harness.training import load_problem
@@ -52,7 +53,8 @@ def rows_of(folder: Path, **only: object) -> pd.DataFrame:
 
 def check_of(folder: Path, row: dict, **changes: object):
     stages = spectra_db.load("stages", source=folder)
-    return verify(row | changes, get("cnn-digits"), stages, checkpoint_dir=folder / "checkpoints")
+    means = Means(checkpoint_dir=folder / "checkpoints")
+    return verify(row | changes, get("cnn-digits"), stages, means)
 
 
 def test_rows_of_every_kind_and_stage_agree_to_the_last_bit_on_the_machine_that_made_them(folder):
@@ -60,7 +62,7 @@ def test_rows_of_every_kind_and_stage_agree_to_the_last_bit_on_the_machine_that_
     assert set(rows["method"]) == {"slq", "exact"}
     assert set(rows["stage"]) == {"init", "final"}
     stages = spectra_db.load("stages", source=folder)
-    checks = verify_sample(rows, stages, get, budget=1e9, checkpoint_dir=folder / "checkpoints")
+    checks = verify_sample(rows, stages, get, Means(checkpoint_dir=folder / "checkpoints"))
     assert len(checks) == len(rows)
     assert {check.outcome for check in checks} == {"agrees"}
     assert max(check.deviation for check in checks) < 1e-6
@@ -113,9 +115,9 @@ def of_scaled_outputs(scale: float) -> tuple[ModelEntry, list[dict]]:
 def test_of_networks_whose_products_round_more_as_much_is_allowed(scale, mine, other):
     entry, [row, second] = of_scaled_outputs(scale)
     stages = pd.DataFrame(columns=["model", "stage", "seed", "optimizer"])
-    check = verify(row, entry, stages)
+    check = verify(row, entry, stages, Means())
     assert check.outcome == mine
-    passed_off = verify(row | {name: second[name] for name in LISTS}, entry, stages)
+    passed_off = verify(row | {name: second[name] for name in LISTS}, entry, stages, Means())
     assert passed_off.outcome == other
 
 
@@ -137,7 +139,7 @@ def test_any_probe_by_differences_agrees_with_itself():
     stages = pd.DataFrame(columns=["model", "stage", "seed", "optimizer"])
     for row in rows.to_dict("records"):
         lists = {name: np.array(row[name]) for name in LISTS}
-        check = verify(row | lists, problem.entry, stages)
+        check = verify(row | lists, problem.entry, stages, Means())
         assert (check.outcome, check.reason) == ("agrees", None)
         assert check.deviation < 1e-6
 
@@ -225,14 +227,15 @@ def test_a_row_s_time_follows_from_its_products_here_not_from_what_it_says(folde
     monkeypatch.setattr("harness.submission.verify.time.monotonic", lambda: float(next(clock)))
     rows = rows_of(folder, stage="init", method="slq").assign(seconds=0.0, num_steps=10**9)
     stages = spectra_db.load("stages", source=folder)
-    assert verify_sample(rows.head(2), stages, get, budget=10**8) == []
+    means = Means(deadline=10**8)
+    assert verify_sample(rows.head(2), stages, get, means) == []
     rows = rows_of(folder, stage="init", method="slq").assign(seconds=np.inf)
-    assert len(verify_sample(rows.head(1), stages, get, budget=10**8)) == 1
+    assert len(verify_sample(rows.head(1), stages, get, means)) == 1
 
 
 def test_a_training_run_repeats_and_another_curve_deviates(folder):
     def repeated(deadline=float("inf")):
-        return verify_runs(folder, ["cnn-digits"], get, 1, seed=0, deadline=deadline)
+        return verify_runs(folder, ["cnn-digits"], get, 1, Means(deadline=deadline), seed=0)
 
     [check] = repeated()
     assert (check.outcome, check.stage, check.block) == ("agrees", "training", "adamw at 0.003")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from harness.tasks.base import target_entropy
 from harness.training import checkpoints, stages
 from harness.training.loop import evaluate_test
 from harness.training.reference import reference_loss
+from harness.training.speedup import Trial
 from harness.training.trial import renew_batch_norm, run_trial
 
 RECIPE = SpeedupRecipe(num_steps=32, batch_size=32, sgd_lr=0.1, adamw_lr=1e-2, eval_size=256)
@@ -29,13 +31,8 @@ def data():
     return tasks.get("digits").load()
 
 
-def run(entry, data, **changes):
-    asked = {"optimizer": "sgd", "lr": 0.1, "seed": 1, "num_steps": 32} | changes
-    return run_trial(entry, data, **asked)
-
-
 def trial(entry, data, **changes):
-    row, kept = run(entry, data, **changes)
+    row, kept = run_trial(entry, data, replace(Trial("sgd", 32, 0.1, seed=1), **changes))
     assert not kept
     return row
 
@@ -116,8 +113,8 @@ def test_looking_at_the_loss_changes_nothing_of_the_training(entry, data, monkey
 
 
 def test_the_weights_that_others_start_from_are_kept(entry, data, tmp_path):
-    asked = {"optimizer": "adamw", "lr": 1e-2, "checkpoint_dir": tmp_path, "keep": True}
-    row, [kept] = run(entry, data, **asked)
+    asked = Trial("adamw", 32, 1e-2, seed=1)
+    row, [kept] = run_trial(entry, data, asked, checkpoint_dir=tmp_path, keep=True)
     model = entry.build(data.model_options, 9)
     path = stages.checkpoint_path(tmp_path, entry.name, 1, "final")
     facts = checkpoints.load(model, path, sha256=kept["checkpoint_sha256"], entry=entry)

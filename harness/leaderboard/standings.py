@@ -18,7 +18,7 @@ FILES = tuple(f"{table}/*.parquet" for table in ("models", "speedups", "predicto
 _WORDS = {p.name: p.what for p in PREDICTORS} | {"J": "JS⁰ of raw eigenvalues (J)"}
 
 
-def standings(found: Ranking) -> list[dict[str, Any]]:
+def of_entries(found: Ranking) -> list[dict[str, Any]]:
     """Return what the first page shows of each entry, the largest speed-up first.
 
     Entries that are not complete have no y and say why as `reason`. An end of an interval that is

@@ -20,9 +20,9 @@ from harness.estimator.operators import block_hessian
 from harness.estimator.prepare import on_few
 from harness.estimator.settings import Settings
 
-# Operations, of products in float32, that take as long as the eigenvalues of a matrix of one row
-# in float64, times the cube of its rows (measured at 500 to 3,000 rows of one core).
-_EIGENVALUES = 12
+# The eigenvalues of a matrix of r rows in float64 take as long as 4 r³ operations of products of
+# small models in float32 (one core, 2,000 and 3,000 rows).
+_EIGENVALUES = 4
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
         costs["moments"] = larger.forecast(few)
         counts["moments"] = 1
     per_sample = costs[entry.partition].pass_flops / problem.batch_size
-    runs, samples = training_of(entry)
+    runs, samples = runs_of(entry)
     training = per_sample * samples
     return Survey(
         entry,
@@ -113,7 +113,7 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
     )
 
 
-def training_of(entry: ModelEntry) -> tuple[int, float]:
+def runs_of(entry: ModelEntry) -> tuple[int, float]:
     """Return how many runs an entry trains if none is done yet, and the samples that all see.
 
     Of a sample seen a pass forward and backward; forward alone is a third of it.

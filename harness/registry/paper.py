@@ -45,14 +45,13 @@ _GPT2_RECIPE = Recipe(
     warmup_steps=2000,
     eval_size=128,
 )
-# The low end of 30 to 40 steps, or on a larger batch a third of it: blocks this large need fewer
-# than small ones (docs/accuracy.md).
+# The low end of 30 to 40 steps: blocks this large need fewer than small ones (docs/accuracy.md).
 _PAPER_TIER: dict[str, Any] = {"tier": "paper", "num_steps": 30}
 _IMAGENET: dict[str, Any] = {
     **_PAPER_TIER,
     "task": "imagenet",
     "hessian_batch_size": 16,
-    "num_steps": 10,
+    "num_steps": 10,  # for four times the images; what that costs is in docs/dataset.md
     "recipe": _IMAGENET_RECIPE,
 }
 _GPT2_124M: dict[str, Any] = {

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from harness.campaign.survey import training_of
+from harness.campaign.survey import runs_of
 from harness.errors import UserError
 from harness.estimator import Block
 from harness.estimator.batches import Batch, take
@@ -324,7 +324,7 @@ def cost(s: Subject) -> str:
         )
     flops = sum(cost.flops * len(stages[partition]) for partition, cost in costs.items())
     pass_flops = costs[entry.partition].pass_flops / entry.hessian_batch_size
-    _, samples = training_of(entry)
+    _, samples = runs_of(entry)
     flops += round(samples * pass_flops)
     speed = _speed(s, pass_flops)
     return (

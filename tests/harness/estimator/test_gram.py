@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from harness import SplitLoss, estimate_spectra
 from harness.errors import UserError
-from harness.estimator import gram
+from harness.estimator import gram, gram_matrix
 from harness.estimator.blocks import find_blocks
 from harness.estimator.checks import fixed_arithmetic
 from spectra_db import store
@@ -134,9 +134,9 @@ def test_layers_of_any_shape_have_the_eigenvalues_of_their_dense_blocks(kind, pl
         torch.manual_seed(2)
         model = kind().double()
     if not places:  # the other way to the same matrix
-        monkeypatch.setattr(gram, "_add_by_places", None)
-        monkeypatch.setattr(gram, "_CHUNK", 1 << 7)
-        monkeypatch.setattr(gram, "_pays_by_places", lambda *_: False)
+        monkeypatch.setattr(gram_matrix, "_add_by_places", None)
+        monkeypatch.setattr(gram_matrix, "CHUNK", 1 << 7)
+        monkeypatch.setattr(gram_matrix, "_pays_by_places", lambda *_: False)
     rows = estimate_spectra(model, CROSS_ENTROPY, split(batch, [4, 2]), **OPTIONS)
     assert set(rows["method"]) == {"exact"}
     hessian = block_hessian(model, cross_entropy, [batch], find_blocks(model))

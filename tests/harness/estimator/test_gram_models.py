@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from harness import SplitLoss, estimate_spectra
 from harness.errors import UserError
-from harness.estimator import gram
+from harness.estimator import gram, gram_matrix
 from harness.estimator.blocks import find_blocks
 from harness.estimator.cost import forecast
 from harness.estimator.objective import Objective
@@ -218,7 +218,7 @@ def test_a_forecast_counts_the_passes_of_the_rows_in_place_of_products(name):
 
 
 def test_progress_is_told_by_rows(monkeypatch):
-    monkeypatch.setattr(gram, "_TOGETHER", 2)
+    monkeypatch.setattr(gram_matrix, "_TOGETHER", 2)
     model, batch = net("cnn")
     told = []
     objective = Objective(model, CROSS_ENTROPY, [batch])
@@ -231,7 +231,7 @@ def test_progress_is_told_by_rows(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
 def test_matrices_by_places_are_those_of_rows_that_are_written_out(chunk, monkeypatch):
-    monkeypatch.setattr(gram, "_CHUNK", chunk)
+    monkeypatch.setattr(gram_matrix, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     factors = [  # pieces of unlike ranks and places
         (torch.randn(k, p, 4, generator=generator), torch.randn(p, 5, generator=generator))
@@ -239,5 +239,5 @@ def test_matrices_by_places_are_those_of_rows_that_are_written_out(chunk, monkey
     ]
     A = torch.cat([torch.einsum("kpo,pi->koi", U, X).flatten(1) for U, X in factors]).double()
     total = torch.zeros(len(A), len(A), dtype=torch.float64)
-    gram._add_by_places(total, factors)
+    gram_matrix._add_by_places(total, factors)
     torch.testing.assert_close(total.tril(), (A @ A.T).tril(), rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -172,6 +173,14 @@ class Task(ABC):
         """Return the mean loss over exactly `num_terms(batch)` terms, a scalar tensor."""
         return self.loss_of(self.logits(model, batch), batch)
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return what `criterion` takes: the logits, or those of them that the loss depends on."""
+        return self.logits(model, batch)
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss, given the outputs."""
+        return self.loss_of(outputs, batch)
+
     def _checked_size(self, data: Data, split: str, size: int) -> int:
         """Return the number of samples of a split, or say that `size` is not available."""
         count = self.size(data, split)
@@ -229,6 +238,74 @@ class SomeTokens(Task):
     def num_terms(self, batch: Batch) -> int:
         """Count the targets that are not -100."""
         return int((batch[1] != IGNORED).sum())
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits of the tokens to predict, (B, n, V), n the most of one sequence.
+
+        Of a large vocabulary most of a product is the last layer. Where transformers says which it
+        is, it runs for these tokens alone.
+        """
+        if not self._predicts_targets:
+            return super().outputs(model, batch)
+        places = _places(batch[1])
+        if model not in _runs_for_some:
+            _runs_for_some[model] = self._head_runs_for_some(model, batch)
+        if not _runs_for_some[model]:
+            return _at(places, self.logits(model, batch))
+        with _only_at(places, model.get_output_embeddings()):
+            return self.logits(model, batch)
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss, given the logits of the tokens to predict."""
+        if self._predicts_targets:
+            batch = (batch[0], batch[1].gather(1, _places(batch[1])))
+        return super().criterion(outputs, batch)
+
+    @property
+    def _predicts_targets(self) -> bool:
+        """Whether the loss is of the targets alone, as long as nobody has put another there."""
+        return type(self).loss_of is SomeTokens.loss_of
+
+    @torch.no_grad()
+    def _head_runs_for_some(self, model: nn.Module, batch: Batch) -> bool:
+        """Tell whether the last layer is known, and gives the same logits for some tokens alone."""
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if not isinstance(head, nn.Linear):
+            return False
+        places = _places(batch[1])
+        expected = _at(places, self.logits(model, batch))
+        with _only_at(places, head):
+            found = self.logits(model, batch)
+        # Nothing can be seen of a head that is zero.
+        scale = float(expected.abs().max())
+        is_same = scale > 0 and found.shape == expected.shape
+        return is_same and torch.allclose(found, expected, rtol=0, atol=1e-3 * scale)
+
+
+# Models whose outputs have been seen: whether their last layer runs for some tokens alone.
+_runs_for_some: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _places(targets: Tensor) -> Tensor:
+    """Return the positions of the targets, (B, n); where a sequence has fewer, others follow."""
+    is_target = targets != IGNORED
+    most = int(is_target.sum(1).max())
+    return is_target.sort(dim=1, descending=True, stable=True).indices[:, :most]
+
+
+def _at(places: Tensor, values: Tensor) -> Tensor:
+    """Return values (B, T, C) at positions (B, n)."""
+    return values.take_along_dim(places.unsqueeze(2), 1)
+
+
+@contextmanager
+def _only_at(places: Tensor, layer: nn.Module) -> Iterator[None]:
+    """Let a layer of (B, T, C) take the positions (B, n) alone."""
+    hook = layer.register_forward_pre_hook(lambda _, inputs: (_at(places, inputs[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # Models whose forward has been seen: whether it gives all logits only if it gets targets.

@@ -157,7 +157,7 @@ def load_problem(
         stage=stage,
         model=model,
         # A loss that a task of someone's own defines has no parts.
-        loss_fn=SplitLoss(task.logits, task.loss_of) if type(task).loss is Task.loss else task.loss,
+        loss_fn=SplitLoss(task.outputs, task.criterion) if type(task).loss is Task.loss else task.loss,
         batches=batches,
         task=task,
         step=step,

@@ -152,12 +152,13 @@ def load_problem(
     batch = task.fixed(data, "train", batch_size or entry.hessian_batch_size)
     microbatch_size = min(entry.microbatch_size or len(batch[0]), len(batch[0]))
     batches = tasks.split(batch, microbatch_size)
+    # A loss that a task of someone's own defines has no parts.
+    is_split = type(task).loss is Task.loss
     return Problem(
         entry=entry,
         stage=stage,
         model=model,
-        # A loss that a task of someone's own defines has no parts.
-        loss_fn=SplitLoss(task.outputs, task.criterion) if type(task).loss is Task.loss else task.loss,
+        loss_fn=SplitLoss(task.outputs, task.criterion) if is_split else task.loss,
         batches=batches,
         task=task,
         step=step,

@@ -4,12 +4,20 @@ import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.autograd.functional import hessian
+from torch.func import functional_call
+from torch.nn import functional
 
 from harness import tasks
 from harness.errors import UserError
+from harness.estimator.objective import SplitLoss
+from harness.estimator.spectrum import estimate_spectra
 from harness.tasks.base import IGNORED, target_entropy
+from harness.tasks.masked import MaskedBooks
 from harness.tasks.tokenizers import BytePairs, Characters, Gpt2, Words
 
 
@@ -240,6 +248,123 @@ def test_a_transformers_output_gives_up_its_logits(dialogue) -> None:
 
     loss = task.loss(Wrapped(), task.fixed(data, "train", 3))
     assert loss.item() == pytest.approx(torch.tensor(500.0).log().item())
+
+
+class Tagger(nn.Module):
+    """Hidden states by an embedding and a square layer, logits by a head that may be told."""
+
+    def __init__(self, *, is_told: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.square = nn.Embedding(100, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 100)
+        self.seen: list[torch.Size] = []
+        self.head.register_forward_hook(lambda _, inputs, __: self.seen.append(inputs[0].shape))
+        if is_told:
+            self.get_output_embeddings = lambda: self.head
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.square(self.embedding(tokens)).sin()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(tokens))
+
+
+class Swapped(Tagger):
+    """Its head sees (T, B, C)."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(tokens).transpose(0, 1)).transpose(0, 1)
+
+
+class Twice(Tagger):
+    """Its head runs twice, and its logits are those of two positions."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(tokens)) + self.head(self.hidden(tokens)).flip(1)
+
+
+def _few_targets(num_sequences: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets at 1 to 3 of the positions, of another number in each sequence."""
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(100, (num_sequences, length), generator=g)
+    targets = torch.full_like(tokens, IGNORED)
+    for row, target in enumerate(targets):
+        places = torch.randperm(length, generator=g)[: 1 + row % 3]
+        target[places] = torch.randint(100, (len(places),), generator=g)
+    return tokens, targets
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_told", "rows"),
+    [(Tagger, True, 3), (Tagger, False, 7), (Swapped, True, 7), (Twice, True, 7)],
+)
+@pytest.mark.parametrize("num_sequences", [5, 7])
+def test_the_last_layer_runs_for_the_targets_alone_where_that_is_the_same(
+    kind, is_told, rows, num_sequences
+) -> None:
+    task, batch = tasks.get("masked-books", context=7), _few_targets(num_sequences, 7)
+    model = kind(is_told=is_told).double()
+    outputs = task.outputs(model, batch)
+    assert outputs.shape == (num_sequences, 3, 100)
+    expected = task.loss(model, batch)
+    assert task.criterion(outputs, batch).item() == pytest.approx(expected.item(), rel=1e-12)
+    model.seen.clear()
+    assert task.outputs(model, batch).equal(outputs)
+    assert model.seen[0].numel() == num_sequences * rows * 6
+
+
+def test_nothing_is_concluded_from_a_zero_head() -> None:
+    task, batch, model = tasks.get("masked-books", context=7), _few_targets(4, 7), Tagger()
+    for parameter in model.head.parameters():
+        nn.init.zeros_(parameter)
+    task.outputs(model, batch)
+    model.seen.clear()
+    task.outputs(model, batch)
+    assert model.seen == [(4, 7, 6)]
+
+
+def test_a_loss_of_ones_own_gets_all_logits() -> None:
+    class Late(MaskedBooks):
+        """The last position counts alone."""
+
+        def loss_of(self, logits, batch):
+            return functional.cross_entropy(logits[:, -1], batch[1][:, -1].clamp_min(0))
+
+    task, batch, model = Late(context=7), _few_targets(4, 7), Tagger()
+    outputs = task.outputs(model, batch)
+    assert outputs.equal(model(batch[0]))
+    assert task.criterion(outputs, batch).equal(task.loss(model, batch))
+
+
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
+def test_the_spectrum_of_a_loss_of_few_tokens_is_that_of_the_whole_loss(operator) -> None:
+    task, batch, model = tasks.get("masked-books", context=7), _few_targets(5, 7), Tagger().double()
+    logits = task.logits(model, batch).detach() if operator == "ggn" else None
+    weight = model.square.weight.detach()
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        z = functional_call(model, {"square.weight": weight.view(6, 6)}, (batch[0],))
+        if operator == "hessian":
+            return task.loss_of(z, batch)
+        # Half the squared step of the logits in the criterion's metric has the matrix as Hessian.
+        step = (z - logits).flatten()
+        metric = hessian(lambda y: task.loss_of(y.view_as(logits), batch), logits.flatten())
+        return step @ metric @ step / 2
+
+    H = hessian(loss, weight.flatten())
+    rows = estimate_spectra(
+        model,
+        SplitLoss(task.outputs, task.criterion),
+        [tuple(part[:3] for part in batch), tuple(part[3:] for part in batch)],
+        blocks="weights",
+        dtype="float64",
+        batch_weights=task.num_terms,
+        operator=operator,
+    )
+    nodes = rows.set_index("block").loc["square.weight", "nodes"]
+    expected = torch.linalg.eigvalsh(H)
+    assert np.allclose(np.sort(nodes), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -59,10 +59,10 @@ _GPT2_124M: dict[str, Any] = {
     "family": "gpt",
     "factory": _GPT,
     "options": {"context": 1024, "num_layers": 12, "num_heads": 12, "width": 768},
-    # One sequence of 512 of GPT-2's 1,024 positions: half the cost of a whole context.
+    # Sequences of 512 of GPT-2's 1,024 positions: half the cost of a whole context.
     "task_options": {"tokenizer": "gpt2", "context": 512},
-    "hessian_batch_size": 1,
-    "moments_batch_size": 4,
+    "hessian_batch_size": 4,
+    "num_steps": 10,
     "paper_blocks": ("wte.weight", "h.0.*", "h.3.*", "h.7.*", "h.11.*"),
     "recipe": _GPT2_RECIPE,
     "reference": _GPT2,
@@ -182,7 +182,7 @@ ENTRIES = (
         name="gpt2-books",
         task="books",
         description="GPT-2 (124 M, no biases, tied) on books; stands in for gpt2-openwebtext",
-        **_GPT2_124M,
+        **_GPT2_124M | {"hessian_batch_size": 1, "num_steps": 30, "moments_batch_size": 4},
     ),
     ModelEntry(
         name="gpt2-sft",

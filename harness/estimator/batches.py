@@ -8,6 +8,7 @@ import hashlib
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,22 +73,36 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
     return map_tensors(lambda t: t[start:stop] if t.dim() and t.shape[0] == size else t, batch)
 
 
-def join(first: Batch, second: Batch) -> Batch | None:
-    """Return the samples of two batches as one batch, None if their shapes don't allow it."""
-    sizes = leading_size(first), leading_size(second)
-    tensors = tensors_of(first), tensors_of(second)
-    if len(tensors[0]) != len(tensors[1]):
+def join(first: Batch, second: Batch, whole: Batch) -> Batch | None:
+    """Return the samples of two batches as one batch, None if that can't be.
+
+    Args:
+        first: Samples.
+        second: Samples.
+        whole: The batch that they are of, or one like it. Its tensors with its leading dimension
+            are samples, which of a piece as small as a tensor that all samples share can't be seen.
+    """
+    tensors = tensors_of(first), tensors_of(second), tensors_of(whole)
+    if len({*map(len, tensors)}) > 1 or not _is_alike(first, second):
         return None
-    joined = []
-    for a, b in zip(*tensors, strict=True):
+    size, joined = leading_size(whole), []
+    for a, b, like in zip(*tensors, strict=True):
         if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             return None
-        rows = bool(a.dim() and b.dim()) and (a.shape[0], b.shape[0]) == sizes
-        if not rows and not torch.equal(a, b):
+        is_samples = like.shape[:1] == (size,)
+        if not is_samples and not torch.equal(a, b):
             return None
-        joined.append(torch.cat([a, b]) if rows else a)
+        joined.append(torch.cat([a, b]) if is_samples else a)
     following = iter(joined)
     return map_tensors(lambda _: next(following), first)
+
+
+def _is_alike(first: Batch, second: Batch) -> bool:
+    """Tell whether what two batches hold beside tensors is the same."""
+    try:
+        return bool(map_tensors(lambda _: None, first) == map_tensors(lambda _: None, second))
+    except (RuntimeError, ValueError):  # arrays, of which it is not one answer
+        return False
 
 
 def batch_hash(batches: Sequence[Batch]) -> str:
@@ -150,7 +165,8 @@ def terms(
             f"batch_weights is {given!r}; pass one number per batch, such as [{given!r}], or a "
             "function that counts the terms of a batch"
         )
-    count = given if callable(given) else None
+
+    count = partial(_number, given) if callable(given) else None
     terms = [float(t) for t in (map(given, batches) if callable(given) else given)]
     usable = all(0 <= t < float("inf") for t in terms) and sum(terms) > 0
     if len(terms) != len(batches) or not usable:
@@ -159,3 +175,8 @@ def terms(
             "≥ 0 per batch, not all zero: the number of terms that its mean loss averages"
         )
     return count, terms
+
+
+def _number(count: NumTerms, batch: Batch) -> float:
+    """Return a count as a number: a tensor's quotients would be in its own arithmetic."""
+    return float(count(batch))

@@ -139,7 +139,8 @@ def check_deterministic(
         few = min(size, 2)  # some models fail on one sample
         following = batches[i + 1 : i + 2]
         pieces = [take(b, 0, few) for b in (batch, *following) if leading_size(b) >= few]
-        whole = join(*pieces) if len(pieces) == 2 else None
+        largest = max(batches, key=leading_size)
+        whole = join(pieces[0], pieces[1], largest) if len(pieces) == 2 else None
         if whole is not None and all(num_terms(piece) for piece in pieces):
             mean = _mean(model, loss_fn, pieces, num_terms, i)
             both = float(_loss(model, loss_fn, whole, i))

@@ -166,7 +166,7 @@ def _knows_more(hessian: BlockHessian, split: SplitLoss) -> bool:
     """
     piece, _ = next(iter(hessian.pieces()))
     place = hessian.outputs(piece).detach().requires_grad_()
-    value = split.criterion(place, piece).reshape(())
+    value = split.criterion(place.clone(), piece).reshape(())  # which may write into it
     if not value.requires_grad:  # `slope_of` says what that means
         return False
     trained = [p for p in hessian.model.parameters() if p.requires_grad]

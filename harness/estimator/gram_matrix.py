@@ -122,15 +122,17 @@ def _factors(
     """Return U and X of pieces that are alike, of each layer.
 
     One mixture of all their rows must be what autograd says it is, to rounding; layers of which it
-    isn't are left out, such as those whose weights are used elsewhere too. So are all where the
-    outputs of several pieces are not theirs one after the other.
+    isn't are left out, such as those whose weights are used elsewhere too. So must be the part of
+    one piece, gone through by itself: outputs may depend on how many samples there are. All are
+    left out where the outputs of several pieces are not theirs one after the other.
     """
     batch, first = some[0]
+    whole = max(hessian.batches, key=leading_size)
     for piece, _ in some[1:]:
-        whole = join(batch, piece)
-        if whole is None:
+        joined = join(batch, piece, whole)
+        if joined is None:
             return {}
-        batch = whole
+        batch = joined
     z, traces = traced(hessian, batch, layers)
     in_order = z.shape == (len(some) * first[0].shape[:1].numel(), *first.shape[2:])
     if not traces or not (in_order or len(some) == 1):
@@ -149,6 +151,7 @@ def _factors(
     back = [torch.autograd.grad(z, outputs, row.view(z.shape), **kept) for row in rows]
     pulled = dict(zip(traces, zip(*back, strict=True), strict=True))
     found = {}
+    by_piece: dict[int, dict[int, torch.Tensor]] = {}  # of the one that weighs most in each layer
     for i, [row] in zip(layers, expected, strict=True):
         inputs = places(layers[i], *traces[i]) if i in traces else None
         if inputs is None:
@@ -159,6 +162,16 @@ def _factors(
         own = torch.einsum("rk,rkpo->kpo", mixture.to(U), U)
         if agrees(torch.einsum("kpo,kpi->oi", own, X).flatten(), row):
             found[i] = [(U[: len(root), k], X[k]) for k, (_, root) in enumerate(some)]
+            k = int((own.flatten(1).norm(dim=1) * X.flatten(1).norm(dim=1)).argmax())
+            by_piece.setdefault(k, {})[i] = (own[k].T @ X[k]).flatten()
+    if len(some) > 1:
+        for k, mine in by_piece.items():
+            alone = [torch.empty(1, len(row), **like) for row in mine.values()]
+            those = [hessian.blocks[i] for i in mine]
+            hessian.pull_back(some[k][0], mixed[k : k + 1], those, alone)
+            for (i, row), [expected_row] in zip(mine.items(), alone, strict=True):
+                if not agrees(row, expected_row):
+                    del found[i]
     return found
 
 

@@ -74,7 +74,7 @@ def slope_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the outputs as a leaf, and the criterion's gradient by them with its graph."""
     place = outputs.detach().requires_grad_()
-    value = loss.criterion(place, batch)
+    value = loss.criterion(place.clone(), batch)  # which may write into it
     if not value.requires_grad:
         raise UserError(
             "the criterion of the loss does not depend on the outputs that it is given; write it "

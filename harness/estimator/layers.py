@@ -73,15 +73,17 @@ def traced(
 ) -> tuple[torch.Tensor, Traces]:
     """Return the outputs of a batch, and what goes into each layer and comes out of it.
 
-    Of those that are called once, on all samples, in the arithmetic of the products.
+    Of those that are called once, on all samples, in the arithmetic of the products, and not inside
+    of a transform of torch.func, whose tensors end with it.
     """
-    calls: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in layers}
+    calls: dict[int, list[tuple[torch.Tensor, torch.Tensor] | None]] = {i: [] for i in layers}
 
     def keep(index: int, _: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         x = next(iter([*args, *kwargs.values()]), None)
         if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
             return y  # of someone's own class
-        calls[index].append((x.detach(), y))
+        is_inside = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, y))
+        calls[index].append(None if is_inside else (x.detach(), y))
         return y.clone()  # what comes next may write into it
 
     with ExitStack() as hooks:
@@ -89,7 +91,7 @@ def traced(
             hooks.enter_context(layer.register_forward_hook(partial(keep, i), with_kwargs=True))
         z = hessian.outputs(batch)
     size, dtype = leading_size(batch), hessian.dtype
-    once = {i: found[0] for i, found in calls.items() if len(found) == 1}
+    once = {i: found[0] for i, found in calls.items() if len(found) == 1 and found[0]}
     return z, {
         i: (x, y)
         for i, (x, y) in once.items()

@@ -76,6 +76,16 @@ class Slope(nn.Module):
         return torch.autograd.grad(energy, x, create_graph=True)[0][:, :3]
 
 
+class SlopeOfEach(Slope):
+    """The same by torch.func, sample by sample."""
+
+    def forward(self, x):
+        def energy(v):
+            return self.head(self.first(v.unsqueeze(0)).tanh()).sum()
+
+        return torch.vmap(torch.func.grad(energy))(x)[:, :3]
+
+
 class OneByOne(nn.Module):
     """A layer that is given vectors."""
 
@@ -95,9 +105,10 @@ SQUARE = SplitLoss(CROSS_ENTROPY.outputs, lambda z, b: z.square().mean())
     [
         (Keeps, CROSS_ENTROPY, 2),
         (Slope, SQUARE, 1),  # in the first layer it bends
+        (SlopeOfEach, SQUARE, 1),
         (OneByOne, SQUARE, 2),
     ],
-    ids=["keeps", "slope", "vectors"],
+    ids=["keeps", "slope", "slopes", "vectors"],
 )
 @pytest.mark.parametrize("num_samples", [1, 6])
 def test_models_that_do_more_than_map_have_the_eigenvalues_of_their_dense_blocks(
@@ -106,6 +117,49 @@ def test_models_that_do_more_than_map_have_the_eigenvalues_of_their_dense_blocks
     model, batch = made(build), batch_of(num_samples, 5)
     rows = estimate_spectra(model, loss, [batch], **OPTIONS)
     assert len(agree_with_dense(rows, made(build), loss, [batch])) == taken
+
+
+BY_SIZE = SplitLoss(
+    lambda m, b: m(b[0]) / len(b[0]) ** 0.5,
+    lambda z, b: (z - F.one_hot(b[1], 3).to(z) / len(z) ** 0.5).square().sum(),
+)
+SCALED = SplitLoss(lambda m, b: m(b[0]) * b[2].sum(), CROSS_ENTROPY.criterion)
+STRETCHED = SplitLoss(lambda m, b: m(b[0]) * b[2], CROSS_ENTROPY.criterion)
+IN_PLACE = SplitLoss(CROSS_ENTROPY.outputs, lambda z, b: F.cross_entropy(z.mul_(0.5), b[1]))
+
+
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
+@pytest.mark.parametrize("sizes", [(40,), (6, 3)])
+@pytest.mark.parametrize(
+    "loss", [BY_SIZE, SCALED, STRETCHED, IN_PLACE], ids=["size", "scaled", "stretched", "in place"]
+)
+def test_losses_that_know_more_than_a_sample_have_the_eigenvalues_of_their_dense_blocks(
+    loss, sizes, operator
+):
+    model, (x, y) = made(mlp), batch_of(sum(sizes), 5)
+    shared = torch.tensor([2.0], dtype=torch.float64)
+    batches = [(*part, shared) for part in zip(x.split(sizes), y.split(sizes), strict=True)]
+    rows = estimate_spectra(model, loss, batches, **OPTIONS | {"operator": operator})
+    # In networks of ReLU a block's Hessian is its Gauss-Newton matrix.
+    assert len(agree_with_dense(rows, model, loss, batches)) == 2
+
+
+def test_batches_that_differ_in_more_than_tensors_are_not_joined():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(5, 4)
+            self.heads = nn.ModuleDict({name: nn.Linear(4, 3) for name in "ab"})
+
+        def forward(self, x, name):
+            return self.heads[name](self.first(x).relu())
+
+    x, y = batch_of(9, 5)
+    ends = ((0, 5, "a"), (5, 8, "a"), (8, 9, "b"))
+    batches = [{"x": x[i:j], "y": y[i:j], "head": head} for i, j, head in ends]
+    loss = SplitLoss(lambda m, b: m(b["x"], b["head"]), lambda z, b: F.cross_entropy(z, b["y"]))
+    rows = estimate_spectra(made(Heads), loss, batches, **OPTIONS)
+    assert len(agree_with_dense(rows, made(Heads), loss, batches)) == 3
 
 
 @pytest.mark.parametrize("cast", ["float", "double", "bfloat16"])

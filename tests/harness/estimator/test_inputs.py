@@ -57,8 +57,32 @@ def test_mappings_and_dataclasses_of_tensors_are_batches(kind):
     torch.testing.assert_close(halves["nodes"][0], expected["nodes"][0], rtol=1e-4, atol=1e-7)
     assert halves["batch_hash"][0] == batch_hash([(X, Y)])
     assert take(whole, 0, 8) is not whole
-    again = join(take(whole, 0, 3), take(whole, 3, 8))
+    again = join(take(whole, 0, 3), take(whole, 3, 8), whole)
     assert batch_hash([again]) == batch_hash([whole])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_tensors_that_all_samples_share_are_not_joined(size):
+    shared = torch.arange(float(size))
+    whole = {"x": X, "shared": shared}
+    pieces = [take(whole, start, start + size) for start in (0, size)]
+    again = join(*pieces, whole)
+    assert again["x"].equal(X[: 2 * size])
+    assert again["shared"].equal(shared)
+    assert join(pieces[0], pieces[1] | {"shared": shared + 1}, whole) is None
+    assert join(pieces[0] | {"name": "a"}, pieces[1] | {"name": "b"}, whole) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_terms_that_are_counted_by_a_tensor_are_counted(dtype):
+    targets = Y.clone()
+    targets[::3] = -100
+    batches = [(X[:3], targets[:3]), (X[3:], targets[3:])]
+    counts = [lambda b: (b[1] != -100).sum(), lambda b: int((b[1] != -100).sum())]
+    by_tensor, by_number = (
+        spectra(batches=batches, batch_weights=count, dtype=dtype) for count in counts
+    )
+    assert by_tensor["nodes"].tolist() == by_number["nodes"].tolist()
 
 
 TOKENS = [torch.arange(7 * n).reshape(7, n)[:1] % 11 for n in (9, 4, 3)]

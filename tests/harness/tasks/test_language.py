@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd.functional import hessian
-from torch.func import functional_call
 from torch.nn import functional
 
 from harness import tasks
 from harness.errors import UserError
 from harness.estimator.objective import SplitLoss
 from harness.estimator.spectrum import estimate_spectra
+from harness.registry.networks import libraries
 from harness.tasks.base import IGNORED, target_entropy
 from harness.tasks.masked import MaskedBooks
 from harness.tasks.tokenizers import BytePairs, Characters, Gpt2, Words
@@ -250,38 +249,25 @@ def test_a_transformers_output_gives_up_its_logits(dialogue) -> None:
     assert loss.item() == pytest.approx(torch.tensor(500.0).log().item())
 
 
-class Tagger(nn.Module):
-    """Hidden states by an embedding and a square layer, logits by a head that may be told."""
+def masked_model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return libraries.bert(100, 7, intermediate_size=8, **sizes).eval()
 
-    def __init__(self, *, is_told: bool = True) -> None:
+
+class Shifted(nn.Module):
+    """A model of someone's own, with a shift of the logits by position that begins at zero."""
+
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.square = nn.Embedding(100, 6), nn.Linear(6, 6)
-        self.head = nn.Linear(6, 100)
-        self.seen: list[torch.Size] = []
-        self.head.register_forward_hook(lambda _, inputs, __: self.seen.append(inputs[0].shape))
-        if is_told:
-            self.get_output_embeddings = lambda: self.head
+        self.body, self.shift = masked_model(), nn.Parameter(torch.zeros(7, 1))
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.square(self.embedding(tokens)).sin()
+    def get_output_embeddings(self) -> nn.Module:
+        return self.body.get_output_embeddings()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.hidden(tokens))
-
-
-class Swapped(Tagger):
-    """Its head sees (T, B, C)."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.hidden(tokens).transpose(0, 1)).transpose(0, 1)
-
-
-class Twice(Tagger):
-    """Its head runs twice, and its logits are those of two positions."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.hidden(tokens)) + self.head(self.hidden(tokens)).flip(1)
+        logits = self.body(tokens).logits
+        return logits + self.shift[: logits.shape[1]]
 
 
 def _few_targets(num_sequences: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,33 +281,51 @@ def _few_targets(num_sequences: int, length: int) -> tuple[torch.Tensor, torch.T
     return tokens, targets
 
 
-@pytest.mark.parametrize(
-    ("kind", "is_told", "rows"),
-    [(Tagger, True, 3), (Tagger, False, 7), (Swapped, True, 7), (Twice, True, 7)],
-)
-@pytest.mark.parametrize("num_sequences", [5, 7])
-def test_the_last_layer_runs_for_the_targets_alone_where_that_is_the_same(
-    kind, is_told, rows, num_sequences
+def seen_by_head(model: nn.Module) -> list[torch.Size]:
+    """Return a list to which the shapes are added of what the last layer is given."""
+    shapes: list[torch.Size] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    return shapes
+
+
+@pytest.mark.parametrize(("build", "length"), [(masked_model, 3), (Shifted, 7)])
+@pytest.mark.parametrize("num_sequences", [1, 5, 7])
+def test_the_last_layer_of_a_known_model_runs_for_the_targets_alone(
+    build, length, num_sequences
 ) -> None:
     task, batch = tasks.get("masked-books", context=7), _few_targets(num_sequences, 7)
-    model = kind(is_told=is_told).double()
-    outputs = task.outputs(model, batch)
-    assert outputs.shape == (num_sequences, 3, 100)
-    expected = task.loss(model, batch)
-    assert task.criterion(outputs, batch).item() == pytest.approx(expected.item(), rel=1e-12)
-    model.seen.clear()
+    model = build().double()
+    outputs, most = task.outputs(model, batch), min(num_sequences, 3)
+    assert outputs.shape == (num_sequences, most, 100)
+    expected = task.loss(model, batch).item()
+    assert task.criterion(outputs, batch).item() == pytest.approx(expected, rel=1e-12)
+    seen = seen_by_head(model)
     assert task.outputs(model, batch).equal(outputs)
-    assert model.seen[0].numel() == num_sequences * rows * 6
+    assert seen == [(num_sequences, min(length, most) if length < 7 else 7, 6)]
+
+
+@pytest.mark.parametrize("build", [masked_model, Shifted])
+def test_what_is_seen_of_one_batch_holds_for_others(build) -> None:
+    """A batch of targets alone tells nothing, and neither does one without."""
+    task, model, few = tasks.get("masked-books", context=7), build(), _few_targets(7, 7)
+    tokens = torch.arange(49).view(7, 7)
+    none = (tokens, torch.full_like(tokens, IGNORED))
+    outputs = task.outputs(model, none)
+    with pytest.raises(ValueError, match="every target is -100"):
+        task.criterion(outputs, none)
+    for batch in ((tokens, tokens), few, (tokens, tokens), few):
+        found = task.criterion(task.outputs(model, batch), batch).item()
+        assert found == pytest.approx(task.loss(model, batch).item(), rel=1e-5)
 
 
 def test_nothing_is_concluded_from_a_zero_head() -> None:
-    task, batch, model = tasks.get("masked-books", context=7), _few_targets(4, 7), Tagger()
-    for parameter in model.head.parameters():
-        nn.init.zeros_(parameter)
+    task, batch, model = tasks.get("masked-books", context=7), _few_targets(4, 7), masked_model()
+    nn.init.zeros_(model.get_output_embeddings().weight)
     task.outputs(model, batch)
-    model.seen.clear()
+    seen = seen_by_head(model)
     task.outputs(model, batch)
-    assert model.seen == [(4, 7, 6)]
+    assert seen == [(4, 7, 6)]
 
 
 def test_a_loss_of_ones_own_gets_all_logits() -> None:
@@ -331,40 +335,24 @@ def test_a_loss_of_ones_own_gets_all_logits() -> None:
         def loss_of(self, logits, batch):
             return functional.cross_entropy(logits[:, -1], batch[1][:, -1].clamp_min(0))
 
-    task, batch, model = Late(context=7), _few_targets(4, 7), Tagger()
+    task, batch, model = Late(context=7), _few_targets(4, 7), masked_model()
     outputs = task.outputs(model, batch)
-    assert outputs.equal(model(batch[0]))
+    assert outputs.equal(model(batch[0]).logits)
     assert task.criterion(outputs, batch).equal(task.loss(model, batch))
 
 
-@pytest.mark.parametrize("operator", ["hessian", "ggn"])
-def test_the_spectrum_of_a_loss_of_few_tokens_is_that_of_the_whole_loss(operator) -> None:
-    task, batch, model = tasks.get("masked-books", context=7), _few_targets(5, 7), Tagger().double()
-    logits = task.logits(model, batch).detach() if operator == "ggn" else None
-    weight = model.square.weight.detach()
-
-    def loss(weight: torch.Tensor) -> torch.Tensor:
-        z = functional_call(model, {"square.weight": weight.view(6, 6)}, (batch[0],))
-        if operator == "hessian":
-            return task.loss_of(z, batch)
-        # Half the squared step of the logits in the criterion's metric has the matrix as Hessian.
-        step = (z - logits).flatten()
-        metric = hessian(lambda y: task.loss_of(y.view_as(logits), batch), logits.flatten())
-        return step @ metric @ step / 2
-
-    H = hessian(loss, weight.flatten())
-    rows = estimate_spectra(
-        model,
-        SplitLoss(task.outputs, task.criterion),
-        [tuple(part[:3] for part in batch), tuple(part[3:] for part in batch)],
-        blocks="weights",
-        dtype="float64",
-        batch_weights=task.num_terms,
-        operator=operator,
+@pytest.mark.parametrize("build", [masked_model, Shifted])
+@pytest.mark.parametrize("options", [{}, {"gram": True}, {"operator": "ggn"}], ids=str)
+def test_the_spectrum_of_a_loss_of_few_tokens_is_that_of_the_whole_loss(build, options) -> None:
+    task, batch = tasks.get("masked-books", context=7), _few_targets(5, 7)
+    how = {"dtype": "float64", "batch_weights": task.num_terms, **options}
+    batches = [tuple(part[:3] for part in batch), tuple(part[3:] for part in batch)]
+    some, every = (
+        estimate_spectra(build().eval(), loss, batches, **how)
+        for loss in (SplitLoss(task.outputs, task.criterion), SplitLoss(task.logits, task.loss_of))
     )
-    nodes = rows.set_index("block").loc["square.weight", "nodes"]
-    expected = torch.linalg.eigvalsh(H)
-    assert np.allclose(np.sort(nodes), expected, rtol=1e-9, atol=1e-12)
+    for found, expected in zip(some["nodes"], every["nodes"], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

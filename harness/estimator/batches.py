@@ -81,6 +81,7 @@ def join(first: Batch, second: Batch, whole: Batch) -> Batch | None:
         second: Samples.
         whole: The batch that they are of, or one like it. Its tensors with its leading dimension
             are samples, which of a piece as small as a tensor that all samples share can't be seen.
+            Of one sample it tells no more, and what is the same in both pieces may be either.
     """
     tensors = tensors_of(first), tensors_of(second), tensors_of(whole)
     if len({*map(len, tensors)}) > 1 or not _is_alike(first, second):
@@ -91,6 +92,8 @@ def join(first: Batch, second: Batch, whole: Batch) -> Batch | None:
             return None
         is_samples = like.shape[:1] == (size,)
         if not is_samples and not torch.equal(a, b):
+            return None
+        if is_samples and size == 1 and torch.equal(a, b):  # or one that they share
             return None
         joined.append(torch.cat([a, b]) if is_samples else a)
     following = iter(joined)
@@ -165,7 +168,6 @@ def terms(
             f"batch_weights is {given!r}; pass one number per batch, such as [{given!r}], or a "
             "function that counts the terms of a batch"
         )
-
     count = partial(_number, given) if callable(given) else None
     terms = [float(t) for t in (map(given, batches) if callable(given) else given)]
     usable = all(0 <= t < float("inf") for t in terms) and sum(terms) > 0

@@ -119,6 +119,7 @@ def check_deterministic(
         UserError: Naming the cause: the module and operation that draw random numbers, the
             dependence on batch mates, or a loss that is no finite scalar.
     """
+    largest = max(batches, key=leading_size)
     for i, batch in enumerate(batches):
         with explained(model, loss_fn, batch):
             first, second = _loss(model, loss_fn, batch, i), _loss(model, loss_fn, batch, i)
@@ -139,7 +140,6 @@ def check_deterministic(
         few = min(size, 2)  # some models fail on one sample
         following = batches[i + 1 : i + 2]
         pieces = [take(b, 0, few) for b in (batch, *following) if leading_size(b) >= few]
-        largest = max(batches, key=leading_size)
         whole = join(pieces[0], pieces[1], largest) if len(pieces) == 2 else None
         if whole is not None and all(num_terms(piece) for piece in pieces):
             mean = _mean(model, loss_fn, pieces, num_terms, i)

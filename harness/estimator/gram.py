@@ -29,7 +29,7 @@ from harness.estimator.gram_matrix import (
     of_layers,
     of_parameters,
 )
-from harness.estimator.graphs import slope_of, split_or_refuse
+from harness.estimator.graphs import criterion_at, slope_of, split_or_refuse
 from harness.estimator.hessian import BlockHessian
 from harness.estimator.memory import is_out_of_memory, release_cache
 from harness.estimator.objective import SplitLoss
@@ -165,8 +165,7 @@ def _knows_more(hessian: BlockHessian, split: SplitLoss) -> bool:
     As one does that adds a penalty which `outputs` left somewhere: H_l holds it, J_l does not.
     """
     piece, _ = next(iter(hessian.pieces()))
-    place = hessian.outputs(piece).detach().requires_grad_()
-    value = split.criterion(place.clone(), piece).reshape(())  # which may write into it
+    place, value = criterion_at(split, hessian.outputs(piece), piece)
     if not value.requires_grad:  # `slope_of` says what that means
         return False
     trained = [p for p in hessian.model.parameters() if p.requires_grad]

@@ -165,14 +165,21 @@ def _factors(
             k = int((own.flatten(1).norm(dim=1) * X.flatten(1).norm(dim=1)).argmax())
             by_piece.setdefault(k, {})[i] = (own[k].T @ X[k]).flatten()
     if len(some) > 1:
-        for k, mine in by_piece.items():
-            alone = [torch.empty(1, len(row), **like) for row in mine.values()]
-            those = [hessian.blocks[i] for i in mine]
-            hessian.pull_back(some[k][0], mixed[k : k + 1], those, alone)
-            for (i, row), [expected_row] in zip(mine.items(), alone, strict=True):
-                if not agrees(row, expected_row):
-                    del found[i]
+        for k, parts in by_piece.items():
+            for i in _unlike(hessian, some[k][0], mixed[k], parts):
+                del found[i]
     return found
+
+
+def _unlike(
+    hessian: BlockHessian, piece: Batch, mixed: torch.Tensor, parts: Mapping[int, torch.Tensor]
+) -> list[int]:
+    """Return the blocks whose part of a mixture is not what the piece gives by itself."""
+    blocks = [hessian.blocks[i] for i in parts]
+    alone = [torch.empty_like(part).unsqueeze(0) for part in parts.values()]
+    hessian.pull_back(piece, mixed.unsqueeze(0), blocks, alone)
+    pairs = zip(parts.items(), alone, strict=True)
+    return [i for (i, part), [expected] in pairs if not agrees(part, expected)]
 
 
 def _matrix_of(factors: Sequence[Factors], num_params: int) -> torch.Tensor:

@@ -69,18 +69,25 @@ class GaussNewtonGraph(Graph):
         return super().derivatives([self.value], parameters, [back])
 
 
+def criterion_at(
+    loss: SplitLoss, outputs: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the outputs as a leaf, and the criterion of them, a scalar with its graph."""
+    place = outputs.detach().requires_grad_()
+    return place, loss.criterion(place.clone(), batch).reshape(())  # which may write into it
+
+
 def slope_of(
     loss: SplitLoss, outputs: torch.Tensor, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the outputs as a leaf, and the criterion's gradient by them with its graph."""
-    place = outputs.detach().requires_grad_()
-    value = loss.criterion(place.clone(), batch)  # which may write into it
+    place, value = criterion_at(loss, outputs, batch)
     if not value.requires_grad:
         raise UserError(
             "the criterion of the loss does not depend on the outputs that it is given; write it "
             "as a function of (outputs, batch)"
         )
-    (slope,) = torch.autograd.grad(value.reshape(()), place, create_graph=True)
+    (slope,) = torch.autograd.grad(value, place, create_graph=True)
     return place, slope
 
 

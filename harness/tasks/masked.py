@@ -12,9 +12,10 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import IGNORED, Batch, Data, SomeTokens, check_sizes
+from harness.tasks.base import IGNORED, Batch, Data, check_sizes
 from harness.tasks.text import BOOKS, Books
 from harness.tasks.tokenizers import BytePairs, Words
+from harness.tasks.tokens import SomeTokens
 
 # BERT's: of the chosen words 80 % become the mask, 10 % a random word, 10 % stay (Devlin et al.).
 MASKED, REPLACED = 0.8, 0.1

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.tasks import sources
-from harness.tasks.base import IGNORED, Batch, Data, SomeTokens, check_sizes
+from harness.tasks.base import IGNORED, Batch, Data, check_sizes
 from harness.tasks.tokenizers import Tokenizer, make_tokenizer
+from harness.tasks.tokens import SomeTokens
 
 # Files of the data root (the second, where there is one, is the test split) and the Hub's id.
 _CORPORA: dict[str, tuple[tuple[str, ...], str]] = {

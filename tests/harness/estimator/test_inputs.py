@@ -73,6 +73,17 @@ def test_tensors_that_all_samples_share_are_not_joined(size):
     assert join(pieces[0] | {"name": "a"}, pieces[1] | {"name": "b"}, whole) is None
 
 
+def test_batches_of_one_sample_may_share_a_tensor():
+    batches = [{"x": X[i : i + 1], "y": Y[i : i + 1], "scale": torch.ones(1)} for i in range(8)]
+    whole = spectra(batches=[{"x": X, "y": Y}], loss_fn=lambda m, b: cross_entropy(m, (X, Y)))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["x"]) * batch["scale"], batch["y"])
+
+    found = spectra(batches=batches, loss_fn=loss)
+    torch.testing.assert_close(found["nodes"][0], whole["nodes"][0], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_terms_that_are_counted_by_a_tensor_are_counted(dtype):
     targets = Y.clone()

@@ -144,31 +144,37 @@ def take_moments(
     """Take the spreads of moments and of gradients on a batch larger than the spectrum's.
 
     They need one product a probe, and one gradient; blocks that would take more products to be
-    exact than to be sampled are sampled. The rules are kept in `ledger.larger`, apart
-    from the spectrum; the metrics replace those of the spectrum's batch, and say their own.
+    exact than to be sampled are sampled. Their batch error takes as many products with each half.
+    The rules are kept in `ledger.larger`, apart from the spectrum; the metrics replace those of
+    the spectrum's batch, and say their own.
 
     Args:
-        problem: The model at a stage, and the larger batch.
+        problem: The model at init, and the larger batch.
         settings: As `take_metric`; as many probes as a spectrum's.
         ledger: Where to.
         command: The command line, for table `runs`.
-        on_progress: Called with (products done, products in all).
+        on_progress: Called with (products done, products in all) of the batch, then of each half.
 
     Returns:
         The rows of `heterogeneity`.
     """
-    take_metric(
-        problem,
-        replace(settings, exact_size=settings.num_probes, gram=False),
-        ledger.larger,
-        that_need(MOMENTS)[0],
-        tolerance=None,
-        most=(settings.num_probes, None),
-        command=command,
-        on_progress=on_progress,
-    )
-    rows = ledger.larger.rows("heterogeneity", problem.entry.name, **_place(problem, settings))
-    rows = rows[rows["metric"].isin(that_need(MOMENTS, GRADIENT))]
+    few = replace(settings, exact_size=settings.num_probes, gram=False)
+    larger, found = ledger.larger, []
+    parts = (problem, *halves(problem, few))
+    for part, folder in zip(parts, (larger, *larger.halves), strict=True):
+        take_metric(
+            part,
+            few,
+            folder,
+            that_need(MOMENTS)[0],
+            tolerance=None,
+            most=(settings.num_probes, None),
+            command=command,
+            on_progress=on_progress,
+        )
+        rows = folder.rows("heterogeneity", problem.entry.name, **_place(problem, settings))
+        found.append(rows[rows["metric"].isin(that_need(MOMENTS, GRADIENT))])
+    rows = _with_batch_error(*found)
     ledger.write("heterogeneity", rows)
     return rows
 
@@ -222,19 +228,27 @@ def take_batch_error(
     Returns:
         The rows of `heterogeneity` with their `batch_error`.
     """
-    keys = list(KEYS["heterogeneity"])
     found = []
     for half, part in zip(ledger.halves, parts, strict=True):
         take_spectrum(part, settings, half, command=command, on_progress=on_progress)
-        found.append(half.rows("heterogeneity", part.entry.name).set_index(keys))
-    first, second = (rows["corrected"].fillna(rows["value"]) for rows in found)
-    difference = (first - second).abs().rename("batch_error").reset_index()
+        found.append(half.rows("heterogeneity", part.entry.name))
     # Metrics on a larger batch say nothing of these halves; the folders hold other seeds too.
     here = _place(parts[0], settings) | {"batch_size": sum(part.batch_size for part in parts)}
     whole = ledger.rows("heterogeneity", parts[0].entry.name, **here)
-    rows = whole.drop(columns="batch_error").merge(difference, on=keys)
+    rows = _with_batch_error(whole, *found)
     ledger.write("heterogeneity", rows)
     return rows
+
+
+def _with_batch_error(
+    whole: pd.DataFrame, first: pd.DataFrame, second: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the rows of `heterogeneity` of a batch with how far those of its halves are apart."""
+    keys = list(KEYS["heterogeneity"])
+    one, other = (rows.set_index(keys) for rows in (first, second))
+    difference = one["corrected"].fillna(one["value"]) - other["corrected"].fillna(other["value"])
+    difference = difference.abs().rename("batch_error").reset_index()
+    return whole.drop(columns="batch_error").merge(difference, on=keys)
 
 
 def _place(problem: Problem, settings: Settings) -> dict[str, object]:

@@ -92,7 +92,9 @@ def _survey(entry: ModelEntry, data_root: Path | None) -> Survey:
             fresh, "init", STAGE_SEED, data_root=data_root, batch_size=entry.moments_batch_size
         )
         few = replace(settings_of(entry), num_steps=1, exact_size=entry.num_probes, gram=False)
-        costs["moments"] = larger.forecast(few)
+        cost = larger.forecast(few)
+        # Halves take as many products each, of half the samples.
+        costs["moments"] = replace(cost, num_products=3 * cost.num_products, flops=2 * cost.flops)
         counts["moments"] = 1
     per_sample = costs[entry.partition].pass_flops / problem.batch_size
     runs, samples = runs_of(entry)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 
 import spectra_db
 from harness import tasks
@@ -160,7 +161,7 @@ def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path):
     assert len(on_the_grid) > 2 * RECIPE.num_lrs
 
 
-def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
+def test_the_moments_of_an_entry_are_taken_on_its_larger_batch_and_its_halves(tmp_path):
     entry = tiny(stages=("init",), full_stages=(), moments_batch_size=40)
     assert [unit.ready for unit in missing(entry, Ledger(tmp_path))] == [True, False]
     failed, started = do(tmp_path, entry)
@@ -171,13 +172,23 @@ def test_the_moments_of_an_entry_are_taken_on_its_larger_batch(tmp_path):
     assert set(rows.drop(index=larger.index)["batch_size"]) == {16}
     # Three blocks with one product for each of three probes; exact ones take one a parameter.
     assert set(larger.loc[["lambda_rms_spread", "trace_spread"], "num_products"]) == {3 * 3}
-    # What the metric is on a problem of that batch.
+    assert survey(entry, None).costs["moments"].num_products == 3 * 3 * 3  # and of two halves
+    # What the metric is on a problem of that batch, and on problems of its halves.
     problem = load_problem(replace(entry, hessian_batch_size=40), "init", 1)
     settings = Settings(num_probes=3, num_steps=1, exact_size=3)
     source = {"model": "tiny", "stage": "init", "init_seed": 1}
-    with problem.hessian(settings) as hessian:
-        expected = spread(gathered(rules(hessian, settings, source), hessian.blocks), "lambda_rms")
-    assert larger.loc["lambda_rms_spread", "corrected"] == pytest.approx(expected.corrected)
+    of_parts = []
+    samples = [torch.cat(tensors) for tensors in zip(*problem.batches, strict=True)]
+    for part in (slice(40), slice(20), slice(20, 40)):
+        on = problem.on([tuple(tensor[part] for tensor in samples)])
+        with on.hessian(settings) as hessian:
+            found = gathered(rules(hessian, settings, source), hessian.blocks)
+        of_parts.append(spread(found, "lambda_rms").corrected)
+    whole, first, second = of_parts
+    assert larger.loc["lambda_rms_spread", "corrected"] == pytest.approx(whole)
+    error = larger["batch_error"]
+    assert error["lambda_rms_spread"] == pytest.approx(abs(first - second), rel=1e-3)
+    assert (error > 0).all()
     # Spectra stay those of one batch, and a second run finds all done.
     assert spectra_db.load("spectra", source=tmp_path)["batch_size"].unique().tolist() == [16]
     assert do(tmp_path, entry) == ({}, [])

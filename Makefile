@@ -64,7 +64,7 @@ bench-peers: $(READY)
 dashboard: $(READY)
 	$(BIN)/asv publish
 
-# How far estimates are from the truth: docs/accuracy.md; about 20 minutes of one core.
+# How far estimates are from the truth: docs/accuracy.md; about 40 minutes of one core.
 accuracy: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.study
 

@@ -1,8 +1,9 @@
 """Whether what the suite tracks got worse since a commit: `make bench-check BASE=commit`.
 
-Runs the deterministic benchmarks (track_) of the working tree and of the base, which is checked out
-beside it, by the same Python, and fails where one is worse. (`asv compare` never fails, and `asv
-continuous` would install each commit into an environment of its own, torch included.)
+Runs what the suite tracks (track_: operations, products, errors, a share of processor time) of the
+working tree and of the base, which is checked out beside it, by the same Python, and fails where
+one is worse: of all of them lower is better. (`asv compare` never fails, and `asv continuous` would
+install each commit into an environment of its own, torch included.)
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from asv.results import iter_results
 from rich.console import Console
 from rich.table import Table
 
-# Counts are the same on every machine; errors of estimates move when sums are ordered otherwise.
-TOLERANCES = {"GFLOP per step": 1.01, "products": 1.1}
+# Counts are the same on every machine; errors of estimates move when sums are ordered otherwise,
+# and shares of processor time are not the same twice.
+TOLERANCES = {"GFLOP per step": 1.01, "of the processor time of the paper's algorithm": 1.5}
 TOLERANCE = 1.1
 Measured = dict[str, tuple[str, float | None]]  # unit and value by name
 

@@ -248,10 +248,12 @@ class Scale:
 
     Attributes:
         meaning: In words.
+        short: For a column of a table.
         of: (nodes, weights, number of parameters, largest |node| of all blocks) ↦ the divisor.
     """
 
     meaning: str
+    short: str
     of: Callable[[Array, Array, int, float], float]
 
 
@@ -260,15 +262,23 @@ class Scale:
 SCALES = {
     "own_rms": Scale(
         "the block's rms eigenvalue",
+        "by the block's rms",
         lambda nodes, weights, n, top: float(np.sqrt(weights @ nodes**2)),
     ),
-    "raw": Scale("1", lambda nodes, weights, n, top: 1.0),
+    "raw": Scale("1", "raw eigenvalues", lambda nodes, weights, n, top: 1.0),
     "lambda10": Scale(
-        "10th largest |eigenvalue|", lambda nodes, weights, n, top: lambda10(nodes, weights, n)
+        "10th largest |eigenvalue|",
+        "by the 10th largest",
+        lambda nodes, weights, n, top: lambda10(nodes, weights, n),
     ),
-    "global_max": Scale("largest |eigenvalue| of all blocks", lambda nodes, weights, n, top: top),
+    "global_max": Scale(
+        "largest |eigenvalue| of all blocks",
+        "by the largest of all blocks",
+        lambda nodes, weights, n, top: top,
+    ),
     "own_max": Scale(
         "the block's largest |eigenvalue|",
+        "by the block's largest",
         lambda nodes, weights, n, top: float(np.abs(nodes).max()),
     ),
 }

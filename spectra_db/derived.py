@@ -149,11 +149,10 @@ def renew(
 ) -> list[str]:
     """Derive table `heterogeneity` of a folder anew where it is of an earlier protocol.
 
-    Those within it too: of a batch's halves, and of larger batches.
-
-    The rows stay, and of each what spectra here do not tell: the batch error, which is that of the
-    earlier protocol, and what was taken on a larger batch, moments and gradients, which are the
-    same in both.
+    Those of the folders within it too, of a batch's halves and of larger batches. The rows stay,
+    and of each what spectra here do not tell: the batch error, which is that of the earlier
+    protocol, and what was taken on a larger batch, moments and gradients, which are the same in
+    both.
 
     Args:
         folder: Folder of tables, each valid.

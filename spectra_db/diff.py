@@ -20,9 +20,15 @@ ERRORS = {
     "blocks": {
         name: f"{name}_error" for name in ("trace", "frobenius", "lambda_max", "lambda_min")
     },
-    "heterogeneity": {"value": "standard_error", "corrected": "standard_error"},
-    "gaps": {"gap": "standard_error"},
+    "heterogeneity": dict.fromkeys(("value", "corrected"), "standard_error"),
+    "gaps": dict.fromkeys(("gap", "ci_low", "ci_high"), "standard_error")
+    | {f"gap_from_reference{end}": "gap_from_reference_error" for end in ("", "_low", "_high")},
+    "speedups": dict.fromkeys(("log2_speedup", "ci_low", "ci_high"), "standard_error")
+    | {"relative_gap": "relative_gap_error"},
+    "predictors": {"value": "standard_error"},
 }
+# Errors that are the error of no column alone.
+_SIZES = {"truncation_error", "batch_error"}
 # Standard errors of a difference that chance explains.
 _ERRORS = 2.0
 # Numbers without a stated error come from float32; a recomputation moves them by a few roundings.
@@ -174,7 +180,9 @@ def _allowed(table: str, column: str, was: pd.DataFrame, now: pd.DataFrame) -> n
         return _RELATIVE * size + _ERRORS * np.hypot(*numbers(stated[column]))
     if table == "leaderboard":  # a statistic is known to its interval
         return _RELATIVE * size + np.abs(numbers("ci_high") - numbers("ci_low")).max(axis=0)
-    if column in stated.values():  # an error of few probes is known to a part of itself
+    if (
+        column in stated.values() or column in _SIZES
+    ):  # an error of few probes is known to a part of itself
         return size
     return _RELATIVE * size
 

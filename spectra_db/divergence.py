@@ -8,9 +8,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from spectra_db.densities import POINTS_PER_SIGMA
-
-Array = NDArray[np.float64]
+from spectra_db.densities import POINTS_PER_SIGMA, Array
 
 # Lattice points handled at a time: as measured on models of 40 blocks.
 _CHUNK = 1024

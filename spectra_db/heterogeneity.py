@@ -17,7 +17,7 @@ from spectra_db.densities import SCALE, SCALES, SIGMA, Array, check_reading
 from spectra_db.divergence import w1_distances
 from spectra_db.jackknife import MIN_PROBES, Blocks, Estimate
 from spectra_db.pairs import Divergences, js_distance, mean_of_pairs
-from spectra_db.schema import VERSIONS
+from spectra_db.schema import SPECTRUM, VERSIONS
 from spectra_db.truncation import parts_of, truncation_error
 
 # Width of the smoothing in the paper's reading; raw eigenvalues take the authors' code's σ² = 1e-5.
@@ -248,8 +248,7 @@ def metrics(
     """
     blocks = Blocks.of(rows, extend=version > 1)
     shorter = {part: blocks.truncated(part) for part in parts_of("raw", version)}
-    columns = ("model", "stage", "init_seed", "train_run", "partition")
-    identity = {c: rows.iloc[0][c] for c in columns if c in rows} | {"protocol_version": version}
+    identity = {c: rows.iloc[0][c] for c in SPECTRUM if c in rows} | {"protocol_version": version}
     batch_size = int(rows["batch_size"].iloc[0]) if "batch_size" in rows else None
     table = []
     for name, metric in METRICS.items():

@@ -56,7 +56,7 @@ class Manifest:
 
     Attributes:
         version: MAJOR.MINOR.PATCH of the data.
-        protocol_version: Of all its rows.
+        protocol_version: Of its spectra; `schema.VERSIONS` are those of tables of their own.
         files: Relative path, with '/', to the file; all files but the manifest.
     """
 

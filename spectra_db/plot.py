@@ -19,6 +19,7 @@ import pandas as pd
 from spectra_db.densities import SCALE, SCALES, SIGMA, check_columns, density
 from spectra_db.heterogeneity import pairwise_js
 from spectra_db.schema import BEST_RATES
+from spectra_db.words import FRACTIONS, in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,10 +102,9 @@ def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> F
     """
     from matplotlib import colormaps
 
-    used = ("block", "block_kind", "status", "stage", "progress", "step")
+    used = ("block", "block_kind", "status", "stage")
     check_columns(rows, "spectra", *used)
-    order = rows.sort_values(["progress", "step"])["stage"].drop_duplicates()
-    parts = {stage: rows[rows["stage"] == stage] for stage in order}
+    parts = {stage: rows[rows["stage"] == stage] for stage in in_order(rows["stage"])}
     densities = {stage: density(part, scale=scale, sigma=sigma) for stage, part in parts.items()}
     if not densities:
         raise ValueError("there are no rows; check the filters")
@@ -116,15 +116,14 @@ def stages(rows: pd.DataFrame, *, scale: str = SCALE, sigma: float = SIGMA) -> F
     for shade, (stage, values) in zip(shades, densities.items(), strict=True):
         part = parts[stage]
         zero = set(part.loc[part["status"] == "zero", "block"])
-        progress = float(part["progress"].iloc[0])
         lines = []
         for ax, name in zip(axes, blocks.index, strict=False):
             if name in values.columns and name not in zero:
                 x, y = _broken(values[name])
                 lines += ax.plot(x, y, color=shade)
         if lines:
-            share = "" if stage in ("init", "final") else f" ({progress:.0%} of the steps)"
-            lines[0].set_label(f"{stage}{share}")
+            share = FRACTIONS.get(stage, 1.0) % 1.0
+            lines[0].set_label(f"{stage} ({share:.0%} of the steps)" if share else stage)
     figure.legend(loc="outside upper left", ncols=min(5, len(axes)))
     return figure
 

@@ -18,7 +18,9 @@ _READING = {"metric": "js0", "scale": SCALE}
 _SPECTRUM = [
     "stage", "partition", "init_seed", "train_run", "run_id", "batch_hash", "data_source",
 ]  # fmt: skip
-_COLUMNS = [*_SPECTRUM, "block", "method", "probe", "progress", "status"]
+_COLUMNS = [*_SPECTRUM, "block", "method", "probe", "status"]
+_MEASURED = ["sigma", "corrected", "standard_error"]
+_TRIAL = ["optimizer", "num_steps", "lr", "seed", "final_loss", "diverged", "code_version"]
 
 
 def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
@@ -26,18 +28,18 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
 
     A statistic of table `leaderboard` is over models; each enters by a measurement (a row of
     `heterogeneity` at the stage; of blocks with biases, anew over the weights alone) and its row of
-    `gaps`. The measurement comes from the rows of
-    `spectra` of its stage, those from runs and, after init, a checkpoint; the gap comes from the
-    ends of training runs. Every step is a list of rows, and the files that hold them come with
-    their sha256, where the source is a release.
+    `gaps`. The measurement comes from the rows of `spectra` of its stage, those from runs and,
+    after init, a checkpoint; the gap comes from the ends of training runs, and the speed-up of
+    protocol 2 from its trials. Every step is a list of rows, and the files that hold them come
+    with their sha256, where the source is a release.
 
     Args:
         model: Name of the model.
         source: As of `load`.
 
     Returns:
-        version (None if no release), model (its row), measurements, gap, training, spectra, runs,
-        files; of JSON's types.
+        version (None if no release), model (its row), measurements, gap, training, speedup,
+        trials, spectra, runs, files; of JSON's types.
 
     Raises:
         NotFound: The source has no such model.
@@ -53,10 +55,12 @@ def trace(model: str, source: Path | str | None = None) -> dict[str, Any]:
         "version": None if release is None else release.version,
         "model": _records(row)[0],
         "measurements": _records(
-            measured[["stage", "partition", *_READING, "sigma", "corrected", "standard_error"]]
+            measured[["stage", "init_seed", "partition", *_READING, *_MEASURED]]
         ),
         "gap": next(iter(_records(optional("gaps", source, model=model))), None),
         "training": _ends(optional("training", source, model=model, metric="loss", split="train")),
+        "speedup": next(iter(_records(optional("speedups", source, model=model))), None),
+        "trials": _records(optional("trials", source, model=model)[_TRIAL]),
         "spectra": _spectra(spectra, stages),
         "runs": _records(optional("runs", source, model=model)),
         "files": {
@@ -87,12 +91,12 @@ def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
                 "rows": len(some),
                 "blocks": int(some["block"].nunique()),
                 "probes": int(sampled["probe"].max()) + 1 if len(sampled) else 0,
-                "progress": float(some["progress"].iloc[0]),
                 "failed": int(some["status"].isin(["failed", "pending"]).sum()),
                 "checkpoint_sha256": checkpoints.get((values[0], values[2])),
             }
         )
-    return sorted(found, key=lambda spectrum: (spectrum["progress"], spectrum["partition"]))
+    order = in_order(spectrum["stage"] for spectrum in found)
+    return sorted(found, key=lambda s: (order.index(s["stage"]), s["partition"]))
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -123,8 +123,7 @@ def test_the_algorithms_import_nothing_of_ours(path):
 
 @pytest.mark.parametrize("place", NO_TORCH)
 def test_no_torch_is_imported_from_parquet_to_page(place):
-    paths = [ROOT / place] if place.endswith(".py") else _files(place)
-    for path in paths:
+    for path in _files(place):
         if ROOT / NETWORKS not in path.parents:
             assert "torch" not in set(map(_package, _imports(path, top=True))), path
 

@@ -13,6 +13,7 @@ from harness.campaign.survey import Survey
 from harness.campaign.work import num_threads
 from harness.errors import UserError
 from harness.training.stages import STAGE_SEED
+from spectra_db.words import WHOLE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,7 +196,7 @@ def _training_step(
 def total(outlooks: Sequence[Outlook]) -> Outlook:
     """Return the sum of entries; of memory the most."""
     return Outlook(
-        "all",
+        WHOLE,
         sum(o.num_products for o in outlooks),
         sum(o.flops for o in outlooks),
         sum(o.hours for o in outlooks),

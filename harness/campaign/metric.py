@@ -246,9 +246,9 @@ def _with_batch_error(
     """Return the rows of `heterogeneity` of a batch with how far those of its halves are apart."""
     keys = list(KEYS["heterogeneity"])
     one, other = (rows.set_index(keys) for rows in (first, second))
-    difference = one["corrected"].fillna(one["value"]) - other["corrected"].fillna(other["value"])
-    difference = difference.abs().rename("batch_error").reset_index()
-    return whole.drop(columns="batch_error").merge(difference, on=keys)
+    moved = one["corrected"].fillna(one["value"]) - other["corrected"].fillna(other["value"])
+    error = moved.abs().rename("batch_error").reset_index()
+    return whole.drop(columns="batch_error").merge(error, on=keys)
 
 
 def _place(problem: Problem, settings: Settings) -> dict[str, object]:

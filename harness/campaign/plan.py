@@ -21,7 +21,9 @@ from spectra_db.heterogeneity import MOMENTS, that_need
 from spectra_db.words import OPTIMIZERS
 
 
-def settings_of(entry: ModelEntry, partition: str = "", device: str | None = None) -> Settings:
+def settings_of(
+    entry: ModelEntry, partition: str | None = None, device: str | None = None
+) -> Settings:
     """Return an entry's own settings of a spectrum, of its own partition if none is named.
 
     With Gram matrices where they are cheap.

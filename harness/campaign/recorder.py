@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +16,15 @@ from harness.campaign.spectrum import derived_rows
 from harness.errors import UserError
 from harness.estimator.batches import Batch, NumTerms, batch_hash
 from harness.estimator.blocks import find_blocks
+from harness.estimator.device import choose_device
 from harness.estimator.objective import LossFn, Objective, taken
 from harness.estimator.operators import opened
 from harness.estimator.prepare import is_sharded
 from harness.estimator.settings import Settings, check_names, whole_number
 from harness.estimator.spectrum import gathered, rules
 from harness.records.ledger import Ledger
-from harness.records.provenance import FACTS, command_line, describe_run
-from harness.registry.entry import check_slug
+from harness.records.provenance import describe_run
+from harness.registry.entry import FACTS, check_slug
 from spectra_db.jackknife import MIN_PROBES
 from spectra_db.schema import PROTOCOL_VERSION
 
@@ -124,7 +128,9 @@ class Recorder:
             "progress": 0.0,
             "data_source": "",
         }
-        run = describe_run(source | settings.key, settings, command_line())
+        device = str(choose_device(model, settings.device))
+        command = shlex.join(sys.argv)  # of the user's own program
+        run = describe_run(source | settings.key, replace(settings, device=device), command)
         with opened(objective, blocks, settings) as hessian:
             parts = rules(hessian, settings, source | {"run_id": run["run_id"]})
             rows = gathered(parts, blocks)

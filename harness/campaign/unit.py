@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from harness.training.stages import STAGE_SEED
 
+# What an entry is made of: training runs of protocol 2 and of protocol 1, spectra, and the metrics
+# that need few products, on a larger batch.
+KINDS = ("trial", "train", "spectrum", "moments")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -14,8 +18,7 @@ class Unit:
 
     Attributes:
         model: Name of the entry.
-        kind: trial (a training run of protocol 2), train (one of protocol 1), spectrum, or moments:
-            metrics that need few products, on a larger batch.
+        kind: One of KINDS, or predictors, which `harness predictors` takes.
         optimizer, lr, seed: Of a training run.
         num_steps: Of a trial.
         stage, partition: Of a spectrum; moments are of the entry's partition.
@@ -51,4 +54,6 @@ class Unit:
             return f"{self.model}: {self.optimizer} at {self.lr:g}, seed {self.seed}{steps}"
         if self.kind == "moments":
             return f"{self.model}: moments on a larger batch at {self.stage}"
+        if self.kind == "predictors":
+            return f"{self.model}: predictors"
         return f"{self.model}: {self.partition} spectrum at {self.stage}"

@@ -15,6 +15,7 @@ import click
 
 from harness.errors import UserError, extra_missing, output_error, reason_of
 from spectra_db.errors import DatasetError, HubError
+from spectra_db.words import PARTITIONS
 
 STOPPED = 130  # what a shell reports after Ctrl-C
 # Of options: any path, a file, a folder, and a folder that is there.
@@ -121,6 +122,11 @@ def options(*names: str) -> Callable[[Any], Any]:
             envvar="HARNESS_DATA_ROOT",
             type=FOLDER,
             help="Folder of data sets.  [env: HARNESS_DATA_ROOT]",
+        ),
+        "partition": click.option(
+            "--partition",
+            type=click.Choice(PARTITIONS),
+            help="How the model is cut into blocks.  [default: the entry's]",
         ),
         "out": click.option(
             "--out",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from harness.campaign.unit import KINDS
 from harness.cli.base import choice, device_of, main, options
 from harness.errors import UserError
 from spectra_db.words import OPTIMIZERS, TIERS
@@ -41,6 +42,11 @@ def train(
 
     entry, ledger = get(model, registry_dir=registry), Ledger(out)
     version.check(entry, ledger)
+    if entry.speedup is not None:
+        raise UserError(
+            f"{model} is trained by protocol 2, whose learning rates, lengths and seeds depend on "
+            f"each other; run: harness run {model} --only trial --out {out}"
+        )
     if lr is None:
         rows = ledger.rows("training", entry.name)
         lr = None if entry.recipe is None else grid.best(rows, optimizer, entry.recipe)
@@ -84,7 +90,7 @@ def train(
 @choice("engine", "local", "ray")
 @click.option(
     "--only",
-    type=click.Choice(["trial", "train", "spectrum", "moments"]),
+    type=click.Choice(KINDS),
     multiple=True,
     help="Do units of this kind alone; may be given more than once.",
 )

@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from spectra_db.words import WHOLE
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -100,7 +102,7 @@ def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> Non
     numbers = ("products", "PFLOP", "device-hours", "memory GiB", "disk MiB")
     table = _table("model", numbers=numbers)
     for entry in [*outlooks, total(outlooks)]:
-        if entry.model == "all":
+        if entry.model == WHOLE:
             table.add_section()
         table.add_row(
             entry.model,
@@ -116,32 +118,51 @@ def print_outlooks(outlooks: Sequence[Outlook], device: str, source: str) -> Non
 
 
 def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
-    """Print JS⁰ and the gap of models, each with its standard error, as the tables have them."""
+    """Print JS⁰ and how far SGD is behind of models, each with its error, as the tables have them.
+
+    That is the gap, and of entries of protocol 2 the log2 speed-up.
+    """
+    from harness.leaderboard.report import answer
     from harness.records.ledger import Ledger
     from harness.training.stages import STAGE_SEED
     from spectra_db.heterogeneity import LEADING
 
-    table = _table("model", numbers=("JS⁰", "SGD-Adam gap", "Adam needed"))
+    protocols = dict.fromkeys("gaps" if entry.speedup is None else "speedups" for entry in entries)
+    behind = {"gaps": "SGD-Adam gap", "speedups": "log2 speed-up, 95 % interval"}
+    table = _table("model", numbers=("JS⁰", *(behind[name] for name in protocols), "Adam needed"))
     ledger = Ledger(out)
     for entry in entries:
-        js0 = gap = needed = "–"
+        js0 = needed = "–"
+        found = dict.fromkeys(protocols, "–")
         asked = ("js0", LEADING["js0"], "init", entry.partition, STAGE_SEED)
         for row in ledger.rows("heterogeneity", entry.name).itertuples():
             if (row.metric, row.scale, row.stage, row.partition, row.init_seed) == asked:
                 js0 = f"{row.corrected:.3f} ± {row.standard_error:.3f}"
-        for row in ledger.rows("gaps", entry.name).itertuples():
-            if row.status == "ok":
-                gap = f"{row.gap:.3f} ± {row.standard_error:.3f}"
-                needed = "yes" if row.adam_needed else "no"
-            else:
-                gap = str(row.status)
-        table.add_row(entry.name, js0, gap, needed)
+        for name in protocols:
+            for result in ledger.rows(name, entry.name).to_dict("records"):
+                if result["status"] != "ok":
+                    found[name] = str(result["status"])
+                elif name == "gaps":
+                    found[name] = f"{result['gap']:.3f} ± {result['standard_error']:.3f}"
+                    needed = answer(result)
+                else:
+                    found[name] = _speedup(result)
+                    needed = str(result["adam_needed"])
+        table.add_row(entry.name, js0, *found.values(), needed)
     _console().print(table)
 
 
 def _number(value: Any, spec: str = ".2f") -> str:
     """Format a number, a dash for none."""
     return "–" if value is None or value != value else format(value, spec)
+
+
+def _speedup(row: Mapping[Any, Any]) -> str:
+    """Return the log2 speed-up of a row of `speedups` with its interval."""
+    from harness.leaderboard.standings import interval, short
+
+    numbers = (short(row[end]) for end in ("log2_speedup", "ci_low", "ci_high"))
+    return interval(*numbers, is_bound=bool(row["censored"]))
 
 
 def print_speedups(standings: Sequence[Mapping[str, Any]]) -> None:
@@ -278,13 +299,16 @@ def print_differences(changes: Mapping[str, pd.DataFrame], num_rows: int) -> Non
 
 def print_provenance(found: dict[str, Any]) -> None:
     """Print a model's numbers, and the spectra, training runs and commands they come from."""
+    from spectra_db.schema import BEST_RATES
+
     console = Console(markup=False, highlight=False, soft_wrap=True)
     model = found["model"]
     version = f"release {found['version']}" if found["version"] else "no release"
     console.print(f"{model['model']} ({model['family']}, {model['task']}), {version}")
-    gap = found["gap"]
+    gap, speedup = found["gap"], found["speedup"]
     if gap is None or gap["status"] != "ok":
-        console.print(f"gap: {'none' if gap is None else gap['status']}")
+        if speedup is None:
+            console.print(f"gap: {'none' if gap is None else gap['status']}")
     else:
         console.print(
             f"gap {gap['gap']:.4f} ± {gap['standard_error']:.4f} = (L_sgd − L_adam) / (L_init − "
@@ -292,21 +316,34 @@ def print_provenance(found: dict[str, Any]) -> None:
             f"{gap['adam_loss']:.4g} at {gap['adam_lr']:.3g}, L_init {gap['init_loss']:.4g}"
         )
     for run in found["training"]:
-        best = gap is not None and run["lr"] == gap[f"{run['optimizer'].removesuffix('w')}_lr"]
+        best = gap is not None and run["lr"] == gap[BEST_RATES[run["optimizer"]]]
         if best and run["seed"] > 0:
             line = f"seed {run['seed']}: loss {run['loss']:.4g} after {run['step']} steps"
             console.print(f"  {run['optimizer']} at {run['lr']:.3g}, {line}")
+    if speedup is not None and speedup["status"] != "ok":
+        console.print(f"log2 speed-up: {speedup['status']}, {speedup['reason']}")
+    elif speedup is not None:
+        console.print(
+            f"log2 speed-up {_speedup(speedup)}: {speedup['num_trials']} trials, at T = "
+            f"{speedup['num_steps']} steps SGD {speedup['sgd_loss']:.4g} at rate "
+            f"{speedup['sgd_lr']:.3g}, AdamW {speedup['adam_loss']:.4g} at {speedup['adam_lr']:.3g}"
+        )
+    for trial in found["trials"]:
+        if speedup is not None and trial["lr"] == speedup[BEST_RATES[trial["optimizer"]]]:
+            loss = "diverged" if trial["final_loss"] is None else f"loss {trial['final_loss']:.4g}"
+            line = f"seed {trial['seed']}: {loss} after {trial['num_steps']} steps"
+            console.print(f"  {trial['optimizer']} at {trial['lr']:.3g}, {line}")
     for row in found["measurements"]:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
         value = "–" if row["corrected"] is None else f"{row['corrected']:.4f}"
         name = f"{row['metric']} ({row['scale']}, σ {row['sigma']:g})"
-        console.print(f"{name} at {row['stage']} {value}{error}, partition {row['partition']}")
+        console.print(f"{name} {value}{error}, {_place(row)}")
     for row in found["spectra"]:
         counts = f"{row['blocks']} blocks, {row['probes']} probes, {row['rows']} rows"
-        weights = f", checkpoint {row['checkpoint_sha256']}" if row["progress"] > 0 else ""
-        place = f"{row['stage']}, partition {row['partition']}"
+        checkpoint = row["checkpoint_sha256"]
+        weights = "" if checkpoint is None else f", checkpoint {checkpoint}"
         made = f"run {row['run_id']}, batch {row['batch_hash']}{weights}"
-        console.print(f"spectra at {place}: {counts}; {made}")
+        console.print(f"spectra, {_place(row)}: {counts}; {made}")
     for source in dict.fromkeys(row["data_source"] for row in found["spectra"]):
         console.print(f"data: {source}")
     labels = [("code_version", "code"), ("torch_version", "torch"), ("device", "on")]
@@ -319,6 +356,11 @@ def print_provenance(found: dict[str, Any]) -> None:
     for path, sha256 in found["files"].items():
         console.print(f"file {path}: sha256 {sha256}")
     console.print(f"recompute a sample of the rows: harness verify {model['model']}")
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    """Say where the spectrum behind a row was taken."""
+    return f"at {row['stage']}, seed {row['init_seed']}, partition {row['partition']}"
 
 
 def cost_line(num_probes: int, num_steps: int, cost: Forecast) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli.base import EXISTING, FILE, PATH, device_of, main, options, writable
+from spectra_db.words import STAGES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
     type=FILE,
     help="Page, docs/leaderboard.md, whose part between the markers is written anew.",
 )
-@click.option("--stage", default="init", show_default=True, help="Stage of the printed table.")
+@click.option(
+    "--stage",
+    type=click.Choice(STAGES),
+    default="init",
+    show_default=True,
+    help="Of the printed table.",
+)
 @options("source", "registry", "json")
 def leaderboard(
     out: Path | None,
@@ -38,14 +45,10 @@ def leaderboard(
 ) -> None:
     """Tell which measure of heterogeneity predicts the SGD-Adam gap."""
     from harness.cli.display import print_leaderboard
-    from harness.errors import UserError
     from harness.leaderboard import board, report, statistics, tables
     from harness.leaderboard.export import export
     from spectra_db.schema import PROTOCOL_VERSION
-    from spectra_db.words import STAGES
 
-    if stage not in STAGES:
-        raise UserError(f"--stage is {stage!r}; choose one of {', '.join(STAGES)}")
     data = tables.read(source, registry_dir=registry)
     rows = board.leaderboard(data)
     if out is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from harness.cli.base import EXISTING, choice, main, options
+from harness.cli.base import EXISTING, main, options
 from harness.errors import UserError
-from spectra_db.words import PARTITIONS, TIERS
+from spectra_db.words import TIERS
 
 
 @main.command("list")
@@ -72,15 +72,14 @@ def list_(
 
 @main.command()
 @click.argument("model")
-@choice("partition", *PARTITIONS)
 @click.option(
     "--provenance", is_flag=True, help="Where its published numbers come from, row by row."
 )
-@options("source", "registry", "data_root", "json")
+@options("partition", "source", "registry", "data_root", "json")
 def describe(
     model: str,
-    partition: str,
     provenance: bool,
+    partition: str | None,
     source: Path | None,
     registry: Path | None,
     data_root: Path | None,
@@ -110,9 +109,10 @@ def describe(
     entry = get(model, registry_dir=registry)
     # The pretraining's weights change nothing that is shown.
     problem = load_problem(replace(entry, pretrained=None), data_root=data_root)
-    blocks = problem.blocks(partition)
+    settings = settings_of(entry, partition)
+    blocks = problem.blocks(settings.partition)
     with progress_bar(f"{entry.name}: a product with each block") as on_progress:
-        cost = problem.forecast(settings_of(entry, partition), on_progress)
+        cost = problem.forecast(settings, on_progress)
     num_params = sum(p.numel() for p in problem.model.parameters())
     if as_json:
         facts = {
@@ -132,7 +132,7 @@ def describe(
         return
     click.echo(f"{entry.name}: {entry.description} ({entry.reference})")
     click.echo(f"family {entry.family}, tier {entry.tier}, task {entry.task}")
-    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {partition}")
+    click.echo(f"{num_params:,} parameters, {len(blocks)} blocks of partition {settings.partition}")
     click.echo("GFLOP: of one product with the block")
     print_blocks(blocks, cost)
     click.echo(cost_line(entry.num_probes, entry.num_steps, cost))

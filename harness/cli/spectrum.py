@@ -13,7 +13,7 @@ import click
 from harness.cli.base import LateChoice, choice, device_of, main, options, processes
 from harness.errors import UserError
 from harness.estimator.settings import CHOICES
-from spectra_db.words import PARTITIONS, STAGES, listed
+from spectra_db.words import STAGES, listed
 
 if TYPE_CHECKING:
     from harness.estimator.settings import Settings
@@ -42,7 +42,6 @@ def _metrics() -> list[str]:
     help="Weights of --from: .safetensors, a saved state_dict, or a model on the Hub.",
 )
 @click.option("--stage", default="init", show_default=True, help=f"{listed(STAGES)}.")
-@choice("partition", *PARTITIONS)
 @click.option("--metric", type=LateChoice(_metrics), default="js0", show_default=True)
 @click.option("--tol", type=float, help="Relative error to reach, such as 0.02.")
 @click.option("--num-probes", type=click.IntRange(1), help="Per block; with --tol at most.")
@@ -69,7 +68,7 @@ def _metrics() -> list[str]:
     show_default=True,
     help="What processes of torchrun share.",
 )
-@options("registry", "data_root", "out", "seed", "device", "log")
+@options("partition", "registry", "data_root", "out", "seed", "device", "log")
 def spectrum(
     model: str,
     source: str | None,
@@ -84,6 +83,7 @@ def spectrum(
     batch_error: bool,
     share: str,
     gram: bool | None,
+    partition: str | None,
     registry: Path | None,
     data_root: Path | None,
     out: Path,
@@ -147,7 +147,7 @@ def spectrum(
         )
         entry = problem.entry
         version.check(entry, ledger)
-    own = settings_of(entry)
+    own = settings_of(entry, partition)
     chosen = replace(
         own,
         num_probes=num_probes or own.num_probes,

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from harness.errors import UserError
-from harness.leaderboard.statistics import MIN_MODELS, Array, interval, resampled
+from harness.leaderboard.ranks import Array
+from harness.leaderboard.resampling import MIN_MODELS, interval, resampled
 from spectra_db.heterogeneity import is_leading
 
 CHEAP = ("gradient_rms_spread", "lambda_rms_spread", "trace_spread")

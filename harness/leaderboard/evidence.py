@@ -16,11 +16,11 @@ from scipy.special import ndtri
 
 from harness.errors import UserError
 from harness.leaderboard import inference
-from harness.leaderboard.statistics import (
+from harness.leaderboard.ranks import Array
+from harness.leaderboard.resampling import (
     LEVEL,
     MIN_MODELS,
     NUM_DRAWS,
-    Array,
     interval,
     left_out_accuracy,
     resampled,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from harness.leaderboard import classifier
 from harness.leaderboard.statistics import DUMMIES, ENTERING_TIERS, REFERENCE, measurements
 from harness.leaderboard.tables import Dataset, natural_key
 from harness.training.gap import THRESHOLD
+from spectra_db.densities import SCALES
 from spectra_db.files import whole
 from spectra_db.heterogeneity import LEADING, METRICS, is_leading
 from spectra_db.words import STAGES
@@ -21,14 +23,7 @@ _NUM_MOVED = 3  # models that are named
 BEGIN = "<!-- written by `make leaderboard` -->"
 END = "<!-- end of what is written -->"
 # What eigenvalues are divided by, where people read it.
-SCALE_WORDS = {
-    "none": "–",
-    "raw": "raw eigenvalues",
-    "lambda10": "by the 10th largest",
-    "global_max": "by the largest of all blocks",
-    "own_max": "by the block's largest",
-    "own_rms": "by the block's rms",
-}
+SCALE_WORDS = {"none": "–"} | {name: scale.short for name, scale in SCALES.items()}
 # What the authors' code compares: eigenvalues as they are.
 RAW = (("js0", "raw"), ("js0_paper", "raw"))
 LABELS = {
@@ -128,8 +123,11 @@ def sentences(board: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     ]
 
 
-def answer(gap: pd.Series) -> str:
-    """Say whether a model needs Adam by its gap from R; a dash where older tables don't tell."""
+def answer(gap: Mapping[Any, Any]) -> str:
+    """Say whether a model needs Adam by its gap from R, in a word or two of a row of `gaps`.
+
+    A dash where older tables don't tell.
+    """
     if pd.isna(gap["trained"]):
         return "–"
     return str(gap["adam_needed_now"]) if gap["trained"] else "not trained"

@@ -92,18 +92,18 @@ def _standing(row: dict[Any, Any]) -> dict[str, Any]:
         "family": row["family"],
         "ranked": row["ranked"],
         "needed": str(row["adam_needed"]) if trained else "not trained",
-        "speedup": _speedup(numbers, is_bound=bool(row["censored"])),
+        "speedup": interval(
+            *(numbers[end] for end in ("y", "low", "high")), is_bound=bool(row["censored"])
+        ),
         "reason": "",
     } | numbers
 
 
-def _speedup(numbers: dict[str, float | None], *, is_bound: bool) -> str:
+def interval(y: float | None, low: float | None, high: float | None, *, is_bound: bool) -> str:
     """Return a speed-up with its interval, as 1.75 [1.73, 1.78], or > 2.00 [1.50, ∞]."""
-    y = numbers["y"]
     if y is None:
         return "–"
     sign = "" if not is_bound else "> " if y > 0 else "< "
-    low, high = numbers["low"], numbers["high"]
     ends = f"[{'−∞' if low is None else f'{low:z.2f}'}, {'∞' if high is None else f'{high:z.2f}'}]"
     return f"{sign}{y:z.2f} {ends}".replace("-", "−")
 

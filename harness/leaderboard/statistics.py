@@ -17,6 +17,13 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.leaderboard.ranks import Array, concordance, pearson, ranks, signs
+from harness.leaderboard.resampling import (
+    MIN_MODELS,
+    NUM_DRAWS,
+    interval,
+    left_out_accuracy,
+    resampled,
+)
 from harness.training.gap import needs_adam
 from spectra_db.heterogeneity import LEADING
 from spectra_db.schema import PROTOCOL_VERSION, TABLES
@@ -28,9 +35,6 @@ REFERENCE = ("js0", LEADING["js0"])
 DUMMIES = ("has_attention", "num_params")
 # Demo models are there to try the tools: 8×8 images, some seconds of training.
 ENTERING_TIERS = ("small", "paper")
-LEVEL = 0.95
-NUM_DRAWS = 4000  # another seed then moves the ends of intervals by about 0.02
-MIN_MODELS = 4
 # Draws of a metric are kept above this part of its value: logarithms are taken.
 _FLOOR = 0.1
 # Signs of shape (B, n, n) are made for so many entries at a time, which a core's cache holds.
@@ -266,72 +270,6 @@ def _correlations(
     }
 
 
-def left_out_accuracy(
-    x: Array, needed: Array, families: npt.NDArray[np.intp], weights: Array
-) -> tuple[Array, Array]:
-    """Return how often a threshold set on the other families tells whether Adam is needed.
-
-    Adam is predicted where x is at or above the threshold: the direction is the paper's and not
-    fitted. The threshold makes the fewest errors on the other families; of several, the one in the
-    widest gap.
-
-    Args:
-        x: The metric in B draws, shape (B, n).
-        needed: 1 where Adam is needed, shape (B, n).
-        families: Number of each model's family, shape (n,).
-        weights: How often each model counts, shape (B, n).
-
-    Returns:
-        The accuracy, and that of the majority of the other families; both of shape (B,), nan in
-        draws of one family, which has no others.
-    """
-    order = np.argsort(x, axis=1, kind="stable")
-    xs, labels, w = (np.take_along_axis(a, order, axis=1) for a in (x, needed, weights))
-    family = families[order]
-    right, of_majority, several = np.zeros((3, len(x)))
-    for f in np.unique(families):
-        drawn = np.flatnonzero(weights[:, families == f].any(axis=1))
-        of_f = family[drawn] == f
-        own, others = np.where(of_f, w[drawn], 0), np.where(of_f, 0, w[drawn])
-        values, truth = xs[drawn], labels[drawn]
-        threshold = _threshold(values, truth, others)
-        right[drawn] += (own * ((values >= threshold[:, None]) == truth)).sum(axis=1)
-        majority = (others * (2 * truth - 1)).sum(axis=1, keepdims=True) > 0
-        of_majority[drawn] += (own * (majority == truth)).sum(axis=1)
-        several[drawn] = others.any(axis=1)
-    total = np.where(several > 0, w.sum(axis=1), np.nan)
-    return right / total, of_majority / total
-
-
-def _threshold(x: Array, needed: Array, weights: Array) -> Array:
-    """Return the threshold of fewest errors of each draw, of equals the one in the widest gap.
-
-    Args:
-        x: Values, ascending, shape (B, n).
-        needed: 1 where Adam is needed.
-        weights: How often each counts; a threshold lies in the middle between two that do.
-    """
-    places = len(x), x.shape[1] + 1
-    # With the threshold before place t: those needed below it, and false alarms at or above.
-    errors, under, above = np.empty((3, *places))
-    errors[:, 0] = (weights * (1 - needed)).sum(axis=1)
-    np.cumsum(weights * (2 * needed - 1), axis=1, out=errors[:, 1:])
-    errors[:, 1:] += errors[:, :1]
-    under[:, 0], above[:, -1] = -np.inf, np.inf
-    np.maximum.accumulate(np.where(weights > 0, x, -np.inf), axis=1, out=under[:, 1:])
-    backwards = np.where(weights > 0, x, np.inf)[:, ::-1]
-    np.minimum.accumulate(backwards, axis=1, out=above[:, -2::-1])
-    gap = above - under
-    margin = np.where(np.isfinite(gap), gap, 0.0)
-    widest = np.maximum(margin.max(axis=1, keepdims=True), 1e-300)
-    score = np.where(gap > 0, errors - 0.5 * margin / widest, np.inf)
-    best = score.argmin(axis=1, keepdims=True)
-    low, high = (np.take_along_axis(side, best, axis=1)[:, 0] for side in (under, above))
-    inside = np.isfinite(low) & np.isfinite(high)
-    middle = np.where(inside, low, 0.0) + np.where(inside, high - low, 0.0) / 2
-    return np.where(inside, middle, np.where(np.isfinite(high), -np.inf, np.inf))
-
-
 def _between(
     x: Array, y: Array, families: npt.NDArray[np.intp], num_families: int, weights: Array
 ) -> Array:
@@ -383,28 +321,3 @@ def _without_each_family(sample: _Sample, rows: pd.DataFrame) -> list[dict[str, 
             value = found[name][f] if num_models >= MIN_MODELS else np.nan
             table.append(counts | {"statistic": name, "value": value})
     return table
-
-
-def resampled(
-    families: pd.Series, generator: np.random.Generator, num_draws: int
-) -> tuple[npt.NDArray[np.intp], pd.Index, Array]:
-    """Draw as many families as there are with replacement, all models of a family together.
-
-    Returns:
-        Number of each model's family, names of the families, and how often each draw holds a
-        model, shape (num_draws, n).
-    """
-    numbers, names = pd.factorize(families, sort=True)
-    count = len(names)
-    picked = generator.multinomial(count, np.full(count, 1 / count), size=num_draws)
-    return numbers, pd.Index(names), picked[:, numbers].astype(np.float64)
-
-
-def interval(values: Array) -> tuple[float, float]:
-    """Return the 95 % interval of draws; nan where most leave the statistic undefined."""
-    known = values[~np.isnan(values)]
-    if 2 * len(known) < len(values):
-        return np.nan, np.nan
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(known, [tail, 100 - tail])
-    return float(low), float(high)

@@ -13,7 +13,7 @@ import pandas as pd
 
 import spectra_db
 from harness.registry import entries
-from harness.registry.entry import partition_of
+from harness.registry.entry import FACTS, partition_of
 from spectra_db import heterogeneity as measures
 from spectra_db import manifest
 from spectra_db.derived import standard
@@ -23,7 +23,6 @@ from spectra_db.verified import NOTE, verified_models
 from spectra_db.words import ATTENTION
 
 _SPECTRUM = list(SPECTRUM)
-_OF_ENTRY = ("family", "tier", "task", "source", "licence", "reference")
 _COUNTED = [*_SPECTRUM, "operator", "block", "block_kind", "method", "num_products"]
 
 
@@ -195,7 +194,7 @@ def _with_pending(
     known = set(models["model"])
     tiers = set(models["tier"])
     absent = [
-        {name: getattr(entry, name) for name in _OF_ENTRY}
+        {name: getattr(entry, name) for name in FACTS}
         | {"model": entry.name, "num_params": 0, "num_blocks": 0, "status": "pending"}
         | {"reason": entry.reason or "not computed yet", "protocol_version": PROTOCOL_VERSION}
         for entry in entries(registry_dir=registry_dir)

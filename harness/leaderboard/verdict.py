@@ -26,7 +26,7 @@ from harness.leaderboard.evidence import (
     error_of,
     measures,
 )
-from harness.leaderboard.statistics import Array
+from harness.leaderboard.ranks import Array
 
 MIN_ENTRIES = 16
 PLANNED = 18

@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.estimator.settings import Settings
-from harness.registry.entry import ModelEntry
+from harness.registry.entry import FACTS, ModelEntry
 from spectra_db.schema import PROTOCOL_VERSION
-
-# What table `models` has of an entry as it stands there.
-FACTS = ("family", "tier", "task", "source", "licence", "reference")
 
 
 def describe_run(identity: Mapping[str, Any], settings: Settings, command: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def entries(tier: str | None = None, *, registry_dir: Path | str | None = None) 
     """List the entries by tier and name.
 
     Args:
-        tier: demo, small or paper; None for all.
+        tier: demo, small, paper, ranked or reference; None for all.
         registry_dir: Folder of further entry files (Python); those that define ENTRIES are
             executed, so name only a folder you trust.
 

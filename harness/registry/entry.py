@@ -21,6 +21,8 @@ from spectra_db.words import STAGES as STAGES  # for entry files, which name it
 if TYPE_CHECKING:
     from torch import nn
 
+# What table `models` has of an entry as it stands there.
+FACTS = ("family", "tier", "task", "source", "licence", "reference")
 MIN_STEPS = 100  # of a training run whose losses are results; fewer are a rehearsal
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -56,6 +58,8 @@ class Recipe:
     schedule: str = "cosine"
     eval_size: int = 2048
     extend_grid: bool = True
+
+    momentum: ClassVar[float] = 0.9  # of SGD
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "eval_size"):
@@ -135,7 +139,7 @@ class ModelEntry:
     Attributes:
         name: Slug that names files and rows.
         family: Family of architectures; statistics resample families.
-        tier: demo, small or paper.
+        tier: demo, small, paper, ranked or reference.
         factory: "module:callable" that returns the module.
         options: Keyword arguments of the factory; they win over the task's.
         task: Name of the task (data and loss).

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.leaderboard.report import answer
 from harness.registry.entry import ModelEntry
 from spectra_db.card import plain
 from spectra_db.densities import SCALE
@@ -87,10 +88,14 @@ def _gap(data: Path) -> str:
     if row["status"] != "ok":
         return f"The SGD-Adam gap is {row['status']}: {plain(row['reason'])}."
     edge = "; a best rate lies at the edge of its grid" if row["at_edge"] else ""
-    needed = "needed" if row["adam_needed"] else "not needed"
+    needed = {
+        "yes": "Adam is needed",
+        "no": "Adam is not needed",
+        "unclear": "whether Adam is needed is unclear",
+    }.get(answer(row), "too little is learnt to tell whether Adam is needed")
     return (
         f"SGD-Adam gap {row['gap']:.3f} ± {row['standard_error']:.3f} over {row['num_seeds']} "
-        f"seeds: Adam is {needed}. From a loss of {row['init_loss']:.4f}, SGD reaches "
+        f"seeds: {needed}. From a loss of {row['init_loss']:.4f}, SGD reaches "
         f"{row['sgd_loss']:.4f} at {row['sgd_lr']:.2g}, AdamW {row['adam_loss']:.4f} at "
         f"{row['adam_lr']:.2g}{edge}."
     )

@@ -29,8 +29,8 @@ from harness.errors import UserError, one_line
 from harness.estimator.batches import take
 from harness.records.derived import derived
 from harness.records.ledger import Ledger
-from harness.records.provenance import FACTS
 from harness.registry import MAX_BYTES, ModelEntry, defines_entries, entries
+from harness.registry.entry import FACTS
 from harness.submission import entry_file, report
 from harness.submission.recompute import Means
 from harness.submission.verify import verify

@@ -32,7 +32,6 @@ from spectra_db.files import replaced
 from spectra_db.schema import PROTOCOL_VERSION
 from spectra_db.words import OPTIMIZERS
 
-MOMENTUM = 0.9
 NUM_LOGGED = 50  # minibatch losses kept of a run, enough for a curve
 EVALUATION_FACTOR = 4  # without a backward pass, four training batches fit where one did
 _DATA_SEED = 1_000_000  # keeps the stream of the data apart from that of the initialisation
@@ -79,7 +78,7 @@ def train(
     Args:
         entry: what to train, with a recipe.
         data: the entry's data, `harness.tasks.of(entry).load(...)`.
-        optimizer: "sgd" (momentum 0.9) or "adamw".
+        optimizer: "sgd" (with momentum) or "adamw".
         lr: peak learning rate.
         seed: of the initialisation, the order of the data and dropout.
         checkpoint_dir: save the entry's stages below it if the optimizer is AdamW; pass it on the
@@ -260,8 +259,7 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if optimizer == "sgd":
-        momentum = getattr(recipe, "momentum", MOMENTUM)
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=recipe.adamw_betas, fused=True)
 
 

@@ -135,11 +135,14 @@ def load_problem(
         path = checkpoint_path(checkpoint_dir or ".", entry.name, seed, stage)
         if checkpoint_dir is None or not path.is_file():
             where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
-            # At the best rate, which the first command finds.
-            further = f", then harness train {entry.name} --seed {seed}"
+            run = f"run: harness run {entry.name}"
+            if seed != STAGE_SEED and entry.speedup is None:
+                run += f", then harness train {entry.name} --seed {seed}"  # at the best rate
+            elif seed != STAGE_SEED:
+                run = f"protocol 2 keeps the weights of seed {STAGE_SEED} alone"
             raise UserError(
                 f"stage {stage!r} of {entry.name!r} is not trained yet for seed {seed} ({where}); "
-                f"run: harness run {entry.name}{further if seed != STAGE_SEED else ''}"
+                f"{run}"
             )
     task = tasks.of(entry)
     data = task.load(data_root)
@@ -154,6 +157,7 @@ def load_problem(
     batches = tasks.split(batch, microbatch_size)
     # A loss that a task of someone's own defines has no parts.
     is_split = type(task).loss is Task.loss
+    recipe = entry.recipe or entry.speedup
     return Problem(
         entry=entry,
         stage=stage,
@@ -162,7 +166,7 @@ def load_problem(
         batches=batches,
         task=task,
         step=step,
-        progress=step / entry.recipe.num_steps if entry.recipe else 0.0,
+        progress=step / recipe.num_steps if recipe else 0.0,
         init_seed=seed,
         train_run="" if stage == "init" else run_name(seed),
         batch_size=len(batch[0]),

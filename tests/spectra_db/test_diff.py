@@ -33,6 +33,27 @@ def test_a_gap_may_move_by_two_standard_errors_of_the_difference(tmp_path, gap, 
         assert row["allowed"] == pytest.approx(2 * np.hypot(0.02, 0.02), rel=1e-3)
 
 
+def test_ends_of_intervals_move_with_their_number_and_errors_by_their_size(tmp_path):
+    old = gap_row("a", ci_low=0.16, ci_high=0.24)
+    moved = {"gap": 0.21, "ci_low": 0.17, "ci_high": 0.25, "standard_error": 0.022}
+    assert differ(tmp_path, "gaps", old, old | moved)["change"] == "within"
+    for table, column, by, change in (
+        ("speedups", "log2_speedup", 0.5, "within"),
+        ("speedups", "log2_speedup", 3.5, "changed"),
+        ("predictors", "value", 0.5, "within"),
+        ("predictors", "value", 3.5, "changed"),
+        ("heterogeneity", "truncation_error", None, "within"),
+        ("heterogeneity", "batch_error", None, "within"),
+    ):
+        place = tmp_path / f"{table}-{column}-{by}"
+        rows = store.read(BUNDLED / table / "cifar-vit.parquet", table).to_pandas()
+        rows = rows[rows[column].gt(0) & rows["standard_error"].gt(0)]
+        old = rows.iloc[0].to_dict()
+        new = 1.2 * old[column] if by is None else old[column] + by * old["standard_error"]
+        row = differ(place, table, old, old | {column: new})
+        assert (row["change"], row["column"]) == (change, column)
+
+
 def test_a_probe_may_move_by_rounding_and_by_its_truncation(tmp_path):
     old = slq_row(SPECTRUM, "block", 0, START, 20)
     noise = 1 + 1e-8 * RNG.standard_normal(400)

@@ -34,13 +34,25 @@ def test_checkpoints_are_those_of_the_spectrum_s_own_seed(source, tmp_path):
 def test_every_spectrum_leads_to_its_run_command_code_and_seeds(source):
     found = trace("digits-cnn", source)
     runs = {run["run_id"]: run for run in found["runs"]}
-    assert [s["stage"] for s in found["spectra"]] == ["final", "init"]  # progress is 0 at both
+    assert [s["stage"] for s in found["spectra"]] == ["init", "final"]
     for spectrum in found["spectra"]:
         assert (spectrum["rows"], spectrum["blocks"], spectrum["probes"]) == (6, 2, 3)
         run = runs[spectrum["run_id"]]
         assert run["command"] == "harness run digits-cnn"
         assert (run["code_version"], run["seeds"]) == ("0.1.0+abc", [1])
-    assert found["spectra"][0]["checkpoint_sha256"] == "0" * 64
+    assert [s["checkpoint_sha256"] for s in found["spectra"]] == [None, "0" * 64]
+
+
+def test_the_speed_up_leads_to_its_trials():
+    found = trace("cifar-vit")
+    assert found["speedup"]["num_trials"] == len(found["trials"])
+    command = ["describe", "cifar-vit", "--provenance"]
+    output = CliRunner().invoke(main, command).output
+    assert "log2 speed-up 0.76 [0.68, 0.83]: 58 trials" in output
+    best = [t for t in found["trials"] if t["lr"] == found["speedup"]["adam_lr"]]
+    assert output.count("adamw at 0.00533, seed") == len(best)
+    assert "gap" not in output
+    assert "at init, seed 3, partition weights" in output
 
 
 def test_the_gap_leads_to_the_ends_of_training_runs(source):

@@ -7,13 +7,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from harness.errors import UserError
-from harness.leaderboard.statistics import (
-    _between,
-    _correlations,
-    leaderboard,
-    left_out_accuracy,
-    measurements,
-)
+from harness.leaderboard.resampling import left_out_accuracy
+from harness.leaderboard.statistics import _between, _correlations, leaderboard, measurements
 from spectra_db import store
 from tests.harness.leaderboard.tables import frame, gap_row, made_up, metric_row, model_row
 

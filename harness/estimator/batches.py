@@ -73,6 +73,17 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
     return map_tensors(lambda t: t[start:stop] if t.dim() and t.shape[0] == size else t, batch)
 
 
+def take_most(batch: Batch, num_samples: int, count: NumTerms) -> Batch:
+    """Return so many samples in a row of which one has as many terms as any of the batch.
+
+    What a loss of few tokens costs is what its longest sample does.
+    """
+    size = leading_size(batch)
+    most = max(range(size), key=lambda i: float(count(take(batch, i, i + 1))))
+    start = max(0, min(most, size - num_samples))
+    return take(batch, start, start + num_samples)
+
+
 def join(first: Batch, second: Batch, whole: Batch) -> Batch | None:
     """Return the samples of two batches as one batch, None if that can't be.
 

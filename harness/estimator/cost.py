@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.estimator import gram
-from harness.estimator.batches import leading_size, take
+from harness.estimator.batches import leading_size, take_most
 from harness.estimator.blocks import Block
 from harness.estimator.checks import fixed_arithmetic
 from harness.estimator.device import choose_device, device_memory
@@ -88,8 +88,8 @@ def forecast(
 ) -> Forecast:
     """Count the cost of a spectrum on one sample and scale it to the batch.
 
-    Takes one product with each block on the first sample, or on the first two where the model
-    fails on one, on the model's device.
+    Takes one product with each block on the first batch's sample of most terms, or on two where
+    the model fails on one, on the model's device.
 
     Args:
         objective: The loss.
@@ -98,10 +98,16 @@ def forecast(
         on_progress: Called with (blocks done, blocks in all).
     """
     size, first = objective.batch_size, objective.batches[0]
+    count = objective.count if callable(objective.count) else leading_size
+
+    def of(num_samples: int) -> Objective:
+        some = take_most(first, num_samples, count)
+        return Objective(objective.model, objective.loss_fn, [some], [1.0])
+
     device = choose_device(objective.model, None)
     here = replace(settings, device=str(device), memory_budget=device_memory(device))
     with fixed_arithmetic(objective.model):
-        few, hessian = on_few(first, lambda few: block_hessian(objective.first(few), blocks, here))
+        few, hessian = on_few(first, lambda few: block_hessian(of(few), blocks, here))
         with _counter() as shared:
             hessian.products([])
         block_flops = []
@@ -114,7 +120,7 @@ def forecast(
             block_flops.append(counter.get_total_flops() * size // few)
             on_progress(index + 1, len(blocks))
         by_gram, passes = gram.foreseen(hessian, settings, size)
-        more = take(first, 0, 2 * few)
+        more = take_most(first, 2 * few, count)
         added = leading_size(more) - few
         grows = (hessian.measure_peak(more) - hessian.product_bytes) // added if added else 0
     pass_flops = shared.get_total_flops() * size // few

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.estimator.batches import Batch, NumTerms, halves, leading_size, take
+from harness.estimator.batches import Batch, NumTerms, halves, leading_size, take_most
 from harness.estimator.blocks import Block, Part
 from harness.estimator.memory import is_out_of_memory
 
@@ -134,12 +134,12 @@ def fit(
     if count is None:
         graph_bytes, product_bytes = kept(sample), peak(sample)
     else:
-        few, graph_of_few = on_few(sample, lambda few: kept(take(sample, 0, few)))
-        least = peak(take(sample, 0, few))
+        few, graph_of_few = on_few(sample, lambda few: kept(take_most(sample, few, count)))
+        least = peak(take_most(sample, few, count))
         per_sample = least / few
         if size >= 2 * few:
             # What doesn't grow with the samples, such as gradients, counts once.
-            per_sample = max(peak(take(sample, 0, 2 * few)) - least, 0) / few
+            per_sample = max(peak(take_most(sample, 2 * few, count)) - least, 0) / few
     while True:
         if count is not None:
             size = max(leading_size(b) for b in batches)

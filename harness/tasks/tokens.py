@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from harness.tasks.base import IGNORED, Batch, Task
 
@@ -28,7 +27,7 @@ class SomeTokens(Task):
             ValueError: every target is -100, so that the mean would be 0/0.
         """
         targets = batch[1]
-        if not bool((targets != IGNORED).any()):
+        if not self.num_terms(batch):
             raise ValueError("the batch has no term: every target is -100; use larger microbatches")
         return functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
@@ -41,20 +40,22 @@ class SomeTokens(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits of the tokens to predict, (B, n, V), n the most of one sequence.
 
-        Of a large vocabulary most of a product is the last layer. In models of transformers, where
-        what follows it is of each token by itself, it runs for these tokens alone.
+        Of a large vocabulary most of a product is the last layer. In models of transformers' own it
+        runs for these tokens alone, where that was seen to change neither values nor gradients. For
+        a loss of one's own, all logits, (B, T, V).
         """
         if not self._predicts_targets:
             return super().outputs(model, batch)
-        places = _places(batch[1])
-        head = _head_of(model)
-        if head is not None and 0 < places.shape[1] < batch[1].shape[1]:
-            if model not in _runs_for_some:
-                _runs_for_some[model] = self._is_same(model, head, batch, places)
-            if _runs_for_some[model]:
-                with _only_at(places, head):
-                    return self.logits(model, batch)
-        return self._logits_at(places, model, batch)
+        places, head = _places(batch[1]), _head_of(model)
+        fewer = 0 < places.shape[1] < batch[1].shape[1] and batch[0].shape[:2] == batch[1].shape
+        if head is None or not fewer or type(self).logits is not Task.logits:
+            return self._logits_at(places, model, batch)
+        if model not in _runs_for_some and not model.training:  # dropout is never the same twice
+            _runs_for_some[model] = self._is_same(model, head, batch)
+        if not _runs_for_some.get(model):
+            return self._logits_at(places, model, batch)
+        with _only_at(places, head):
+            return self.logits(model, batch)
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss, given the logits of the tokens to predict."""
@@ -64,7 +65,7 @@ class SomeTokens(Task):
 
     @property
     def _predicts_targets(self) -> bool:
-        """Whether the loss is of the targets alone, as long as nobody has put another there."""
+        """Whether the loss is of the targets alone: no subclass has another."""
         return type(self).loss_of is SomeTokens.loss_of
 
     def _logits_at(self, places: Tensor, model: nn.Module, batch: Batch) -> Tensor:
@@ -74,26 +75,45 @@ class SomeTokens(Task):
             ValueError: There is not one row for each token.
         """
         logits = self.logits(model, batch)
-        if logits.shape[:2] != batch[1].shape:
+        if logits.dim() != 3 or logits.shape[:2] != batch[1].shape:
             raise ValueError(
                 f"the logits have shape {tuple(logits.shape)}, the targets "
                 f"{tuple(batch[1].shape)}; the model must give a row of logits for each token"
             )
         return _at(places, logits)
 
-    @torch.no_grad()
-    def _is_same(self, model: nn.Module, head: nn.Module, batch: Batch, places: Tensor) -> bool:
-        """Tell whether the last layer gives the same logits for these tokens alone."""
-        expected = self._logits_at(places, model, batch)
-        try:
-            with _only_at(places, head):
-                found = self.logits(model, batch)
-        except (RuntimeError, IndexError):  # it runs on something else
-            return False
-        scale = float(expected.abs().median())  # not that of words that are ruled out
-        # Nothing can be seen of a head that is zero.
-        is_same = scale > 0 and found.shape == expected.shape
-        return is_same and torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * scale)
+    def _is_same(self, model: nn.Module, head: nn.Module, batch: Batch) -> bool:
+        """Tell whether the last layer gives the same for some tokens alone, gradients included.
+
+        Of tokens drawn at random: those to predict may be all at the start, where positions are the
+        same. Gradients tell what values don't, such as a shift that begins at zero.
+        """
+        g = torch.Generator().manual_seed(0)
+        size, length = batch[1].shape
+        order = torch.rand(size, length, generator=g).argsort(dim=1)
+        places = order[:, : max(1, length // 3)].to(batch[1].device)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def seen(chances: Tensor) -> tuple[Tensor, ...]:
+            weights = torch.rand(chances.shape, generator=g.manual_seed(1)).to(chances)
+            slopes = torch.autograd.grad((weights * chances).sum(), parameters, allow_unused=True)
+            unused = chances.new_zeros(1)
+            return chances.detach(), *(unused if slope is None else slope for slope in slopes)
+
+        # What these graphs keep is not what the caller's does, which may be counted.
+        keeps = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with torch.enable_grad(), keeps:
+            expected = seen(self._logits_at(places, model, batch).softmax(-1))
+            try:
+                with _only_at(places, head):
+                    found = seen(self.logits(model, batch).softmax(-1))
+            except Exception:  # the layer is given something else, or a hook of its own fails
+                return False
+        floor = 1e-5 * torch.stack([slope.float().norm() for slope in expected[1:]]).norm()
+        return all(
+            a.shape == b.shape and bool((a - b).float().norm() <= 1e-3 * b.float().norm() + floor)
+            for a, b in zip(found, expected, strict=True)
+        )
 
 
 # Models whose outputs have been seen: whether their last layer runs for some tokens alone.
@@ -103,7 +123,8 @@ _runs_for_some: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _head_of(model: nn.Module) -> nn.Linear | None:
     """Return the layer that makes logits of hidden states, of a model of transformers' own."""
     is_theirs = type(model).__module__.startswith("transformers.models.")
-    head: Any = cast("Any", model).get_output_embeddings() if is_theirs else None
+    find: Any = getattr(model, "get_output_embeddings", None) if is_theirs else None
+    head = None if find is None else find()
     return head if type(head) is nn.Linear else None
 
 
@@ -119,11 +140,6 @@ def _at(places: Tensor, values: Tensor) -> Tensor:
     return values.take_along_dim(places.unsqueeze(2), 1)
 
 
-@contextmanager
-def _only_at(places: Tensor, layer: nn.Module) -> Iterator[None]:
-    """Let a layer of (B, T, C) take the positions (B, n) alone."""
-    hook = layer.register_forward_pre_hook(lambda _, inputs: (_at(places, inputs[0]),))
-    try:
-        yield
-    finally:
-        hook.remove()
+def _only_at(places: Tensor, layer: nn.Module) -> RemovableHandle:
+    """Let a layer of (B, T, C) take the positions (B, n) alone, until what is returned is left."""
+    return layer.register_forward_pre_hook(lambda _, inputs: (_at(places, inputs[0]),))

@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from harness import tasks
-from harness.estimator.objective import SplitLoss
+from harness.estimator.blocks import find_blocks
+from harness.estimator.cost import forecast
+from harness.estimator.objective import Objective, SplitLoss
+from harness.estimator.settings import Settings
 from harness.estimator.spectrum import estimate_spectra
 from harness.registry.networks import libraries
 from harness.tasks.base import IGNORED
@@ -95,13 +98,105 @@ def test_logits_that_are_not_one_row_a_token_are_refused() -> None:
         task.outputs(model, (tokens, targets))
 
 
-def test_nothing_is_concluded_from_a_zero_head() -> None:
+def test_a_head_that_begins_at_zero_is_seen_by_its_gradient() -> None:
     task, batch, model = tasks.get("masked-books", context=7), few_targets(4, 7), masked_model()
-    nn.init.zeros_(model.get_output_embeddings().weight)
+    head = model.get_output_embeddings()
+    nn.init.zeros_(head.weight)
+    task.outputs(model, batch)
+    nn.init.normal_(head.weight)
+    found = task.criterion(task.outputs(model, batch), batch).item()
+    assert found == pytest.approx(task.loss(model, batch).item(), rel=1e-6)
+
+
+class Mixed(nn.Module):
+    """A last layer that adds some of the mean over the tokens, a share that begins at zero."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.share = inner, nn.Parameter(torch.zeros(()))
+        self.decoder = inner.decoder  # where transformers look for it
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.inner(hidden)
+        return logits + self.share * logits.mean(1, keepdim=True)
+
+
+def with_shift(model: nn.Module) -> None:
+    shift = nn.Parameter(torch.zeros(7, 100))
+    model.register_parameter("shift", shift)
+
+    def hook(_, __, output):
+        output.logits = output.logits + shift[: output.logits.shape[1]]
+
+    model.register_forward_hook(hook)
+
+
+def with_mixed(model: nn.Module) -> None:
+    model.cls.predictions = Mixed(model.cls.predictions)
+
+
+def with_few_words(model: nn.Module) -> None:
+    with_mixed(model)
+    nn.init.ones_(model.cls.predictions.share)
+    model.cls.predictions.decoder.bias.data[10:] = -1e4
+
+
+@pytest.mark.parametrize("change", [with_shift, with_mixed, with_few_words])
+def test_what_is_changed_in_a_known_model_is_seen(change) -> None:
+    model, batch = masked_model(), few_targets(5, 7)
+    change(model)
+    task = tasks.get("masked-books", context=7)
+    task.outputs(model, batch)
+    seen = seen_by_head(model)
+    outputs = task.outputs(model, batch)
+    assert seen == [(5, 7, 6)]
+    assert task.criterion(outputs, batch).item() == pytest.approx(task.loss(model, batch).item())
+
+
+def test_logits_of_ones_own_are_those_of_all_tokens() -> None:
+    class Centred(MaskedBooks):
+        """Less their mean over the sequence."""
+
+        def logits(self, model, batch):
+            logits = super().logits(model, batch)
+            return logits - logits.mean(1, keepdim=True)
+
+    model, batch = masked_model(), few_targets(5, 7)
+    for task in (tasks.get("masked-books", context=7), Centred(context=7)):
+        found = task.criterion(task.outputs(model, batch), batch).item()
+        assert found == pytest.approx(task.loss(model, batch).item(), rel=1e-6)
+
+
+def test_nothing_is_concluded_in_training() -> None:
+    task, batch, model = tasks.get("masked-books", context=7), few_targets(4, 7), masked_model()
+    task.outputs(model.train(), batch)
+    model.eval()
     task.outputs(model, batch)
     seen = seen_by_head(model)
     task.outputs(model, batch)
-    assert seen == [(4, 7, 6)]
+    assert seen == [(4, 2 + 1, 6)]
+
+
+def test_the_sample_of_most_targets_tells_what_a_spectrum_costs() -> None:
+    task, (tokens, targets) = tasks.get("masked-books", context=7), few_targets(8, 7)
+    targets[:, 1:] = IGNORED
+    targets[:, 0] = 1
+    targets[-1, :6] = 1
+    costs = []
+    for batch in ((tokens, targets), (tokens.flip(0), targets.flip(0))):
+        loss = SplitLoss(task.outputs, task.criterion)
+        objective = Objective(masked_model(), loss, [batch], task.num_terms)
+        costs.append(forecast(objective, find_blocks(objective.model), Settings()))
+    assert costs[0] == costs[1]
+    # And a batch that begins with samples of none has a cost.
+    targets[:2] = IGNORED
+    assert (
+        estimate_spectra(
+            masked_model(), loss, [(tokens, targets)], num_steps=2, batch_weights=task.num_terms
+        )["status"]
+        .eq("ok")
+        .all()
+    )
 
 
 def test_a_loss_of_ones_own_gets_all_logits() -> None:

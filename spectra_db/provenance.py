@@ -79,8 +79,12 @@ def _ends(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _spectra(rows: pd.DataFrame, stages: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return each spectrum with its counts, its run and seeds, its data and its checkpoint."""
-    stages = stages[stages["optimizer"] == "adamw"].set_index(["stage", "seed"])
+    """Return each spectrum with its counts, its run and seeds, its data and its checkpoint.
+
+    At init there is none: the weights follow from the seed.
+    """
+    stages = stages[stages["optimizer"].eq("adamw") & stages["stage"].ne("init")]
+    stages = stages.set_index(["stage", "seed"])
     checkpoints = stages["checkpoint_sha256"].to_dict()
     found = []
     for values, some in rows.groupby(_SPECTRUM, sort=False):

@@ -138,11 +138,10 @@ def _is_kept(entry: ModelEntry, ledger: Ledger, stage: str) -> bool:
 
 
 def _has_moments(entry: ModelEntry, ledger: Ledger) -> bool:
-    """Tell whether the metrics that are taken on a larger batch are of it, and have its error."""
+    """Tell whether the metrics that are taken on a larger batch are of that batch."""
     here = {"stage": "init", "init_seed": STAGE_SEED, "metric": that_need(MOMENTS)[0]}
-    larger = entry.moments_batch_size
     rows = ledger.rows("heterogeneity", entry.name, **here)
-    return bool((rows["batch_error"].notna() & rows["batch_size"].eq(larger)).any())
+    return bool((rows["batch_size"] == entry.moments_batch_size).any())
 
 
 def has_spectrum(entry: ModelEntry, ledger: Ledger, stage: str, partition: str) -> bool:

@@ -359,7 +359,7 @@ def _gaps(source: release.Source) -> pd.DataFrame:
     rows = rows[rows["status"] == "ok"].set_index("model")
     columns = ["gap", "standard_error", "gap_from_reference", "gap_from_reference_error"]
     columns += BEST_RATES.values()
-    return rows[columns].assign(answer=[report.answer(row) for _, row in rows.iterrows()])
+    return rows[columns].assign(answer=[report.answer(row) for row in rows.to_dict("records")])
 
 
 def _full_spectra(source: release.Source) -> dict[tuple[str, str], pd.DataFrame]:

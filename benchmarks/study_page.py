@@ -16,8 +16,8 @@ _PAGE = """# How far estimates are from the truth
 
 Written by `make accuracy` ({machine}); what was measured is kept in `build/accuracy`, so that the
 command goes on where it was stopped. P is the number of probes, m that of steps, and a block costs
-P × m products. JS⁰ at σ = 0.05, at initialisation, of rules that end with the steps taken, but for
-[rules that are continued](#rules-that-are-continued), as metrics take them, and `--tol`.
+P × m products. JS⁰ by λ10 at σ = 0.05, at initialisation, of rules that end with the steps taken,
+but for [rules that are continued](#rules-that-are-continued), as metrics take them, and `--tol`.
 
 ## Against exact spectra
 

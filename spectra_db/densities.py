@@ -150,7 +150,7 @@ def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
     check_columns(rows, "spectra", *_COLUMNS)
     varying = [c for c in GROUP if c in rows and len(rows[c].unique()) > 1]
     if varying:
-        values = "; ".join(f"{c}: {', '.join(map(str, rows[c].unique()[:4]))}" for c in varying)
+        values = "; ".join(f"{c}: {', '.join(map(repr, rows[c].unique().tolist()))}" for c in varying)
         raise ValueError(f"the rows are of several spectra ({values}); select one")
     repeated = rows[rows.duplicated(["block", "probe"])]
     if len(repeated):  # would count as further probes

@@ -166,7 +166,7 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
             where they are not to be told.
 
     Raises:
-        ValueError: The rows are of several models, or of another table.
+        ValueError: There are no rows, or they are of several models, or of another table.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -176,6 +176,8 @@ def training_curves(rows: pd.DataFrame, gaps: pd.DataFrame | None = None) -> Fig
         raise ValueError(f"the rows are of several models ({', '.join(models[:4])}); select one")
     used = ("model", "seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value")
     check_columns(rows, "training", *used)
+    if rows.empty:
+        raise ValueError("there are no rows; check the filters")
     losses = rows[(rows["metric"] == "loss") & (rows["split"] == "batch")].sort_values("step")
     first = losses["seed"] == losses["seed"].min()
     ours = None if gaps is None else gaps[gaps["model"].isin(models)]

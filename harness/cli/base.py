@@ -132,7 +132,7 @@ def options(*names: str) -> Callable[[Any], Any]:
             "--out",
             type=PATH,
             callback=_needed,
-            help="Folder that the tables are written to.  [required]",
+            help="Folder to write to.  [required]",
         ),
         "source": click.option(
             "--source", type=PATH, help="Folder of tables.  [default: the release]"

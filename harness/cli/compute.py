@@ -137,7 +137,7 @@ def run(
 
     elsewhere = dry_run and device in DEVICES
     if bool(models) == (tier is not None):
-        raise UserError("name models, or pass --tier, not both")
+        raise UserError("name models, or pass --tier" + ", not both" * bool(models))
     if throughput is not None and not dry_run:
         raise UserError("--throughput is of the forecast: pass --dry-run too")
     if engine == "ray":

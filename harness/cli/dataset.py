@@ -177,7 +177,7 @@ def _report(found: list[str], sound: str) -> None:
     for problem in found:
         click.echo(problem, err=True)
     if found:
-        click.echo(f"{len(found)} problems", err=True)
+        click.echo(f"{len(found)} problem{'s' * (len(found) > 1)}", err=True)
         sys.exit(1)
     click.echo(sound)
 

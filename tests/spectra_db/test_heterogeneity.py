@@ -320,7 +320,7 @@ def test_gradient_spread_comes_from_the_table_of_blocks(sampled):
 
 def test_rows_of_several_spectra_are_refused_by_naming_what_varies(sampled):
     mixed = pd.concat([sampled, sampled.assign(stage="final")])
-    with pytest.raises(ValueError, match=r"several spectra \(stage: init, final\)"):
+    with pytest.raises(ValueError, match=r"several spectra \(stage: 'init', 'final'\)"):
         js0(mixed)
 
 

@@ -123,6 +123,12 @@ def test_curves_of_several_models_are_refused():
         plot.training_curves(rows)
 
 
+def test_curves_of_no_rows_are_refused():
+    columns = ["model", "seed", "metric", "step", "split", "diverged", "optimizer", "lr", "value"]
+    with pytest.raises(ValueError, match="there are no rows; check the filters"):
+        plot.training_curves(pd.DataFrame(columns=columns))
+
+
 def test_curves_of_another_table_are_refused(rows):
     with pytest.raises(ValueError, match="no column 'metric'; pass whole rows of table training"):
         plot.training_curves(rows.assign(seed=0))

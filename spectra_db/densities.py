@@ -150,7 +150,8 @@ def blocks_of(rows: pd.DataFrame) -> list[BlockSpectrum]:
     check_columns(rows, "spectra", *_COLUMNS)
     varying = [c for c in GROUP if c in rows and len(rows[c].unique()) > 1]
     if varying:
-        values = "; ".join(f"{c}: {', '.join(map(repr, rows[c].unique().tolist()))}" for c in varying)
+        found = {column: map(repr, rows[column].unique().tolist()) for column in varying}
+        values = "; ".join(f"{column}: {', '.join(values)}" for column, values in found.items())
         raise ValueError(f"the rows are of several spectra ({values}); select one")
     repeated = rows[rows.duplicated(["block", "probe"])]
     if len(repeated):  # would count as further probes

@@ -169,7 +169,7 @@ def test_a_page_without_markers_is_left_as_it_is(folder, tmp_path):
 def test_an_unknown_stage_is_refused_with_those_there_are(folder):
     result = call("--source", folder, "--stage", "end")
     assert result.exit_code == 2
-    assert "choose one of init, p10, p25, p50, final" in result.stderr
+    assert "'end' is not one of 'init', 'p10', 'p25', 'p50', 'final'" in result.stderr
 
 
 def test_few_models_are_said_to_be_few(tmp_path):

@@ -122,7 +122,7 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
 
     That is the gap, and of entries of protocol 2 the log2 speed-up.
     """
-    from harness.leaderboard.report import answer
+    from harness.leaderboard import report, standings
     from harness.records.ledger import Ledger
     from harness.training.stages import STAGE_SEED
     from spectra_db.heterogeneity import LEADING
@@ -144,10 +144,10 @@ def print_results(out: Path, entries: Sequence[ModelEntry]) -> None:
                     found[name] = str(result["status"])
                 elif name == "gaps":
                     found[name] = f"{result['gap']:.3f} ± {result['standard_error']:.3f}"
-                    needed = answer(result)
+                    needed = report.answer(result)
                 else:
                     found[name] = _speedup(result)
-                    needed = str(result["adam_needed"])
+                    needed = standings.answer(result)
         table.add_row(entry.name, js0, *found.values(), needed)
     _console().print(table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -91,12 +92,17 @@ def _standing(row: dict[Any, Any]) -> dict[str, Any]:
         "model": row["model"],
         "family": row["family"],
         "ranked": row["ranked"],
-        "needed": str(row["adam_needed"]) if trained else "not trained",
+        "needed": answer(row),
         "speedup": interval(
             *(numbers[end] for end in ("y", "low", "high")), is_bound=bool(row["censored"])
         ),
         "reason": "",
     } | numbers
+
+
+def answer(row: Mapping[Any, Any]) -> str:
+    """Say whether a model needs Adam by its speed-up, in a word or two of a row of `speedups`."""
+    return str(row["adam_needed"]) if row["trained"] else "not trained"
 
 
 def interval(y: float | None, low: float | None, high: float | None, *, is_bound: bool) -> str:

@@ -167,6 +167,12 @@ def test_stages_are_lines_in_the_order_of_training_from_dark_to_light(rows):
     assert drawn(figure)
 
 
+def test_steps_of_ones_own_training_have_no_share_of_it(rows):
+    own = [rows.assign(stage=f"step-{n}", progress=0.0) for n in (0, 20, 100)]
+    labels = [line.get_label() for line in plot.stages(pd.concat(own)).axes[0].get_lines()]
+    assert labels == ["step-0", "step-20", "step-100"]
+
+
 def test_stages_of_several_models_are_refused(rows):
     with pytest.raises(ValueError, match="several spectra"):
         plot.stages(pd.concat([rows, rows.assign(model="other")]))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shlex
+import sys
+
 import pytest
 import torch
 import transformers
@@ -54,6 +57,9 @@ def test_a_training_of_one_s_own_leaves_tables_of_its_spectra_and_goes_on_unchan
     by_scale = found.set_index("scale")["corrected"]
     assert by_scale["own_rms"] == pytest.approx(spectra_db.js0(expected).corrected)
     assert spectra_db.load("models", source=tmp_path)["num_params"].item() == 51
+    runs = spectra_db.load("runs", source=tmp_path)
+    assert set(runs["command"]) == {shlex.join(sys.argv)}  # not a command of ours
+    assert set(runs["device"]) == {"cpu"}
 
 
 def test_a_trainer_s_callback_takes_the_same(tmp_path):

@@ -9,11 +9,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import spectra_db
+from harness.campaign.plan import settings_of
 from harness.cli import main
+from harness.cli.display import print_results
 from harness.registry import get
 from harness.submission.recompute import Means
 from harness.submission.verify import verify
 from spectra_db.gauss_newton import ggn_share
+from spectra_db.loading import BUNDLED
 
 SPECTRUM = ("spectrum", "cnn-digits", "--no-gram", "--num-probes", "2", "--num-steps", "4")
 SPECTRUM += ("--device", "cpu")
@@ -180,6 +183,7 @@ def test_a_learning_rate_too_high_diverges_without_failing(tmp_path):
         ((*SPECTRUM, "--registry", "no-such-folder"), "not a folder"),
         (("spectrum", "resnet8-cifar10"), "HARNESS_DATA_ROOT"),
         (("train", "cnn-digits"), "pass --lr"),
+        (("train", "bible-gpt", "--lr", "1"), "run: harness run bible-gpt --only trial --out"),
         (("train", "cnn-digits", "--lr", "0"), "must be positive"),
         (("train", "cnn-digits", "--lr", "nan"), "must be positive"),
         (("train", "cnn-digits", "--optimizer", "lion", "--lr", "1"), "'lion' is not one of"),
@@ -316,3 +320,24 @@ def test_exact_spectra_of_both_operators_stand_side_by_side_and_verify(tmp_path)
     for row in rows[rows["num_params"] == rows["num_params"].max()].to_dict("records"):
         assert len(row["nodes"]) < row["num_params"]
         assert verify(row, entry, rows[:0], Means()).outcome == "agrees"
+
+
+def test_results_say_whether_adam_is_needed_as_the_pages_do(capsys):
+    """By the gap from R of protocol 1, by the speed-up of protocol 2."""
+    names = ("vit-cifar10", "vit-cls-mnist", "bert-2x64-cornell", "cifar-vit", "bpe-bert")
+    print_results(BUNDLED, [get(name) for name in names])
+    lines = capsys.readouterr().out.splitlines()
+    words = {line.split()[0]: line.strip() for line in lines if line.split()}
+    assert words["vit-cifar10"].endswith("yes")
+    assert words["vit-cls-mnist"].endswith("unclear")
+    assert words["bert-2x64-cornell"].endswith("not trained")
+    assert "0.76 [0.68, 0.83]" in words["cifar-vit"]
+    assert words["cifar-vit"].endswith("yes")
+    assert words["bpe-bert"].endswith("not trained")
+
+
+def test_the_partition_is_the_entry_s_unless_told():
+    assert settings_of(get("mlp-mnist-c1")).partition == "paper"
+    assert settings_of(get("mlp-mnist-c1"), "weights").partition == "weights"
+    for command in ("describe", "spectrum"):
+        assert "[default: the entry's]" in " ".join(call(command, "--help").output.split())

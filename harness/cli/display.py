@@ -42,10 +42,12 @@ def _console() -> Console:
 
 
 def _table(*names: str, numbers: Sequence[str] = (), **options: Any) -> Table:
-    """Return a table of columns of text, and after them of numbers, which stand to the right."""
-    table = Table(*names, box=SIMPLE_HEAD, pad_edge=False, **options)
+    """Return a table of columns of text, then of numbers, to the right, each whole at any width."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, **options)
+    for name in names:
+        table.add_column(name, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -66,8 +68,6 @@ def print_blocks(blocks: Sequence[Block], cost: Forecast | None) -> None:
     """Print blocks with their kind, shape, size and, where known, the cost of one product."""
     numbers = ("shape", "parameters", *(["GFLOP"] if cost else []))
     table = _table("block", "kind", numbers=numbers)
-    for column in table.columns[:2]:
-        column.overflow = "fold"
     for i, block in enumerate(blocks):
         shape = " × ".join(map(str, block.shape))
         flops = [f"{cost.block_flops[i] / 1e9:.3g}"] if cost else []
@@ -196,7 +196,7 @@ def print_measures(rows: Sequence[Mapping[str, Any]]) -> None:
 def print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the pairs that differ in one thing: by how much in speed-up and in J."""
     table = _table("pair", "first", "second", numbers=("Δ log2 speed-up", "ΔJ"))
-    table.add_column("outcome")
+    table.add_column("outcome", overflow="fold")
     for row in rows:
         dy = "–" if row["dy"] != row["dy"] else f"{row['dy']:.2f} ± {row['dy_error']:.2f}"
         dj = _number(row["dj"], "+.3f")
@@ -230,7 +230,7 @@ def print_prediction(result: Mapping[str, Any]) -> None:
         + (", its own rows left out" if result["in_leaderboard"] else "")
     )
     table = _table("measure", numbers=("value", "larger than"), padding=_CLOSE)
-    table.add_column("nearest models (gap)")
+    table.add_column("nearest models (gap)", overflow="fold")
     for row in result["measures"]:
         table.add_row(
             LABELS[row["metric"]],
@@ -253,7 +253,7 @@ def print_checks(checks: Sequence[Check]) -> None:
     """Print what came of verified rows, those that can't be verified gathered by reason."""
     numbers = ("probe", "deviation", "allowed")
     table = _table("model", "stage", "block", numbers=numbers, padding=_CLOSE)
-    table.add_column("outcome")
+    table.add_column("outcome", overflow="fold")
     reasons: Counter[str] = Counter()
     for check in checks:
         if check.outcome == "unverifiable":

@@ -22,6 +22,11 @@ def leaks(s: Subject) -> str:
     """Change the targets, and one token of a sequence at a time; see which logits move."""
     with fixed_arithmetic(s.model), torch.no_grad():
         model = _without_zeros(s.model)
+        if _moved(s.task.logits(model, s.mates), s.task.logits(model, s.mates)).any():
+            raise Caution(
+                "two passes differ, so what the logits know can't be told; let nothing be random "
+                "in evaluation mode (dropout is off there unless it is a function called always)"
+            )
         told = [_of_targets(s, model), _of_tokens(s, model)]
     return "; ".join(text for text in told if text) or "neither classes nor tokens to see"
 

@@ -27,7 +27,7 @@ def resolve_root(data_root: Path | str | None) -> Path | None:
     if not root.is_dir():
         raise UserError(
             f"data root {root} is not a folder; give --data-root (or {ENVIRONMENT}) "
-            "a folder in the layout of the data packs"
+            "a folder laid out as docs/commands.md, Data sets, says"
         )
     return root
 

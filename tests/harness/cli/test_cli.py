@@ -336,6 +336,12 @@ def test_results_say_whether_adam_is_needed_as_the_pages_do(capsys):
     assert words["bpe-bert"].endswith("not trained")
 
 
+def test_names_stay_whole_where_a_terminal_is_narrow(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    print_results(BUNDLED, [get("bert-2x64-cornell")])
+    assert "…" not in capsys.readouterr().out
+
+
 def test_the_partition_is_the_entry_s_unless_told():
     assert settings_of(get("mlp-mnist-c1")).partition == "paper"
     assert settings_of(get("mlp-mnist-c1"), "weights").partition == "weights"

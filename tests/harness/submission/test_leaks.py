@@ -217,3 +217,15 @@ def test_a_network_that_starts_at_zero_is_checked_after_two_steps_with_a_warning
 def test_the_estimator_s_advice_is_turned_into_an_author_s():
     text = "x: pass norm_mode='eval', or write the mean and the variance out"
     assert validate._for_authors(text) == "x: write the mean and the variance out"
+
+
+class Rolls(tasks.get("digits").__class__):
+    """Has dropout that stays on."""
+
+    def logits(self, model, batch):
+        return F.dropout(model(batch[0]))
+
+
+def test_randomness_is_not_taken_for_a_leak(subject):
+    with pytest.raises(Caution, match="two passes differ, so what the logits know can't be told"):
+        leaks(subject("Encoder", Rolls()))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -256,6 +257,10 @@ def test_missing_data_name_the_path_and_the_remedy(name, tmp_path: Path, monkeyp
     assert "\n" not in message
     hub = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "sft": "tatsu-lab/alpaca"}
     assert hub.get(name, "") in message
+    page = Path("docs/commands.md").read_text("utf-8")
+    wanted = re.findall(r"[\w/]+\.(?:parquet|txt|jsonl)", message.split(" below the data root ")[0])
+    assert wanted
+    assert [path for path in wanted if f"`{path}`" not in page] == []
 
 
 def test_an_unreachable_hub_ends_in_one_line(

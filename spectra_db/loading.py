@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spectra_db import manifest, store
-from spectra_db.errors import NotFound, hint
+from spectra_db.errors import HubError, NotFound, hint
 from spectra_db.schema import TABLES
 from spectra_db.words import PARTITIONS, STAGES, STATUSES, is_stage
 
@@ -186,7 +186,10 @@ def folder_of(
         raise NotFound(f"source {str(source)!r} is neither a folder nor a Hub id like owner/name")
     from spectra_db import hub
 
-    return hub.fetch(str(source), revision, list(paths))
+    try:
+        return hub.fetch(str(source), revision, list(paths))
+    except HubError as error:
+        raise HubError(f"{error}; nor is there a folder {source} here") from error
 
 
 def _paths(folder: Path, table: str, known: manifest.Manifest | None) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from spectra_db.words import ANSWERS, STAGES, listed
+from spectra_db.words import ANSWERS, PARTITIONS, STAGES, TIERS, listed
 
 PROTOCOL_VERSION = 1
 # Of tables that have a protocol of their own: the comparison of SGD and AdamW is of the second;
@@ -40,8 +40,11 @@ _STAGE = _column("stage", _TEXT, f"Stage of training: {listed(STAGES)}")
 _INIT_SEED = _column("init_seed", _INT, "Seed of the model's initialisation")
 _TRAIN_RUN = _column("train_run", _TEXT, "Training run of the stage, empty at initialisation")
 _POINT = (_MODEL, _STAGE, _INIT_SEED, _TRAIN_RUN)
-# Those that releases have: a description is part of each file, and stays.
-_PARTITION = _column("partition", _TEXT, "How parameters form blocks: weights, paper, all or full")
+_PARTITION = _column(
+    "partition",
+    _TEXT,
+    f"How parameters form blocks: {listed((*PARTITIONS, 'custom'))}, as a caller chose them",
+)
 _BLOCK = _column("block", _TEXT, "Name of the block: its parameter's, [q], [k], [v] for a slice")
 _KIND = _column("kind", _TEXT, "Role of the block's parameters: embedding, query, conv, ...")
 _NUM_PARAMS = _column("num_params", _INT, "Number of parameters", "parameters")
@@ -89,7 +92,7 @@ _COLUMNS = {
     "models": [
         _MODEL,
         _column("family", _TEXT, "Family of architectures; statistics resample families"),
-        _column("tier", _TEXT, "demo, small or paper"),
+        _column("tier", _TEXT, listed(TIERS)),
         _column("task", _TEXT, "Data set and loss"),
         _NUM_PARAMS,
         _column("num_blocks", _INT, "Blocks of the entry's partition", "blocks"),

@@ -138,10 +138,11 @@ def _is_kept(entry: ModelEntry, ledger: Ledger, stage: str) -> bool:
 
 
 def _has_moments(entry: ModelEntry, ledger: Ledger) -> bool:
-    """Tell whether the metrics that are taken on a larger batch are of that batch."""
+    """Tell whether the metrics that are taken on a larger batch are of it, with a batch error."""
     here = {"stage": "init", "init_seed": STAGE_SEED, "metric": that_need(MOMENTS)[0]}
     rows = ledger.rows("heterogeneity", entry.name, **here)
-    return bool((rows["batch_size"] == entry.moments_batch_size).any())
+    complete = (rows["batch_size"] == entry.moments_batch_size) & rows["batch_error"].notna()
+    return bool(complete.any())
 
 
 def has_spectrum(entry: ModelEntry, ledger: Ledger, stage: str, partition: str) -> bool:

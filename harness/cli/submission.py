@@ -229,7 +229,7 @@ def submit(
         remedy = (
             "pass --rehearsal to try the way, or train it longer"
             if "rehearsal" in reason
-            else f"`harness run {model}` continues"
+            else f"`harness run {model} --out {source}` continues"
         )
         raise UserError(f"{model} is not finished: {reason}; {remedy}")
     found = assemble(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness import tasks
@@ -76,6 +77,8 @@ def take(
         begin = time.perf_counter()
         if family == "spectrum":
             parts, facts = _from_store(problem, settings, ledger)
+            if _lacks_halves_of_rows(problem, parts, ledger):
+                continue
         else:
             parts, facts = _measure(problem, settings, family, data_root), _facts(problem)
         asked = {"predictors": family}
@@ -164,6 +167,19 @@ def _from_store(
         return (whole, first, second), _facts(problem)
     row = found[0].iloc[0]
     return (whole, first, second), {fact: row[fact] for fact in _facts(problem)}
+
+
+def _lacks_halves_of_rows(problem: Problem, parts: Parts, ledger: Ledger) -> bool:
+    """Tell whether the rows have these values with those of the halves, whose spectra are gone."""
+    whole, *of_halves = parts
+    rows = ledger.rows("predictors", problem.entry.name, init_seed=problem.init_seed)
+    rows = rows.set_index("predictor")
+    if all(of_halves) or not whole or not set(whole) <= set(rows.index):
+        return False
+    rows = rows.loc[list(whole)]
+    has_halves = rows[["first_half", "second_half"]].notna().all(axis=None)
+    values = [np.nan if found.value is None else found.value for found in whole.values()]
+    return bool(has_halves and np.allclose(values, rows["value"], equal_nan=True))
 
 
 def _facts(problem: Problem) -> dict[str, Any]:

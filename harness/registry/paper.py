@@ -1,11 +1,11 @@
 """The systems of Zhang et al. 2024 (arXiv 2402.16788), but for the perceptrons, which are in `mlp`.
 
 Architectures and data are the real ones; the batches of the Hessian are what two cores can do, and
-are recorded with every row: 16 images, or at least 2,048 tokens (GPT-2's on books have 512). Of
-ResNet-18, nanoGPT and GPT-2 on books the metrics that need few products are taken on four times as
-many samples. `harness run` takes initial spectra only. The recipes are the paper's budgets with two
-departures: our schedule (cosine) for all, and for language no weight decay, which 0.1 would make
-another function for SGD than for AdamW.
+are recorded with every row: 16 images, or at least 2,048 tokens. Of ResNet-18 and nanoGPT
+the metrics that need few products are taken on four times as many samples. `harness run` takes
+initial spectra only. The recipes are the paper's budgets with two departures: our schedule (cosine)
+for all, and for language no weight decay, which 0.1 would make another function for SGD than for
+AdamW.
 
 Partition `paper` keeps the layers that the paper names. The authors' code
 (github.com/zyushun/hessian-spectrum) lists the weights of these layers without biases, and for the
@@ -184,7 +184,7 @@ ENTRIES = (
         name="gpt2-books",
         task="books",
         description="GPT-2 (124 M, no biases, tied) on books; stands in for gpt2-openwebtext",
-        **_GPT2_124M | {"hessian_batch_size": 1, "num_steps": 30, "moments_batch_size": 4},
+        **_GPT2_124M,
     ),
     ModelEntry(
         name="gpt2-sft",

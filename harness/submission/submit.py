@@ -194,7 +194,10 @@ def _check_tables(
     """Raise unless the tables are those of the entry; return the author's modules it needs."""
     path = store.path_of(source, "models", entry.name)
     if not path.is_file():
-        raise UserError(f"{source} has no table of {entry.name}: harness run makes them")
+        raise UserError(
+            f"{source} has no table of {entry.name}: `harness run {entry.name} --out {source}` "
+            "makes it"
+        )
     [row] = store.read(path, "models").to_pylist()
     if row["status"] != "ok":
         raise UserError(f"{entry.name} has status {row['status']}: {row['reason']}")

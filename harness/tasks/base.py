@@ -72,7 +72,7 @@ class Task(ABC):
         """Load the data, once per process and root.
 
         Args:
-            data_root: folder of data sets (docs/commands.md, Data sets); None means `HARNESS_DATA_ROOT`.
+            data_root: folder of data sets (docs/commands.md); None means `HARNESS_DATA_ROOT`.
 
         Raises:
             UserError: neither the root nor the Hub has the data; says what to put where.

@@ -23,7 +23,7 @@ from torch import nn
 from harness import registry
 from harness.errors import UserError
 from harness.registry.entry import ModelEntry
-from harness.training.stages import STAGE_SEED, checkpoint_path, file_name
+from harness.training.stages import STAGE_SEED, checkpoint_path, file_name, out_option
 from spectra_db.errors import first_line
 from spectra_db.files import sha256_of, whole
 from spectra_db.schema import PROTOCOL_VERSION
@@ -60,7 +60,7 @@ def initial_model(
             where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
             raise UserError(
                 f"{entry.name!r} starts from {entry.pretrained!r}, which is not trained yet "
-                f"({where}); run: harness run {entry.pretrained}"
+                f"({where}); run: harness run {entry.pretrained} {out_option(checkpoint_dir)}"
             )
         # None for an entry that is not of the tree, whose folder is not known here.
         known = next((e for e in registry.entries() if e.name == entry.pretrained), None)
@@ -151,7 +151,8 @@ def load(
         if entry is not None and facts["entry_hash"] != entry_hash(entry):
             raise UserError(
                 f"checkpoint {path} was trained for another version of {entry.name!r} "
-                f"(network, task or recipe differ); {retrain}: harness run {entry.name}"
+                f"(network, task or recipe differ); {retrain}: harness run {entry.name} "
+                f"{out_option(path.parents[2])}"
             )
         load_model(model, path)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:

@@ -21,7 +21,7 @@ from harness.estimator.settings import Settings
 from harness.registry.entry import ModelEntry
 from harness.tasks.base import Batch, Task
 from harness.training import checkpoints
-from harness.training.stages import STAGE_SEED, checkpoint_path, run_name
+from harness.training.stages import STAGE_SEED, checkpoint_path, out_option, run_name
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,10 @@ def load_problem(
         path = checkpoint_path(checkpoint_dir or ".", entry.name, seed, stage)
         if checkpoint_dir is None or not path.is_file():
             where = f"no checkpoint {path}" if checkpoint_dir else "no checkpoint folder is given"
-            run = f"run: harness run {entry.name}"
+            into = out_option(checkpoint_dir)
+            run = f"run: harness run {entry.name} {into}"
             if seed != STAGE_SEED and entry.speedup is None:
-                run += f", then harness train {entry.name} --seed {seed}"  # at the best rate
+                run += f", then harness train {entry.name} --seed {seed} {into}"  # at the best rate
             elif seed != STAGE_SEED:
                 run = f"protocol 2 keeps the weights of seed {STAGE_SEED} alone"
             raise UserError(

@@ -46,3 +46,13 @@ def file_name(stage: str) -> str:
 def checkpoint_path(checkpoint_dir: Path | str, model: str, seed: int, stage: str) -> Path:
     """Return where the checkpoint of a stage lies."""
     return folder_of(checkpoint_dir, model, seed) / file_name(stage)
+
+
+def out_option(checkpoint_dir: Path | str | None) -> str:
+    """Return the option by which a command leaves its stages there, or a place for one's own.
+
+    >>> out_option("out/checkpoints")
+    '--out out'
+    """
+    folder = Path("OUT/checkpoints" if checkpoint_dir is None else checkpoint_dir)
+    return f"--out {folder.parent if folder.name == 'checkpoints' else 'OUT'}"

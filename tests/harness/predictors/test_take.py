@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,11 @@ def test_spectra_are_read_and_those_that_are_missing_are_pending(whole, entry):
     assert 0 < found.loc["energy_js", "value"] < 1
     assert set(rows.loc[2].loc[sorted(SPECTRAL), "status"]) == {"pending"}
     assert "harness spectrum" in rows.loc[(2, "js0_raw"), "reason"]
+    # Spectra of halves that are gone leave what was measured of them.
+    for half in Ledger(out).halves:
+        shutil.rmtree(half.folder)
+    take(small, None, out, "cpu")
+    assert rows_of(out).loc[1].loc[sorted(SPECTRAL)].equals(found)
 
 
 def test_an_entry_that_is_not_trained_is_refused(tmp_path, entry):

@@ -228,10 +228,11 @@ def test_the_weights_of_another_version_of_the_pretraining_are_refused(
 
 def test_an_untrained_stage_names_the_command(make_entry: MakeEntry, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"run: harness run tiny, then harness train tiny --seed 2$"
+        UserError,
+        match=r"run: harness run tiny --out my, then harness train tiny --seed 2 --out my$",
     ):
-        load_problem(make_entry(), "final", 2, checkpoint_dir=tmp_path)
-    with pytest.raises(UserError, match=r"no checkpoint folder is given\); run: harness run tiny$"):
+        load_problem(make_entry(), "final", 2, checkpoint_dir=Path("my/checkpoints"))
+    with pytest.raises(UserError, match=r"is given\); run: harness run tiny --out OUT$"):
         load_problem(make_entry(), "final")
     with pytest.raises(UserError, match="no stage 'p10'; its stages: init, p50, final"):
         load_problem(make_entry(), "p10")

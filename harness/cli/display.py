@@ -41,13 +41,20 @@ def _console() -> Console:
     return console
 
 
-def _table(*names: str, numbers: Sequence[str] = (), **options: Any) -> Table:
-    """Return a table of columns of text, then of numbers, to the right, each whole at any width."""
+def _table(
+    *names: str, numbers: Sequence[str] = (), after: Sequence[str] = (), **options: Any
+) -> Table:
+    """Return a table of columns of text, of numbers to the right, and of text after them.
+
+    Each is whole at any width.
+    """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, **options)
     for name in names:
         table.add_column(name, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
+    for name in after:
+        table.add_column(name, overflow="fold")
     return table
 
 
@@ -195,8 +202,8 @@ def print_measures(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the pairs that differ in one thing: by how much in speed-up and in J."""
-    table = _table("pair", "first", "second", numbers=("Δ log2 speed-up", "ΔJ"))
-    table.add_column("outcome", overflow="fold")
+    numbers = ("Δ log2 speed-up", "ΔJ")
+    table = _table("pair", "first", "second", numbers=numbers, after=("outcome",))
     for row in rows:
         dy = "–" if row["dy"] != row["dy"] else f"{row['dy']:.2f} ± {row['dy_error']:.2f}"
         dj = _number(row["dj"], "+.3f")
@@ -229,8 +236,8 @@ def print_prediction(result: Mapping[str, Any]) -> None:
         f"{result['num_families']} families"
         + (", its own rows left out" if result["in_leaderboard"] else "")
     )
-    table = _table("measure", numbers=("value", "larger than"), padding=_CLOSE)
-    table.add_column("nearest models (gap)", overflow="fold")
+    numbers, after = ("value", "larger than"), ("nearest models (gap)",)
+    table = _table("measure", numbers=numbers, after=after, padding=_CLOSE)
     for row in result["measures"]:
         table.add_row(
             LABELS[row["metric"]],
@@ -252,8 +259,8 @@ def print_prediction(result: Mapping[str, Any]) -> None:
 def print_checks(checks: Sequence[Check]) -> None:
     """Print what came of verified rows, those that can't be verified gathered by reason."""
     numbers = ("probe", "deviation", "allowed")
-    table = _table("model", "stage", "block", numbers=numbers, padding=_CLOSE)
-    table.add_column("outcome", overflow="fold")
+    names, after = ("model", "stage", "block"), ("outcome",)
+    table = _table(*names, numbers=numbers, after=after, padding=_CLOSE)
     reasons: Counter[str] = Counter()
     for check in checks:
         if check.outcome == "unverifiable":

@@ -25,7 +25,7 @@ def leaks(s: Subject) -> str:
         if _moved(s.task.logits(model, s.mates), s.task.logits(model, s.mates)).any():
             raise Caution(
                 "two passes differ, so what the logits know can't be told; let nothing be random "
-                "in evaluation mode (dropout is off there unless it is a function called always)"
+                "in evaluation mode (F.dropout is on there unless it gets training=self.training)"
             )
         told = [_of_targets(s, model), _of_tokens(s, model)]
     return "; ".join(text for text in told if text) or "neither classes nor tokens to see"

@@ -192,8 +192,12 @@ def test_the_moments_of_an_entry_are_taken_on_its_larger_batch_and_its_halves(tm
     # Spectra stay those of one batch, and a second run finds all done.
     assert spectra_db.load("spectra", source=tmp_path)["batch_size"].unique().tolist() == [16]
     assert do(tmp_path, entry) == ({}, [])
-    # The spectrum's own batch does not put its moments in the place of these.
     before = spectra_db.load("heterogeneity", source=tmp_path)
+    # Those of an earlier version, without a batch error, are taken again.
+    Ledger(tmp_path).write("heterogeneity", before.assign(batch_error=None))
+    assert [unit.kind for unit in missing(entry, Ledger(tmp_path))] == ["moments"]
+    Ledger(tmp_path).write("heterogeneity", before)
+    # The spectrum's own batch does not put its moments in the place of these.
     settings = Settings(num_probes=3, num_steps=3, device="cpu")
     take_spectrum(load_problem(entry), settings, Ledger(tmp_path), command="")
     pd.testing.assert_frame_equal(before, spectra_db.load("heterogeneity", source=tmp_path))
